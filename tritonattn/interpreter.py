@@ -1,0 +1,96 @@
+"""Triton's interpreter, mended: the numbers it computes are those that a GPU would.
+
+As it comes, it keeps bfloat16 as raw 16-bit integers and multiplies those, rounds to bfloat16 by truncation,
+and ignores TF32. Here casts round to the nearest (ties to even), arithmetic and products of bfloat16 go
+through float32, and TF32 products round their inputs (ties away from zero, as cvt.rna.tf32.f32 does).
+Only what the kernels of this package use is mended; `tl.sum` of bfloat16 values is not.
+"""
+
+import functools
+
+import numpy as np
+import triton
+import triton.language as tl
+
+
+def to_float32(bits):
+    """bfloat16, as the interpreter stores it, to float32."""
+    return (np.asarray(bits, np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_bfloat16(x):
+    """float32 to the bits of the nearest bfloat16; nan stays nan."""
+    x = np.asarray(x, np.float32)
+    bits = x.view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    with np.errstate(over="ignore"):
+        rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def to_tf32(x):
+    """float32 to the nearest number of 10 mantissa bits."""
+    x = np.ascontiguousarray(x, np.float32)
+    with np.errstate(over="ignore"):
+        rounded = ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def trouble() -> str | None:
+    """What keeps the interpreter from working here, with the mend; None if nothing does."""
+    if _version(triton) < (3, 7) and _version(np) >= (2, 4):
+        return (f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, found {np.__version__}: "
+                "pip install 'numpy<2.4', or a newer Triton")
+    return None
+
+
+def _version(module):
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+@functools.cache
+def mend() -> None:
+    """Mend the interpreter of this process, once."""
+    if trouble():
+        raise RuntimeError(trouble())
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    handle, dtype_of = interpreter.TensorHandle, interpreter._get_np_dtype
+    cast_as_it_comes, cast_floats_as_it_comes = builder.cast_impl, builder.create_fp_to_fp
+    apply_as_it_comes, dot_as_it_comes = builder.binary_op, builder.create_dot
+
+    def cast(self, src, dst_type):
+        have, want = src.dtype.scalar, dst_type.scalar
+        if have == want or tl.bfloat16 not in (have, want):
+            return cast_as_it_comes(self, src, dst_type)
+        if have == tl.bfloat16:
+            return handle(to_float32(src.data).astype(dtype_of(want)), want)
+        return handle(to_bfloat16(src.data), want)
+
+    def cast_floats(self, src, dst_type, rounding_mode):
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            return cast(self, src, dst_type)
+        return cast_floats_as_it_comes(self, src, dst_type, rounding_mode)
+
+    def apply(self, lhs, rhs, op):
+        if lhs.dtype.scalar != tl.bfloat16 or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
+            return apply_as_it_comes(self, lhs, rhs, op)
+        with np.errstate(invalid="ignore"):
+            out = op(to_float32(lhs.data), to_float32(rhs.data))
+        return handle(out, tl.int1) if out.dtype == bool else handle(to_bfloat16(out), tl.bfloat16)
+
+    def dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
+        kind = a.dtype.scalar
+        if kind not in (tl.bfloat16, tl.float32):
+            return dot_as_it_comes(self, a, b, acc, input_precision, max_num_imprecise_acc)
+        x, y = (to_float32(t.data) if kind == tl.bfloat16 else t.data for t in (a, b))
+        if kind == tl.float32 and str(input_precision).endswith("TF32"):
+            x, y = to_tf32(x), to_tf32(y)
+        return handle(np.matmul(x, y, dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
+
+    def constant(self, value):
+        return handle(to_bfloat16([value]), tl.bfloat16)
+
+    builder.cast_impl, builder.create_fp_to_fp = cast, cast_floats
+    builder.binary_op, builder.create_dot, builder.get_bf16 = apply, dot, constant

@@ -1,0 +1,236 @@
+"""How kernels see memory, and the products of what they saw.
+
+    Tensor [batch ..., head, row, col]  ->  Matrix [row, col]  ->  tile, a tuple of parts [N, width]
+
+A tile's width is a power of two, so a head of 96 columns is held in parts of 64 and 32 and not
+in one of 128. Where a tile begins is a 64-bit address; inside it 32 bits do, which saves registers,
+unless the tensor is `wide`.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Strides(NamedTuple):
+    """Distances in elements."""
+
+    batch: tuple  # one per batch dimension, the innermost first
+    head: int
+    row: int
+    col: int
+
+
+class Tensor(NamedTuple):
+    """A [batch ..., head, row, col] tensor as one kernel argument."""
+
+    ptr: object
+    strides: Strides
+    wide: tl.constexpr = tl.constexpr(False)  # a stride is so long that even a tile spans more than 2^31 elements
+
+
+class Matrix(NamedTuple):
+    """One head of a Tensor: where it begins, the distances between its rows and between its columns, its length."""
+
+    ptr: object
+    row: int
+    col: int
+    rows: int
+
+
+class Shape(NamedTuple):
+    """Sizes of the problem that may change without a new compilation."""
+
+    batches: tuple  # sizes of the batch dimensions, the innermost first
+    heads: int      # of the queries
+    n_q: int
+    n_k: int
+    shift: int      # query i stands at position i + shift among the keys
+
+
+class Static(NamedTuple):
+    """What the compiler knows, each a tl.constexpr. It stays one only in a record that was launched."""
+
+    D: tl.constexpr                                # head size of q and k
+    DV: tl.constexpr                               # head size of v and o
+    GROUP: tl.constexpr                            # query heads per key head
+    BLOCK_M: tl.constexpr                          # queries per tile
+    BLOCK_N: tl.constexpr                          # keys per tile
+    RAGGED: tl.constexpr                           # the last tile of the loop is not whole
+    ACC: tl.constexpr                              # dtype of sums
+    PRECISION: tl.constexpr                        # of float32 products: "ieee" or "tf32"
+    WANT_DK: tl.constexpr = tl.constexpr(True)
+    WANT_DV: tl.constexpr = tl.constexpr(True)
+
+
+@triton.constexpr_function
+def main_width(size):
+    """Width of a tile's first part: the one that holds everything, unless two parts are less."""
+    whole = max(16, triton.next_power_of_2(size))
+    return whole // 2 if whole // 2 + tail_width(size) < whole else whole
+
+
+@triton.constexpr_function
+def tail_width(size):
+    """Width that the columns beyond the first half of the padded size need; 0 if there are none."""
+    half = max(16, triton.next_power_of_2(size)) // 2
+    return max(16, triton.next_power_of_2(size - half)) if size > half else 0
+
+
+@triton.constexpr_function
+def in_two(size):
+    """Whether a head of this size is held in two parts."""
+    return main_width(size) < size
+
+
+@triton.constexpr_function
+def step_of(block, careful):
+    """Rows per step of a loop. The careful loops are rare: they take small steps and no room."""
+    return 16 if careful else block
+
+
+@triton.constexpr_function
+def stages_of(careful):
+    return 1 if careful else None
+
+
+@triton.jit
+def program(heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+    """First row of this program's tile, its head and batch. Tiles of one head are neighbours: they share it in L2."""
+    tiles = tl.cdiv(n, BLOCK)
+    tile = tl.program_id(0) % tiles
+    if REVERSE:
+        tile = tiles - 1 - tile
+    head = tl.program_id(0) // tiles
+    return tile * BLOCK, head % heads, head // heads
+
+
+@triton.jit
+def matrix(x, batches, batch, head, rows):
+    """The [rows, col] matrix of one head."""
+    start = x.ptr + tl.cast(head, tl.int64) * x.strides.head
+    for i in tl.static_range(len(batches)):
+        start += tl.cast(batch % batches[i], tl.int64) * x.strides.batch[i]
+        batch = batch // batches[i]
+    if x.wide:
+        return Matrix(start, tl.cast(x.strides.row, tl.int64), tl.cast(x.strides.col, tl.int64), rows)
+    else:
+        return Matrix(start, x.strides.row, x.strides.col, rows)
+
+
+@triton.jit
+def pointers(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr):
+    """[N, WIDTH] addresses: rows from `first`, columns from BEGIN."""
+    # the offsets within a tile are one value, the same in every step of a loop
+    offsets = tl.arange(0, N)[:, None] * x.row + (BEGIN + tl.arange(0, WIDTH))[None, :] * x.col
+    return x.ptr + tl.cast(first, tl.int64) * x.row + offsets
+
+
+@triton.jit
+def inside(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """[N, WIDTH]: which of the `pointers` lie in a matrix of SIZE columns."""
+    rows, cols = first + tl.arange(0, N), BEGIN + tl.arange(0, WIDTH)
+    return (rows[:, None] < x.rows) & (cols[None, :] < SIZE)
+
+
+@triton.jit
+def load_part(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHECK: tl.constexpr):
+    ptrs = pointers(x, first, N, BEGIN, WIDTH)
+    if CHECK:
+        return tl.load(ptrs, mask=inside(x, first, N, BEGIN, WIDTH, SIZE), other=0.0)
+    elif BEGIN + WIDTH > SIZE:
+        return tl.load(ptrs, mask=(BEGIN + tl.arange(0, WIDTH))[None, :] < SIZE, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def load_tile(x, first, N: tl.constexpr, SIZE: tl.constexpr, CHECK: tl.constexpr):
+    """N rows from `first`, in parts. What lies outside reads as zero; rows are tested only if CHECK."""
+    MAIN: tl.constexpr = main_width(SIZE)
+    if in_two(SIZE):
+        return load_part(x, first, N, 0, MAIN, SIZE, CHECK), load_part(x, first, N, MAIN, tail_width(SIZE), SIZE, CHECK)
+    else:
+        return (load_part(x, first, N, 0, MAIN, SIZE, CHECK),)
+
+
+@triton.jit
+def store_tile(x, first, tile, N: tl.constexpr, SIZE: tl.constexpr):
+    """Write the parts of a tile, as far as they lie inside."""
+    MAIN: tl.constexpr = main_width(SIZE)
+    dtype = x.ptr.dtype.element_ty
+    tl.store(pointers(x, first, N, 0, MAIN), tile[0].to(dtype), mask=inside(x, first, N, 0, MAIN, SIZE))
+    if in_two(SIZE):
+        TAIL: tl.constexpr = tail_width(SIZE)
+        tl.store(pointers(x, first, N, MAIN, TAIL), tile[1].to(dtype), mask=inside(x, first, N, MAIN, TAIL, SIZE))
+
+
+@triton.jit
+def load_rows(x, first, N: tl.constexpr, OTHER: tl.constexpr):
+    """[N] entries of a one-column matrix (a statistic of each row); OTHER past its end."""
+    ptrs = x.ptr + tl.cast(first, tl.int64) * x.row + tl.arange(0, N) * x.row
+    return tl.load(ptrs, mask=first + tl.arange(0, N) < x.rows, other=OTHER)
+
+
+@triton.jit
+def store_rows(x, first, values, N: tl.constexpr):
+    ptrs = x.ptr + tl.cast(first, tl.int64) * x.row + tl.arange(0, N) * x.row
+    tl.store(ptrs, values, mask=first + tl.arange(0, N) < x.rows)
+
+
+@triton.jit
+def zeros(N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
+    """A tile of sums, in parts."""
+    if in_two(SIZE):
+        return tl.zeros([N, main_width(SIZE)], ACC), tl.zeros([N, tail_width(SIZE)], ACC)
+    else:
+        return (tl.zeros([N, main_width(SIZE)], ACC),)
+
+
+@triton.jit
+def scaled(tile, factor):
+    """Every part of a tile, times `factor` (a number, or [N, 1])."""
+    if len(tile) == 2:
+        return tile[0] * factor, tile[1] * factor
+    else:
+        return (tile[0] * factor,)
+
+
+@triton.jit
+def inner(a, b, static):
+    """A B^T, [M, N]: the dot products of the rows of two tiles."""
+    product = tl.dot(a[0], b[0].T, input_precision=static.PRECISION, out_dtype=static.ACC)
+    if len(a) == 2:
+        product = tl.dot(a[1], b[1].T, product, input_precision=static.PRECISION, out_dtype=static.ACC)
+    return product
+
+
+@triton.jit
+def accumulate(acc, p, x, s, static, CAREFUL: tl.constexpr):
+    """acc + P X, part by part. P is 0 where the score in S is -inf; if CAREFUL, so is 0 * inf, which else is nan."""
+    if len(x) == 2:
+        return add_product(acc[0], p, x[0], s, static, CAREFUL), add_product(acc[1], p, x[1], s, static, CAREFUL)
+    else:
+        return (add_product(acc[0], p, x[0], s, static, CAREFUL),)
+
+
+@triton.jit
+def add_product(acc, p, x, s, static, CAREFUL: tl.constexpr):
+    if CAREFUL:
+        seen = (s != float("-inf")).to(x.dtype)
+        up = ((x == float("inf")) | (x != x)).to(x.dtype)
+        down = ((x == float("-inf")) | (x != x)).to(x.dtype)
+        acc += tl.where(tl.dot(seen, up, out_dtype=static.ACC) > 0, float("inf"), 0.0)
+        acc -= tl.where(tl.dot(seen, down, out_dtype=static.ACC) > 0, float("inf"), 0.0)
+        x = tl.where(x - x == 0, x, 0.0)
+    return tl.dot(p.to(x.dtype), x, acc, input_precision=static.PRECISION, out_dtype=static.ACC)
+
+
+@triton.jit
+def has_nan(tile):
+    """Whether any part holds a nan."""
+    found = tl.max(tl.max((tile[0] != tile[0]).to(tl.int32), 1), 0)
+    if len(tile) == 2:
+        found |= tl.max(tl.max((tile[1] != tile[1]).to(tl.int32), 1), 0)
+    return found != 0

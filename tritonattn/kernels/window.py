@@ -1,0 +1,66 @@
+"""Who sees whom. Every mask here is a window of diagonals: -left <= key - query <= right.
+
+        full            causal          sliding
+     left right None    right 0         left 1, right 0
+      k 0 1 2 3         k 0 1 2 3       k 0 1 2 3
+    q 0 x x x x       q 0 x . . .     q 0 x . . .
+      1 x x x x         1 x x . .       1 x x . .
+      2 x x x x         2 x x x .       2 . x x .
+      3 x x x x         3 x x x x       3 . . x x
+
+A side that is None is unbounded, and no code is compiled for it. Query i stands at position
+i + shift among the keys. Seen from the keys the window is mirrored and the shift is negative.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Window(NamedTuple):
+    left: int | None = None
+    right: int | None = None
+
+
+def mirror(window):
+    """The same pairs, seen from the keys."""
+    return Window(window.right, window.left)
+
+
+@triton.jit
+def spans(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """What rows at positions [first, first + ROWS) see of n columns, in tiles of COLS:
+
+        start .. edge .. inner .. seen whole by every row .. outer .. edge .. stop
+
+    Tiles between inner and outer need no mask at all; what lies outside start and stop nobody sees.
+    """
+    last = first + ROWS - 1
+    start, inner = 0, 0
+    stop, outer = n, n // COLS * COLS
+    if window.left is not None:
+        start = tl.maximum(first - window.left, 0) // COLS * COLS
+        inner = tl.cdiv(tl.maximum(last - window.left, 0), COLS) * COLS
+    if window.right is not None:
+        stop = tl.minimum(stop, tl.maximum(last + window.right + 1, 0))
+        outer = tl.minimum(outer, tl.maximum(first + window.right + 1, 0) // COLS * COLS)
+    inner = tl.minimum(inner, tl.cdiv(stop, COLS) * COLS)
+    return start, inner, tl.maximum(outer, inner), stop
+
+
+@triton.constexpr_function
+def stretch_exists(part, left, right):
+    """Whether the left edge (0), the full stretch (1) or the right edge (2) of `spans` can hold a tile."""
+    return (left, True, right)[part]
+
+
+@triton.jit
+def visible(window, rows, cols, n):
+    """[rows, cols] booleans: which of n columns each row sees."""
+    seen = (cols < n)[None, :]
+    if window.left is not None:
+        seen = seen & (cols[None, :] >= rows[:, None] - window.left)
+    if window.right is not None:
+        seen = seen & (cols[None, :] <= rows[:, None] + window.right)
+    return seen

@@ -1,0 +1,88 @@
+"""What is asked: shapes, dtype and variant of one attention call, without its tensors.
+
+    q [*batch, heads, n_q, d]   k [*batch, kv_heads, n_k, d]   v [*batch, kv_heads, n_k, dv]
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+Window = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A hashable description of one call. Query i sees key j if -left <= j - (i + shift) <= right."""
+
+    batch: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    n_q: int
+    n_k: int
+    d: int
+    dv: int
+    dtype: torch.dtype
+    window: Window = (None, None)
+    shift: int = 0
+
+    @staticmethod
+    def of(q, k, v, window: Window = (None, None), bottom_right: bool = False) -> "Problem":
+        """The problem that these tensors pose; a side of the window that excludes nothing is dropped."""
+        n_q, n_k = q.shape[-2], k.shape[-2]
+        shift = n_k - n_q if bottom_right else 0
+        left, right = window
+        # the first key is n_q - 1 + shift before the last query, the last key n_k - 1 - shift after the first
+        left = None if left is None or left >= n_q - 1 + shift else left
+        right = None if right is None or right >= n_k - 1 - shift else right
+        return Problem(tuple(q.shape[:-3]), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
+                       (left, right), shift)
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def mask(self) -> str:
+        """The class of the mask: full, causal or window."""
+        return {(True, True): "full", (True, False): "causal"}.get((self.window[0] is None, self.window[1] is None), "window")
+
+    def pairs(self) -> int:
+        """How many (query, key) pairs of one head see each other."""
+        left, right = self.window
+
+        def keys_up_to(reach):
+            """sum over queries i of clamp(i + shift + reach + 1, 0, n_k)"""
+            low, high = self.shift + reach + 1, self.shift + reach + self.n_q
+            low_cut, high_cut = min(max(low, 0), self.n_k), min(max(high, 0), self.n_k)
+            rising = (low_cut + high_cut) * (high_cut - low_cut + 1) // 2
+            before = low_cut * max(min(low_cut, high) - low, 0)
+            after = self.n_k * max(high - max(high_cut, low), 0)
+            return rising + before + after if self.n_q else 0
+
+        seen = self.n_q * self.n_k if right is None else keys_up_to(right)
+        return seen if left is None else seen - keys_up_to(-left - 1)
+
+    def flops(self, direction: str = "forward") -> int:
+        """Floating-point operations of the pairs that see each other. Backward is five products to forward's two."""
+        per_pair = {"forward": self.d + self.dv, "backward": 3 * self.d + 2 * self.dv}[direction]
+        return 2 * math.prod(self.batch) * self.heads * self.pairs() * per_pair
+
+    def tensors(self, device="cpu", seed: int = 0):
+        """Random normal q, k, v of this problem; on device "meta" they have no data."""
+        rng = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
+
+        def draw(heads, n, width):
+            return torch.randn(*self.batch, heads, n, width, dtype=self.dtype, device=device, generator=rng)
+
+        return draw(self.heads, self.n_q, self.d), draw(self.kv_heads, self.n_k, self.d), draw(self.kv_heads, self.n_k, self.dv)
+
+    def __str__(self):
+        def pair(a, b):
+            return f"{a}" if a == b else f"{a}/{b}"
+
+        sizes = (*self.batch, pair(self.heads, self.kv_heads), pair(self.n_q, self.n_k), pair(self.d, self.dv))
+        window = "" if self.mask != "window" else f"{self.window[0]},{self.window[1]}"
+        shift = f" shift {self.shift}" if self.shift and self.mask != "full" else ""
+        return f"{'x'.join(map(str, sizes))} {str(self.dtype).removeprefix('torch.')} {self.mask}{window}{shift}"
