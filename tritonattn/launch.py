@@ -74,7 +74,7 @@ def dkdv_call(problem: Problem, config: Config, scale: float, q, k, v, do, dk, d
     """`dk` or `dv` may be None: it is then not computed. `delta` is needed only for dk."""
     views = Views(problem, config, q, k, v, do, dk, dv, lse, delta)
     static = _static(problem, config, problem.n_q % config.block_m != 0)
-    static = static._replace(WANT_DK=tl.constexpr(dk is not None), WANT_DV=tl.constexpr(dv is not None))
+    static = static._replace(OUT=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
     programs = _programs(problem, problem.kv_heads, problem.n_k, config.block_n)
     scoring = _scoring(scale, mirror(Window(*problem.window)))
     return Call(backward.dkdv_kernel, programs, (*views.tensors, views.shape, scoring, static), config)

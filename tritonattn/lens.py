@@ -18,7 +18,7 @@ from .config import Config
 from .gpu import Gpu
 from .problem import Problem
 
-TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|QGMMA|IMMA|DMMA)\b")
+EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
 SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
@@ -69,14 +69,18 @@ def compile(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: b
 
 
 def tile_loops(sass: str) -> list[str]:
-    """The innermost loops of a disassembly that use tensor cores, as text."""
+    """The loops over tiles in a disassembly, as text: the innermost ones with the most exponentials.
+
+    A careful loop (kernels/window.py) takes smaller steps, so fewer; it hardly ever runs, and is left out.
+    """
     lines = sass.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
     jumps = [(labels.get(match[1]), i) for i, line in enumerate(lines) if (match := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line))]
     loops = [(start, end) for start, end in jumps if start is not None and start < end]
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     texts = ["\n".join(lines[start:end + 1]) for start, end in innermost]
-    return [text for text in texts if TENSOR_CORE.search(text)]
+    most = max((len(EXPONENTIAL.findall(text)) for text in texts), default=0)
+    return [text for text in texts if most and len(EXPONENTIAL.findall(text)) == most]
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .forward import Keys
+from .forward import Keys, keys_of
 from .scores import LOG2E, gradient_scale, scores
-from .tile import (Matrix, accumulate, has_nan, inner, load_rows, load_tile, matrix, program, scaled, stages_of, step_of, store_rows, store_tile,
+from .tile import (Matrix, accumulate, has_nan, inner, load_rows, load_tile, matrix, program, scaled, store_rows, store_tile,
                    zeros)
-from .window import spans, stretch_exists
+from .window import CARE, exists, mode_of, spans, stages_of, step_of
 
 
 class Queries(NamedTuple):
@@ -51,19 +51,19 @@ def load_queries(queries, first, M: tl.constexpr, static, CHECK: tl.constexpr):
 
 
 @triton.jit
-def weights(s, lse, unit, EDGE: tl.constexpr):
+def weights(s, lse, unit, MODE: tl.constexpr):
     """P, rebuilt; 0 for unseen pairs, even where the row's log-sum-exp is nan."""
     p = tl.exp2(s * unit - lse)
-    if EDGE:
+    if MODE != "full":
         p = tl.where(s == float("-inf"), 0.0, p)
     return p
 
 
 @triton.jit
-def score_gradient(s, p, dp, delta, EDGE: tl.constexpr):
+def score_gradient(s, p, dp, delta, MODE: tl.constexpr):
     """dS = P * (dP - delta); 0 for unseen pairs, even where dP is not finite."""
     ds = p * (dp - delta)
-    if EDGE:
+    if MODE != "full":
         ds = tl.where(s == float("-inf"), 0.0, ds)
     return ds
 
@@ -95,17 +95,17 @@ def delta_kernel(o, residual, do, dlse, delta, shape, static):
 
 
 @triton.jit
-def gather_dq(dq, queries, keys, rows, start, stop, scoring, static, EDGE: tl.constexpr, CAREFUL: tl.constexpr):
+def gather_dq(dq, queries, keys, rows, start, stop, scoring, static, MODE: tl.constexpr):
     """Add to dq [M, D] what the keys [start, stop) give; `queries` is a tile, `keys` are matrices."""
-    N: tl.constexpr = step_of(static.BLOCK_N, CAREFUL)
-    CHECK: tl.constexpr = EDGE and static.RAGGED
-    for first in tl.range(start, stop, N, num_stages=stages_of(CAREFUL)):
+    N: tl.constexpr = step_of(static.BLOCK_N, MODE)
+    CHECK: tl.constexpr = static.RAGGED and MODE != "full"
+    for first in tl.range(start, stop, N, num_stages=stages_of(MODE)):
         k = load_tile(keys.k, first, N, static.D, CHECK)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
-        s = scores(queries.q, k, rows, first + tl.arange(0, N), keys.k.rows, scoring, static, EDGE)
-        p = weights(s, queries.lse[:, None], scoring.unit, EDGE)
-        ds = score_gradient(s, p, inner(queries.do, v, static), queries.delta[:, None], EDGE)
-        dq = accumulate(dq, ds, k, s, static, CAREFUL)
+        s = scores(queries.q, k, rows, first + tl.arange(0, N), keys.k.rows, scoring, static, MODE)
+        p = weights(s, queries.lse[:, None], scoring.unit, MODE)
+        ds = score_gradient(s, p, inner(queries.do, v, static), queries.delta[:, None], MODE)
+        dq = accumulate(dq, ds, k, s, static, MODE)
     return dq
 
 
@@ -114,42 +114,47 @@ def dq_kernel(q, k, v, do, dq, lse, delta, shape, scoring, static):
     M: tl.constexpr = static.BLOCK_M
     window = scoring.window
     first, head, batch = program(shape.heads, shape.n_q, M, window.right is not None)
-    keys = Keys(
-        matrix(k, shape.batches, batch, head // static.GROUP, shape.n_k),
-        matrix(v, shape.batches, batch, head // static.GROUP, shape.n_k),
-    )
-    queries = load_queries(queries_of(q, do, lse, delta, shape, batch, head), first, M, static, True)
-    rows = first + shape.shift + tl.arange(0, M)
+    dq = matrix(dq, shape.batches, batch, head, shape.n_q)
+    queries = queries_of(q, do, lse, delta, shape, batch, head)
+    keys = keys_of(k, v, shape, batch, head // static.GROUP)
     bounds = spans(window, first + shape.shift, shape.n_k, M, static.BLOCK_N)
+
+    tile = load_queries(queries, first, M, static, True)
+    rows = first + shape.shift + tl.arange(0, M)
     acc = zeros(M, static.D, static.ACC)
     for part in tl.static_range(3):
-        if stretch_exists(part, window.left is not None, window.right is not None or static.RAGGED):
-            acc = gather_dq(acc, queries, keys, rows, bounds[part], bounds[part + 1], scoring, static, part != 1,
-                            False)
+        if exists(part, window.left is not None, window.right is not None or static.RAGGED):
+            acc = gather_dq(acc, tile, keys, rows, bounds[part], bounds[part + 1], scoring, static, mode_of(part))
+    careful = False
     if window.left is not None or window.right is not None:
-        if has_nan(acc):
-            acc = gather_dq(zeros(M, static.D, static.ACC), queries, keys, rows, bounds[0], bounds[3], scoring, static,
-                            True, True)
-    store_tile(matrix(dq, shape.batches, batch, head, shape.n_q), first, scaled(acc, gradient_scale(scoring)), M, static.D)
+        careful = has_nan(acc)
+    if careful:
+        for some in tl.range(first, first + M, CARE, num_stages=1):
+            tile_some = load_queries(queries, some, CARE, static, True)
+            rows_some = some + shape.shift + tl.arange(0, CARE)
+            again = zeros(CARE, static.D, static.ACC)
+            again = gather_dq(again, tile_some, keys, rows_some, bounds[0], bounds[3], scoring, static, "careful")
+            store_tile(dq, some, scaled(again, gradient_scale(scoring)), CARE, static.D)
+    else:
+        store_tile(dq, first, scaled(acc, gradient_scale(scoring)), M, static.D)
 
 
 @triton.jit
-def gather_dkdv(dk, dv, keys, queries, cols, start, stop, scoring, static, EDGE: tl.constexpr,
-                CAREFUL: tl.constexpr):
+def gather_dkdv(dk, dv, keys, queries, cols, start, stop, scoring, static, MODE: tl.constexpr):
     """Add to dk [N, D] and dv [N, DV] what the queries [start, stop) give; `keys` is a tile, `queries` are matrices.
 
     Scores are taken transposed, [N, M], so that P and dS meet dO and Q as they lie in registers.
     """
-    M: tl.constexpr = step_of(static.BLOCK_M, CAREFUL)
-    for first in tl.range(start, stop, M, num_stages=stages_of(CAREFUL)):
-        tile = load_queries(queries, first, M, static, EDGE and static.RAGGED)
-        s = scores(keys.k, tile.q, cols, first + tl.arange(0, M), queries.q.rows, scoring, static, EDGE)
-        p = weights(s, tile.lse[None, :], scoring.unit, EDGE)
-        if static.WANT_DV:
-            dv = accumulate(dv, p, tile.do, s, static, CAREFUL)
-        if static.WANT_DK:
-            ds = score_gradient(s, p, inner(keys.v, tile.do, static), tile.delta[None, :], EDGE)
-            dk = accumulate(dk, ds, tile.q, s, static, CAREFUL)
+    M: tl.constexpr = step_of(static.BLOCK_M, MODE)
+    for first in tl.range(start, stop, M, num_stages=stages_of(MODE)):
+        tile = load_queries(queries, first, M, static, static.RAGGED and MODE != "full")
+        s = scores(keys.k, tile.q, cols, first + tl.arange(0, M), queries.q.rows, scoring, static, MODE)
+        p = weights(s, tile.lse[None, :], scoring.unit, MODE)
+        if static.OUT != "dk":
+            dv = accumulate(dv, p, tile.do, s, static, MODE)
+        if static.OUT != "dv":
+            ds = score_gradient(s, p, inner(keys.v, tile.do, static), tile.delta[None, :], MODE)
+            dk = accumulate(dk, ds, tile.q, s, static, MODE)
     return dk, dv
 
 
@@ -158,10 +163,18 @@ def gather_head(dk, dv, keys, queries, cols, bounds, scoring, static):
     """Add what one query head gives."""
     window = scoring.window
     for part in tl.static_range(3):
-        if stretch_exists(part, window.left is not None, window.right is not None or static.RAGGED):
-            dk, dv = gather_dkdv(dk, dv, keys, queries, cols, bounds[part], bounds[part + 1], scoring, static,
-                                 part != 1, False)
+        if exists(part, window.left is not None, window.right is not None or static.RAGGED):
+            dk, dv = gather_dkdv(dk, dv, keys, queries, cols, bounds[part], bounds[part + 1], scoring, static, mode_of(part))
     return dk, dv
+
+
+@triton.jit
+def write_dkdv(dk, dv, dk_tile, dv_tile, first, N: tl.constexpr, scoring, static):
+    """Store the gradients that were asked for."""
+    if static.OUT != "dv":
+        store_tile(dk, first, scaled(dk_tile, gradient_scale(scoring)), N, static.D)
+    if static.OUT != "dk":
+        store_tile(dv, first, dv_tile, N, static.DV)
 
 
 @triton.jit
@@ -170,30 +183,36 @@ def dkdv_kernel(q, k, v, do, dk, dv, lse, delta, shape, scoring, static):
     N: tl.constexpr = static.BLOCK_N
     window = scoring.window
     first, head, batch = program(shape.heads // static.GROUP, shape.n_k, N, window.right is not None)
-    keys = Keys(
-        load_tile(matrix(k, shape.batches, batch, head, shape.n_k), first, N, static.D, True),
-        load_tile(matrix(v, shape.batches, batch, head, shape.n_k), first, N, static.DV, True),
-    )
-    cols = first - shape.shift + tl.arange(0, N)
+    if static.OUT != "dv":
+        dk = matrix(dk, shape.batches, batch, head, shape.n_k)
+    if static.OUT != "dk":
+        dv = matrix(dv, shape.batches, batch, head, shape.n_k)
+    k, v = keys_of(k, v, shape, batch, head)
     bounds = spans(window, first - shape.shift, shape.n_q, N, static.BLOCK_M)
-    dk_acc, dv_acc = zeros(N, static.D, static.ACC), zeros(N, static.DV, static.ACC)
+
+    keys = Keys(load_tile(k, first, N, static.D, True), load_tile(v, first, N, static.DV, True))
+    cols = first - shape.shift + tl.arange(0, N)
+    dk_tile, dv_tile = zeros(N, static.D, static.ACC), zeros(N, static.DV, static.ACC)
     if static.GROUP == 1:
         # a loop of one step would cost registers
         queries = queries_of(q, do, lse, delta, shape, batch, head)
-        dk_acc, dv_acc = gather_head(dk_acc, dv_acc, keys, queries, cols, bounds, scoring, static)
+        dk_tile, dv_tile = gather_head(dk_tile, dv_tile, keys, queries, cols, bounds, scoring, static)
     else:
         for member in tl.range(0, static.GROUP):
             queries = queries_of(q, do, lse, delta, shape, batch, head * static.GROUP + member)
-            dk_acc, dv_acc = gather_head(dk_acc, dv_acc, keys, queries, cols, bounds, scoring, static)
+            dk_tile, dv_tile = gather_head(dk_tile, dv_tile, keys, queries, cols, bounds, scoring, static)
+    careful = False
     if window.left is not None or window.right is not None:
-        if has_nan(dk_acc) or has_nan(dv_acc):
-            dk_acc, dv_acc = zeros(N, static.D, static.ACC), zeros(N, static.DV, static.ACC)
+        careful = has_nan(dk_tile) or has_nan(dv_tile)
+    if careful:
+        for some in tl.range(first, first + N, CARE, num_stages=1):
+            keys_some = Keys(load_tile(k, some, CARE, static.D, True), load_tile(v, some, CARE, static.DV, True))
+            cols_some = some - shape.shift + tl.arange(0, CARE)
+            dk_some, dv_some = zeros(CARE, static.D, static.ACC), zeros(CARE, static.DV, static.ACC)
             for member in tl.range(0, static.GROUP):
                 queries = queries_of(q, do, lse, delta, shape, batch, head * static.GROUP + member)
-                dk_acc, dv_acc = gather_dkdv(dk_acc, dv_acc, keys, queries, cols, bounds[0], bounds[3], scoring, static,
-                                             True, True)
-    if static.WANT_DK:
-        dk_acc = scaled(dk_acc, gradient_scale(scoring))
-        store_tile(matrix(dk, shape.batches, batch, head, shape.n_k), first, dk_acc, N, static.D)
-    if static.WANT_DV:
-        store_tile(matrix(dv, shape.batches, batch, head, shape.n_k), first, dv_acc, N, static.DV)
+                dk_some, dv_some = gather_dkdv(dk_some, dv_some, keys_some, queries, cols_some, bounds[0], bounds[3],
+                                               scoring, static, "careful")
+            write_dkdv(dk, dv, dk_some, dv_some, some, CARE, scoring, static)
+    else:
+        write_dkdv(dk, dv, dk_tile, dv_tile, first, N, scoring, static)

@@ -21,7 +21,7 @@ class Scoring(NamedTuple):
 
 
 @triton.jit
-def scores(a, b, rows, cols, n, scoring, static, EDGE: tl.constexpr):
+def scores(a, b, rows, cols, n, scoring, static, MODE: tl.constexpr):
     """S of two tiles, [rows, cols], still to be multiplied by scoring.unit; -inf where a row does not see a column.
 
     Symmetric: queries against n keys, or, with the window mirrored, keys against n queries.
@@ -29,7 +29,7 @@ def scores(a, b, rows, cols, n, scoring, static, EDGE: tl.constexpr):
     s = inner(a, b, static)
     if scoring.sign is not None:
         s = s * scoring.sign
-    if EDGE:
+    if MODE != "full":
         s = tl.where(visible(scoring.window, rows, cols, n), s, float("-inf"))
     return s
 

@@ -19,14 +19,13 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def softmax_start(static):
-    M: tl.constexpr = static.BLOCK_M
+def softmax_start(M: tl.constexpr, static):
     nothing = tl.zeros([M], static.ACC)
     return Softmax(tl.full([M], float("-inf"), static.ACC), nothing, nothing, zeros(M, static.DV, static.ACC))
 
 
 @triton.jit
-def softmax_step(state, s, v, unit, static, PRECISE: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr):
+def softmax_step(state, s, v, unit, static, PRECISE: tl.constexpr, MODE: tl.constexpr):
     """Take in scores s [M, N] of the next N keys and their values v [N, DV]; x = unit s.
 
         m'   = max(m, max_j x_j)          alpha = 2^(m - m')
@@ -35,7 +34,7 @@ def softmax_step(state, s, v, unit, static, PRECISE: tl.constexpr, EDGE: tl.cons
     """
     m = tl.maximum(state.m, tl.max(s, 1) * unit)
     pivot = m
-    if EDGE:
+    if MODE != "full":
         # a row may have seen nothing yet: keep -inf - (-inf) away
         pivot = tl.where(m == float("-inf"), 0.0, m)
     alpha = tl.exp2(state.m - pivot)
@@ -44,7 +43,7 @@ def softmax_step(state, s, v, unit, static, PRECISE: tl.constexpr, EDGE: tl.cons
     w = l
     if PRECISE:
         w = state.w * alpha + tl.sum(p.to(v[0].dtype).to(static.ACC), 1)
-    acc = accumulate(scaled(state.acc, alpha[:, None]), p, v, s, static, CAREFUL)
+    acc = accumulate(scaled(state.acc, alpha[:, None]), p, v, s, static, MODE)
     return Softmax(m, l, w, acc)
 
 

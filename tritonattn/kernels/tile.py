@@ -60,8 +60,7 @@ class Static(NamedTuple):
     RAGGED: tl.constexpr                           # the last tile of the loop is not whole
     ACC: tl.constexpr                              # dtype of sums
     PRECISION: tl.constexpr                        # of float32 products: "ieee" or "tf32"
-    WANT_DK: tl.constexpr = tl.constexpr(True)
-    WANT_DV: tl.constexpr = tl.constexpr(True)
+    OUT: tl.constexpr = tl.constexpr("both")       # the gradients asked for of a tile of keys: "both", "dk" or "dv"
 
 
 @triton.constexpr_function
@@ -82,17 +81,6 @@ def tail_width(size):
 def in_two(size):
     """Whether a head of this size is held in two parts."""
     return main_width(size) < size
-
-
-@triton.constexpr_function
-def step_of(block, careful):
-    """Rows per step of a loop. The careful loops are rare: they take small steps and no room."""
-    return 16 if careful else block
-
-
-@triton.constexpr_function
-def stages_of(careful):
-    return 1 if careful else None
 
 
 @triton.jit
@@ -207,17 +195,17 @@ def inner(a, b, static):
 
 
 @triton.jit
-def accumulate(acc, p, x, s, static, CAREFUL: tl.constexpr):
-    """acc + P X, part by part. P is 0 where the score in S is -inf; if CAREFUL, so is 0 * inf, which else is nan."""
+def accumulate(acc, p, x, s, static, MODE: tl.constexpr):
+    """acc + P X, part by part. P is 0 where the score in S is -inf; in a careful loop so is 0 * inf, which else is nan."""
     if len(x) == 2:
-        return add_product(acc[0], p, x[0], s, static, CAREFUL), add_product(acc[1], p, x[1], s, static, CAREFUL)
+        return add_product(acc[0], p, x[0], s, static, MODE), add_product(acc[1], p, x[1], s, static, MODE)
     else:
-        return (add_product(acc[0], p, x[0], s, static, CAREFUL),)
+        return (add_product(acc[0], p, x[0], s, static, MODE),)
 
 
 @triton.jit
-def add_product(acc, p, x, s, static, CAREFUL: tl.constexpr):
-    if CAREFUL:
+def add_product(acc, p, x, s, static, MODE: tl.constexpr):
+    if MODE == "careful":
         seen = (s != float("-inf")).to(x.dtype)
         up = ((x == float("inf")) | (x != x)).to(x.dtype)
         down = ((x == float("-inf")) | (x != x)).to(x.dtype)
@@ -234,3 +222,12 @@ def has_nan(tile):
     if len(tile) == 2:
         found |= tl.max(tl.max((tile[1] != tile[1]).to(tl.int32), 1), 0)
     return found != 0
+
+
+@triton.jit
+def rounding(tile, dtype: tl.constexpr):
+    """What each part of a tile loses when it is stored as dtype."""
+    if len(tile) == 2:
+        return tile[0] - tile[0].to(dtype).to(tile[0].dtype), tile[1] - tile[1].to(dtype).to(tile[1].dtype)
+    else:
+        return (tile[0] - tile[0].to(dtype).to(tile[0].dtype),)

@@ -10,12 +10,19 @@
 
 A side that is None is unbounded, and no code is compiled for it. Query i stands at position
 i + shift among the keys. Seen from the keys the window is mirrored and the shift is negative.
+
+A stretch of tiles is walked in one of three modes: "full" has no mask, "edge" has one. Should a nan come out,
+perhaps it is 0 * inf of a pair that does not see each other: "careful" does the tile once more, CARE rows at a
+time, so that the rare case takes neither registers nor shared memory from the others.
 """
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+
+CARE = tl.constexpr(16)
 
 
 class Window(NamedTuple):
@@ -50,9 +57,26 @@ def spans(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.constexpr_function
-def stretch_exists(part, left, right):
-    """Whether the left edge (0), the full stretch (1) or the right edge (2) of `spans` can hold a tile."""
+def mode_of(part):
+    """How the tiles of the left edge (0), the full stretch (1) and the right edge (2) of `spans` are walked."""
+    return ("edge", "full", "edge")[part]
+
+
+@triton.constexpr_function
+def exists(part, left, right):
+    """Whether a stretch can hold a tile, given which edges there are."""
     return (left, True, right)[part]
+
+
+@triton.constexpr_function
+def step_of(block, mode):
+    """Rows per step of a loop."""
+    return CARE if mode == "careful" else block
+
+
+@triton.constexpr_function
+def stages_of(mode):
+    return 1 if mode == "careful" else None
 
 
 @triton.jit
