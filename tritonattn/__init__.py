@@ -4,6 +4,6 @@ from . import config, reference
 from .attention import attention, scaled_dot_product_attention
 from .config import Config
 from .problem import Problem
+from .version import VERSION as __version__
 
-__version__ = "0.1.0"
 __all__ = ["Config", "Problem", "attention", "config", "reference", "scaled_dot_product_attention"]

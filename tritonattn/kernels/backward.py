@@ -15,8 +15,8 @@ import triton.language as tl
 
 from .forward import Keys, keys_of
 from .scores import LOG2E, gradient_scale, scores
-from .tile import (Matrix, accumulate, has_nan, inner, load_rows, load_tile, matrix, program, scaled, store_rows, store_tile,
-                   zeros)
+from .tile import (Matrix, accumulate, inner, load_rows, load_tile, matrix, program, scaled, store_rows, store_tile,
+                   stored_nan, zeros)
 from .window import CARE, exists, mode_of, spans, stages_of, step_of
 
 
@@ -125,18 +125,15 @@ def dq_kernel(q, k, v, do, dq, lse, delta, shape, scoring, static):
     for part in tl.static_range(3):
         if exists(part, window.left is not None, window.right is not None or static.RAGGED):
             acc = gather_dq(acc, tile, keys, rows, bounds[part], bounds[part + 1], scoring, static, mode_of(part))
-    careful = False
+    store_tile(dq, first, scaled(acc, gradient_scale(scoring)), M, static.D)
     if window.left is not None or window.right is not None:
-        careful = has_nan(acc)
-    if careful:
-        for some in tl.range(first, first + M, CARE, num_stages=1):
-            tile_some = load_queries(queries, some, CARE, static, True)
-            rows_some = some + shape.shift + tl.arange(0, CARE)
-            again = zeros(CARE, static.D, static.ACC)
-            again = gather_dq(again, tile_some, keys, rows_some, bounds[0], bounds[3], scoring, static, "careful")
-            store_tile(dq, some, scaled(again, gradient_scale(scoring)), CARE, static.D)
-    else:
-        store_tile(dq, first, scaled(acc, gradient_scale(scoring)), M, static.D)
+        if stored_nan(dq, first, M, static.D, static.ACC):
+            for some in tl.range(first, first + M, CARE, num_stages=1):
+                tile_some = load_queries(queries, some, CARE, static, True)
+                rows_some = some + shape.shift + tl.arange(0, CARE)
+                again = zeros(CARE, static.D, static.ACC)
+                again = gather_dq(again, tile_some, keys, rows_some, bounds[0], bounds[3], scoring, static, "careful")
+                store_tile(dq, some, scaled(again, gradient_scale(scoring)), CARE, static.D)
 
 
 @triton.jit
@@ -201,18 +198,25 @@ def dkdv_kernel(q, k, v, do, dk, dv, lse, delta, shape, scoring, static):
         for member in tl.range(0, static.GROUP):
             queries = queries_of(q, do, lse, delta, shape, batch, head * static.GROUP + member)
             dk_tile, dv_tile = gather_head(dk_tile, dv_tile, keys, queries, cols, bounds, scoring, static)
-    careful = False
+    write_dkdv(dk, dv, dk_tile, dv_tile, first, N, scoring, static)
     if window.left is not None or window.right is not None:
-        careful = has_nan(dk_tile) or has_nan(dv_tile)
-    if careful:
-        for some in tl.range(first, first + N, CARE, num_stages=1):
-            keys_some = Keys(load_tile(k, some, CARE, static.D, True), load_tile(v, some, CARE, static.DV, True))
-            cols_some = some - shape.shift + tl.arange(0, CARE)
-            dk_some, dv_some = zeros(CARE, static.D, static.ACC), zeros(CARE, static.DV, static.ACC)
-            for member in tl.range(0, static.GROUP):
-                queries = queries_of(q, do, lse, delta, shape, batch, head * static.GROUP + member)
-                dk_some, dv_some = gather_dkdv(dk_some, dv_some, keys_some, queries, cols_some, bounds[0], bounds[3],
-                                               scoring, static, "careful")
-            write_dkdv(dk, dv, dk_some, dv_some, some, CARE, scoring, static)
-    else:
-        write_dkdv(dk, dv, dk_tile, dv_tile, first, N, scoring, static)
+        careful = False
+        if static.OUT != "dv":
+            careful |= stored_nan(dk, first, N, static.D, static.ACC)
+        if static.OUT != "dk":
+            careful |= stored_nan(dv, first, N, static.DV, static.ACC)
+        if careful:
+            dkdv_with_care(dk, dv, k, v, q, do, lse, delta, first, bounds, head, batch, shape, scoring, static)
+
+
+@triton.jit
+def dkdv_with_care(dk, dv, k, v, q, do, lse, delta, first, bounds, head, batch, shape, scoring, static):
+    """The same once more, CARE keys at a time."""
+    for some in tl.range(first, first + static.BLOCK_N, CARE, num_stages=1):
+        keys = Keys(load_tile(k, some, CARE, static.D, True), load_tile(v, some, CARE, static.DV, True))
+        cols = some - shape.shift + tl.arange(0, CARE)
+        dk_tile, dv_tile = zeros(CARE, static.D, static.ACC), zeros(CARE, static.DV, static.ACC)
+        for member in tl.range(0, static.GROUP):
+            queries = queries_of(q, do, lse, delta, shape, batch, head * static.GROUP + member)
+            dk_tile, dv_tile = gather_dkdv(dk_tile, dv_tile, keys, queries, cols, bounds[0], bounds[3], scoring, static, "careful")
+        write_dkdv(dk, dv, dk_tile, dv_tile, some, CARE, scoring, static)

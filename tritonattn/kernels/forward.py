@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .scores import scores
 from .softmax import softmax_finish, softmax_start, softmax_step
-from .tile import Matrix, has_nan, load_tile, matrix, program, rounding, store_rows, store_tile
+from .tile import Matrix, load_tile, matrix, program, rounding, store_rows, store_tile, stored_nan
 from .window import CARE, exists, mode_of, spans, stages_of, step_of
 
 
@@ -68,15 +68,12 @@ def forward_kernel(q, k, v, o, residual, lse, shape, scoring, static):
     for part in tl.static_range(3):
         if exists(part, window.left is not None, window.right is not None or static.RAGGED):
             state = attend(state, q_tile, keys, rows, bounds[part], bounds[part + 1], scoring, static, PRECISE, mode_of(part))
-    careful = False
+    write(state, o, residual, lse, first, M, static)
     if window.left is not None or window.right is not None:
-        careful = has_nan(state.acc)
-    if careful:
-        for some in tl.range(first, first + M, CARE, num_stages=1):
-            q_some = load_tile(q, some, CARE, static.D, True)
-            rows_some = some + shape.shift + tl.arange(0, CARE)
-            again = softmax_start(CARE, static)
-            again = attend(again, q_some, keys, rows_some, bounds[0], bounds[3], scoring, static, PRECISE, "careful")
-            write(again, o, residual, lse, some, CARE, static)
-    else:
-        write(state, o, residual, lse, first, M, static)
+        if stored_nan(o, first, M, static.DV, static.ACC):
+            for some in tl.range(first, first + M, CARE, num_stages=1):
+                q_some = load_tile(q, some, CARE, static.D, True)
+                rows_some = some + shape.shift + tl.arange(0, CARE)
+                again = softmax_start(CARE, static)
+                again = attend(again, q_some, keys, rows_some, bounds[0], bounds[3], scoring, static, PRECISE, "careful")
+                write(again, o, residual, lse, some, CARE, static)

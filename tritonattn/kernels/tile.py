@@ -216,12 +216,17 @@ def add_product(acc, p, x, s, static, MODE: tl.constexpr):
 
 
 @triton.jit
-def has_nan(tile):
-    """Whether any part holds a nan."""
-    found = tl.max(tl.max((tile[0] != tile[0]).to(tl.int32), 1), 0)
+def stored_nan(x, first, N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
+    """Whether the tile that this program has just stored holds a nan (or infinities of both signs in one row).
+
+    Read back rather than taken from registers: what is asked of a sum there ties its layout, and costs in every loop.
+    """
+    tl.debug_barrier()
+    tile = load_tile(x, first, N, SIZE, True)
+    sums = tl.sum(tile[0].to(ACC), 1)
     if len(tile) == 2:
-        found |= tl.max(tl.max((tile[1] != tile[1]).to(tl.int32), 1), 0)
-    return found != 0
+        sums += tl.sum(tile[1].to(ACC), 1)
+    return tl.max((sums != sums).to(tl.int32), 0) != 0
 
 
 @triton.jit

@@ -1,0 +1,49 @@
+"""Without a GPU, or with TRITON_INTERPRET=1, the kernels run in Triton's interpreter; else they are compiled.
+
+Interpreted, every test runs under the memory guard, and memory that was never written holds nan.
+"""
+
+import os
+
+import torch
+
+COMPILED = torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ
+if not COMPILED:
+    # read when a kernel is defined, so before tritonattn is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+
+DEVICE = torch.device("cuda" if COMPILED else "cpu")
+torch.set_num_threads(1)
+
+if not COMPILED:
+    from tritonattn import interpreter
+
+    from . import guard
+
+    interpreter.mend()
+    guard.install()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not COMPILED:
+            reason = "kernels are interpreted (TRITON_INTERPRET)" if torch.cuda.is_available() else "torch sees no GPU"
+            item.add_marker(pytest.mark.skip(reason=f"needs compiled kernels on a GPU: {reason}"))
+        if "interpreted" in item.keywords and COMPILED:
+            item.add_marker(pytest.mark.skip(reason="needs Triton's interpreter: run with TRITON_INTERPRET=1"))
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """With deterministic algorithms on, torch.empty is filled with nan: what a kernel forgets to write cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

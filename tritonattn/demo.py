@@ -1,0 +1,334 @@
+"""A small language model is trained twice, with torch's attention and with this one, and the two losses agree.
+
+Same start, same text, same batches. Then both attentions are held against float64: this one's error may be LIMIT times
+torch's plus ROUNDING. On a GPU the weights are float32, attention works in bfloat16, and the time per step is measured.
+Without one, a smaller model runs the very same kernels in Triton's interpreter, in float32 throughout, while a second
+process compiles them for the GPUs that are not here and reads what the compiler made of them.
+"""
+
+import copy
+import itertools
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from pydoc_data import topics
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tritonattn
+from tritonattn import config, gpu
+
+LIMIT = 2     # times torch's error: both round, each in its own order
+ROUNDING = 1  # ulp of the largest number: torch may be lucky
+WARM_UP = 10  # steps that are not timed: they compile and allocate
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class InputError(ValueError):
+    """What the user asked for cannot be done; the message says what can."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model and its training."""
+
+    blocks: int
+    heads: int
+    width: int
+    context: int        # characters that the model sees
+    batch: int          # texts per step
+    steps: int
+    rate: float         # of learning
+    dtype: torch.dtype  # that attention works in
+    tolerance: float    # nats per character that the last two losses may differ by
+
+
+ON_CPU = Setup(2, 2, 64, 64, 2, 40, 0.005, torch.float32, 0.001)
+# training magnifies what bfloat16 rounds away, whoever rounds
+ON_GPU = Setup(6, 6, 384, 1024, 8, 300, 0.001, torch.bfloat16, 0.05)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each behind a layer norm and added to what came in."""
+
+    def __init__(self, setup):
+        super().__init__()
+        width, self.heads = setup.width, setup.heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        # no bias: a key's has gradient 0, which leaves nothing to measure rounding by
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, attend):
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(attend(q, k, v).transpose(1, 2).flatten(-2))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class Model(nn.Module):
+    """Texts [batch, n + 1] to nats per character and logits [batch, n, characters]; the attention comes with each call."""
+
+    def __init__(self, setup, characters):
+        super().__init__()
+        self.character, self.position = nn.Embedding(characters, setup.width), nn.Embedding(setup.context, setup.width)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(setup) for _ in range(setup.blocks))
+        self.norm, self.head = nn.LayerNorm(setup.width), nn.Linear(setup.width, characters)
+
+    def forward(self, texts, attend):
+        x = self.character(texts[:, :-1]) + self.position.weight
+        for block in self.blocks:
+            x = block(x, attend)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten()), logits
+
+
+def attentions(dtype):
+    """Causal attention of q, k, v [batch, heads, n, d]: torch's and this one, working in `dtype`, and the definition."""
+    def working_in(dtype, attention, **causal):
+        return lambda q, k, v: attention(q.to(dtype), k.to(dtype), v.to(dtype), **causal).to(q.dtype)
+
+    return {
+        "torch": working_in(dtype, F.scaled_dot_product_attention, is_causal=True),
+        "tritonattn": working_in(dtype, tritonattn.scaled_dot_product_attention, is_causal=True),
+        "float64": working_in(torch.float64, tritonattn.reference.attention, causal=True),
+    }
+
+
+def read_text(path: str | None, least: int) -> str:
+    """At least `least` characters: the file at `path`, or else the documentation that every Python carries."""
+    if path is None:
+        return "\n\n".join(text for _, text in sorted(topics.topics.items()))
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        raise InputError(f"text: expected a file that can be read, got {path!r} ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise InputError(f"text: expected UTF-8, got {byte} of {path!r}") from None
+    if len(text) < least:
+        raise InputError(f"text: expected at least {least} characters, the context and 2, got {len(text)} in {path!r}")
+    return text
+
+
+def encode(text: str):
+    """The number of each character [len(text)], counted from 0, and how many different ones there are."""
+    points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+    characters, numbers = points.unique(return_inverse=True)
+    return numbers, len(characters)
+
+
+def batches(numbers, setup: Setup, seed: int):
+    """Texts [batch, context + 1] from random places, without end."""
+    rng = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(numbers) - setup.context, (setup.batch, 1), generator=rng)
+        yield numbers[starts + torch.arange(setup.context + 1)]
+
+
+def train(models, ways, texts, setup: Setup, device):
+    """Each model with its own attention on the same texts: losses [steps] in nats per character, and marks of time."""
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=setup.rate) for name, model in models.items()}
+    losses, marks, start = {name: [] for name in models}, {name: [] for name in models}, time.monotonic()
+    print(f"\n{'step':>6}{'torch':>16}{'tritonattn':>16}{'difference':>16}   (loss in nats per character)", flush=True)
+    for step, batch in zip(range(1, setup.steps + 1), texts):
+        batch = batch.to(device)
+        for name, model in models.items():
+            marks[name].append(mark(device))
+            optimizers[name].zero_grad()
+            loss, _ = model(batch, ways[name])
+            loss.backward()
+            optimizers[name].step()
+            marks[name].append(mark(device))
+            losses[name].append(loss.detach())
+        shown = step in (1, setup.steps) or step % math.ceil(setup.steps / 8) == 0
+        if shown:
+            theirs, ours = losses["torch"][-1].item(), losses["tritonattn"][-1].item()
+            print(f"{step:>6}{theirs:>16.4f}{ours:>16.4f}{ours - theirs:>16.1e}", flush=True)
+        show_progress(step, setup.steps, time.monotonic() - start, shown)
+    return {name: torch.stack(values).cpu() for name, values in losses.items()}, marks
+
+
+def show_progress(step, steps, seconds, keep):
+    """A bar on stderr that the next line overwrites; where lines cannot be overwritten, only those to keep."""
+    live = sys.stdout.isatty() and sys.stderr.isatty()
+    if step < steps and (live or keep):
+        bar = f"[{'#' * (20 * step // steps):20}] {step} of {steps}, {seconds / step * (steps - step):.0f} s left"
+        print(f"{bar:50}", end="\r" if live else "\n", file=sys.stderr, flush=True)
+
+
+def mark(device):
+    """This point in the GPU's work, to be timed later; None without a GPU."""
+    event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+    if event:
+        event.record()
+    return event
+
+
+def milliseconds(marks) -> float:
+    """The median of the steps after the warm-up, from the marks before and after each."""
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(stop) for start, stop in zip(marks[::2], marks[1::2])]
+    return statistics.median(times[WARM_UP:] or times)
+
+
+def errors(results, ways, dtype):
+    """Of each tensor that `results` of an attention names: torch's and this one's largest difference from float64.
+
+    In ulp of dtype: the step between the numbers as large as the tensor's largest.
+    """
+    theirs, ours, exact = (results(ways[name]) for name in ("torch", "tritonattn", "float64"))
+    found = {}
+    for what, x in exact.items():
+        ulp = torch.finfo(dtype).eps * x.abs().max() + torch.finfo(dtype).tiny
+        found[what] = [((got[what] - x).abs().max() / ulp).item() for got in (theirs, ours)]
+    return found
+
+
+def measure_attention(model, texts, ways, dtype):
+    """Errors of attention alone: its output and gradients on the q, k, v of all blocks of the model."""
+    blocks = []
+
+    def record(*qkv):
+        blocks.append(qkv)
+        return ways["tritonattn"](*qkv)
+
+    def results(attend):
+        o = attend(*leaves)
+        return dict(zip(("output", "dq", "dk", "dv"), (o.detach(), *torch.autograd.grad(o, leaves, do))))
+
+    with torch.no_grad():
+        model(texts, record)
+    # numbers of dtype, held in float64: rounding them on the way into attention loses nothing
+    leaves = [torch.cat(xs).to(dtype).double().requires_grad_() for xs in zip(*blocks)]
+    do = torch.randn_like(leaves[2]).to(dtype).double()
+    return errors(results, ways, dtype)
+
+
+def measure_model(model, texts, ways):
+    """Errors of the whole model: its logits, and of all its parameters' gradients the largest."""
+    def results(attend):
+        used = copy.deepcopy(model).double() if attend is ways["float64"] else model
+        loss, logits = used(texts, attend)
+        return dict(enumerate((logits.detach(), *torch.autograd.grad(loss, list(used.parameters())))))
+
+    logits, *gradients = errors(results, ways, torch.float32).values()
+    return {"logits of the model": logits, "its parameters' gradients": torch.tensor(gradients).amax(0).tolist()}
+
+
+def start_compiling(archs=ARCHS):
+    """A process that prints what the compiler makes of the kernels: in this one they are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", f"from tritonattn import demo; demo.print_compiled({archs})"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish_compiling(process) -> bool:
+    """Wait for it and show its table; of its errors the end, since the compiler prints a whole kernel before it."""
+    print("waiting for the compiler", file=sys.stderr, flush=True)
+    table, errors = process.communicate()
+    print(f"\n{table}", end="")
+    if process.returncode:
+        print(f"compiling ended with exit code {process.returncode}:", *errors.splitlines()[-20:], sep="\n")
+    return process.returncode == 0
+
+
+def print_compiled(archs=ARCHS):
+    """What each kernel takes on GPUs that need not be here: registers per thread, spills, bytes of shared memory."""
+    from tritonattn import lens
+
+    print(f"{'compiled for':18}{'head size':>9}  {'kernel':9}{'tiles':>12}"
+          f"{'registers':>11}{'stack':>7}{'loop spills':>13}{'shared':>9}")
+    for arch, d, kernel in itertools.product(archs, (64, 128), ("forward", "dq", "dkdv")):
+        device = gpu.KNOWN[arch]
+        problem = tritonattn.Problem((4,), 16, 16, 4096, 4096, d, d, torch.bfloat16, (None, 0))
+        got = lens.inspect(kernel, problem, config.rule(kernel, problem, device), device)
+        print(f"{f'{device.name}, {arch}':18}{d:>9}  {kernel:9}{got.config!s:>12}{got.registers:>11}{got.stack:>7}"
+              f"{got.loop_spills:>13}{got.shared_memory:>9}", flush=True)
+
+
+def new_figure(out: str):
+    """Two empty panels of matplotlib; asked for before the work, not after it, as is whether `out` can be written."""
+    if Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK):
+        raise InputError(f"out: expected a file in a folder that can be written to, got {out!r}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(f"matplotlib: expected it installed, to draw the curves, got {error}") from None
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    for axes in figure.subplots(2, 1, sharex=True, height_ratios=(3, 1)):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def draw(figure, losses, out):
+    """Both curves, and below them their difference, as a PNG."""
+    (top, bottom), difference = figure.axes, losses["tritonattn"] - losses["torch"]
+    steps = range(1, len(difference) + 1)
+    top.plot(steps, losses["torch"], color="#f5b971", linewidth=7, label="torch's attention")
+    top.plot(steps, losses["tritonattn"], color="#14213d", linewidth=1.8, linestyle="--", label="tritonattn")
+    top.set_title(f"Same start, same text: the two losses differ by at most {difference.abs().max():.1e} nats", loc="left")
+    top.set_ylabel("loss (nats per character)")
+    top.legend(frameon=False)
+    bottom.plot(steps, difference, color="#14213d", linewidth=1.8)
+    bottom.set(xlabel="step", ylabel="difference\n(nats)")
+    bottom.yaxis.set_major_formatter("{x:.2g}")
+    bottom.locator_params(axis="y", nbins=4)
+    figure.savefig(out, format="png", dpi=200)
+
+
+def faults(losses, measured, setup) -> list[str]:
+    """What does not agree, in words; nan agrees with nothing."""
+    found = [f"{what}: expected an error of at most {LIMIT} x {theirs:.2f} + {ROUNDING} ulp, got {ours:.2f}"
+             for what, (theirs, ours) in measured.items() if not ours <= LIMIT * theirs + ROUNDING]
+    found += [f"{name}: expected finite losses, got {values.tolist()}"
+              for name, values in losses.items() if not values.isfinite().all()]
+    last = (losses["tritonattn"][-1] - losses["torch"][-1]).abs().item()
+    if not last <= setup.tolerance:
+        found.append(f"last losses: expected them within {setup.tolerance} nats of each other, got {last:.1e}")
+    return found
+
+
+def run(text: str | None = None, steps: int | None = None, out: str = "demo.png", device=None) -> int:
+    """Train, measure and draw; 0 if everything agrees, 1 if something does not, which is said."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu"))
+    setup = ON_GPU if device.type == "cuda" else ON_CPU
+    setup = setup if steps is None else replace(setup, steps=steps)
+    if setup.steps < 2:
+        raise InputError(f"steps: expected at least 2, for a curve, got {steps}")
+    figure = new_figure(out)
+    numbers, characters = encode(read_text(text, setup.context + 2))
+    compiling = start_compiling() if device.type == "cpu" else None
+    if compiling:
+        # tensors this small gain nothing from threads, and the compiler wants the other cores
+        torch.set_num_threads(1)
+
+    torch.manual_seed(0)
+    model, ways = Model(setup, characters).to(device), attentions(setup.dtype)
+    models = {"torch": copy.deepcopy(model), "tritonattn": model}
+    print(f"text: {len(numbers)} characters, {characters} of them different\n"
+          f"model: {setup.blocks} blocks, {setup.heads} heads, width {setup.width}; attention in {setup.dtype} on "
+          f"{gpu.of(device).name}; {setup.steps} steps of {setup.batch} x {setup.context} characters")
+    losses, marks = train(models, ways, batches(numbers, setup, seed=0), setup, device)
+    if device.type == "cuda":
+        print("\nmilliseconds per step:", *(f"{name} {milliseconds(marks[name]):.1f} " for name in models))
+
+    fresh = next(batches(numbers, replace(setup, batch=2), seed=1)).to(device)
+    measured = measure_attention(model, fresh, ways, setup.dtype) | measure_model(model, fresh, ways)
+    print(f"\n{'largest difference from float64, in ulp':44}{'torch':>10}{'tritonattn':>12}{'allowed':>10}")
+    for what, (theirs, ours) in measured.items():
+        print(f"{what:44}{theirs:>10.2f}{ours:>12.2f}{LIMIT * theirs + ROUNDING:>10.2f}", flush=True)
+    draw(figure, losses, out)
+    found = faults(losses, measured, setup)
+    if compiling and not finish_compiling(compiling):
+        found.append("kernels: expected all of them to compile, got an error")
+    print("\n" + "\n".join(found or [f"everything agrees; the curves are in {out}"]))
+    return 1 if found else 0
