@@ -9,6 +9,7 @@ from tests.closeness import agree
 from tritonattn import Config, attention, config, reference
 
 TILES = Config(16, 32)
+LARGE_TILES = Config(32, 32)  # an interpreted step costs the same whatever its size
 
 
 @dataclass(frozen=True)

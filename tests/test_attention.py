@@ -1,11 +1,13 @@
 """The doors: right for every case, and clear about every misuse."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tritonattn
-from tests.cases import CASES, SINGLE, TILES, check, results
+from tests.cases import CASES, LARGE_TILES, SINGLE, TILES, check, results
 from tests.closeness import agree
 from tritonattn import attention, config, reference, scaled_dot_product_attention
 
@@ -13,7 +15,7 @@ from tritonattn import attention, config, reference, scaled_dot_product_attentio
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_in_float64_are_the_definition(name, device):
-    check(CASES[name], torch.float64, device)
+    check(CASES[name], torch.float64, device, tiles=TILES if name in SINGLE else LARGE_TILES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
@@ -213,21 +215,24 @@ def test_nothing_but_q_k_v_may_be_positional(device):
         attention(*good(device).values(), 0.5)
 
 
+DOOR = sys.modules["tritonattn.attention"]
+
+
 def test_cpu_tensors_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr("tritonattn.attention.INTERPRETED", False)
+    monkeypatch.setattr(DOOR, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="q: expected a tensor on a GPU.*TRITON_INTERPRET=1"):
         attention(**good("cpu"))
 
 
 def test_float64_is_for_the_interpreter(monkeypatch, device):
-    monkeypatch.setattr("tritonattn.attention.INTERPRETED", False)
+    monkeypatch.setattr(DOOR, "INTERPRETED", False)
     tensors = {name: x.to("meta", torch.float64) for name, x in good("cpu").items()}
     with pytest.raises(RuntimeError, match="float64 in Triton's interpreter only"):
         attention(**tensors)
 
 
 def test_without_triton(monkeypatch, device):
-    monkeypatch.setattr("tritonattn.attention.TRITON", False)
+    monkeypatch.setattr(DOOR, "TRITON", False)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         attention(**good(device))
 

@@ -116,7 +116,7 @@ def _broadcast_heads(query, key, value):
 def _autocast(*tensors):
     """What torch does to the arguments of its own attention under autocast: the lower precision, but not of float64."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
