@@ -180,6 +180,7 @@ def good(device, **changes):
     ({"k": torch.randn(8)}, RuntimeError, "k: expected at least 2 dimensions"),
     ({"k": torch.randn(1, 2, 6, 9)}, RuntimeError, "k: expected the head size of q, 8, got 9"),
     ({"v": torch.randn(1, 2, 7, 8)}, RuntimeError, "v: expected the length of k, 6, got 7"),
+    ({"v": torch.randn(1, 2, 6, 513)}, RuntimeError, "v: expected a head size of at most 512, got 513"),
     ({"k": torch.randn(1, 3, 6, 8), "v": torch.randn(1, 3, 6, 8)}, RuntimeError, "k: expected a head count dividing 2, got 3"),
     ({"q": torch.randn(1, 6, 6, 8), "v": torch.randn(1, 3, 6, 8)}, RuntimeError, "v: expected the head count of k, 2, or 1"),
     ({"q": torch.randn(2, 2, 6, 8), "k": torch.randn(3, 2, 6, 8)}, RuntimeError, "expected batch dimensions that broadcast"),

@@ -9,6 +9,7 @@ from . import ops
 from .gpu import INTERPRETED, TRITON
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_SIZE = 512
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
@@ -166,6 +167,9 @@ def _check_sizes(names, q, k, v):
         raise RuntimeError(f"{k_name}: expected the head size of {q_name}, {q.shape[-1]}, got {k.shape[-1]}")
     if v.shape[-2] != k.shape[-2]:
         raise RuntimeError(f"{v_name}: expected the length of {k_name}, {k.shape[-2]}, got {v.shape[-2]}")
+    for name, x in zip(names, (q, k, v)):
+        if x.shape[-1] > MAX_HEAD_SIZE:
+            raise RuntimeError(f"{name}: expected a head size of at most {MAX_HEAD_SIZE}, got {x.shape[-1]}")
     heads = [1 if x.dim() == 2 else x.shape[-3] for x in (q, k, v)]
     if heads[1] != heads[2] and 1 not in heads[1:]:
         raise RuntimeError(f"{v_name}: expected the head count of {k_name}, {heads[1]}, or 1, got {heads[2]}")

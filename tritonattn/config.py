@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import re
 from dataclasses import dataclass
 
 from .gpu import Gpu
@@ -30,6 +31,14 @@ class Config:
             value = getattr(self, name)
             if value < least or value & (value - 1):
                 raise ValueError(f"{name}: expected a power of two of at least {least}, got {value}")
+
+    @staticmethod
+    def parse(text: str) -> "Config":
+        """The config that prints as `text`: "128x64w8s3" is Config(128, 64, num_warps=8, num_stages=3)."""
+        match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)", text)
+        if not match:
+            raise ValueError(f"config: expected the form 128x64w8s3, got {text!r}")
+        return Config(*map(int, match.groups()))
 
     def __str__(self):
         return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
@@ -62,8 +71,66 @@ def find(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     return _pinned.get(kernel) or rule(kernel, problem, gpu)
 
 
-# TODO: the rule
-def rule(kernel, problem, gpu):
+# Chosen by what the compiler makes of them (`lens`): the largest tiles that spill nothing in the loop and fit.
+# One config for head sizes up to each of WIDTHS; {bytes of the dtype: {family of GPUs: {kernel: configs}}}.
+WIDTHS = (64, 96, 128, 192, 256, 512)
+RULE = {
+    2: {
+        "sm_80": {
+            "forward": "128x128w8s2 128x128w8s2 128x64w8s3 64x64w4s3 64x64w8s1 32x32w4s2",
+            "dq": "128x64w8s2 128x64w8s2 64x64w4s2 128x32w8s2 64x32w4s2 16x32w4s1",
+            "dkdv": "64x128w8s2 32x128w8s2 32x64w4s2 32x32w4s2 32x64w8s1 16x16w4s1",
+        },
+        "sm_86": {
+            "forward": "128x128w8s2 128x128w8s2 128x64w8s3 128x32w8s2 64x64w8s1 32x32w4s1",
+            "dq": "128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 32x32w4s2 16x32w4s1",
+            "dkdv": "64x128w8s2 32x64w8s1 32x64w4s2 32x32w4s2 32x32w4s2 16x16w4s1",
+        },
+        "sm_90": {
+            "forward": "128x128w8s2 128x128w8s2 128x128w8s2 128x64w8s3 128x32w8s2 16x32w4s1",
+            "dq": "128x64w8s2 128x64w8s2 128x64w8s2 128x64w8s2 128x32w8s2 16x32w4s1",
+            "dkdv": "64x128w8s2 32x128w8s2 32x128w8s2 32x64w8s2 32x64w8s2 16x32w8s1",
+        },
+        "sm_100": {
+            "forward": "128x128w8s2 128x64w8s3 128x64w8s3 128x64w8s3 128x32w8s2 16x32w4s1",
+            "dq": "128x64w8s2 128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 16x32w4s1",
+            "dkdv": "64x128w8s2 64x128w8s2 64x128w8s2 32x64w8s2 32x64w8s2 16x32w8s1",
+        },
+        "gfx942": {
+            "forward": "128x64w8s3 128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 32x32w4s1",
+            "dq": "128x64w8s2 128x64w4s2 128x64w4s2 64x32w4s2 64x32w4s2 16x32w4s1",
+            "dkdv": "32x64w4s2 32x64w4s2 32x32w4s2 32x32w4s1 32x32w4s1 16x16w4s1",
+        },
+    },
+    4: {
+        "sm_80": {
+            "forward": "64x32w8s2 64x32w8s2 32x32w4s2 32x32w4s1 32x32w8s1 16x16w4s1",
+            "dq": "64x32w8s2 64x32w8s2 32x32w4s2 32x32w4s1 32x32w8s1 16x16w4s1",
+            "dkdv": "32x64w8s2 32x64w8s2 32x32w4s2 32x32w8s1 16x32w8s1 16x16w8s1",
+        },
+    },
+}
+
+
+def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
+    """A config that fits, from the head sizes, the dtype and the GPU alone: the same whatever the batch and lengths."""
     if gpu.arch == "interpreter":
+        # an interpreted step costs the same whatever its size
         return Config(64, 64)
-    return Config(64, 64)
+    width = max(problem.d, problem.dv)
+    if kernel == "delta":
+        return Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1)
+    of_dtype = RULE[min(problem.dtype.itemsize, 4)]
+    configs = of_dtype[family(gpu, of_dtype)][kernel].split()
+    return Config.parse(configs[next(i for i, limit in enumerate(WIDTHS) if width <= limit)])
+
+
+def family(gpu: Gpu, known) -> str:
+    """Which of the known GPUs this one is like: the same tensor cores, and at most its shared memory."""
+    if gpu.is_amd:
+        like = "gfx942"
+    elif 90 <= gpu.capability < 120:
+        like = "sm_90" if gpu.capability < 100 else "sm_100"
+    else:
+        like = "sm_80" if gpu.shared_memory >= 163 * 1024 else "sm_86"
+    return like if like in known else next(iter(known))

@@ -21,6 +21,8 @@ class Gpu:
     sms: int            # streaming multiprocessors, or compute units
     shared_memory: int  # bytes that one block may use
 
+    tensor_memory: int = 0  # columns of it that one block may use, where there is such memory
+
     @property
     def is_amd(self) -> bool:
         return self.arch.startswith("gfx")
@@ -38,7 +40,7 @@ KNOWN = {gpu.arch: gpu for gpu in (
     Gpu("A10", "sm_86", 72, 99 * 1024),
     Gpu("L40S", "sm_89", 142, 99 * 1024),
     Gpu("H200", "sm_90", 132, 227 * 1024),
-    Gpu("B200", "sm_100", 148, 227 * 1024),
+    Gpu("B200", "sm_100", 148, 227 * 1024, 512),
     Gpu("RTX 5090", "sm_120", 170, 99 * 1024),
     Gpu("MI300X", "gfx942", 304, 64 * 1024),
 )}
@@ -55,4 +57,5 @@ def _properties(index: int | None) -> Gpu:
     if torch.version.hip:
         return Gpu(found.name, found.gcnArchName.split(":")[0], found.multi_processor_count, found.shared_memory_per_block)
     arch = f"sm_{found.major}{found.minor}"
-    return Gpu(found.name, arch, found.multi_processor_count, found.shared_memory_per_block_optin)
+    tensor_memory = KNOWN["sm_100"].tensor_memory if found.major == 10 else 0
+    return Gpu(found.name, arch, found.multi_processor_count, found.shared_memory_per_block_optin, tensor_memory)

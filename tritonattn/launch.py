@@ -34,9 +34,7 @@ def run(call: Call, device: torch.device) -> None:
     """Start the kernel on the tensors' own device, on its current stream."""
     if call.programs == 0:
         return
-    if INTERPRETED:
-        interpreter.mend()
-    with on(device):
+    with on(device), interpreter.quiet() if INTERPRETED else contextlib.nullcontext():
         call.kernel[(call.programs,)](*call.arguments, num_warps=call.config.num_warps, num_stages=call.config.num_stages)
 
 

@@ -33,10 +33,11 @@ class Report:
     stack: int           # local memory: spilled registers, mostly
     loop_spills: int     # instructions that spill or refill inside a loop over tiles
     shared_memory: int   # per block
+    tensor_memory: int   # columns, per block
 
     @property
     def fits(self) -> bool:
-        return self.shared_memory <= self.gpu.shared_memory
+        return self.shared_memory <= self.gpu.shared_memory and self.tensor_memory <= self.gpu.tensor_memory
 
 
 def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Report:
@@ -51,7 +52,8 @@ def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Report:
             usage = _tool("cuobjdump", "-res-usage", file.name)
             registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
             spills = max((len(SPILL.findall(loop)) for loop in tile_loops(_tool("nvdisasm", "-c", file.name))), default=0)
-    return Report(kernel, gpu, config, registers, stack, spills, binary.metadata.shared)
+    tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
+    return Report(kernel, gpu, config, registers, stack, spills, binary.metadata.shared, tensor_memory)
 
 
 def compile(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):

@@ -1,0 +1,82 @@
+"""Every kernel compiles for every GPU, without one: it fits, does not spill in its loop, and has no mask where none is.
+
+Each GPU is compiled for in a process of its own, since here the kernels are interpreted.
+"""
+
+import pytest
+
+from tests.test_lens import compiled
+from tritonattn.gpu import KNOWN
+
+SURVEY = """
+import dataclasses, itertools, json, torch
+from concurrent.futures import ThreadPoolExecutor
+from tritonattn import Problem, config, gpu, lens
+gpu = gpu.KNOWN[{arch!r}]
+windows = {{"full": (None, None), "causal": (None, 0), "window": (100, 0)}}
+def inspect(cell):
+    kernel, dtype, d, dv, window, group, n = cell
+    problem = Problem((2,), 8, 8 // group, n, n, d, dv, getattr(torch, dtype), windows[window])
+    report = lens.inspect(kernel, problem, config.rule(kernel, problem, gpu), gpu)
+    return dict(cell=cell, config=str(report.config), fits=report.fits, spills=report.loop_spills, registers=report.registers,
+                shared=report.shared_memory, tensor=report.tensor_memory)
+cells = {cells}
+with ThreadPoolExecutor(2) as pool:
+    print(json.dumps(list(pool.map(inspect, cells))))
+"""
+KERNELS = ("forward", "dq", "dkdv")
+# which of the cells get no spill in the loop, promised: the head sizes that nearly everybody uses
+CLEAN = (64, 128)
+
+
+def survey(arch, cells):
+    return compiled(SURVEY.format(arch=arch, cells=cells))
+
+
+@pytest.mark.parametrize("arch", KNOWN)
+def test_the_rule_fits_and_does_not_spill(arch):
+    cells = [(kernel, "bfloat16", d, d, window, group, 1024)
+             for kernel in KERNELS for d in CLEAN for window, group in (("full", 1), ("causal", 4))]
+    cells += [("delta", "bfloat16", 128, 128, "full", 1, 1000), ("forward", "float16", 64, 64, "window", 1, 1000)]
+    for row in survey(arch, cells):
+        assert row["fits"], row
+        assert row["spills"] == 0 and row["registers"] > 8, row
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+def test_the_rule_fits_at_every_width(arch):
+    cells = [(kernel, "bfloat16", d, d, "causal", 4, 1000) for kernel in KERNELS for d in (96, 192, 256, 512)]
+    cells += [(kernel, "float32", d, d, "causal", 1, 1000) for kernel in KERNELS for d in (64, 256)]
+    cells += [("delta", "float32", 512, 512, "full", 1, 1000)]
+    for row in survey(arch, cells):
+        assert row["fits"] and row["registers"] > 8, row
+
+
+MASKS = """
+import json, re, torch
+from tritonattn import Problem, config, gpu, lens
+hopper = gpu.KNOWN["sm_90"]
+def selects(window, n):
+    found = {}
+    for kernel in ("forward", "dq", "dkdv"):
+        problem = Problem((2,), 8, 8, n, n, 64, 64, torch.bfloat16, window)
+        chosen = config.rule(kernel, problem, hopper)
+        text = lens.compile(kernel, problem, chosen, hopper).asm["ttir"]
+        tile = {f"{chosen.block_m}x{chosen.block_n}", f"{chosen.block_n}x{chosen.block_m}"}
+        loops = re.findall(r"scf\\\\.for.*?scf\\\\.yield", text, re.S)
+        found[kernel] = [len(re.findall(rf"arith\\\\.(?:select|cmp[if]).*tensor<(?:{'|'.join(tile)})x", loop)) for loop in loops]
+    return found
+print(json.dumps({"full": selects((None, None), 1024), "ragged": selects((None, None), 1000),
+                  "causal": selects((None, 0), 1024)}))
+"""
+
+
+def test_the_full_stretch_has_no_mask():
+    """In Triton's own form of the code: compares and selects of the size of a tile of scores, loop by loop."""
+    found = compiled(MASKS.replace("\\\\\\\\", "\\\\"))
+    for kernel in KERNELS:
+        assert found["full"][kernel] == [0], f"{kernel}: full attention has one loop, without a mask"
+        full, edge = found["ragged"][kernel]
+        assert full == 0 and edge > 0, f"{kernel}: only the last tile of a ragged length has a mask"
+        full, edge = sorted(found["causal"][kernel])[-2:] if kernel != "dkdv" else found["causal"][kernel][:2][::-1]
+        assert 0 in found["causal"][kernel] and edge > 0, f"{kernel}: causal has a loop without a mask and one with it"

@@ -1,0 +1,62 @@
+"""The house stands: imports only go down, and device code imports Triton alone."""
+
+import ast
+from pathlib import Path
+
+import tritonattn
+
+PACKAGE = Path(tritonattn.__file__).parent
+FLOORS = {
+    "kernels": 0, "version": 0, "reference": 1, "gpu": 1, "problem": 1, "interpreter": 1, "config": 2, "launch": 3, "lens": 4,
+    "ops": 4, "attention": 5, "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
+}
+# within the kernels, in reading order
+STEPS = ["tile", "window", "scores", "softmax", "forward", "backward"]
+
+
+def imports(path):
+    """(level, module) of every import in a file, wherever it stands."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node.level, name) for name in names)
+        elif isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+
+
+def test_every_file_has_a_floor():
+    assert {path.stem for path in PACKAGE.glob("*.py")} | {"kernels"} == set(FLOORS)
+    assert {path.stem for path in (PACKAGE / "kernels").glob("*.py")} == {*STEPS, "__init__"}
+
+
+def test_imports_go_down():
+    for path in PACKAGE.glob("*.py"):
+        for level, name in imports(path):
+            assert not name.startswith("tritonattn"), f"{path.name}: expected relative imports, got {name}"
+            target = name.split(".")[0]
+            if level == 1 and target in FLOORS and path.stem not in ("__init__", "__main__"):
+                assert FLOORS[target] < FLOORS[path.stem], f"{path.name} (floor {FLOORS[path.stem]}) imports {target}"
+
+
+def test_kernels_import_triton_alone_and_go_down():
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        for level, name in imports(path):
+            if level == 0:
+                assert name.split(".")[0] in ("triton", "typing"), f"kernels/{path.name} imports {name}"
+            else:
+                assert level == 1 and STEPS.index(name) < STEPS.index(path.stem), f"kernels/{path.name} imports {name}"
+
+
+def test_only_ops_holds_autograd():
+    for path in PACKAGE.rglob("*.py"):
+        assert ("autograd.Function" in path.read_text()) == (path.name == "ops.py"), path.name
+
+
+def test_functions_stay_short():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = [line for line in range(node.lineno, node.end_lineno + 1)]
+                doc = ast.get_docstring(node)
+                length = len(body) - (len(doc.splitlines()) + 1 if doc else 0)
+                assert length <= 45, f"{path.name}: {node.name} has {length} lines"

@@ -1,0 +1,105 @@
+"""From tensors to kernel arguments: batch dimensions, long strides, tensors beyond 2^31 elements."""
+
+import pytest
+import torch
+
+from tests.cases import Case
+from tritonattn import Config, Problem, attention, config, launch, reference
+
+TILES = Config(16, 16)
+
+
+def views(*tensors, batch):
+    problem = Problem(batch, 1, 1, *tensors[0].shape[-2:], 1, 1, torch.float32)
+    return launch.Views(problem, TILES, *tensors)
+
+
+def test_dense_batch_dimensions_become_one():
+    x = torch.empty(2, 3, 4, 1, 5, 8)
+    arguments = views(x, x, None, batch=(2, 3, 4))
+    assert arguments.shape.batches == (24,) and arguments.tensors[0].strides.batch == (40,) and arguments.tensors[2] is None
+
+
+def test_dimensions_merge_only_where_every_tensor_allows_it():
+    dense, spread = torch.empty(2, 3, 4, 1, 5, 8), torch.empty(1, 3, 4, 1, 5, 8).expand(2, -1, -1, -1, -1, -1)
+    arguments = views(dense, spread, batch=(2, 3, 4))
+    assert arguments.shape.batches == (12, 2)
+    assert arguments.tensors[0].strides.batch == (40, 480) and arguments.tensors[1].strides.batch == (40, 0)
+
+
+def test_no_batch_is_one_batch():
+    arguments = views(torch.empty(1, 5, 8), batch=())
+    assert arguments.shape.batches == (1,) and arguments.tensors[0].strides.batch == (0,)
+
+
+def test_a_permuted_batch(device):
+    q, k, v = (torch.randn(3, 2, 1, 20, 8, device=device).transpose(0, 1) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v), reference.attention(q, k, v))
+
+
+def huge(shape, strides, dtype=torch.float16):
+    """A tensor over lazily committed memory: only the pages that are touched exist."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    x = torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(span * dtype.itemsize), 0, shape, strides)
+    return x.copy_(torch.randn(shape))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("where, strides", [
+    ("batch", (2**31 + 8, 2**30, 8, 1)), ("head", (8, 2**31 + 64, 8, 1)), ("tile", (8, 8, 2**27 + 8, 1)),
+    ("row", (8, 8, 2**28 + 8, 1)), ("column", (8, 8, 1, 2**28 + 64)),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_strides_beyond_32_bits(where, strides, device):
+    shape = (2 if where == "batch" else 1, 2 if where == "head" else 1, 24 if where in ("tile", "row") else 5, 8)
+    q, k, v = (huge(shape, strides).requires_grad_() for _ in range(3))
+    with config.pinned(Config(16, 16)):
+        o = attention(q, k, v, causal=True)
+        gradients = torch.autograd.grad(o.sum(), (q, k, v))
+    near = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    exact = reference.attention(*near, causal=True)
+    torch.testing.assert_close(o, exact, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(gradients, torch.autograd.grad(exact.sum(), near), atol=5e-3, rtol=5e-3)
+
+
+def test_only_a_tensor_whose_tile_is_too_wide_pays_for_it():
+    near, far = torch.empty(1, 1, 5, 8), torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, 5, 8), (8, 8, 2**28, 1))
+    assert [x.wide.value for x in views(near, far, batch=(1,)).tensors] == [False, True]
+
+
+@pytest.mark.parametrize("scale, unit, sign", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
+def test_the_largest_score_stays_the_largest_whatever_the_scale(scale, unit, sign):
+    scoring = launch._scoring(scale, (None, None))
+    assert scoring.unit == pytest.approx(unit * 1.4426950408889634) and scoring.sign == sign
+
+
+@pytest.mark.parametrize("set_up, dtype, expected", [
+    (lambda: None, torch.float32, "ieee"), (lambda: torch.set_float32_matmul_precision("high"), torch.float32, "tf32"),
+    (lambda: torch.set_float32_matmul_precision("high"), torch.bfloat16, "ieee"),
+], ids=["highest", "high", "high-bf16"])
+def test_tf32_only_where_torch_allows_it(set_up, dtype, expected):
+    try:
+        set_up()
+        call = launch.example_call("forward", Problem((1,), 1, 1, 16, 16, 16, 16, dtype), TILES)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert call.arguments[-1].PRECISION.value == expected
+
+
+@pytest.mark.interpreted
+def test_float32_products_are_not_rounded_to_tf32_by_default(device):
+    """The mended interpreter rounds as TF32 does, so a product without a stated precision would show."""
+    q, k, v, *_ = Case().tensors(torch.float32, device)
+    exact = reference.attention(q.double(), k.double(), v.double())
+    ieee = (attention(q, k, v) - exact).abs().max()
+    try:
+        torch.set_float32_matmul_precision("high")
+        tf32 = (attention(q, k, v) - exact).abs().max()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert ieee < 2e-6 < 1e-5 < tf32 < 1e-2
+
+
+def test_nothing_is_launched_for_nothing():
+    call = launch.example_call("forward", Problem((0,), 1, 1, 16, 16, 16, 16, torch.float16), TILES)
+    assert call.programs == 0
+    launch.run(call._replace(kernel=None), torch.device("cpu"))

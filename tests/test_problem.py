@@ -1,0 +1,51 @@
+"""Problem: what is asked, counted exactly."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritonattn import Problem, reference
+
+sides = st.none() | st.integers(0, 12)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(n_q=st.integers(0, 9), n_k=st.integers(0, 9), left=sides, right=sides, bottom_right=st.booleans())
+def test_pairs_are_those_of_the_definition(n_q, n_k, left, right, bottom_right):
+    q, k = torch.empty(2, 1, n_q, 4), torch.empty(2, 1, n_k, 4)
+    problem = Problem.of(q, k, k, (left, right), bottom_right)
+    seen = reference.visible(n_q, n_k, window=(left, right), align="bottom_right" if bottom_right else "top_left")
+    assert problem.pairs() == seen.sum()
+    still = reference.visible(n_q, n_k, window=problem.window, align="bottom_right" if bottom_right else "top_left")
+    assert torch.equal(seen, still), "a side was dropped that excludes something"
+
+
+def test_a_side_that_excludes_nothing_is_dropped():
+    q, k = torch.empty(1, 1, 1, 4), torch.empty(1, 1, 9, 4)
+    assert Problem.of(q, k, k, (None, 0), True).mask == "full"
+    assert Problem.of(k, k, k, (8, 8)).mask == "full"
+    assert Problem.of(k, k, k, (7, 8)).window == (7, None)
+
+
+def test_flops():
+    problem = Problem((2, 3), 4, 2, 10, 20, 16, 8, torch.float16)
+    assert problem.flops() == 2 * 6 * 4 * 10 * 20 * (16 + 8)
+    assert problem.flops("backward") == 2 * 6 * 4 * 10 * 20 * (3 * 16 + 2 * 8)
+
+
+@pytest.mark.parametrize("problem, text", [
+    (Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16), "2x8x1024x64 bfloat16 full"),
+    (Problem((2,), 8, 2, 10, 20, 64, 32, torch.float16, (None, 0), 10), "2x8/2x10/20x64/32 float16 causal shift 10"),
+    (Problem((), 8, 8, 10, 10, 64, 64, torch.float32, (5, None)), "8x10x64 float32 window5,None"),
+])
+def test_it_prints_itself(problem, text):
+    assert str(problem) == text
+
+
+def test_sample_tensors_are_the_problem():
+    problem = Problem((2,), 4, 2, 10, 20, 16, 8, torch.float16, (None, 0), 10)
+    q, k, v = problem.tensors()
+    assert Problem.of(q, k, v, (None, 0), True) == problem
+    assert torch.equal(q, problem.tensors()[0]) and not torch.equal(q, problem.tensors(seed=1)[0])
+    assert problem.tensors("meta")[0].device.type == "meta"

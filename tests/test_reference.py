@@ -1,0 +1,41 @@
+"""The definition, against torch's own attention and against a sum written out."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tritonattn import reference
+
+
+def test_a_sum_written_out():
+    q, k, v = (torch.randn(1, 1, n, 3, dtype=torch.float64) for n in (4, 5, 5))
+    o, lse = reference.attention(q, k, v, scale=0.3, window=(1, 2), align="bottom_right", return_lse=True)
+    for i in range(4):
+        seen = [j for j in range(5) if -1 <= j - (i + 1) <= 2]
+        weights = [math.exp(0.3 * (q[0, 0, i] @ k[0, 0, j]).item()) for j in seen]
+        exact = sum(w * v[0, 0, j] for w, j in zip(weights, seen)) / sum(weights)
+        torch.testing.assert_close(o[0, 0, i], exact)
+        assert lse[0, 0, i].item() == pytest.approx(math.log(sum(weights)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torchs_attention(causal):
+    q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    torch.testing.assert_close(reference.attention(q, k, v, causal=causal, align="top_left"),
+                               F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True))
+
+
+def test_rows_that_see_nothing_have_finite_gradients():
+    q, k, v = (torch.randn(1, 1, n, 4, requires_grad=True) for n in (6, 2, 2))
+    o, lse = reference.attention(q, k, v, causal=True, align="bottom_right", return_lse=True)
+    assert (o[..., :4, :] == 0).all() and (lse[..., :4] == -torch.inf).all()
+    for x in torch.autograd.grad(o.sum() + lse[..., 4:].sum(), (q, k, v)):
+        assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("align, expected", [("top_left", [[1, 0, 0, 0], [1, 1, 0, 0]]),
+                                             ("bottom_right", [[1, 1, 1, 0], [1, 1, 1, 1]])])
+def test_the_pictures_of_the_docstring(align, expected):
+    assert reference.visible(2, 4, causal=True, align=align).int().tolist() == expected
