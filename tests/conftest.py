@@ -1,27 +1,18 @@
-"""Without a GPU, or with TRITON_INTERPRET=1, the kernels run in Triton's interpreter; else they are compiled.
-
-Interpreted, every test runs under the memory guard, and memory that was never written holds nan.
-"""
+"""Interpreted, every test runs under the memory guard; and memory that was never written holds nan."""
 
 import os
 
+import pytest
 import torch
 
-COMPILED = torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ
-if not COMPILED:
-    # read when a kernel is defined, so before tritonattn is imported
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests import COMPILED, DEVICE
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-import pytest
-
-DEVICE = torch.device("cuda" if COMPILED else "cpu")
 torch.set_num_threads(1)
 
 if not COMPILED:
+    from tests import guard
     from tritonattn import interpreter
-
-    from . import guard
 
     interpreter.mend()
     guard.install()

@@ -18,8 +18,7 @@ def inspect(cell):
     kernel, dtype, d, dv, window, group, n = cell
     problem = Problem((2,), 8, 8 // group, n, n, d, dv, getattr(torch, dtype), windows[window])
     report = lens.inspect(kernel, problem, config.rule(kernel, problem, gpu), gpu)
-    return dict(cell=cell, config=str(report.config), fits=report.fits, spills=report.loop_spills, registers=report.registers,
-                shared=report.shared_memory, tensor=report.tensor_memory)
+    return dict(cell=cell, fits=report.fits, spills=report.loop_spills, report=str(report), registers=report.registers)
 cells = {cells}
 with ThreadPoolExecutor(2) as pool:
     print(json.dumps(list(pool.map(inspect, cells))))
@@ -64,7 +63,8 @@ def selects(window, n):
         text = lens.compile(kernel, problem, chosen, hopper).asm["ttir"]
         tile = {f"{chosen.block_m}x{chosen.block_n}", f"{chosen.block_n}x{chosen.block_m}"}
         loops = re.findall(r"scf\\\\.for.*?scf\\\\.yield", text, re.S)
-        found[kernel] = [len(re.findall(rf"arith\\\\.(?:select|cmp[if]).*tensor<(?:{'|'.join(tile)})x", loop)) for loop in loops]
+        mask = re.compile(rf"arith\\\\.(?:select|cmp[if]).*tensor<(?:{'|'.join(tile)})x")
+        found[kernel] = [len(mask.findall(loop)) for loop in loops]
     return found
 print(json.dumps({"full": selects((None, None), 1024), "ragged": selects((None, None), 1000),
                   "causal": selects((None, 0), 1024)}))

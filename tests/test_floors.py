@@ -56,7 +56,7 @@ def test_functions_stay_short():
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
-                body = [line for line in range(node.lineno, node.end_lineno + 1)]
+                body = range(node.lineno, node.end_lineno + 1)
                 doc = ast.get_docstring(node)
                 length = len(body) - (len(doc.splitlines()) + 1 if doc else 0)
                 assert length <= 45, f"{path.name}: {node.name} has {length} lines"

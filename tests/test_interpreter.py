@@ -37,7 +37,8 @@ def total(x, y, N: tl.constexpr):
 
 
 def test_casts_to_bfloat16_round_to_nearest_even():
-    x = torch.from_numpy(np.random.default_rng(0).integers(0, 2**32, 1 << 16, dtype=np.uint64).astype(np.uint32).view(np.float32))
+    bits = np.random.default_rng(0).integers(0, 2**32, 1 << 16, dtype=np.uint64).astype(np.uint32)
+    x = torch.from_numpy(bits.view(np.float32))
     y = torch.empty(x.shape, dtype=torch.bfloat16)
     convert[(1,)](x, y, tl.bfloat16, x.numel())
     assert torch.equal(y.isnan(), x.isnan()) and torch.equal(y[~x.isnan()], x.bfloat16()[~x.isnan()])

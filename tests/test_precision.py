@@ -6,8 +6,8 @@
 import pytest
 import torch
 
+from tests import DEVICE
 from tests.cases import DRAW, Case, check, results
-from tests.conftest import DEVICE
 from tritonattn import Config, attention, config, reference
 
 

@@ -6,4 +6,6 @@ from .config import Config
 from .problem import Problem
 from .version import VERSION as __version__
 
-__all__ = ["Config", "Problem", "attention", "config", "reference", "scaled_dot_product_attention"]
+__all__ = [
+    "Config", "Problem", "__version__", "attention", "config", "reference", "scaled_dot_product_attention",
+]

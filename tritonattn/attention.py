@@ -5,11 +5,10 @@ import numbers
 
 import torch
 
-from . import ops
+from . import gpu, ops
 from .gpu import INTERPRETED, TRITON
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_SIZE = 512
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
@@ -168,8 +167,8 @@ def _check_sizes(names, q, k, v):
     if v.shape[-2] != k.shape[-2]:
         raise RuntimeError(f"{v_name}: expected the length of {k_name}, {k.shape[-2]}, got {v.shape[-2]}")
     for name, x in zip(names, (q, k, v)):
-        if x.shape[-1] > MAX_HEAD_SIZE:
-            raise RuntimeError(f"{name}: expected a head size of at most {MAX_HEAD_SIZE}, got {x.shape[-1]}")
+        if x.shape[-1] > 256 and x.shape[-1] > (most := _largest_head(x)):
+            raise RuntimeError(f"{name}: expected a head size of at most {most} in {x.dtype} here, got {x.shape[-1]}")
     heads = [1 if x.dim() == 2 else x.shape[-3] for x in (q, k, v)]
     if heads[1] != heads[2] and 1 not in heads[1:]:
         raise RuntimeError(f"{v_name}: expected the head count of {k_name}, {heads[1]}, or 1, got {heads[2]}")
@@ -181,6 +180,12 @@ def _check_sizes(names, q, k, v):
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape[:-3])) for x in (q, k, v))
         raise RuntimeError(f"{q_name}, {k_name}, {v_name}: expected batch dimensions that broadcast, got {shapes}") from None
+
+
+def _largest_head(x):
+    """512, but 256 where a float32 tile of 512 does not fit into shared memory."""
+    narrow = x.dtype == torch.float32 and x.device.type == "cuda" and gpu.of(x.device).shared_memory < 160 * 1024
+    return 256 if narrow and not gpu.of(x.device).is_amd else 512
 
 
 def _check_scale(scale, d):

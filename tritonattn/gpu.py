@@ -33,7 +33,7 @@ class Gpu:
         return int(self.arch.removeprefix("sm_"))
 
 
-# Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA guide; product pages.
+# Sources: CUDA C++ Programming Guide, "Technical Specifications"; AMD CDNA3 ISA guide; product pages.
 INTERPRETER = Gpu("Triton's interpreter", "interpreter", 1, 1 << 40)
 KNOWN = {gpu.arch: gpu for gpu in (
     Gpu("A100", "sm_80", 108, 163 * 1024),

@@ -65,6 +65,7 @@ def mend() -> None:
         raise RuntimeError(trouble())
     from triton.runtime import interpreter
 
+    kernels = f"{__package__}.kernels"
     builder = interpreter.InterpreterBuilder
     handle, dtype_of = interpreter.TensorHandle, interpreter._get_np_dtype
     cast_as_it_comes, cast_floats_as_it_comes = builder.cast_impl, builder.create_fp_to_fp
@@ -102,7 +103,10 @@ def mend() -> None:
         return handle(to_bfloat16([value]), tl.bfloat16)
 
     def call(self, *args, **kwargs):
-        # as it comes, every call of a device function patches Triton's language anew, which the launch has done already
+        # as it comes, every call of a device function patches Triton's language anew; for the kernels' own module
+        # the launch has done so already
+        if not self.fn.__module__.startswith(kernels):
+            interpreter._patch_lang(self.fn)
         function = self.rewrite()
         try:
             return function(*args, **kwargs)

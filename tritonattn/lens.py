@@ -19,6 +19,8 @@ from .gpu import Gpu
 from .problem import Problem
 
 EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
+LABEL = re.compile(r"\s*(\.L_x_\d+):")
+JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 SPILL = re.compile(r"\b(STL|LDL)\b")
 
 
@@ -76,8 +78,8 @@ def tile_loops(sass: str) -> list[str]:
     A careful loop (kernels/window.py) takes smaller steps, so fewer; it hardly ever runs, and is left out.
     """
     lines = sass.splitlines()
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
-    jumps = [(labels.get(match[1]), i) for i, line in enumerate(lines) if (match := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line))]
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := LABEL.match(line))}
+    jumps = [(labels.get(match[1]), i) for i, line in enumerate(lines) if (match := JUMP.search(line))]
     loops = [(start, end) for start, end in jumps if start is not None and start < end]
     innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     texts = ["\n".join(lines[start:end + 1]) for start, end in innermost]

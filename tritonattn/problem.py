@@ -46,7 +46,7 @@ class Problem:
     @property
     def mask(self) -> str:
         """The class of the mask: full, causal or window."""
-        return {(True, True): "full", (True, False): "causal"}.get((self.window[0] is None, self.window[1] is None), "window")
+        return "full" if self.window == (None, None) else "causal" if self.window == (None, 0) else "window"
 
     def pairs(self) -> int:
         """How many (query, key) pairs of one head see each other."""
@@ -76,7 +76,8 @@ class Problem:
         def draw(heads, n, width):
             return torch.randn(*self.batch, heads, n, width, dtype=self.dtype, device=device, generator=rng)
 
-        return draw(self.heads, self.n_q, self.d), draw(self.kv_heads, self.n_k, self.d), draw(self.kv_heads, self.n_k, self.dv)
+        sizes = (self.heads, self.n_q, self.d), (self.kv_heads, self.n_k, self.d), (self.kv_heads, self.n_k, self.dv)
+        return tuple(draw(*size) for size in sizes)
 
     def __str__(self):
         def pair(a, b):

@@ -15,8 +15,20 @@ import triton.language as tl
 
 from .forward import Keys, keys_of
 from .scores import LOG2E, gradient_scale, scores
-from .tile import (Matrix, accumulate, inner, load_rows, load_tile, matrix, program, scaled, store_rows, store_tile,
-                   stored_nan, zeros)
+from .tile import (
+    Matrix,
+    accumulate,
+    inner,
+    load_rows,
+    load_tile,
+    matrix,
+    program,
+    scaled,
+    store_rows,
+    store_tile,
+    stored_nan,
+    zeros,
+)
 from .window import CARE, exists, mode_of, spans, stages_of, step_of
 
 
@@ -218,5 +230,6 @@ def dkdv_with_care(dk, dv, k, v, q, do, lse, delta, first, bounds, head, batch, 
         dk_tile, dv_tile = zeros(CARE, static.D, static.ACC), zeros(CARE, static.DV, static.ACC)
         for member in tl.range(0, static.GROUP):
             queries = queries_of(q, do, lse, delta, shape, batch, head * static.GROUP + member)
-            dk_tile, dv_tile = gather_dkdv(dk_tile, dv_tile, keys, queries, cols, bounds[0], bounds[3], scoring, static, "careful")
+            dk_tile, dv_tile = gather_dkdv(dk_tile, dv_tile, keys, queries, cols, bounds[0], bounds[3], scoring, static,
+                                           "careful")
         write_dkdv(dk, dv, dk_tile, dv_tile, some, CARE, scoring, static)

@@ -21,7 +21,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-
 CARE = tl.constexpr(16)
 
 

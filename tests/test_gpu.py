@@ -1,0 +1,122 @@
+"""What only a GPU can show: real sizes, real rounding, repeatability, memory. Skipped without one.
+
+On a machine with a GPU: `python -m pytest -m gpu -n 0`. The cases of test_attention run compiled there as well.
+"""
+
+import pytest
+import torch
+
+from tests.cases import Case, check, results
+from tests.closeness import agree
+from tritonattn import Problem, attention, config, gpu, launch, lens, reference
+
+pytestmark = pytest.mark.gpu
+
+REAL = {
+    "llama-8b": Case(heads=8, kv_heads=2, n_q=2048, n_k=2048, d=128, dv=128, causal=True),
+    "vit": Case(batch=(4,), heads=4, kv_heads=4, n_q=257, n_k=257, d=64, dv=64),
+    "cross": Case(heads=4, kv_heads=4, n_q=1000, n_k=77, d=40, dv=40),
+    "sliding": Case(heads=4, kv_heads=1, n_q=3000, n_k=3000, d=128, dv=128, window=(511, 0)),
+    "prefix": Case(heads=2, kv_heads=2, n_q=300, n_k=2000, d=96, dv=96, causal=True, align="bottom_right"),
+    "wide": Case(heads=2, kv_heads=2, n_q=700, n_k=700, d=256, dv=256, causal=True),
+    "widest": Case(heads=1, kv_heads=1, n_q=300, n_k=300, d=512, dv=512, causal=True),
+    "odd": Case(heads=2, kv_heads=2, n_q=1001, n_k=777, d=72, dv=17, layout="offset"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("name", REAL)
+def test_real_sizes_with_the_configs_that_ship(name, dtype, device):
+    case = REAL[name]
+    check(case, dtype, device, tiles=None)
+
+
+@pytest.mark.parametrize("family", ["uniform", "mean-shifted", "saturated", "outliers"])
+def test_families_at_real_size(family, device):
+    check(Case(heads=2, kv_heads=2, n_q=1024, n_k=1024, d=64, dv=64), torch.bfloat16, device, family=family, tiles=None)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_twice_the_same_bits(name, device):
+    case = REAL[name]
+    inputs = case.tensors(torch.bfloat16, device)
+    for first, second in zip(*(results(attention, *inputs, **case.options) for _ in range(2))):
+        assert torch.equal(first, second)
+
+
+def test_a_tensor_of_more_than_2_to_the_31_elements(device):
+    n = 2**31 // (64 * 128) + 300
+    q = torch.randn(1, n, 64, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    k, v = (torch.randn(1, 64, 100, 128, device=device, dtype=torch.bfloat16) for _ in range(2))
+    o = attention(q, k, v)
+    last = slice(n - 50, n)
+    for head in (0, 63):
+        exact = reference.attention(*(x[:, head:head + 1].double() for x in (q[..., last, :], k, v)))
+        torchs = reference.attention(*(x[:, head:head + 1] for x in (q[..., last, :], k, v)))
+        agree("o", o[:, head:head + 1, last], torchs, exact, torch.bfloat16)
+
+
+def test_a_million_keys(device):
+    q, k, v = (torch.randn(1, 1, n, 64, device=device, dtype=torch.bfloat16) for n in (100, 10**6, 10**6))
+    agree("o", attention(q, k, v), reference.attention(q, k, v),
+          reference.attention(q.double(), k.double(), v.double()), torch.bfloat16)
+
+
+def test_more_heads_than_a_grid_axis_holds(device):
+    q, k, v = (torch.randn(65_600, 1, 20, 16, device=device, dtype=torch.float16) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v), reference.attention(q, k, v), atol=2e-3, rtol=2e-3)
+
+
+def test_memory_is_linear_in_length(device):
+    def peak(n):
+        q, k, v = (torch.randn(1, 4, n, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        attention(q, k, v, causal=True).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(1024)
+    assert peak(16384) < 2.2 * peak(8192)
+
+
+def test_nothing_is_leaked(device):
+    q, k, v = (torch.randn(1, 4, 1000, 64, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+    before = torch.cuda.memory_allocated()
+    for _ in range(20):
+        torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_side_stream_and_a_graph(device):
+    q, k, v = (torch.randn(1, 4, 500, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    expected = attention(q, k, v, causal=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = attention(q, k, v, causal=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(aside, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(q, k, v, causal=True)
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    q, k, v = (torch.randn(1, 2, 100, 64, device="cuda:1", dtype=torch.float16, requires_grad=True) for _ in range(3))
+    with torch.cuda.device(0):
+        torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+def test_the_lens_reads_what_the_driver_loads(kernel, device):
+    problem, here = Problem((1,), 2, 2, 512, 512, 64, 64, torch.bfloat16), gpu.of(device)
+    chosen = config.rule(kernel, problem, here)
+    report = lens.inspect(kernel, problem, chosen, here)
+    binary = lens.compile(kernel, problem, chosen, here)
+    binary._init_handles()
+    assert report.fits and binary.n_regs == report.registers
+    assert launch.example_call(kernel, problem, chosen).config == chosen
