@@ -97,7 +97,7 @@ def test_agrees_and_draws(tiny, monkeypatch, tmp_path, capsys, dtype):
 def test_a_slightly_wrong_attention_does_not_agree(tiny, monkeypatch, tmp_path, capsys):
     right = tritonattn.scaled_dot_product_attention
     monkeypatch.setattr(demo, "ON_GPU", replace(demo.ON_GPU, dtype=torch.float32))
-    monkeypatch.setattr(tritonattn, "scaled_dot_product_attention", lambda *qkv, **options: 1.01 * right(*qkv, **options))
+    monkeypatch.setattr(demo, "scaled_dot_product_attention", lambda *qkv, **options: 1.01 * right(*qkv, **options))
     assert demo.run(out=str(tmp_path / "demo.png")) == 1
     said = capsys.readouterr().out
     for what in ("output", "dq", "dk", "dv", "model's logits", "model's gradients"):

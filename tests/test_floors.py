@@ -8,7 +8,7 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 FLOORS = {
     "kernels": 0, "version": 0, "reference": 1, "gpu": 1, "problem": 1, "interpreter": 1, "config": 2, "launch": 3, "lens": 4,
-    "ops": 4, "attention": 5, "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
+    "ops": 4, "attention": 5, "charmodel": 5, "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
 }
 # within the kernels, in reading order
 STEPS = ["tile", "window", "scores", "softmax", "forward", "backward"]

@@ -13,6 +13,9 @@ import functools
 import numpy as np
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
+
+Handle = interpreter.TensorHandle
 
 
 def to_float32(bits):
@@ -58,61 +61,55 @@ def quiet():
         yield
 
 
+class Builder(interpreter.InterpreterBuilder):
+    """The interpreter's arithmetic, with bfloat16 and TF32 as a GPU has them."""
+
+    def cast_impl(self, src, dst_type):
+        have, want = src.dtype.scalar, dst_type.scalar
+        if have == want or tl.bfloat16 not in (have, want):
+            return super().cast_impl(src, dst_type)
+        if have == tl.bfloat16:
+            return Handle(to_float32(src.data).astype(interpreter._get_np_dtype(want)), want)
+        return Handle(to_bfloat16(src.data), want)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs, rhs, op):
+        if lhs.dtype.scalar != tl.bfloat16 or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
+            return super().binary_op(lhs, rhs, op)
+        out = op(to_float32(lhs.data), to_float32(rhs.data))
+        return Handle(out, tl.int1) if out.dtype == bool else Handle(to_bfloat16(out), tl.bfloat16)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        kind = a.dtype.scalar
+        if kind not in (tl.bfloat16, tl.float32):
+            return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+        x, y = (to_float32(t.data) if kind == tl.bfloat16 else t.data for t in (a, b))
+        if kind == tl.float32 and str(input_precision).endswith("TF32"):
+            x, y = to_tf32(x), to_tf32(y)
+        return Handle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    def get_bf16(self, value):
+        return Handle(to_bfloat16([value]), tl.bfloat16)
+
+
+def call(function, *args, **kwargs):
+    """Call a device function. As it comes, every call patches Triton's language anew, once more than is needed here."""
+    if not function.fn.__module__.startswith(f"{__package__}.kernels"):
+        interpreter._patch_lang(function.fn)
+    try:
+        return function.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
 @functools.cache
 def mend() -> None:
     """Mend the interpreter of this process, once."""
     if trouble():
         raise RuntimeError(trouble())
-    from triton.runtime import interpreter
-
-    kernels = f"{__package__}.kernels"
-    builder = interpreter.InterpreterBuilder
-    handle, dtype_of = interpreter.TensorHandle, interpreter._get_np_dtype
-    cast_as_it_comes, cast_floats_as_it_comes = builder.cast_impl, builder.create_fp_to_fp
-    apply_as_it_comes, dot_as_it_comes = builder.binary_op, builder.create_dot
-
-    def cast(self, src, dst_type):
-        have, want = src.dtype.scalar, dst_type.scalar
-        if have == want or tl.bfloat16 not in (have, want):
-            return cast_as_it_comes(self, src, dst_type)
-        if have == tl.bfloat16:
-            return handle(to_float32(src.data).astype(dtype_of(want)), want)
-        return handle(to_bfloat16(src.data), want)
-
-    def cast_floats(self, src, dst_type, rounding_mode):
-        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
-            return cast(self, src, dst_type)
-        return cast_floats_as_it_comes(self, src, dst_type, rounding_mode)
-
-    def apply(self, lhs, rhs, op):
-        if lhs.dtype.scalar != tl.bfloat16 or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
-            return apply_as_it_comes(self, lhs, rhs, op)
-        out = op(to_float32(lhs.data), to_float32(rhs.data))
-        return handle(out, tl.int1) if out.dtype == bool else handle(to_bfloat16(out), tl.bfloat16)
-
-    def dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
-        kind = a.dtype.scalar
-        if kind not in (tl.bfloat16, tl.float32):
-            return dot_as_it_comes(self, a, b, acc, input_precision, max_num_imprecise_acc)
-        x, y = (to_float32(t.data) if kind == tl.bfloat16 else t.data for t in (a, b))
-        if kind == tl.float32 and str(input_precision).endswith("TF32"):
-            x, y = to_tf32(x), to_tf32(y)
-        return handle(np.matmul(x, y, dtype=acc.data.dtype) + acc.data, acc.dtype.scalar)
-
-    def constant(self, value):
-        return handle(to_bfloat16([value]), tl.bfloat16)
-
-    def call(self, *args, **kwargs):
-        # as it comes, every call of a device function patches Triton's language anew; for the kernels' own module
-        # the launch has done so already
-        if not self.fn.__module__.startswith(kernels):
-            interpreter._patch_lang(self.fn)
-        function = self.rewrite()
-        try:
-            return function(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
+    interpreter.InterpreterBuilder = interpreter.interpreter_builder.__class__ = Builder
     interpreter.InterpretedFunction.__call__ = call
-    builder.cast_impl, builder.create_fp_to_fp = cast, cast_floats
-    builder.binary_op, builder.create_dot, builder.get_bf16 = apply, dot, constant
