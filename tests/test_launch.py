@@ -11,25 +11,25 @@ TILES = Config(16, 16)
 
 def views(*tensors, batch):
     problem = Problem(batch, 1, 1, *tensors[0].shape[-2:], 1, 1, torch.float32)
-    return launch.Views(problem, TILES, *tensors)
+    *records, shape = launch.arguments(problem, TILES, *tensors)
+    return records, shape.batches
 
 
 def test_dense_batch_dimensions_become_one():
     x = torch.empty(2, 3, 4, 1, 5, 8)
-    arguments = views(x, x, None, batch=(2, 3, 4))
-    assert arguments.shape.batches == (24,) and arguments.tensors[0].strides.batch == (40,) and arguments.tensors[2] is None
+    (first, _, missing), batches = views(x, x, None, batch=(2, 3, 4))
+    assert batches == (24,) and first.strides.batch == (40,) and missing is None
 
 
 def test_dimensions_merge_only_where_every_tensor_allows_it():
     dense, spread = torch.empty(2, 3, 4, 1, 5, 8), torch.empty(1, 3, 4, 1, 5, 8).expand(2, -1, -1, -1, -1, -1)
-    arguments = views(dense, spread, batch=(2, 3, 4))
-    assert arguments.shape.batches == (12, 2)
-    assert arguments.tensors[0].strides.batch == (40, 480) and arguments.tensors[1].strides.batch == (40, 0)
+    records, batches = views(dense, spread, batch=(2, 3, 4))
+    assert batches == (12, 2) and [x.strides.batch for x in records] == [(40, 480), (40, 0)]
 
 
 def test_no_batch_is_one_batch():
-    arguments = views(torch.empty(1, 5, 8), batch=())
-    assert arguments.shape.batches == (1,) and arguments.tensors[0].strides.batch == (0,)
+    (x,), batches = views(torch.empty(1, 5, 8), batch=())
+    assert batches == (1,) and x.strides.batch == (0,)
 
 
 def test_a_permuted_batch(device):
@@ -63,7 +63,7 @@ def test_strides_beyond_32_bits(where, strides, device):
 
 def test_only_a_tensor_whose_tile_is_too_wide_pays_for_it():
     near, far = torch.empty(1, 1, 5, 8), torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, 5, 8), (8, 8, 2**28, 1))
-    assert [x.wide.value for x in views(near, far, batch=(1,)).tensors] == [False, True]
+    assert [x.wide.value for x in views(near, far, batch=(1,))[0]] == [False, True]
 
 
 @pytest.mark.parametrize("scale, unit, sign", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])

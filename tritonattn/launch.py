@@ -45,58 +45,60 @@ def on(device: torch.device):
 
 def forward_call(problem: Problem, config: Config, scale: float, q, k, v, o, residual, lse) -> Call:
     """`residual` may be None: nothing is kept of what rounding takes from o."""
-    views = Views(problem, config, q, k, v, o, residual, lse)
+    tensors = arguments(problem, config, q, k, v, o, residual, lse)
     static = _static(problem, config, problem.n_k % config.block_n != 0)
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
     scoring = _scoring(scale, Window(*problem.window))
-    return Call(forward.forward_kernel, programs, (*views.tensors, views.shape, scoring, static), config)
+    return Call(forward.forward_kernel, programs, (*tensors, scoring, static), config)
 
 
 def delta_call(problem: Problem, config: Config, o, residual, do, dlse, delta) -> Call:
     """`residual` and `dlse` may be None."""
-    views = Views(problem, config, o, residual, do, dlse, delta)
+    tensors = arguments(problem, config, o, residual, do, dlse, delta)
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
     static = _static(problem, config, False)
-    return Call(backward.delta_kernel, programs, (*views.tensors, views.shape, static), config)
+    return Call(backward.delta_kernel, programs, (*tensors, static), config)
 
 
 def dq_call(problem: Problem, config: Config, scale: float, q, k, v, do, dq, lse, delta) -> Call:
-    views = Views(problem, config, q, k, v, do, dq, lse, delta)
+    tensors = arguments(problem, config, q, k, v, do, dq, lse, delta)
     static = _static(problem, config, problem.n_k % config.block_n != 0)
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
     scoring = _scoring(scale, Window(*problem.window))
-    return Call(backward.dq_kernel, programs, (*views.tensors, views.shape, scoring, static), config)
+    return Call(backward.dq_kernel, programs, (*tensors, scoring, static), config)
 
 
 def dkdv_call(problem: Problem, config: Config, scale: float, q, k, v, do, dk, dv, lse, delta) -> Call:
     """`dk` or `dv` may be None: it is then not computed. `delta` is needed only for dk."""
-    views = Views(problem, config, q, k, v, do, dk, dv, lse, delta)
+    tensors = arguments(problem, config, q, k, v, do, dk, dv, lse, delta)
     static = _static(problem, config, problem.n_q % config.block_m != 0)
     static = static._replace(OUT=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
     programs = _programs(problem, problem.kv_heads, problem.n_k, config.block_n)
     scoring = _scoring(scale, mirror(Window(*problem.window)))
-    return Call(backward.dkdv_kernel, programs, (*views.tensors, views.shape, scoring, static), config)
+    return Call(backward.dkdv_kernel, programs, (*tensors, scoring, static), config)
 
 
-class Views:
-    """Tensors as kernel arguments: batch dimensions that lie behind one another in every tensor become one."""
+def arguments(problem: Problem, config: Config, *tensors) -> tuple:
+    """The tensors as the kernels take them (None stays None), and the Shape they share.
 
-    def __init__(self, problem: Problem, config: Config, *tensors):
-        rank = len(problem.batch)
-        present = [x for x in tensors if x is not None]
-        dims = [(size, [x.stride(i) for x in present]) for i, size in enumerate(problem.batch) if size != 1]
-        merged = []
-        for size, strides in reversed(dims):
-            if merged and all(outer == inner * merged[-1][0] for outer, inner in zip(strides, merged[-1][1])):
-                merged[-1] = (size * merged[-1][0], merged[-1][1])
-            else:
-                merged.append((size, strides))
-        merged = merged or [(1, [0] * len(present))]
-        block = max(config.block_m, config.block_n)
-        records = iter([_record(x, rank, [strides[i] for _, strides in merged], block) for i, x in enumerate(present)])
-        self.tensors = [None if x is None else next(records) for x in tensors]
-        batches = tuple(size for size, _ in merged)
-        self.shape = Shape(batches, problem.heads, problem.n_q, problem.n_k, problem.shift)
+    Batch dimensions that lie behind one another in every tensor become one; most often one is left.
+    """
+    rank = len(problem.batch)
+    present = [x for x in tensors if x is not None]
+    merged = []
+    for i in reversed(range(rank)):
+        size, strides = problem.batch[i], [x.stride(i) for x in present]
+        if size == 1:
+            continue
+        if merged and all(outer == inner * merged[-1][0] for outer, inner in zip(strides, merged[-1][1])):
+            merged[-1] = (size * merged[-1][0], merged[-1][1])
+        else:
+            merged.append((size, strides))
+    merged = merged or [(1, [0] * len(present))]
+    block = max(config.block_m, config.block_n)
+    records = iter([_record(x, rank, [strides[i] for _, strides in merged], block) for i, x in enumerate(present)])
+    shape = Shape(tuple(size for size, _ in merged), problem.heads, problem.n_q, problem.n_k, problem.shift)
+    return *(None if x is None else next(records) for x in tensors), shape
 
 
 def _record(x, rank, batch_strides, block) -> Tensor:
