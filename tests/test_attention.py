@@ -86,6 +86,21 @@ def test_infinity_in_live_data_is_as_the_definition_has_it(device):
     assert (o[30, 5] == torch.inf) and o[31:, 5].isnan().all() and o[:, :3].isfinite().all()
 
 
+def test_scores_of_minus_infinity_in_a_whole_tile(device):
+    q, (k, v) = torch.rand(1, 1, 20, 8, device=device), torch.randn(2, 1, 1, 100, 8, device=device)
+    k[..., :40, 0] = -torch.inf
+    with config.pinned(TILES):
+        torch.testing.assert_close(attention(q, k, v), attention(q, k[..., 40:, :], v[..., 40:, :]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_scale_that_float32_hardly_holds_is_zero(causal, device):
+    q, k, v = (torch.randn(1, 1, 40, 8, device=device) for _ in range(3))
+    expected = attention(q, k, v, causal=causal, scale=0.0)
+    torch.testing.assert_close(attention(q, k, v, causal=causal, scale=1e-45), expected)
+    torch.testing.assert_close(attention(q, k, v, causal=causal, scale=-1e-300), expected)
+
+
 def test_nan_in_a_later_query_does_not_reach_the_keys_it_cannot_see(device):
     q, k, v = (torch.randn(1, 1, 50, 16, device=device) for _ in range(3))
     q[..., 40, :] = torch.nan
@@ -184,8 +199,10 @@ def good(device, **changes):
     ({"k": torch.randn(1, 3, 6, 8), "v": torch.randn(1, 3, 6, 8)}, RuntimeError, "k: expected a head count dividing 2, got 3"),
     ({"q": torch.randn(1, 6, 6, 8), "v": torch.randn(1, 3, 6, 8)}, RuntimeError, "v: expected the head count of k, 2, or 1"),
     ({"q": torch.randn(2, 2, 6, 8), "k": torch.randn(3, 2, 6, 8)}, RuntimeError, "expected batch dimensions that broadcast"),
-    ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
-    ({"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+    ({"scale": float("nan")}, ValueError, "scale: expected a finite number.*got nan"),
+    ({"scale": float("inf")}, ValueError, "scale: expected a finite number.*got inf"),
+    ({"scale": 1e39}, ValueError, "scale: expected a finite number, at most 2.3e"),
+    ({"scale": 10**400}, ValueError, "scale: expected a finite number"),
     ({"scale": torch.tensor(0.5)}, TypeError, "scale: expected a number or None"),
     ({"scale": "1"}, TypeError, "scale: expected a number or None, got '1'"),
     ({"causal": "yes"}, TypeError, "causal: expected True or False"),
@@ -250,6 +267,7 @@ def test_without_triton(monkeypatch, device):
     (((3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)), {}),
     (((2, 3, 5, 8), (1, 1, 7, 8), (2, 1, 7, 8)), {}),
     (((5, 8), (7, 8), (7, 8)), {"is_causal": True}),
+    (((5, 8), (7, 8), (7, 0)), {}),
     (((2, 1, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)), {}),
     (((2, 3, 5, 8), (2, 3, 0, 8), (2, 3, 0, 8)), {}),
     (((2, 3, 0, 8), (2, 3, 7, 8), (2, 3, 7, 8)), {}),
@@ -280,6 +298,7 @@ def test_a_tensor_scale_as_torch_takes_it(device):
     ((None, 0.5), {}, NotImplementedError, "dropout_p: not served yet"),
     ((None, 0.0, False, 0.5), {}, TypeError, "positional"),
     ((), {"causal": True}, TypeError, "causal"),
+    ((None, 0.0, "no"), {}, TypeError, "is_causal: expected True or False, got 'no'"),
     ((), {"value": torch.randn(1, 2, 7, 8)}, RuntimeError, "value: expected the length of key, 6, got 7"),
     ((), {"query": torch.randn(1, 4, 6, 8)}, RuntimeError, "expected as many heads as query or one.*enable_gqa=True"),
     ((), {"query": torch.randn(1, 5, 6, 8), "enable_gqa": True}, RuntimeError, "key: expected a head count dividing 5, got 2"),

@@ -45,6 +45,7 @@ def test_the_rule_fits_and_does_not_spill(arch):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
 def test_the_rule_fits_at_every_width(arch):
     cells = [(kernel, "bfloat16", d, d, "causal", 4, 1000) for kernel in KERNELS for d in (96, 192, 256, 512)]
+    cells += [(kernel, "float16", d, dv, "window", 1, 1000) for kernel in KERNELS for d, dv in ((1, 8), (17, 1), (129, 33))]
     # without tensor cores a wide float32 tile takes long to compile: only where memory is short
     widths = (64, 256) if arch in ("sm_86", "gfx942") else (64,)
     cells += [(kernel, "float32", d, d, "causal", 1, 1000) for kernel in KERNELS for d in widths]

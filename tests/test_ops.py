@@ -223,6 +223,54 @@ def test_memory_is_linear(device, monkeypatch):
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_second_derivative_is_an_error(backend, device):
+    torch._dynamo.reset()
+    q, k, v = qkv(device, grad=True)
+    compiled = torch.compile(attention, backend=backend)
+    first, = torch.autograd.grad(compiled(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="at most first derivatives|does not currently support double backward"):
+        first.sum().backward()
+
+
+def test_forward_mode_is_an_error(device):
+    q, k, v = qkv(device)
+    with pytest.raises(RuntimeError, match=r"got forward mode \(jvp\)"):
+        torch.func.jvp(lambda q: attention(q, k, v), (q,), (torch.ones_like(q),))
+
+
+def test_gradients_through_an_exported_program(device):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(16, device=device))
+
+        def forward(self, q, k, v):
+            return attention(q @ self.weight, k, v, causal=True)
+
+    inputs, module = qkv(device), Module()
+    loaded = torch.export.export(module, tuple(inputs), strict=False).module()
+    loaded(*inputs).square().sum().backward()
+    module(*inputs).square().sum().backward()
+    torch.testing.assert_close(loaded.weight.grad, module.weight.grad)
+
+
+def test_vmap_keeps_the_accurate_delta(device):
+    q, k, v = (torch.rand(2, 64, 16, device=device).bfloat16().requires_grad_() for _ in range(3))
+    mapped = torch.autograd.grad(torch.vmap(attention)(q, k, v).sum(), (q, k, v))
+    plain = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
+    for one, other in zip(mapped, plain):
+        assert torch.equal(one, other)
+
+
+def test_another_scale_is_another_graph_at_most(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v, scale: attention(q, k, v, scale=scale), backend="aot_eager", fullgraph=True)
+    q, k, v = qkv(device)
+    for scale in (0.5, 0.25, -1.5):
+        torch.testing.assert_close(compiled(q, k, v, scale), reference.attention(q, k, v, scale=scale))
+
+
 def noted(make, taken):
     def make_and_note(*args, **options):
         x = make(*args, **options)

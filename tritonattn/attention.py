@@ -8,6 +8,7 @@ import torch
 from . import gpu, ops
 from .gpu import INTERPRETED, TRITON
 
+LARGEST_SCALE = 2.3e38  # times log2(e) it is still a float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -37,7 +38,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural
         logarithm, float32. Both are differentiable, once. A row that sees no key gives o = 0, lse = -inf and
-        gradients 0. What a query does not see cannot reach it, not even a nan.
+        gradients 0. What a query does not see cannot reach it, not even a nan. The same call gives the same bits; with
+        and without a gradient to come, 16-bit outputs may differ in the last one, since precise_grad sums otherwise.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit. ValueError: a value out of its range.
@@ -68,6 +70,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     """
     _check_tensors(query=query, key=key, value=value)
     _refuse(attn_mask=attn_mask, dropout_p=dropout_p or None)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal: expected True or False, got {_brief(is_causal)}")
     query, key, value = _autocast(query, key, value)
     _check_kind(query=query, key=key, value=value)
     if isinstance(scale, torch.Tensor) and scale.dim() == 0 and not scale.requires_grad:
@@ -84,8 +88,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 
 
 def _attend(q, k, v, scale, left, right, bottom_right, precise_grad):
-    """Give every tensor a head dimension and the same batch dimensions, and take the additions off again."""
-    bare = max(q.dim(), k.dim(), v.dim()) == 2
+    """Give every tensor a head dimension, the same batch dimensions and at least one column; take the additions off."""
+    bare, dv = max(q.dim(), k.dim(), v.dim()) == 2, v.shape[-1]
     q, k, v = (x.unsqueeze(0) if x.dim() == 2 else x for x in (q, k, v))
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
@@ -94,10 +98,8 @@ def _attend(q, k, v, scale, left, right, bottom_right, precise_grad):
     if q.shape[-1] == 0:
         # a score of nothing is 0: one column of zeros says the same
         q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
-    if v.shape[-1] == 0:
-        o, lse = _attend(q, k, v.new_zeros(*v.shape[:-1], 1), scale, left, right, bottom_right, precise_grad)
-        return o[..., :0], lse
-    o, lse = ops.attend(q, k, v, scale, left, right, bottom_right, precise_grad)
+    o, lse = ops.attend(q, k, v if dv else torch.nn.functional.pad(v, (0, 1)), scale, left, right, bottom_right, precise_grad)
+    o = o if dv else o[..., :0]
     return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
 
 
@@ -106,11 +108,15 @@ def _broadcast_heads(query, key, value):
     if max(query.dim(), key.dim(), value.dim()) < 3:
         return query, key, value
     query, key, value = (x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value))
-    heads = {x.shape[-3] for x in (query, key, value)} - {1} or {1}
-    if len(heads) > 1:
-        raise RuntimeError(f"key and value: expected as many heads as query or one, {query.shape[-3]} or 1, got "
-                           f"{key.shape[-3]} and {value.shape[-3]}; for grouped heads say enable_gqa=True")
-    return tuple(x.expand(*x.shape[:-3], *heads, *x.shape[-2:]) for x in (query, key, value))
+    heads = query.shape[-3]
+    for x in (key, value):
+        if heads == 1:
+            heads = x.shape[-3]
+        elif x.shape[-3] not in (1, heads):
+            raise RuntimeError(f"key and value: expected as many heads as query or one, {query.shape[-3]} or 1, got "
+                               f"{key.shape[-3]} and {value.shape[-3]}; for grouped heads say enable_gqa=True")
+    # one head of keys for all is served as it is
+    return query.expand(*query.shape[:-3], heads, *query.shape[-2:]), key, value
 
 
 def _autocast(*tensors):
@@ -136,8 +142,9 @@ def _check_tensors(**tensors):
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise RuntimeError(f"{name}: expected a dense (strided) tensor, got layout {x.layout}")
+        if x.layout != torch.strided or x.is_nested:
+            kind = "a nested one" if x.is_nested else f"layout {x.layout}"
+            raise RuntimeError(f"{name}: expected a dense (strided) tensor, got {kind}")
         if x.dim() < 2:
             raise RuntimeError(f"{name}: expected at least 2 dimensions, [..., length, size], got {x.dim()}")
 
@@ -154,7 +161,7 @@ def _check_kind(**tensors):
                            "pip install 'tritonattn[cpu]'")
     if q.device.type == "cpu" and not INTERPRETED:
         raise RuntimeError(f"{first}: expected a tensor on a GPU, got one on the CPU; to run the kernels there in Triton's "
-                           "interpreter, set TRITON_INTERPRET=1 before importing tritonattn")
+                           "interpreter, set TRITON_INTERPRET=1 before Python starts")
     if q.dtype not in DTYPES and not (INTERPRETED and q.dtype == torch.float64):
         served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise RuntimeError(f"{first}: expected dtype {served} (float64 in Triton's interpreter only), got {q.dtype}")
@@ -194,8 +201,8 @@ def _check_scale(scale, d):
     if isinstance(scale, torch.Tensor) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"scale: expected a number or None, got {_brief(scale) if scale is not None else None}; a learned "
                         "scale goes into q, where it gets its gradient")
-    if isinstance(scale, numbers.Real) and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {scale:.6g}")
     return float(scale)
 
 

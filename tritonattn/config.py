@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import re
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Config:
         return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
 
 
-_pinned: dict[str, Config] = {}
+_pinned: list[dict[str, Config]] = []  # the innermost last
 
 
 @contextlib.contextmanager
@@ -57,18 +58,24 @@ def pinned(config: Config | None = None, **kernels: Config):
     unknown = set(kernels) - set(KERNELS)
     if unknown:
         raise TypeError(f"pinned: expected kernels among {', '.join(KERNELS)}, got {', '.join(sorted(unknown))}")
-    before = dict(_pinned)
-    _pinned.update({kernel: config for kernel in KERNELS if config is not None} | kernels)
+    layer = {kernel: config for kernel in KERNELS if config is not None} | kernels
+    for value in layer.values():
+        if not isinstance(value, Config):
+            raise TypeError(f"pinned: expected a Config, got {value!r}; Config.parse reads the printed form")
+    _pinned.append(layer)
     try:
         yield
     finally:
-        _pinned.clear()
-        _pinned.update(before)
+        # by identity: blocks of different threads may overlap
+        _pinned[:] = [other for other in _pinned if other is not layer]
 
 
 def find(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     """The config for this kernel of this problem on this GPU."""
-    return _pinned.get(kernel) or rule(kernel, problem, gpu)
+    for layer in reversed(_pinned):
+        if kernel in layer:
+            return layer[kernel]
+    return rule(kernel, problem, gpu)
 
 
 # Chosen by what the compiler makes of them (`lens`): the largest tiles that spill nothing in the loop and fit.
@@ -118,6 +125,7 @@ RULE = {
 }
 
 
+@functools.cache
 def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     """A config that fits, from the head sizes, the dtype and the GPU alone: the same whatever the batch and lengths."""
     if gpu.arch == "interpreter":
@@ -133,6 +141,8 @@ def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
 
 def family(gpu: Gpu, known) -> str:
     """Which of the known GPUs this one is like: the same tensor cores, and at most its shared memory."""
+    if (gpu.is_amd and not gpu.arch.startswith(("gfx94", "gfx95"))) or (not gpu.is_amd and gpu.capability < 80):
+        raise RuntimeError(f"GPU: expected NVIDIA from sm_80 on or AMD CDNA 3 or later, got {gpu.name} ({gpu.arch})")
     if gpu.is_amd:
         like = "gfx942"
     elif 90 <= gpu.capability < 120:

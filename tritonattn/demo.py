@@ -6,6 +6,7 @@ Without one, a smaller model runs the very same kernels in Triton's interpreter,
 process compiles them for the GPUs that are not here and reads what the compiler made of them.
 """
 
+import atexit
 import copy
 import itertools
 import math
@@ -142,7 +143,9 @@ def start_compiling(archs=ARCHS):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", f"from tritonattn import demo; demo.print_compiled({archs})"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    return process
 
 
 def finish_compiling(process) -> bool:

@@ -9,6 +9,7 @@ functions are also made cheaper, which halves the time.
 
 import contextlib
 import functools
+import threading
 
 import numpy as np
 import triton
@@ -16,6 +17,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 Handle = interpreter.TensorHandle
+one_at_a_time = threading.RLock()  # the interpreter's state is the process's
 
 
 def to_float32(bits):
@@ -46,6 +48,8 @@ def trouble() -> str | None:
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         return (f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, found {np.__version__}: "
                 "pip install 'numpy<2.4', or a newer Triton")
+    if isinstance(tl.max, triton.runtime.JITFunction):
+        return "Triton was imported before TRITON_INTERPRET was set: set it before Python starts"
     return None
 
 
@@ -57,7 +61,7 @@ def _version(module):
 def quiet():
     """Mended, and without numpy's warnings about what is no error on a GPU: overflow to inf, nan in lanes not kept."""
     mend()
-    with np.errstate(all="ignore"):
+    with one_at_a_time, np.errstate(all="ignore"):
         yield
 
 

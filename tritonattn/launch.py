@@ -118,8 +118,10 @@ def _static(problem: Problem, config: Config, ragged: bool) -> Static:
 
 
 def _scoring(scale: float, window: Window) -> Scoring:
-    sign = None if scale > 0 else float(-(scale < 0))
-    return Scoring((abs(scale) or 1.0) * LOG2E.value, sign, window)
+    # what float32 holds only as a subnormal number is 0 here: -inf * 0 would be nan
+    size = abs(scale) if abs(scale) >= 2.0**-126 else 0.0
+    sign = (None if scale > 0 else -1.0) if size else 0.0
+    return Scoring((size or 1.0) * LOG2E.value, sign, window)
 
 
 def _programs(problem: Problem, heads: int, rows: int, block: int) -> int:

@@ -71,8 +71,8 @@ def _backward(do, dlse, q, k, v, o, lse, residual, scale, left, right, bottom_ri
     return dq, dk, dv
 
 
-torch.library.impl("tritonattn::forward", ("cpu", "cuda", "xpu"), _forward)
-torch.library.impl("tritonattn::backward", ("cpu", "cuda", "xpu"), _backward)
+torch.library.impl("tritonattn::forward", ("cpu", "cuda"), _forward)
+torch.library.impl("tritonattn::backward", ("cpu", "cuda"), _backward)
 
 
 @torch.library.register_fake("tritonattn::forward")
@@ -107,11 +107,15 @@ class Attention(torch.autograd.Function):
     def backward(ctx, do, dlse, _):
         q, k, v, o, lse, residual = ctx.saved_tensors
         if do is None:
-            # only lse was used: zeros, without memory
+            # only lse was used; zeros take no memory
             do = o.new_zeros(()).expand(o.shape)
         wanted = list(ctx.needs_input_grad[:3])
         gradients = AttentionBackward.apply(do, dlse, q, k, v, o, lse, residual, *ctx.options, wanted)
         return *(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError("tritonattn.attention: expected reverse-mode derivatives, got forward mode (jvp)")
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
@@ -140,9 +144,9 @@ class AttentionBackward(torch.autograd.Function):
 
 
 def _as_batch(function, info, in_dims, inputs):
-    """vmap: the mapped dimension becomes one more batch dimension, the first."""
+    """vmap: the mapped dimension becomes one more batch dimension, the first. What is absent stays so."""
     def lead(x, dim):
-        if not isinstance(x, torch.Tensor) or x.shape == (0,):
+        if not isinstance(x, torch.Tensor) or x.dim() == 1:
             return x
         return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
 
@@ -150,10 +154,19 @@ def _as_batch(function, info, in_dims, inputs):
     return out, tuple(0 if x.dim() > 1 else None for x in out)
 
 
+# exported programs call the op itself
+torch.library.register_autograd("tritonattn::forward", Attention.backward, setup_context=Attention.setup_context)
+torch.library.register_autograd("tritonattn::backward", AttentionBackward.backward,
+                                setup_context=AttentionBackward.setup_context)
+
+
+# opaque to Dynamo, which would trace the backward pass too, and lose its rule for vmap and its error for second derivatives
+@torch.compiler.allow_in_graph
 def attend(q, k, v, scale, left, right, bottom_right, precise_grad):
-    """o and lse. The residual is kept where a gradient will be taken of 16-bit numbers."""
-    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    keep_residual = precise_grad and wanted and q.dtype.itemsize == 2
+    """o and lse. The residual is kept where a gradient may be taken of 16-bit numbers."""
+    # a tensor that torch.func has wrapped does not tell whether the one in it requires a gradient
+    wanted = any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (q, k, v))
+    keep_residual = precise_grad and torch.is_grad_enabled() and wanted and q.dtype.itemsize == 2
     o, lse, _ = Attention.apply(q, k, v, scale, left, right, bottom_right, keep_residual)
     return o, lse
 

@@ -33,10 +33,8 @@ def softmax_step(state, s, v, unit, static, PRECISE: tl.constexpr, MODE: tl.cons
         acc' = alpha acc + sum_j 2^(x_j - m') v_j
     """
     m = tl.maximum(state.m, tl.max(s, 1) * unit)
-    pivot = m
-    if MODE != "full":
-        # a row may have seen nothing yet: keep -inf - (-inf) away
-        pivot = tl.where(m == float("-inf"), 0.0, m)
+    # a row may have seen nothing yet, or only scores of -inf: keep -inf - (-inf) away
+    pivot = tl.where(m == float("-inf"), 0.0, m)
     alpha = tl.exp2(state.m - pivot)
     p = tl.exp2(s * unit - pivot[:, None])
     l = state.l * alpha + tl.sum(p, 1)

@@ -67,7 +67,9 @@ class Static(NamedTuple):
 def main_width(size):
     """Width of a tile's first part: the one that holds everything, unless two parts are less."""
     whole = max(16, triton.next_power_of_2(size))
-    return whole // 2 if whole // 2 + tail_width(size) < whole else whole
+    half = whole // 2
+    # a product needs at least 16
+    return half if half >= 16 and half + tail_width(size) < whole else whole
 
 
 @triton.constexpr_function
@@ -220,6 +222,8 @@ def stored_nan(x, first, N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr)
     """Whether the tile that this program has just stored holds a nan (or infinities of both signs in one row).
 
     Read back rather than taken from registers: what is asked of a sum there ties its layout, and costs in every loop.
+    The barrier makes the stores of this program visible to all its threads; nobody else writes there. The answer is one
+    number, so all threads branch alike.
     """
     tl.debug_barrier()
     tile = load_tile(x, first, N, SIZE, True)
