@@ -202,7 +202,7 @@ def _check_scale(scale, d):
         raise TypeError(f"scale: expected a number or None, got {_brief(scale) if scale is not None else None}; a learned "
                         "scale goes into q, where it gets its gradient")
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
-        raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {scale:.6g}")
+        raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {str(scale)[:24]}")
     return float(scale)
 
 

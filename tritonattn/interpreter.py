@@ -48,8 +48,6 @@ def trouble() -> str | None:
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         return (f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, found {np.__version__}: "
                 "pip install 'numpy<2.4', or a newer Triton")
-    if isinstance(tl.max, triton.runtime.JITFunction):
-        return "Triton was imported before TRITON_INTERPRET was set: set it before Python starts"
     return None
 
 
@@ -115,5 +113,7 @@ def mend() -> None:
     """Mend the interpreter of this process, once."""
     if trouble():
         raise RuntimeError(trouble())
+    if isinstance(tl.max, triton.runtime.JITFunction):
+        raise RuntimeError("Triton was imported before TRITON_INTERPRET was set: set it before Python starts")
     interpreter.InterpreterBuilder = interpreter.interpreter_builder.__class__ = Builder
     interpreter.InterpretedFunction.__call__ = call
