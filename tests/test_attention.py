@@ -78,6 +78,43 @@ def test_what_a_query_must_not_see_does_not_reach_it(device):
     assert dq[..., :30, :].isfinite().all() and dq[..., :30, :].abs().sum() > 0
 
 
+@pytest.mark.parametrize("n_q, options", [
+    (30, {"causal": True, "align": "bottom_right"}), (70, {"causal": True, "align": "bottom_right"}),
+    (50, {"window": (9, None)}), (50, {"window": (None, 4)}), (50, {"window": (9, 4)}),
+], ids=["more keys", "more queries", "left", "right", "both"])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_care_is_taken_whatever_the_window(where, n_q, options, device):
+    """A query or a key is not finite: all that does not depend on it is as if it were."""
+    q, k, v = (torch.randn(1, 1, n, 16, device=device) for n in (n_q, 50, 50))
+    do, dlse = torch.randn(1, 1, n_q, 16, device=device), torch.zeros(1, 1, n_q, device=device)
+    seen = reference.visible(n_q, 50, **options)
+    with config.pinned(TILES):
+        clean = results(attention, q, k, v, do, dlse, **options)
+        if where == "query":
+            q[..., 25, 1], do[..., 25, 4] = torch.nan, torch.inf
+            rows = torch.arange(n_q) == 25
+        else:
+            k[..., 25, 2], v[..., 25, 3] = torch.inf, torch.nan
+            rows = seen[:, 25]
+        ours = results(attention, q, k, v, do, dlse, **options)
+    columns = seen[rows].any(0)
+    for name, one, other, touched in zip(("o", "lse", "dq", "dk", "dv"), ours, clean, (rows, rows, rows, columns, columns)):
+        torch.testing.assert_close(one[0, 0, ~touched], other[0, 0, ~touched], msg=lambda text, name=name: f"{name}: {text}")
+    assert ours[0][0, 0, rows].isnan().any() and ours[4][0, 0, columns].isnan().any()
+    assert (~rows).any() and (where == "key" or (~columns).any())
+
+
+def test_a_row_whose_every_score_is_minus_infinity_gives_nothing(device):
+    q, (k, v) = torch.rand(1, 1, 20, 8, device=device), torch.randn(2, 1, 1, 32, 8, device=device)
+    k[..., 0] = -torch.inf
+    for x in (q, k, v):
+        x.requires_grad_()
+    with config.pinned(TILES):
+        o, lse = attention(q, k, v, return_lse=True)
+        dv, = torch.autograd.grad(o.sum(), v)
+    assert (o == 0).all() and (lse == -torch.inf).all() and (dv == 0).all()
+
+
 def test_infinity_in_live_data_is_as_the_definition_has_it(device):
     q, k, v = (torch.randn(1, 1, 50, 16, device=device) for _ in range(3))
     v[..., 20, 3], v[..., 30, 5], v[..., 31, 5] = torch.inf, torch.inf, -torch.inf

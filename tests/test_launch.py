@@ -45,12 +45,15 @@ def huge(shape, strides, dtype=torch.float16):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("where, strides", [
-    ("batch", (2**31 + 8, 2**30, 8, 1)), ("head", (8, 2**31 + 64, 8, 1)), ("tile", (8, 8, 2**27 + 8, 1)),
-    ("row", (8, 8, 2**28 + 8, 1)), ("column", (8, 8, 1, 2**28 + 64)),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_strides_beyond_32_bits(where, strides, device):
-    shape = (2 if where == "batch" else 1, 2 if where == "head" else 1, 24 if where in ("tile", "row") else 5, 8)
+@pytest.mark.parametrize("shape, strides", [
+    ((3, 1, 5, 8), (2**30, 8, 8, 1)),       # a stride fits into 32 bits, its multiple does not
+    ((1, 3, 5, 8), (8, 2**30, 8, 1)),
+    ((1, 1, 40, 8), (8, 8, 2**26, 1)),      # from tile to tile
+    ((1, 1, 24, 8), (8, 8, 2**28 + 8, 1)),  # within a tile
+    ((1, 1, 5, 16), (8, 8, 1, 2**28 + 64)),
+    ((2, 1, 5, 8), (2**31 + 8, 8, 8, 1)),
+], ids=["batch", "head", "tile", "row", "column", "stride"])
+def test_strides_beyond_32_bits(shape, strides, device):
     q, k, v = (huge(shape, strides).requires_grad_() for _ in range(3))
     with config.pinned(Config(16, 16)):
         o = attention(q, k, v, causal=True)
