@@ -106,7 +106,7 @@ RULE = {
         },
         "gfx942": {
             "forward": "128x64w8s3 128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 32x32w4s1",
-            "dq": "128x64w8s2 128x64w4s2 128x64w4s2 64x32w4s2 64x32w4s2 16x32w4s1",
+            "dq": "128x64w4s2 128x64w4s2 128x64w4s2 64x32w4s2 64x32w4s2 16x32w4s1",
             "dkdv": "32x64w4s2 32x64w4s2 32x32w4s2 32x32w4s1 32x32w4s1 16x16w4s1",
         },
     },
