@@ -104,6 +104,26 @@ def test_care_is_taken_whatever_the_window(where, n_q, options, device):
     assert (~rows).any() and (where == "key" or (~columns).any())
 
 
+def test_care_is_taken_of_the_second_part_of_a_head(device):
+    q, k, v = (torch.randn(1, 1, 50, 40, device=device) for _ in range(3))
+    with config.pinned(TILES):
+        clean = attention(q, k, v, causal=True)
+        v[..., 25, 38] = torch.nan
+        o = attention(q, k, v, causal=True)
+    torch.testing.assert_close(o[..., :25, :], clean[..., :25, :])
+    assert o[..., 25:, 38].isnan().all() and o[..., :38].isfinite().all()
+
+
+@pytest.mark.parametrize("asked", ["k", "v"])
+def test_care_is_taken_where_one_gradient_is_asked_for(asked, device):
+    tensors = {name: torch.randn(1, 1, 50, 16, device=device) for name in "qkv"}
+    tensors["q"][..., 25, 1] = torch.nan
+    with config.pinned(TILES):
+        o = attention(**tensors | {asked: tensors[asked].requires_grad_()}, causal=True)
+        gradient, = torch.autograd.grad(o, tensors[asked], torch.ones_like(o))
+    assert gradient[..., 26:, :].isfinite().all() and gradient[..., :26, :].isnan().all()
+
+
 def test_a_row_whose_every_score_is_minus_infinity_gives_nothing(device):
     q, (k, v) = torch.rand(1, 1, 20, 8, device=device), torch.randn(2, 1, 1, 32, 8, device=device)
     k[..., 0] = -torch.inf
