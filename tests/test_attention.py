@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tritonattn
 from tests.cases import CASES, LARGE_TILES, SINGLE, TILES, check, results
@@ -335,7 +336,10 @@ def test_without_triton(monkeypatch, device):
 ], ids=str)
 def test_as_torch_does(shapes, options, device):
     q, k, v = (torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
-    ours, torchs = scaled_dot_product_attention(q, k, v, **options), F.scaled_dot_product_attention(q, k, v, **options)
+    ours = scaled_dot_product_attention(q, k, v, **options)
+    # the fused kernels of torch 2.11 crash where there are no heads
+    with sdpa_kernel(SDPBackend.MATH):
+        torchs = F.scaled_dot_product_attention(q, k, v, **options)
     torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.autograd.grad(ours.sum(), (q, k, v), allow_unused=True, materialize_grads=True),
                                torch.autograd.grad(torchs.sum(), (q, k, v), allow_unused=True, materialize_grads=True),

@@ -18,6 +18,7 @@ REAL = {
     "cross": Case(heads=4, kv_heads=4, n_q=1000, n_k=77, d=40, dv=40),
     "sliding": Case(heads=4, kv_heads=1, n_q=3000, n_k=3000, d=128, dv=128, window=(511, 0)),
     "prefix": Case(heads=2, kv_heads=2, n_q=300, n_k=2000, d=96, dv=96, causal=True, align="bottom_right"),
+    "mla": Case(heads=2, kv_heads=2, n_q=700, n_k=700, d=192, dv=128, causal=True),
     "wide": Case(heads=2, kv_heads=2, n_q=700, n_k=700, d=256, dv=256, causal=True),
     "widest": Case(heads=1, kv_heads=1, n_q=300, n_k=300, d=512, dv=512, causal=True),
     "odd": Case(heads=2, kv_heads=2, n_q=1001, n_k=777, d=72, dv=17, layout="offset"),

@@ -10,6 +10,8 @@ from .gpu import INTERPRETED, TRITON
 
 LARGEST_SCALE = 2.3e38  # times log2(e) it is still a float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# asked here once: Dynamo of torch 2.11 cannot trace the question
+AUTOCAST = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device)]
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
@@ -122,7 +124,7 @@ def _broadcast_heads(query, key, value):
 def _autocast(*tensors):
     """What torch does to the arguments of its own attention under autocast: the lower precision, but not of float64."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
