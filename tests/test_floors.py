@@ -3,12 +3,18 @@
 import ast
 from pathlib import Path
 
+import perf
 import tritonattn
 
 PACKAGE = Path(tritonattn.__file__).parent
 FLOORS = {
-    "kernels": 0, "version": 0, "reference": 1, "gpu": 1, "problem": 1, "interpreter": 1, "config": 2, "launch": 3, "lens": 4,
-    "ops": 4, "attention": 5, "charmodel": 5, "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
+    "kernels": 0, "version": 0, "journal": 0, "reference": 1, "gpu": 1, "problem": 1, "interpreter": 1, "accuracy": 1,
+    "clock": 1, "timing": 2, "environment": 2, "config": 2, "launch": 3, "lens": 4, "ops": 4, "attention": 5, "charmodel": 5,
+    "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
+}
+# of the benchmarks, which stand beside the package and lean on it
+PERF = {
+    "cases": 0, "record": 0, "rivals": 1, "limits": 1, "measure": 2, "table": 2, "plot": 3, "ceilings": 3, "run": 3, "gpu": 4,
 }
 # within the kernels, in reading order
 STEPS = ["tile", "window", "scores", "softmax", "forward", "backward"]
@@ -47,13 +53,26 @@ def test_kernels_import_triton_alone_and_go_down():
                 assert level == 1 and STEPS.index(name) < STEPS.index(path.stem), f"kernels/{path.name} imports {name}"
 
 
+def test_benchmarks_lean_on_the_package_and_go_down():
+    folder = Path(perf.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} == {*PERF, "__init__"}
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "perf"):
+                inner = (node.module or "").removeprefix("perf").strip(".").split(".")[0]
+                for target in [inner] if inner else [alias.name for alias in node.names]:
+                    assert PERF[target] < PERF[path.stem], f"perf/{path.name} imports {target}"
+    for path in PACKAGE.rglob("*.py"):
+        assert not any(name.split(".")[0] in ("perf", "tests") for _, name in imports(path)), path.name
+
+
 def test_only_ops_holds_autograd():
     for path in PACKAGE.rglob("*.py"):
         assert ("autograd.Function" in path.read_text()) == (path.name == "ops.py"), path.name
 
 
 def test_functions_stay_short():
-    for path in PACKAGE.rglob("*.py"):
+    for path in [*PACKAGE.rglob("*.py"), *Path(perf.__file__).parent.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = range(node.lineno, node.end_lineno + 1)

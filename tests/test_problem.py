@@ -1,5 +1,7 @@
 """Problem: what is asked, counted exactly."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -49,3 +51,16 @@ def test_sample_tensors_are_the_problem():
     assert Problem.of(q, k, v, (None, 0), True) == problem
     assert torch.equal(q, problem.tensors()[0]) and not torch.equal(q, problem.tensors(seed=1)[0])
     assert problem.tensors("meta")[0].device.type == "meta"
+
+
+def test_bytes_are_those_of_the_tensors():
+    problem = Problem((2,), 4, 2, 5, 7, 3, 6, torch.float16)
+    q, k, v = (x.nbytes for x in problem.tensors())
+    o, lse = 2 * 4 * 5 * 6 * 2, 2 * 4 * 5 * 4
+    assert problem.bytes() == q + k + v + o + lse and problem.bytes("backward") == 2 * (q + k + v + o) + lse
+
+
+@pytest.mark.parametrize("problem", [
+    Problem((), 1, 1, 1, 1, 1, 1, torch.float64), Problem((2, 3), 4, 2, 5, 7, 3, 6, torch.bfloat16, (None, 0), 2)])
+def test_as_json_and_back(problem):
+    assert Problem.from_json(json.loads(json.dumps(problem.as_json()))) == problem

@@ -39,3 +39,21 @@ def test_rows_that_see_nothing_have_finite_gradients():
                                              ("bottom_right", [[1, 1, 1, 0], [1, 1, 1, 1]])])
 def test_the_pictures_of_the_docstring(align, expected):
     assert reference.visible(2, 4, causal=True, align=align).int().tolist() == expected
+
+
+@pytest.mark.parametrize("scores", [1, 150, 10**9])
+@pytest.mark.parametrize("options", [{}, {"window": (2, 0), "align": "bottom_right"}, {"causal": True, "align": "top_left"}])
+def test_by_heads_is_the_same_however_few_are_taken(scores, options):
+    q, k, v, do = (torch.randn(2, 3, heads, n, d) for heads, n, d in ((4, 7, 5), (2, 9, 5), (2, 9, 6), (4, 7, 6)))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    o = reference.attention(*leaves, **options)
+    expected = (o, *torch.autograd.grad(o, leaves, do.double()))
+    torch.testing.assert_close(reference.by_heads(q, k, v, do, scores=scores, **options), expected)
+    torch.testing.assert_close(reference.by_heads(q, k, v, scores=scores, **options), expected[0].detach())
+
+
+def test_by_heads_in_another_dtype():
+    q, k, v, do = (torch.randn(1, 2, 8, 4, dtype=torch.bfloat16) for _ in range(4))
+    o, *gradients = reference.by_heads(q, k, v, do, dtype=torch.bfloat16)
+    torch.testing.assert_close(o, reference.attention(q, k, v))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)

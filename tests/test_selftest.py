@@ -100,9 +100,5 @@ def test_one_bit_that_changes_from_run_to_run_is_found(plant, device):
     assert not wrong(results) and wrong(results, "twice") == {"dk"}
 
 
-def test_errors_of_what_is_not_finite():
-    exact = torch.tensor([1.0, -math.inf], dtype=torch.float64)
-    assert selftest._error(torch.tensor([1.5, -math.inf]), exact) == 0.5
-    assert selftest._error(torch.tensor([1.0, 0.0]), exact) == math.inf
-    assert selftest._error(torch.tensor([math.nan, -math.inf]), exact) == math.inf
+def test_what_is_not_finite_does_not_agree():
     assert not selftest.Result("", "", "", math.inf, math.inf).agrees, "torch may overflow, these kernels may not"

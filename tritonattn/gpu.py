@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,25 @@ import torch
 TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is defined, and the kernels are defined when this package is imported
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What one model of GPU can do at the most, at the clock its vendor promises; rates are per clock and SM.
+
+    Not in it: the tensor cores' other types (TF32, 8 bits and fewer, fp64), sparsity, caches' and shared memory's
+    bandwidth, and power, which holds large products below the promised clock.
+    """
+
+    clock: float       # Hz, with the tensor cores at work
+    tensor: int        # flop of dense products of 16-bit numbers, summed in float32
+    exponentials: int  # base 2, float32
+    fp32: int          # lanes: float32 instructions, of which a fused multiply-add is two flop
+    bandwidth: float   # bytes per second, of the device's memory
+    l2: int            # bytes
+    memory: int        # bytes
+
+    fp32_clock: float | None = None  # Hz, where the vendor promises another with the tensor cores at rest
 
 
 @dataclass(frozen=True)
@@ -32,18 +52,60 @@ class Gpu:
         """Compute capability times ten: 90 for sm_90."""
         return int(self.arch.removeprefix("sm_"))
 
+    @property
+    def peaks(self) -> Peaks | None:
+        """What this GPU can do at the most, by its name; None for a model or a part of one that is not known."""
+        known = find(self.name)
+        return _PEAKS[known] if known and (known.arch, known.sms) == (self.arch, self.sms) else None
+
 
 # Sources: CUDA C++ Programming Guide, "Technical Specifications"; AMD CDNA3 ISA guide; product pages.
 INTERPRETER = Gpu("Triton's interpreter", "interpreter", 1, 1 << 40)
-KNOWN = {gpu.arch: gpu for gpu in (
-    Gpu("A100", "sm_80", 108, 163 * 1024),
-    Gpu("A10", "sm_86", 72, 99 * 1024),
-    Gpu("L40S", "sm_89", 142, 99 * 1024),
-    Gpu("H200", "sm_90", 132, 227 * 1024),
-    Gpu("B200", "sm_100", 148, 227 * 1024, 512),
-    Gpu("RTX 5090", "sm_120", 170, 99 * 1024),
-    Gpu("MI300X", "gfx942", 304, 64 * 1024),
-)}
+
+# Sources of the peaks:
+#   clocks, bandwidth, memory   datasheets of A100, A10, L40S, H100, H200, HGX B200 and MI300X; NVIDIA's whitepapers on
+#                               GA102, Ada, GH100 (it has both of Hopper's clocks) and RTX Blackwell. A GB of memory is
+#                               2^30 bytes, as drivers count; one of bandwidth is 10^9
+#   tensor                      derived: TFLOP/s / (SMs x clock), a power of two everywhere. GeForce runs at half its rate
+#                               when the sum is float32. B200's clocks are derived in turn, from 2,250 and 75 TFLOP/s
+#   exponentials, fp32          CUDA C++ Programming Guide, "Arithmetic Instructions". MI300X: LLVM's scheduling model has
+#                               exponentials at a quarter of the 64 lanes' rate; packed instructions fill each lane twice
+#   l2                          the whitepapers, the Blackwell tuning guide. L40S: its chip's, AD102. MI300X: eight of 4 MB,
+#                               each for an eighth of the compute units; the 256 MB behind them are not counted
+_PEAKS = {
+    Gpu("A100", "sm_80", 108, 163 * 1024): Peaks(1.41e9, 2048, 16, 64, 2.039e12, 40 << 20, 80 << 30),
+    Gpu("RTX 3090", "sm_86", 82, 99 * 1024): Peaks(1.695e9, 512, 16, 128, 0.936e12, 6 << 20, 24 << 30),
+    Gpu("A10", "sm_86", 72, 99 * 1024): Peaks(1.695e9, 1024, 16, 128, 0.600e12, 6 << 20, 24 << 30),
+    Gpu("RTX 4090", "sm_89", 128, 99 * 1024): Peaks(2.52e9, 512, 16, 128, 1.008e12, 72 << 20, 24 << 30),
+    Gpu("L40S", "sm_89", 142, 99 * 1024): Peaks(2.52e9, 1024, 16, 128, 0.864e12, 96 << 20, 48 << 30),
+    Gpu("H100", "sm_90", 132, 227 * 1024): Peaks(1.83e9, 4096, 16, 128, 3.35e12, 50 << 20, 80 << 30, fp32_clock=1.98e9),
+    Gpu("H200", "sm_90", 132, 227 * 1024): Peaks(1.83e9, 4096, 16, 128, 4.80e12, 50 << 20, 141 << 30, fp32_clock=1.98e9),
+    Gpu("B200", "sm_100", 148, 227 * 1024, 512):
+        Peaks(1.856e9, 8192, 16, 128, 7.70e12, 126 << 20, 180 << 30, fp32_clock=1.98e9),
+    Gpu("RTX 5090", "sm_120", 170, 99 * 1024): Peaks(2.407e9, 512, 16, 128, 1.792e12, 96 << 20, 32 << 30),
+    Gpu("MI300X", "gfx942", 304, 64 * 1024): Peaks(2.1e9, 2048, 16, 128, 5.30e12, 32 << 20, 192 << 30),
+}
+# one GPU stands for each architecture: of several, the last
+KNOWN = {gpu.arch: gpu for gpu in _PEAKS}
+
+# words of a device's name that do not tell one of the models above from its like; "PCIe", "NVL", "40GB" and "Ti" do
+_WORDS_BESIDE = {"NVIDIA", "GEFORCE", "AMD", "INSTINCT", "SXM", "SXM4", "SXM5", "OAM", "80GB", "HBM3", "VF"}
+
+
+def named(name: str) -> Gpu:
+    """The known GPU of this name ("h200", "NVIDIA A100-SXM4-80GB"); a ValueError lists the known ones."""
+    if (known := find(name)) is None:
+        raise ValueError(f"expected a GPU out of {', '.join(gpu.name for gpu in _PEAKS)}; got {name!r}")
+    return known
+
+
+def find(name: str) -> Gpu | None:
+    """The known GPU that a device of this name is, in any case and spacing; None for another."""
+    return next((gpu for gpu in _PEAKS if _core(gpu.name) == _core(name)), None)
+
+
+def _core(name):
+    return "".join(word for word in re.findall(r"[A-Z0-9]+", name.upper()) if word not in _WORDS_BESIDE)
 
 
 def of(device: torch.device) -> Gpu:

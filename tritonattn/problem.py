@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -76,8 +76,28 @@ class Problem:
         def draw(heads, n, width):
             return torch.randn(*self.batch, heads, n, width, dtype=self.dtype, device=device, generator=rng)
 
-        sizes = (self.heads, self.n_q, self.d), (self.kv_heads, self.n_k, self.d), (self.kv_heads, self.n_k, self.dv)
-        return tuple(draw(*size) for size in sizes)
+        return tuple(draw(*size) for size in self._sizes())
+
+    def bytes(self, direction: str = "forward") -> int:
+        """Bytes that must move at the least: every input read once, every result written once."""
+        q, k, v = (math.prod(self.batch) * heads * n * width for heads, n, width in self._sizes())
+        o, rows = q // max(self.d, 1) * self.dv, math.prod(self.batch) * self.heads * self.n_q
+        numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + 2 * o}[direction]
+        return numbers * self.dtype.itemsize + rows * 4  # lse, in float32
+
+    def _sizes(self):
+        """Heads, length and width of q, k and v."""
+        return (self.heads, self.n_q, self.d), (self.kv_heads, self.n_k, self.d), (self.kv_heads, self.n_k, self.dv)
+
+    def as_json(self) -> dict:
+        """The fields as JSON knows them; `from_json` reads them back."""
+        return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    @staticmethod
+    def from_json(fields: dict) -> "Problem":
+        """The problem whose `as_json` this is."""
+        lists = {name: tuple(fields[name]) for name in ("batch", "window")}
+        return Problem(**fields | lists | {"dtype": getattr(torch, fields["dtype"])})
 
     def __str__(self):
         def pair(a, b):

@@ -27,6 +27,30 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     return o, lse.masked_fill(blind.squeeze(-1), -torch.inf)
 
 
+def by_heads(q, k, v, do=None, *, dtype=torch.float64, scores=2**27, **options):
+    """o in `dtype`, and with do also dq, dk and dv, a few heads at a time: what `attention` gives, at any size.
+
+    Shapes as in `attention`, batch dimensions equal. No more than `scores` numbers (or one head's) are formed at once.
+    """
+    heads, kv_heads = q.shape[-3], k.shape[-3]
+    (n_q, n_k), wide = (q.shape[-2], k.shape[-2]), torch.promote_types(dtype, torch.float32)
+    flat_q, flat_k, flat_v, flat_do = (x if x is None else x.flatten(0, -3) for x in (q, k, v, do))
+    o = q.new_empty(flat_q.shape[0], n_q, v.shape[-1], dtype=dtype)
+    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (flat_q, flat_k, flat_v)) if do is not None else (None,) * 3
+    for some in torch.arange(len(flat_q), device=q.device).split(max(1, scores // max(1, n_q * n_k))):
+        of_key = some // heads * kv_heads + some % heads // (heads // kv_heads)
+        parts = [x[i].to(dtype).unsqueeze(1).requires_grad_(do is not None)
+                 for x, i in ((flat_q, some), (flat_k, of_key), (flat_v, of_key))]
+        part = attention(*parts, **options)
+        o[some] = part.detach().squeeze(1)
+        if do is not None:
+            gradients = torch.autograd.grad(part, parts, flat_do[some].to(dtype).unsqueeze(1))
+            for sum_, i, gradient in zip((dq, dk, dv), (some, of_key, of_key), gradients):
+                sum_.index_add_(0, i, gradient.squeeze(1).to(wide))
+    o = o.view(*q.shape[:-1], -1)
+    return o if do is None else (o, dq.view_as(q), dk.view_as(k), dv.view_as(v))
+
+
 def visible(n_q, n_k, *, causal=False, window=(None, None), align=None, device=None):
     """[n_q, n_k] booleans: query i sees key j if -left <= j - (i + shift) <= right.
 

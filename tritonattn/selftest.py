@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import reference
+from . import accuracy, reference
 from .attention import attention
 from .gpu import INTERPRETED
 from .problem import Problem, Window
@@ -23,7 +23,6 @@ TENSORS = ("o", "lse", "dq", "dk", "dv")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CAUSAL = (None, 0)
 LONGER = 5  # a GPU's tiles are larger and its steps cheap: lengths grow, so that there too a loop takes several steps
-ULPS = 4    # sums are taken in another order than torch's, then stored: a few roundings of the largest number
 
 
 class Case(NamedTuple):
@@ -110,10 +109,8 @@ def _check(case: Case, dtype: torch.dtype, device: torch.device) -> list[Result]
     torchs["lse"] = _outcome(reference.attention, case, [x.float() for x in inputs])["lse"]
     results = []
     for name in TENSORS:
-        largest = exact[name][exact[name].isfinite()].abs().max().item()
-        rounding = ULPS * torch.finfo(ours[name].dtype).eps * largest
-        allowed = 2 * _error(torchs[name], exact[name]) + rounding
-        results.append(Result(case.name, _name(dtype), name, _error(ours[name], exact[name]), allowed))
+        allowed = accuracy.allowed(torchs[name], exact[name], ours[name].dtype)
+        results.append(Result(case.name, _name(dtype), name, accuracy.error(ours[name], exact[name]), allowed))
     return results
 
 
@@ -151,13 +148,6 @@ def _outcome(attend, case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.
     o, lse = attend(q, k, v, window=case.window, align=case.align, return_lse=True)
     do, dlse = (x.to(out.dtype) for x, out in zip(inputs[3:], (o, lse)))
     return dict(zip(TENSORS, (o, lse, *torch.autograd.grad((o, lse), (q, k, v), (do, dlse)))))
-
-
-def _error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest distance; inf where something is nan."""
-    # -inf is no distance away from -inf
-    distance = (x.double() - exact).abs().masked_fill(x == exact, 0)
-    return distance.nan_to_num(nan=math.inf, posinf=math.inf).max().item()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,112 @@
+"""What is measured: suites of problems with names.
+
+    paper    the FlashAttention papers' grid: 16k tokens, hidden size 2048        models   real shapes
+    decode   one query and many keys      odd   what no tile divides      small   launches weigh more than work
+    short    a corner of each, for a GPU that is lent for minutes          tiny   seconds in the interpreter
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from tritonattn import Problem
+
+CAUSAL = (None, 0)
+FULL = (None, None)
+MASKS = {"full": FULL, "causal": CAUSAL}
+FORWARD, TRAINING = ("forward",), ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "both")
+
+
+class Case(NamedTuple):
+    """A problem, the name it goes by in its suite, and the directions worth measuring."""
+
+    name: str
+    problem: Problem
+    directions: tuple[str, ...]
+
+
+def problem(batch, heads, lengths, d, window=FULL, *, dtype=torch.bfloat16, bottom_right=False) -> Problem:
+    """A Problem from sizes: `heads` and `lengths` are a number, or two (of queries, of keys)."""
+    heads, kv_heads = (heads, heads) if isinstance(heads, int) else heads
+    n_q, n_k = (lengths, lengths) if isinstance(lengths, int) else lengths
+    # what Problem.of would make of such tensors
+    shapes = ((batch, heads, n_q, d), (batch, kv_heads, n_k, d), (batch, kv_heads, n_k, d))
+    return Problem.of(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes), window, bottom_right)
+
+
+def of_paper(d: int, mask: str, n: int, directions=TRAINING) -> Case:
+    """A cell of the grid of arXiv 2307.08691 and 2407.08608: batch x length is 16,384, heads x head size 2048."""
+    return Case(f"d{d} {mask} {n}", problem(16384 // n, 2048 // d, n, d, MASKS[mask]), directions)
+
+
+PAPER = tuple(of_paper(d, mask, n) for d in (64, 128, 256) for mask in MASKS for n in (512, 1024, 2048, 4096, 8192, 16384))
+
+# sizes from the models' published configurations
+MODELS = (
+    Case("llama-3-8b prefill 8k", problem(1, (32, 8), 8192, 128, CAUSAL), FORWARD),
+    Case("llama-3-8b training 8k", problem(2, (32, 8), 8192, 128, CAUSAL), DIRECTIONS),
+    Case("llama-3-70b prefill 8k", problem(1, (64, 8), 8192, 128, CAUSAL), FORWARD),
+    Case("llama-3-70b training 8k", problem(1, (64, 8), 8192, 128, CAUSAL), DIRECTIONS),
+    Case("llama-3-8b chunk of 1k after 15k", problem(1, (32, 8), (1024, 16384), 128, CAUSAL, bottom_right=True), FORWARD),
+    Case("gpt-2 training 1k", problem(16, 12, 1024, 64, CAUSAL), DIRECTIONS),
+    Case("bert-base training 512", problem(32, 12, 512, 64), DIRECTIONS),
+    Case("vit-l/16 training 197", problem(64, 16, 197, 64), DIRECTIONS),
+    Case("whisper-large encoder 1500", problem(8, 20, 1500, 64), FORWARD),
+    Case("dit-xl/2 training 4k", problem(8, 16, 4096, 72), DIRECTIONS),
+    Case("sdxl self 4k", problem(2, 10, 4096, 64), FORWARD),
+    Case("sdxl cross 4k on 77", problem(2, 10, (4096, 77), 64), FORWARD),
+    Case("gemma-7b training 8k", problem(1, 16, 8192, 256, CAUSAL), DIRECTIONS),
+    Case("gemma-2b training 8k", problem(1, (8, 1), 8192, 256, CAUSAL), DIRECTIONS),
+    Case("mistral-7b window 4k of 16k", problem(1, (32, 8), 16384, 128, (4095, 0)), DIRECTIONS),
+    Case("qwen2.5-7b training 8k", problem(1, (28, 4), 8192, 128, CAUSAL), DIRECTIONS),
+)
+
+DECODE = tuple(
+    Case(f"group {group} batch {batch} keys {n // 1024}k", problem(batch, (32, 32 // group), (1, n), 128), FORWARD)
+    for group in (1, 4, 8) for batch in (1, 8, 32, 128) for n in (1024, 8192, 32768, 131072))
+
+ODD = (
+    Case("length 4097", problem(2, 16, 4097, 128, CAUSAL), TRAINING),
+    Case("length 1000", problem(8, 16, 1000, 64), TRAINING),
+    Case("length 127", problem(64, 16, 127, 64, CAUSAL), TRAINING),
+    Case("size 40", problem(4, 16, 4096, 40), TRAINING),
+    Case("size 80", problem(4, 16, 4096, 80, CAUSAL), TRAINING),
+    Case("size 96", problem(4, 16, 4096, 96), TRAINING),
+    Case("size 112", problem(4, 16, 4096, 112, CAUSAL), TRAINING),
+    Case("size 160", problem(2, 8, 4096, 160), TRAINING),
+    Case("size 192", problem(2, 8, 4096, 192, CAUSAL), TRAINING),
+    Case("3001 queries on 5003 keys, bottom right", problem(2, 16, (3001, 5003), 128, CAUSAL, bottom_right=True), TRAINING),
+    Case("heads 14 on 2, size 100", problem(2, (14, 2), 2000, 100, CAUSAL), TRAINING),
+)
+
+SMALL = tuple(
+    Case(f"batch {batch} {mask} {n}", problem(batch, 8, n, 64, MASKS[mask]), DIRECTIONS)
+    for mask in MASKS for batch, n in ((1, 64), (1, 256), (1, 1024), (4, 128), (4, 512)))
+
+SHORT = (
+    *(of_paper(d, mask, n) for n in (4096, 16384, 1024) for d in (128, 64, 256) for mask in MASKS),
+    Case("decode group 8 batch 16 keys 8k", problem(16, (32, 4), (1, 8192), 128), FORWARD),
+    Case("decode group 4 batch 1 keys 8k", problem(1, (32, 8), (1, 8192), 128), FORWARD),
+    Case("dit-xl/2 4k", problem(8, 16, 4096, 72), TRAINING),
+    Case("mistral-7b window 4k of 16k", problem(1, (32, 8), 16384, 128, (4095, 0)), TRAINING),
+    Case("llama-3-8b 8k", problem(1, (32, 8), 8192, 128, CAUSAL), DIRECTIONS),
+    Case("small batch 1 causal 256", problem(1, 8, 256, 64, CAUSAL), DIRECTIONS),
+)
+
+TINY = (
+    Case("full 64", problem(1, 2, 64, 16, dtype=torch.float32), DIRECTIONS),
+    Case("causal, grouped heads 48 on 80", problem(1, (2, 1), (48, 80), 16, CAUSAL, dtype=torch.float32, bottom_right=True),
+         TRAINING),
+)
+
+SUITES: dict[str, tuple[Case, ...]] = {
+    "paper": PAPER, "models": MODELS, "decode": DECODE, "odd": ODD, "small": SMALL, "short": SHORT, "tiny": TINY,
+}
+
+
+def suite(name: str, dtype: torch.dtype | None = None) -> tuple[Case, ...]:
+    """The cases of a suite, in another dtype if one is named."""
+    cases = SUITES[name]
+    return cases if dtype is None else tuple(case._replace(problem=replace(case.problem, dtype=dtype)) for case in cases)

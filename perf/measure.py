@@ -1,0 +1,243 @@
+"""One job: a case in one direction. Every contender is checked against the definition; those that are right are timed.
+
+"forward" is inference; "backward" is the backward pass alone, after a forward pass made for training; "both" is that
+forward pass and its backward pass.
+"""
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from perf.cases import Case
+from perf.rivals import Refused, Rival, bottom_right, sdpa_choice
+from tritonattn import Problem, accuracy, clock, config, gpu, reference, timing
+
+LARGE = 2**31  # pairs above which 16-bit results are held against float32, whose rounding is far finer than theirs
+COPIES = 32    # of small inputs at most, to be rotated
+KERNELS = {"forward": ("forward",), "backward": ("delta", "dq", "dkdv"), "both": config.KERNELS}
+TENSORS = {"forward": ("o",), "backward": ("dq", "dk", "dv"), "both": ("o", "dq", "dk", "dv")}
+
+
+class DeviceLost(Exception):
+    """The device answers nothing any more; `name` is the contender that ran last."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+
+class Truth(NamedTuple):
+    """The exact results of a case, in the order of its tensors, and the error that each may have."""
+
+    exact: dict[str, torch.Tensor]
+    allowed: dict[str, float]
+
+    def errors(self, names, results) -> dict[str, list[float]]:
+        """{tensor: [error, allowed]}"""
+        return {name: [accuracy.error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, results)}
+
+
+@dataclass
+class Bench:
+    """A device, how it is timed, and what is kept from one job to the next."""
+
+    device: torch.device
+    clock: object  # of tritonattn.clock
+    effort: timing.Effort = field(default_factory=timing.Effort)
+    lost: dict[str, dict[str, str]] = field(default_factory=dict)  # {job: {contender: why it is not run again}}
+    _truth: tuple = (None, None)
+
+    def truth(self, case: Case, inputs) -> Truth:
+        """Of this case; its directions come one after another, so that of the last case is kept."""
+        if self._truth[0] != case:
+            self._truth = (None, None)
+            self._truth = (case, truth(case, inputs))
+        return self._truth[1]
+
+    @property
+    def room(self) -> int:
+        """Bytes that inputs may take."""
+        return torch.cuda.get_device_properties(self.device).total_memory // 2 if self.device.type == "cuda" else 4 << 30
+
+
+def job(bench: Bench, case: Case, direction: str, rivals: list[Rival], name: str) -> dict:
+    """{"results": {contender: its outcome}, "state": what the device said}, as the journal holds them; or DeviceLost."""
+    if too_large := _too_large(bench, case.problem, direction):
+        return {"results": {rival.name: {"status": "refused", "reason": too_large} for rival in rivals}, "state": None}
+    results, ready = {}, {}
+    with bench.clock.context():
+        inputs = draw(case.problem, bench.device, _copies(case.problem, bench.clock.cache_bytes))
+        truth_here = bench.truth(case, inputs[0])
+        for rival in rivals:
+            if reason := bench.lost.get(name, {}).get(rival.name):
+                results[rival.name] = {"status": "failed", "reason": reason}
+            else:
+                results[rival.name], ready[rival.name] = prepare(bench, rival, case, direction, inputs, truth_here)
+        timings, states = _time(bench, {name: calls for name, calls in ready.items() if calls}, results)
+    for contender, found in timings.items():
+        results[contender] = as_ok(found, results[contender]["details"])
+    return {"results": results, "state": summary(states)}
+
+
+def _too_large(bench, problem: Problem, direction):
+    needed = problem.bytes("forward" if direction == "forward" else "backward")
+    if needed > bench.room:
+        return f"its tensors are {needed / 2**30:.0f} GiB, there is room for {bench.room / 2**30:.0f}"
+
+
+def _copies(problem: Problem, cache: int) -> int:
+    """How many copies of the inputs it takes that none is found in a cache of so many bytes."""
+    size = problem.bytes()
+    return 1 if size >= 2 * cache else min(COPIES, -(-3 * cache // size))
+
+
+def draw(problem: Problem, device, copies: int) -> list[tuple]:
+    """Copies of q, k, v, do: random normal, each other numbers. Zeros would be multiplied faster."""
+    like_o = Problem(problem.batch, problem.heads, problem.heads, problem.n_q, 1, problem.dv, 1, problem.dtype)
+    return [(*problem.tensors(device, seed=2 * i), like_o.tensors(device, seed=2 * i + 1)[0]) for i in range(copies)]
+
+
+def truth(case: Case, inputs) -> Truth:
+    """Float64, or float32 for large problems of 16 bits; what torch makes of it, function by function, is the measure."""
+    problem, (q, k, v, do) = case.problem, inputs
+    pairs = torch.Size(problem.batch).numel() * problem.heads * problem.n_q * problem.n_k
+    wide = torch.float32 if pairs > LARGE and problem.dtype.itemsize == 2 else torch.float64
+    options = {"window": problem.window, "align": "bottom_right" if bottom_right(problem) else "top_left"}
+    names, do = (TENSORS["forward"], None) if case.directions == ("forward",) else (TENSORS["both"], do)
+
+    def by_name(dtype):
+        found = reference.by_heads(q, k, v, do, dtype=dtype, **options)
+        return dict(zip(names, (found,) if do is None else found))
+
+    exact, torchs = by_name(wide), by_name(problem.dtype)
+    return Truth(exact, {name: accuracy.allowed(torchs[name], exact[name], problem.dtype) for name in names})
+
+
+def prepare(bench: Bench, rival: Rival, case: Case, direction: str, inputs, truth_here: Truth):
+    """A rival's outcome so far, and its calls if it may be timed; raises DeviceLost."""
+    if rival.missing:
+        return {"status": "missing", "reason": rival.missing}, None
+    try:
+        function = rival.build(case.problem, bench.device)
+        calls = [CALLS[direction](function, *copy) for copy in inputs]
+        first = calls[0]()
+        errors = truth_here.errors(TENSORS[direction], first)
+        details = {"errors": errors, "repeatable": all(map(torch.equal, first, calls[0]()))}
+        if wrong := [name for name, (error, allowed) in errors.items() if not error <= allowed]:
+            text = ", ".join(f"{name} is off by {errors[name][0]:.1e}, {errors[name][1]:.1e} allowed" for name in wrong)
+            return {"status": "wrong", "reason": text, "details": _finite(details)}, None
+        del first
+        details |= {"kernels": kernels(calls[0], bench.device), "peak_bytes": bench.clock.peak_bytes(calls[0]),
+                    **_choices(rival, case.problem, direction, inputs[0], bench.device)}
+    except Refused as refusal:
+        return {"status": "refused", "reason": str(refusal)}, None
+    except Exception as error:
+        return _failure(bench, rival.name, error), None
+    return {"status": "ok", "details": details}, timing.Contender(calls, case.problem.bytes())
+
+
+def _failure(bench, name, error) -> dict:
+    """What an exception says of a contender, if the device outlived it; else DeviceLost."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:
+        bench.clock.synchronize()
+    except RuntimeError as lost:
+        raise DeviceLost(name, reason) from lost
+    # torch's words where a backend that was forced does not serve the problem
+    return {"status": "refused" if "No available kernel" in reason else "failed", "reason": reason}
+
+
+def _forward(function, q, k, v, do):
+    return lambda: (function(q, k, v),)
+
+
+def _both(function, q, k, v, do):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def call():
+        o = function(*leaves)
+        return o.detach(), *torch.autograd.grad(o, leaves, do)
+
+    return call
+
+
+def _backward(function, q, k, v, do):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o = function(*leaves)
+    return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+
+CALLS = {"forward": _forward, "backward": _backward, "both": _both}
+
+
+def kernels(call, device, most: int = 6) -> list[str]:
+    """The names of the kernels that really ran, the longest-running first; empty without a GPU."""
+    if device.type != "cuda":
+        return []
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize(device)
+        spent = Counter()
+        for event in seen.events():
+            if event.device_type == DeviceType.CUDA:
+                spent[event.name[:160]] += event.self_device_time_total
+    except RuntimeError as error:
+        return [f"not read: {error}"]
+    return [name for name, _ in spent.most_common(most)]
+
+
+def _choices(rival: Rival, problem: Problem, direction, inputs, device) -> dict:
+    """What a contender that chooses for itself has chosen: our configs, torch's backend."""
+    if rival.name.startswith("tritonattn"):
+        here = gpu.of(device)
+        return {"configs": {kernel: str(config.find(kernel, problem, here)) for kernel in KERNELS[direction]}}
+    if rival.name == "torch" and device.type == "cuda":
+        q, k, v = (x.detach().requires_grad_(direction != "forward") for x in inputs[:3])
+        return {"backend": sdpa_choice(problem, q, k, v)}
+    return {}
+
+
+def _time(bench, ready, results):
+    """Timings of those that are ready; one that fails on the way is taken out, and the others are timed anew."""
+    while ready:
+        try:
+            return timing.measure(ready, bench.clock, bench.effort)
+        except timing.ContenderError as failed:
+            results[failed.name] = _failure(bench, failed.name, failed.__cause__)
+            del ready[failed.name]
+    return {}, []
+
+
+def as_ok(found: timing.Timing, details: dict) -> dict:
+    """The outcome of a contender that was timed; lists are in microseconds."""
+    details = details | {
+        "method": found.method, "caches": found.caches, "calls": found.calls, "note": found.note,
+        "host_us": round(found.host_seconds * 1e6, 2), "samples_us": [round(x * 1e6, 3) for x in found.samples],
+        "throttled_samples": list(found.throttled),
+    }
+    return {"status": "ok", "seconds": found.seconds, "q20": found.q20, "q80": found.q80,
+            "throttled": found.mostly_throttled, "details": details}
+
+
+def summary(states: list[clock.State]) -> dict | None:
+    """Clock in MHz, temperature in degrees Celsius, power in watts, and in how many rounds a reason held the clock back."""
+    if not states:
+        return None
+    clocks = [state.clock for state in states]
+    return {"clock": statistics.median(clocks), "least_clock": min(clocks), "most_clock": max(clocks),
+            "temperature": max(state.temperature for state in states),
+            "power": statistics.median(state.power for state in states),
+            "reasons": dict(Counter(reason for state in states for reason in state.reasons)), "rounds": len(states)}
+
+
+def _finite(details: dict) -> dict:
+    """JSON has no word for inf."""
+    errors = {name: [error if error < float("inf") else None, allowed] for name, (error, allowed) in details["errors"].items()}
+    return details | {"errors": errors}

@@ -1,0 +1,295 @@
+"""Floors by hand, peaks against datasheets, and the published numbers on file."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pytest import approx
+
+from perf import cases, limits
+from tritonattn import Problem, gpu
+
+H200 = gpu.named("H200")
+NAMES = ("A100", "RTX 3090", "A10", "RTX 4090", "L40S", "H100", "H200", "B200", "RTX 5090", "MI300X")
+
+# TFLOP/s of dense 16-bit products summed in float32, and of float32; GB/s. L40S: half of what is quoted with sparsity
+DATASHEETS = {
+    "A100": (312, 19.5, 2039), "RTX 3090": (71, 35.6, 936), "A10": (125, 31.2, 600), "RTX 4090": (165.2, 82.6, 1008),
+    "L40S": (366.5, 91.6, 864), "H100": (989.4, 66.9, 3350), "H200": (989.4, 66.9, 4800), "B200": (2250, 75, 7700),
+    "RTX 5090": (209.5, 104.8, 1792), "MI300X": (1307.4, 163.4, 5300),
+}
+
+
+def problem(d=128, mask="full", n=16384, dtype=torch.bfloat16, **changed):
+    """A cell of the papers' grid, or something near it."""
+    made = Problem((16384 // n,), 2048 // d, 2048 // d, n, n, d, d, dtype, cases.MASKS[mask])
+    return dataclasses.replace(made, **changed)
+
+
+def floor(direction="forward", device=H200, **sizes):
+    return limits.floor(problem(**sizes), direction, device)
+
+
+# peaks
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peaks_are_those_of_the_datasheet(name):
+    device = gpu.named(name)
+    peaks, (tensor, fp32, bandwidth) = device.peaks, DATASHEETS[name]
+    assert device.sms * peaks.clock * peaks.tensor / 1e12 == approx(tensor, rel=5e-3)
+    assert device.sms * (peaks.fp32_clock or peaks.clock) * 2 * peaks.fp32 / 1e12 == approx(fp32, rel=5e-3)
+    assert peaks.bandwidth / 1e9 == approx(bandwidth, rel=1e-3)
+    assert peaks.tensor & (peaks.tensor - 1) == 0 and peaks.exponentials == 16
+    assert 1e6 < peaks.l2 < 2e8 < 2e10 < peaks.memory < 3e11
+
+
+def test_one_gpu_stands_for_each_architecture():
+    assert [(arch, known.name) for arch, known in gpu.KNOWN.items()] == [
+        ("sm_80", "A100"), ("sm_86", "A10"), ("sm_89", "L40S"), ("sm_90", "H200"), ("sm_100", "B200"),
+        ("sm_120", "RTX 5090"), ("gfx942", "MI300X")]
+    assert all(known.arch == arch and known.peaks for arch, known in gpu.KNOWN.items())
+
+
+@pytest.mark.parametrize("name, known", [
+    ("h200", "H200"), ("rtx5090", "RTX 5090"), ("Rtx-4090", "RTX 4090"), ("NVIDIA H200", "H200"),
+    ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+    ("NVIDIA A10", "A10"), ("AMD Instinct MI300X", "MI300X"), ("AMD Instinct MI300X VF", "MI300X"),
+])
+def test_a_gpu_is_known_by_its_name(name, known):
+    assert gpu.named(name).name == known
+
+
+@pytest.mark.parametrize("name", [
+    "NVIDIA A100-SXM4-40GB", "NVIDIA A100 80GB PCIe", "NVIDIA A10G", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA L40",
+    "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 PCIe", "NVIDIA H100 NVL",
+    "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA H200 MIG 1g.18gb", "NVIDIA GB200", "NVIDIA B300 SXM6 AC",
+    "AMD Instinct MI300A", "AMD Instinct MI325X", "", "NVIDIA",
+])
+def test_another_gpu_is_not_taken_for_a_known_one(name):
+    assert gpu.find(name) is None
+    with pytest.raises(ValueError) as error:
+        gpu.named(name)
+    assert repr(name) in str(error.value) and all(known in str(error.value) for known in NAMES)
+
+
+def test_a_live_gpu_has_the_peaks_of_its_model():
+    live = gpu.Gpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, 166912)
+    assert live.peaks == gpu.named("a100").peaks != gpu.named("h100").peaks
+    assert dataclasses.replace(live, sms=14).peaks is None
+    assert dataclasses.replace(live, arch="sm_90").peaks is None
+    assert dataclasses.replace(live, name="NVIDIA A100-PCIE-40GB").peaks is None
+
+
+def test_the_interpreter_has_no_peaks():
+    assert gpu.INTERPRETER.peaks is None
+    with pytest.raises(ValueError, match="interpreter"):
+        floor(device=gpu.INTERPRETER)
+
+
+# floors
+
+def test_tensor_cores_bind_wide_heads():
+    wide = floor(d=128)
+    assert wide.flops == 4 * 16 * 16384**2 * 128
+    assert wide.bound == "tensor" and wide.seconds == wide.tensor == max(wide.units.values())
+    assert wide.tflops == approx(989, rel=5e-3)
+    assert wide.special == approx(wide.tensor / 2)
+
+
+def test_exponentials_bind_narrow_heads():
+    assert floor(d=64).special == approx(floor(d=64).tensor, rel=0.02)
+    assert floor(d=32).bound == "special" and floor(d=32).tflops == approx(989 / 2, rel=5e-3)
+    # 16 exponentials a clock beside 4096 flop on an H200, beside 8192 on a B200
+    assert floor(d=128, device=gpu.named("b200")).special == approx(floor(d=128, device=gpu.named("b200")).tensor)
+
+
+@pytest.mark.parametrize("d, tflops", [(64, 495), (96, 594), (128, 660), (192, 742), (256, 792)])
+def test_products_and_exponentials_in_turns(d, tflops):
+    taken = floor(d=d, heads=1, kv_heads=1)
+    assert taken.serial == approx(taken.tensor + taken.special) and taken.serial_tflops == approx(tflops, rel=0.01)
+
+
+@pytest.mark.parametrize("d, special, fp32", [(64, 0.4, 0.2), (128, 0.2, 0.1), (256, 0.1, 0.05)])
+def test_the_backward_by_the_tensor_cores_time(d, special, fp32):
+    taken = floor("backward", d=d)
+    assert taken.flops == 2.5 * floor(d=d).flops and taken.tflops == approx(989, rel=5e-3)
+    assert (taken.special / taken.tensor, taken.fp32 / taken.tensor) == (approx(special), approx(fp32))
+    assert taken.special == floor(d=d).special
+
+
+def test_the_units_by_hand():
+    tiny = limits.floor(Problem((1,), 1, 1, 2, 3, 64, 64, torch.float16), "forward", gpu.named("a100"))
+    cycles = 108 * 1.41e9
+    assert tiny.flops == 4 * 6 * 64
+    assert tiny.tensor == approx(4 * 6 * 64 / 2048 / cycles) and tiny.special == approx(6 / 16 / cycles)
+    assert tiny.fp32 == approx(3.5 * 6 / 64 / cycles) and tiny.memory == approx((2 * (2 + 3 + 3 + 2) * 64 + 4 * 2) / 2.039e12)
+    assert tiny.bound == "memory" and tiny.serial == tiny.seconds == tiny.memory
+
+
+def test_float32_has_no_tensor_cores():
+    """IEEE products take the fp32 lanes, two flop an instruction, at the clock without tensor cores; nothing is converted."""
+    single = floor(d=64, dtype=torch.float32)
+    assert single.tensor == 0 and single.bound == "fp32"
+    assert single.fp32 * 132 * 1.98e9 * 128 == approx((2 * 64 + 3) * single.flops / (4 * 64))
+    assert single.tflops == approx(66.9 * 128 / 131, rel=1e-3)
+    assert single.serial == approx(single.fp32 + single.special)
+    assert single.memory == approx(2 * floor(d=64).memory, rel=0.02)
+    with pytest.raises(ValueError, match="float64"):
+        floor(dtype=torch.float64)
+
+
+def test_one_query_is_bound_by_memory():
+    decode = floor(n_q=1, heads=32, kv_heads=4, batch=(16,), n_k=8192)
+    assert decode.bound == "memory" and decode.serial == decode.seconds
+    # 16 x 4 x 8192 x 128 keys and as many values, in two bytes
+    assert decode.seconds == approx(2 * 16 * 4 * 8192 * 128 * 2 / 4.8e12, rel=0.01)
+    assert decode.tflops < 50
+
+
+@pytest.mark.parametrize("direction", limits.DIRECTIONS)
+def test_a_causal_mask_halves_all_but_memory(direction):
+    full, causal = floor(direction), floor(direction, mask="causal")
+    for unit in ("tensor", "special", "fp32"):
+        assert full.units[unit] / causal.units[unit] == approx(2, rel=1e-3) and full.units[unit] > causal.units[unit]
+    assert full.memory == causal.memory and full.tflops == approx(causal.tflops)
+
+
+def test_a_window_costs_what_it_sees():
+    causal, window = floor(mask="causal"), floor(mask="causal", window=(1023, 0))
+    # 1024 keys a query, fewer at the start, of 8192.5 on average
+    assert window.tensor / causal.tensor == approx((1024 - 1024 * 1023 / 2 / 16384) / 8192.5, rel=1e-6)
+    assert window.memory == causal.memory
+
+
+def test_nothing_to_do_takes_no_time():
+    nothing = floor(batch=(0,))
+    assert nothing.seconds == nothing.tflops == nothing.serial_tflops == 0
+
+
+# published numbers
+
+def test_published_numbers_are_well_formed():
+    with limits.PUBLISHED.open(newline="") as file:
+        assert tuple(next(csv.reader(file))) == limits.Published._fields
+    rows = limits.published()
+    assert len(rows) > 300
+    for row in rows:
+        peaks, sms = gpu.named(row.gpu).peaks, gpu.named(row.gpu).sms
+        assert gpu.named(row.gpu).name == row.gpu and row.implementation
+        assert row.source and "/work" not in row.source and row.source == row.source.strip()
+        assert row.evidence in ("published", "computed", "transcribed") and row.dtype in ("fp16", "bf16", "16-bit")
+        assert row.direction in ("forward", "backward", "both") and row.mask in ("full", "causal")
+        assert min(row.d, row.heads, row.batch, row.n) > 0
+        assert 100 < row.tflops < sms * peaks.clock * peaks.tensor / 1e12, row
+
+
+def test_nothing_is_published_twice():
+    seen = [row._replace(tflops=0, evidence="") for row in limits.published()]
+    assert len(seen) == len(set(seen))
+
+
+def test_the_papers_grid_is_on_file():
+    """Forward at three head sizes with both masks, backward at two without one; each at six lengths."""
+    grid = [row for row in limits.published() if row.implementation == "FA3" and row.dtype == "fp16"]
+    assert all((row.batch * row.n, row.heads * row.d) == (16384, 2048) for row in grid)
+    cells = {(row.direction, row.d, row.mask, row.n) for row in grid}
+    masks = [("forward", d, mask) for d in (64, 128, 256) for mask in ("full", "causal")]
+    masks += [("backward", d, "full") for d in (64, 128)]
+    assert cells == {(*cell, n) for cell in masks for n in (512, 1024, 2048, 4096, 8192, 16384)}
+
+
+def best(direction="forward", gpu_name="H100", **sizes):
+    return limits.best_published(problem(**sizes), direction, gpu_name)
+
+
+def test_the_best_that_is_published():
+    found = best(d=128, n=16384)
+    assert (found.implementation, found.tflops, found.gpu) == ("FA3", 648, "H100") and str(found) == "648 FA3 on H100"
+    assert best(d=128, n=512).implementation == "cuDNN 9" and best(d=64, mask="causal", n=1024).tflops == 291
+    assert str(best("backward", n=16384)) == "561 FA3 on H100, transcribed"
+    assert best("both", d=64, n=512).tflops == 215
+
+
+def test_published_numbers_are_for_the_very_problem():
+    assert best(n=16384, dtype=torch.float16) == best(n=16384, dtype=torch.bfloat16) != best(n=8192)
+    assert best(n=1024, batch=(2, 8)) == best(n=1024)  # batches are counted, not named
+    for changed in ({"dtype": torch.float32}, {"batch": (2,)}, {"heads": 32, "kv_heads": 32}, {"kv_heads": 4}, {"dv": 64},
+                    {"n_k": 8192}, {"window": (128, 0)}, {"n": 4097}):
+        assert best(**changed) is None, changed
+    assert best("backward", mask="causal") is None
+
+
+def test_an_h100_is_a_mark_for_an_h200_and_is_named():
+    assert best(gpu_name="NVIDIA H200") == best(gpu_name="h100") and best(gpu_name="H200").gpu == "H100"
+    on_both = {"d": 64, "n": 32768, "batch": (1,), "heads": 8, "kv_heads": 8}
+    assert {row.gpu: row.tflops for row in limits.published() if row.n == 32768} == {"H100": 514, "H200": 487}
+    assert best(gpu_name="H200", **on_both) == best(gpu_name="H100", **on_both)
+    long = {"mask": "causal", "n": 86000, "batch": (1,), "heads": 32, "kv_heads": 32}
+    assert str(best(gpu_name="H200", **long)) == "682 FA4 on H200, computed" and best(gpu_name="H100", **long) is None
+    assert best(gpu_name="A100") is None and best(gpu_name="some other GPU") is None
+
+
+# the command
+
+@pytest.fixture
+def suite(monkeypatch):
+    """Two cases by hand, of which one is measured forward and in both directions together."""
+    made = (cases.Case("square", problem(n=1024), ("forward", "backward")),
+            cases.Case("one query", problem(n=1024, n_q=1), ("forward", "both")))
+    monkeypatch.setattr(cases, "SUITES", {"paper": made})
+
+
+def test_the_table(suite, capsys):
+    assert limits.main(["--gpu", "h200", "--suite", "paper"]) == 0
+    title, _, _, heads, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("H200, paper") and heads.split() == list(limits.HEADS)
+    assert [line.split() for line in rows] == [
+        ["square", "forward", "139", "69.5", "30.4", "56.1", "tensor", "989", "660", *"574 cuDNN 9 on H100".split()],
+        ["square", "backward", "347", "69.5", "34.7", "112", "tensor", "989", "825", *"424 FA3 on H100, transcribed".split()],
+        ["one", "query", "forward", "0.136", "0.0678", "0.0297", "28", "memory", "4.8", "4.8"],
+    ]
+
+
+def test_json(suite, capsys):
+    assert limits.main(["--gpu", "H100", "--suite", "paper", "--json"]) == 0
+    square, backward, one = json.loads(capsys.readouterr().out)
+    expected = floor(n=1024, device=gpu.named("h100"))
+    assert (square["gpu"], square["case"], square["direction"], square["bound"]) == ("H100", "square", "forward", "tensor")
+    assert Problem.from_json(square["problem"]) == problem(n=1024)
+    assert square["microseconds"] == {name: approx(1e6 * seconds) for name, seconds in expected.units.items()}
+    assert square["tflops"] == approx(989, rel=5e-3) and square["serial_tflops"] == approx(660, rel=0.01)
+    assert limits.Published(**square["published"]) == best(n=1024)
+    assert backward["published"]["evidence"] == "transcribed" and one["published"] is None
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--gpu", "h300", "--suite", "paper"], ["--gpu", "'h300'", *NAMES]),
+    (["--gpu", "h200", "--suite", "papers"], ["--suite", "'papers'", *cases.SUITES]),
+    (["--suite", "paper"], ["--gpu"]),
+    (["--gpu", "h200"], ["--suite"]),
+])
+def test_wrong_arguments_are_named(arguments, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        limits.main(arguments)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and all(name in error for name in named), error
+
+
+@pytest.mark.parametrize("name", cases.SUITES)
+def test_every_suite_has_floors(name, capsys):
+    assert limits.main(["--gpu", "mi300x", "--suite", name]) == 0
+    wanted = sum(direction in case.directions for case in cases.SUITES[name] for direction in limits.DIRECTIONS)
+    assert len(capsys.readouterr().out.splitlines()) == wanted + 4
+
+
+def test_the_command_needs_no_gpu():
+    hidden = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "perf.limits", "--gpu", "h200", "--suite", "tiny"], text=True,
+                          cwd=Path(limits.__file__).parents[1], env=hidden, capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith("H200, tiny"), done.stderr

@@ -1,0 +1,68 @@
+"""The suites hold what they say."""
+
+import pytest
+import torch
+
+from perf import cases
+from tritonattn import Problem
+
+
+def by_name(suite):
+    return {case.name: case for case in cases.SUITES[suite]}
+
+
+@pytest.mark.parametrize("suite", cases.SUITES)
+def test_names_are_unique_and_problems_are_those_of_tensors(suite):
+    found = cases.SUITES[suite]
+    assert found and len({case.name for case in found}) == len(found)
+    for case in found:
+        problem = case.problem
+        assert problem.heads % problem.kv_heads == 0 and set(case.directions) <= set(cases.DIRECTIONS) and case.directions
+        q, k, v = problem.tensors("meta")
+        assert Problem.of(q, k, v, problem.window, bottom_right=problem.shift != 0) == problem, case.name
+        assert "/".join((suite, case.name)).count("/") <= 2 and problem.pairs() > 0
+
+
+def test_the_papers_grid():
+    paper = cases.SUITES["paper"]
+    assert len(paper) == 3 * 2 * 6
+    for case in paper:
+        problem = case.problem
+        assert problem.batch[0] * problem.n_q == 16384 and problem.heads * problem.d == 2048
+        assert case.name == f"d{problem.d} {problem.mask} {problem.n_k}" and case.directions == ("forward", "backward")
+
+
+@pytest.mark.parametrize(("name", "heads", "kv_heads", "d", "mask"), [
+    ("llama-3-8b training 8k", 32, 8, 128, "causal"), ("llama-3-70b prefill 8k", 64, 8, 128, "causal"),
+    ("gpt-2 training 1k", 12, 12, 64, "causal"), ("bert-base training 512", 12, 12, 64, "full"),
+    ("vit-l/16 training 197", 16, 16, 64, "full"), ("whisper-large encoder 1500", 20, 20, 64, "full"),
+    ("dit-xl/2 training 4k", 16, 16, 72, "full"), ("sdxl cross 4k on 77", 10, 10, 64, "full"),
+    ("gemma-7b training 8k", 16, 16, 256, "causal"), ("mistral-7b window 4k of 16k", 32, 8, 128, "window"),
+    ("qwen2.5-7b training 8k", 28, 4, 128, "causal"),
+])
+def test_models_as_they_were_published(name, heads, kv_heads, d, mask):
+    problem = by_name("models")[name].problem
+    assert (problem.heads, problem.kv_heads, problem.d, problem.mask) == (heads, kv_heads, d, mask)
+
+
+def test_a_window_of_4k_holds_4096_keys():
+    problem = by_name("models")["mistral-7b window 4k of 16k"].problem
+    assert problem.pairs() == sum(min(i + 1, 4096) for i in range(16384))
+
+
+def test_a_chunk_sees_all_that_came_before():
+    problem = by_name("models")["llama-3-8b chunk of 1k after 15k"].problem
+    assert problem.pairs() == sum(15 * 1024 + i + 1 for i in range(1024))
+
+
+def test_decoding_and_odd_sizes():
+    decode = cases.SUITES["decode"]
+    assert {case.problem.n_q for case in decode} == {1} and {case.problem.group for case in decode} == {1, 4, 8}
+    assert {case.problem.batch[0] for case in decode} >= {1, 128} and {case.problem.n_k for case in decode} >= {1024, 131072}
+    assert all(case.problem.n_k % 64 or case.problem.n_q % 64 or case.problem.d not in (64, 128, 256)
+               for case in cases.SUITES["odd"])
+
+
+def test_another_dtype():
+    assert {case.problem.dtype for case in cases.suite("paper", torch.float16)} == {torch.float16}
+    assert {case.problem.dtype for case in cases.suite("paper")} == {torch.bfloat16}

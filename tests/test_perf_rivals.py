@@ -1,0 +1,133 @@
+"""Rivals compute what the problem says, or say why not. Packages that are not here are stood in for, signature and all."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from perf import rivals
+from perf.cases import CAUSAL, problem
+from perf.measure import draw
+from perf.rivals import Refused
+from tritonattn import reference
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+PROBLEMS = {
+    "full": problem(2, 2, 24, 16, dtype=F32),
+    "causal": problem(1, 2, 24, 16, CAUSAL, dtype=F32),
+    "causal, more keys": problem(1, 2, (10, 24), 16, CAUSAL, dtype=F32),
+    "grouped, bottom right": problem(1, (4, 2), (10, 24), 16, CAUSAL, dtype=F32, bottom_right=True),
+    "window": problem(1, (4, 1), 24, 16, (5, 0), dtype=F32),
+    "two-sided window": problem(1, 2, (20, 24), 16, (5, 3), dtype=F32, bottom_right=True),
+}
+
+
+def expected(posed, q, k, v):
+    align = "bottom_right" if posed.shift else "top_left"
+    return reference.attention(q, k, v, window=posed.window, align=align)
+
+
+def agrees(function, posed):
+    q, k, v, _ = draw(posed, CPU, 1)[0]
+    torch.testing.assert_close(function(q, k, v), expected(posed, q, k, v), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("posed", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize("name", ["torch", "math", "eager"])
+def test_rivals_of_torch(name, posed):
+    agrees(rivals.everyone("cpu")[name].build(posed, CPU), posed)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("posed", [PROBLEMS["grouped, bottom right"], PROBLEMS["window"]])
+def test_ours(posed):
+    for name in ("tritonattn", "tritonattn-plain-grad"):
+        agrees(rivals.everyone("cpu")[name].build(posed, CPU), posed)
+
+
+@pytest.mark.parametrize("posed", PROBLEMS.values(), ids=PROBLEMS)
+def test_flex_is_given_the_same_mask(posed, monkeypatch):
+    # compiled it needs a C++ compiler and a minute; the mask and the arguments are ours, the compiler is not
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    agrees(rivals.flex(posed, CPU), posed)
+
+
+def stand_in(monkeypatch, name, **functions):
+    module = types.ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
+    """What the package documents: [batch, length, heads, size], aligned bottom-right, -1 unbounded."""
+    left, right = (None if side < 0 else side for side in window_size)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return reference.attention(q, k, v, causal=causal, window=(left, right), align="bottom_right").transpose(1, 2)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("name", [name for name in PROBLEMS if name != "causal, more keys"])
+def test_flash_attn(name, several, monkeypatch):
+    function = (lambda *inputs, **options: (flash_attn_func(*inputs, **options), None)) if several else flash_attn_func
+    stand_in(monkeypatch, "flash_attn", flash_attn_func=function)
+    agrees(rivals.flash_attn(PROBLEMS[name], CPU, "flash_attn"), PROBLEMS[name])
+
+
+def test_flash_attn_has_no_top_left(monkeypatch):
+    stand_in(monkeypatch, "flash_attn", flash_attn_func=flash_attn_func)
+    with pytest.raises(Refused, match="bottom-right"):
+        rivals.flash_attn(PROBLEMS["causal, more keys"], CPU, "flash_attn")
+
+
+def xformers_attention(q, k, v, attn_bias=None):
+    """[batch, length, heads, size], or [batch, length, groups, heads, size]; queries, keys and values of the same heads."""
+    assert q.shape[2:-1] == k.shape[2:-1] == v.shape[2:-1]
+    shape = q.shape
+    q, k, v = (x.flatten(2, -2).transpose(1, 2) for x in (q, k, v))
+    causal = attn_bias is not None
+    return reference.attention(q, k, v, causal=causal, align=attn_bias).transpose(1, 2).reshape(*shape[:-1], -1)
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "causal, more keys", "grouped, bottom right"])
+def test_xformers(name, monkeypatch):
+    package = stand_in(monkeypatch, "xformers")
+    package.ops = stand_in(monkeypatch, "xformers.ops", memory_efficient_attention=xformers_attention,
+                           LowerTriangularMask=lambda: "top_left")
+    package.ops.fmha = stand_in(monkeypatch, "xformers.ops.fmha", attn_bias=types.SimpleNamespace(
+        LowerTriangularFromBottomRightMask=lambda: "bottom_right"))
+    agrees(rivals.xformers(PROBLEMS[name], CPU), PROBLEMS[name])
+
+
+def test_what_is_missing_says_why(monkeypatch):
+    here = rivals.everyone("cpu")
+    assert here["cudnn"].missing == here["flex"].missing == "needs a GPU" and here["torch"].missing is None
+    assert rivals._imported("no_such_package") == "ModuleNotFoundError: No module named 'no_such_package'"
+
+
+def test_matrices_of_scores_that_do_not_fit_are_refused():
+    with pytest.raises(Refused, match=r"4 matrices of scores are 1024 GiB, of 8 GiB"):
+        rivals.eager(problem(1, 8, 131072, 64), CPU)
+    with pytest.raises(Refused, match="matrices of scores"):
+        rivals.everyone("cpu")["math"].build(problem(1, 8, 131072, 64), CPU)
+
+
+def test_names_are_chosen():
+    assert [rival.name for rival in rivals.chosen("torch,eager", "cpu")] == ["tritonattn", "torch", "eager"]
+    assert [rival.name for rival in rivals.chosen("all", "cpu")] == list(rivals.everyone("cpu"))
+    with pytest.raises(ValueError, match="expected some of tritonattn, .*, got cutlass, x"):
+        rivals.chosen("cutlass,torch,x", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient", "math"])
+def test_the_backend_that_is_chosen_is_the_one_that_runs(backend, device):
+    posed = problem(2, 8, 512, 64, CAUSAL)
+    q, k, v, _ = draw(posed, device, 1)[0]
+    with torch.nn.attention.sdpa_kernel(rivals.BACKENDS[backend]):
+        assert rivals.sdpa_choice(posed, q, k, v) == backend
+    agrees = rivals.everyone("cuda")[backend].build(posed, device)(q, k, v)
+    torch.testing.assert_close(agrees, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=2e-2, rtol=2e-2)
