@@ -134,7 +134,7 @@ def _panels(figure: Figure, cells: Iterable[Cell]) -> dict[tuple[int, str, str],
     cells = list(cells)
     sizes, lengths = sorted({cell.d for cell in cells}), sorted({cell.n for cell in cells})
     rows = sorted({(cell.direction, cell.mask) for cell in cells}, key=lambda row: (DIRECTIONS.index(row[0]), row[1] != "full"))
-    figure.set_size_inches(max(1 + 3.05 * len(sizes), 8), 1.9 + 1.95 * len(rows))
+    figure.set_size_inches(max(1 + 3.05 * len(sizes), 8), 1 + 1.95 * len(rows))
     grid = figure.subplots(len(rows), len(sizes), sharex=True, sharey=True, squeeze=False)
     panels = {}
     for (row, (direction, mask)), (column, d) in itertools.product(enumerate(rows), enumerate(sizes)):
@@ -276,16 +276,18 @@ def _legend(figure: Figure, looks: dict[str, Style], jobs: Sequence[Job]) -> Non
 
 
 def _headline(figure: Figure, title: str, below: Sequence[str]) -> None:
-    """A title and smaller paragraphs below it, flush left above everything else, broken where the figure ends."""
+    """A title and smaller paragraphs, flush left, broken where the figure ends; the figure grows by what they take."""
     width, height = figure.get_size_inches()
-    # what a character takes at the most, in inches, at the two sizes
-    title = textwrap.wrap(title, int(width / 0.108))
+    # what a character of prose takes, in inches, at the two sizes
+    title = textwrap.wrap(title, int(width / 0.11))
     lines = [line for paragraph in below for line in textwrap.wrap(paragraph, int(width / 0.066))]
-    y = 0.1 + 0.22 * len(title)
-    figure.text(0.1 / width, 1 - 0.1 / height, "\n".join(title), va="top", fontsize=12.5, weight="bold", color=INK)
-    figure.text(0.1 / width, 1 - (y + 0.04) / height, "\n".join(lines), va="top", fontsize=8.5, color="#333333",
-                linespacing=1.35)
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - (y + 0.1 + 0.17 * len(lines)) / height))
+    start = 0.14 + 0.22 * len(title)
+    taken = start + 0.06 + 0.17 * len(lines)
+    figure.set_size_inches(width, height + taken)
+    for y, text, look in ((0.1, title, {"fontsize": 12.5, "weight": "bold", "color": INK}),
+                          (start, lines, {"fontsize": 8.5, "color": "#333333", "linespacing": 1.35})):
+        figure.text(0.1 / width, 1 - y / (height + taken), "\n".join(text), va="top", **look)
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + taken)))
 
 
 def provenance(run: Run) -> str:
@@ -398,7 +400,7 @@ def ratios(run: Run) -> Figure:
     tallest = max((len(part.rows) for part in shown), default=1)
     names = [max(map(len, part.rows)) * 0.068 for part in shown]
     widths = [0.95 * len(part.columns) for part in shown]
-    figure.set_size_inches(max(sum(names) + sum(widths) + 0.3 * len(shown), 7.9), 1.6 + 0.42 * tallest)
+    figure.set_size_inches(max(sum(names) + sum(widths) + 0.3 * len(shown), 8), 0.65 + 0.42 * tallest)
     for axes, part in zip(figure.subplots(1, max(len(shown), 1), squeeze=False, width_ratios=widths or None)[0], shown):
         _draw_map(axes, part, tallest)
     cells = [cell for part in shown for row in part.cells for cell in row if cell is not None]

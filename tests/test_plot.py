@@ -312,7 +312,7 @@ def test_the_same_to_the_byte(run, results, tmp_path):
     there, here = tmp_path / "there", tmp_path / "here"
     subprocess.run([sys.executable, "-c", code, str(results), str(there)], check=True, cwd=Path(plot.__file__).parents[1],
                    env=os.environ | {"PYTHONHASHSEED": "12345"}, stdout=subprocess.DEVNULL)
-    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "xtick.labelsize": 20, "svg.fonttype": "path"}):
         draw("--results", results, "--out", here)
         draw("--results", here, "--out", here)
     names = sorted(path.relative_to(here) for path in here.rglob("*.*"))
@@ -369,6 +369,15 @@ def test_measurements_are_legible(run):
 def test_long_names_are_legible(results):
     long = cases.MODELS[0]._replace(name="x" * 60)
     assert_legible(plot.ratios(recorded(results, job(long, suite="models", tritonattn=ok(2.0), torch=ok(1.0)), gpu="G " * 60)))
+
+
+def test_a_long_headline_is_broken(run):
+    figure = plot.ratios(run)
+    while figure.texts:
+        figure.texts[0].remove()
+    plot._headline(figure, f"{plot.finding(run.jobs)}, " * 4, [f"{plot.EXPLAINED} " * 5, plot.provenance(run) * 3])
+    assert_legible(figure)
+    assert min(box.y0 for text, box in boxes(figure).items() if text in figure.texts) > figure.axes[0].get_tightbbox().y1
 
 
 def test_broken_results_and_unknown_gpus_are_refused(results, tmp_path, capsys):
