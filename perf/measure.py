@@ -4,9 +4,12 @@
 forward pass and its backward pass.
 """
 
+import math
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +20,9 @@ from tritonattn import Problem, accuracy, clock, config, gpu, reference, timing
 
 LARGE = 2**31  # pairs above which 16-bit results are held against float32, whose rounding is far finer than theirs
 COPIES = 32    # of small inputs at most, to be rotated
+BURST = 100    # kernels that a profiler sees before those that count: it may lose the first of a session
+NOBODY = MappingProxyType({})
+SPIN = "spin_kernel"  # what these are called; no contender runs it
 KERNELS = {"forward": ("forward",), "backward": ("delta", "dq", "dkdv"), "both": config.KERNELS}
 TENSORS = {"forward": ("o",), "backward": ("dq", "dk", "dv"), "both": ("o", "dq", "dk", "dv")}
 
@@ -45,9 +51,8 @@ class Bench:
     """A device, how it is timed, and what is kept from one job to the next."""
 
     device: torch.device
-    clock: object  # of tritonattn.clock
+    stopwatch: object  # of tritonattn.clock
     effort: timing.Effort = field(default_factory=timing.Effort)
-    lost: dict[str, dict[str, str]] = field(default_factory=dict)  # {job: {contender: why it is not run again}}
     _truth: tuple = (None, None)
 
     def truth(self, case: Case, inputs) -> Truth:
@@ -63,20 +68,23 @@ class Bench:
         return torch.cuda.get_device_properties(self.device).total_memory // 2 if self.device.type == "cuda" else 4 << 30
 
 
-def job(bench: Bench, case: Case, direction: str, rivals: list[Rival], name: str) -> dict:
-    """{"results": {contender: its outcome}, "state": what the device said}, as the journal holds them; or DeviceLost."""
+def job(bench: Bench, case: Case, direction: str, rivals: list[Rival], without: Mapping[str, str] = NOBODY) -> dict:
+    """{"results": {contender: its outcome}, "state": what the device said}, as the journal holds them; or DeviceLost.
+
+    `without` names contenders that are not run, and why.
+    """
     if too_large := _too_large(bench, case.problem, direction):
         return {"results": {rival.name: {"status": "refused", "reason": too_large} for rival in rivals}, "state": None}
     results, ready = {}, {}
-    with bench.clock.context():
-        inputs = draw(case.problem, bench.device, _copies(case.problem, bench.clock.cache_bytes))
+    with bench.stopwatch.context():
+        inputs = draw(case.problem, bench.device, _copies(case.problem, bench.stopwatch.cache_bytes))
         truth_here = bench.truth(case, inputs[0])
         for rival in rivals:
-            if reason := bench.lost.get(name, {}).get(rival.name):
+            if reason := without.get(rival.name):
                 results[rival.name] = {"status": "failed", "reason": reason}
             else:
-                results[rival.name], ready[rival.name] = prepare(bench, rival, case, direction, inputs, truth_here)
-        timings, states = _time(bench, {name: calls for name, calls in ready.items() if calls}, results)
+                results[rival.name] = prepare(bench, rival, case, direction, inputs, truth_here, ready)
+        timings, states = _time(bench, ready, results)
     for contender, found in timings.items():
         results[contender] = as_ok(found, results[contender]["details"])
     return {"results": results, "state": summary(states)}
@@ -101,7 +109,10 @@ def draw(problem: Problem, device, copies: int) -> list[tuple]:
 
 
 def truth(case: Case, inputs) -> Truth:
-    """Float64, or float32 for large problems of 16 bits; what torch makes of it, function by function, is the measure."""
+    """Float64, or float32 for large problems of 16 bits; what torch makes of it, function by function, is the measure.
+
+    Raises ValueError where what torch makes is not finite: by that nothing can be measured.
+    """
     problem, (q, k, v, do) = case.problem, inputs
     pairs = torch.Size(problem.batch).numel() * problem.heads * problem.n_q * problem.n_k
     wide = torch.float32 if pairs > LARGE and problem.dtype.itemsize == 2 else torch.float64
@@ -113,37 +124,42 @@ def truth(case: Case, inputs) -> Truth:
         return dict(zip(names, (found,) if do is None else found))
 
     exact, torchs = by_name(wide), by_name(problem.dtype)
-    return Truth(exact, {name: accuracy.allowed(torchs[name], exact[name], problem.dtype) for name in names})
+    allowed = {name: accuracy.allowed(torchs[name], exact[name], problem.dtype) for name in names}
+    if vague := [name for name, limit in allowed.items() if not math.isfinite(limit)]:
+        raise ValueError(f"{', '.join(vague)}: expected finite numbers from the definition in {problem.dtype}")
+    return Truth(exact, allowed)
 
 
-def prepare(bench: Bench, rival: Rival, case: Case, direction: str, inputs, truth_here: Truth):
-    """A rival's outcome so far, and its calls if it may be timed; raises DeviceLost."""
+def prepare(bench: Bench, rival: Rival, case: Case, direction: str, inputs, truth_here: Truth, ready: dict) -> dict:
+    """A rival's outcome so far; if it may be timed, its calls go to `ready`. Raises DeviceLost."""
     if rival.missing:
-        return {"status": "missing", "reason": rival.missing}, None
+        return {"status": "missing", "reason": rival.missing}
     try:
-        function = rival.build(case.problem, bench.device)
-        calls = [CALLS[direction](function, *copy) for copy in inputs]
-        first = calls[0]()
-        errors = truth_here.errors(TENSORS[direction], first)
-        details = {"errors": errors, "repeatable": all(map(torch.equal, first, calls[0]()))}
-        if wrong := [name for name, (error, allowed) in errors.items() if not error <= allowed]:
-            text = ", ".join(f"{name} is off by {errors[name][0]:.1e}, {errors[name][1]:.1e} allowed" for name in wrong)
-            return {"status": "wrong", "reason": text, "details": _finite(details)}, None
-        del first
-        details |= {"kernels": kernels(calls[0], bench.device), "peak_bytes": bench.clock.peak_bytes(calls[0]),
-                    **_choices(rival, case.problem, direction, inputs[0], bench.device)}
+        with rival.around():
+            function = rival.build(case.problem, bench.device)
+            calls = [CALLS[direction](function, *copy) for copy in inputs]
+            first = calls[0]()
+            errors = truth_here.errors(TENSORS[direction], first)
+            details = {"errors": errors, "repeatable": all(map(torch.equal, first, calls[0]()))}
+            if wrong := [name for name, (error, allowed) in errors.items() if not error <= allowed]:
+                text = ", ".join(f"{name} is off by {errors[name][0]:.1e}, {errors[name][1]:.1e} allowed" for name in wrong)
+                return {"status": "wrong", "reason": text, "details": _finite(details)}
+            del first
+            details |= {"peak_bytes": bench.stopwatch.peak_bytes(calls[0]),
+                        **_choices(rival, case.problem, direction, inputs[0], bench.device)}
     except Refused as refusal:
-        return {"status": "refused", "reason": str(refusal)}, None
+        return {"status": "refused", "reason": str(refusal)}
     except Exception as error:
-        return _failure(bench, rival.name, error), None
-    return {"status": "ok", "details": details}, timing.Contender(calls, case.problem.bytes())
+        return failure(bench, rival.name, error)
+    ready[rival.name] = timing.Contender(calls, case.problem.bytes(), rival.around)
+    return {"status": "ok", "details": details}
 
 
-def _failure(bench, name, error) -> dict:
+def failure(bench: Bench, name: str, error: Exception) -> dict:
     """What an exception says of a contender, if the device outlived it; else DeviceLost."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     try:
-        bench.clock.synchronize()
+        bench.stopwatch.synchronize()
     except RuntimeError as lost:
         raise DeviceLost(name, reason) from lost
     # torch's words where a backend that was forced does not serve the problem
@@ -173,24 +189,40 @@ def _backward(function, q, k, v, do):
 CALLS = {"forward": _forward, "backward": _backward, "both": _both}
 
 
+def names(bench: Bench, case: Case, direction: str, rivals: list[Rival]) -> dict[str, list[str]]:
+    """{contender: the kernels that really run}; nothing is to be timed in this process any more. Raises DeviceLost."""
+    found = {}
+    with bench.stopwatch.context():
+        for rival in rivals:
+            try:
+                with rival.around():
+                    function = rival.build(case.problem, bench.device)
+                    call = CALLS[direction](function, *draw(case.problem, bench.device, 1)[0])
+                    found[rival.name] = kernels(call, bench.device)
+            except Exception as error:
+                found[rival.name] = [f"not read: {failure(bench, rival.name, error)['reason']}"]
+    return found
+
+
 def kernels(call, device, most: int = 6) -> list[str]:
-    """The names of the kernels that really ran, the longest-running first; empty without a GPU."""
-    if device.type != "cuda":
-        return []
+    """The names of the kernels that a call runs on a GPU, the longest-running first; or "not seen"."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    call()  # what is compiled at the first call is none of it
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(BURST):
+            torch.cuda._sleep(1000)
+        torch.cuda.synchronize(device)
+        for _ in range(3):
             call()
-            torch.cuda.synchronize(device)
-        spent = Counter()
-        for event in seen.events():
-            if event.device_type == DeviceType.CUDA:
-                spent[event.name[:160]] += event.self_device_time_total
-    except RuntimeError as error:
-        return [f"not read: {error}"]
-    return [name for name, _ in spent.most_common(most)]
+        torch.cuda.synchronize(device)
+    spent = Counter()
+    for event in seen.events():
+        if event.device_type == DeviceType.CUDA and SPIN not in event.name:
+            spent[event.name[:160]] += event.self_device_time_total
+    return [name for name, _ in spent.most_common(most)] or ["not seen"]
 
 
 def _choices(rival: Rival, problem: Problem, direction, inputs, device) -> dict:
@@ -206,11 +238,12 @@ def _choices(rival: Rival, problem: Problem, direction, inputs, device) -> dict:
 
 def _time(bench, ready, results):
     """Timings of those that are ready; one that fails on the way is taken out, and the others are timed anew."""
+    # each contender's tensors are held by `ready` alone, so that one taken out leaves its room to the others
     while ready:
         try:
-            return timing.measure(ready, bench.clock, bench.effort)
+            return timing.measure(ready, bench.stopwatch, bench.effort)
         except timing.ContenderError as failed:
-            results[failed.name] = _failure(bench, failed.name, failed.__cause__)
+            results[failed.name] = failure(bench, failed.name, failed.__cause__)
             del ready[failed.name]
     return {}, []
 

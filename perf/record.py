@@ -1,11 +1,12 @@
 """What was measured, as the files in perf/results hold it, and how it is read back.
 
-    <gpu>/<suite>-<digest>.jsonl     line 1: the plan, with the environment     then: one entry per job
+    <gpu>/<suite>-<digest>.jsonl     line 1: the plan, with the environment     then: one entry per job, and others
 
 A job is one case in one direction with every contender, whose samples were interleaved; it is written when it is done.
+Every process that works on a plan writes a session, with its commit; the kernels that ran are named after all timing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tritonattn import Problem, journal
@@ -77,16 +78,22 @@ class Run:
 
 def load(folder: Path = RESULTS) -> list[Run]:
     """Every file of results under a folder, in the order of their names; raises JournalError for a broken one."""
-    return [_run(path) for path in sorted(folder.rglob("*.jsonl"))]
+    return [read(path) for path in sorted(folder.rglob("*.jsonl"))]
 
 
-def _run(path: Path) -> Run:
+def read(path: Path) -> Run:
+    """One file of results; raises JournalError if it is broken. The commit is that of the last session."""
     head, entries = journal.read(path)
     environment = {"date": head["begun"]} | head["plan"]["environment"]
-    return Run(path, environment, [job_of(entry) for entry in entries if "results" in entry])
+    for entry in entries:
+        environment |= {"commit": entry["session"]["commit"]} if "session" in entry else {}
+    named = {entry["named"]: entry["kernels"] for entry in entries if "named" in entry}
+    return Run(path, environment, [job_of(entry, named.get(entry["job"])) for entry in entries if "results" in entry])
 
 
-def job_of(entry: dict) -> Job:
-    """The job that an entry of the journal holds."""
+def job_of(entry: dict, kernels: dict[str, list[str]] | None = None) -> Job:
+    """The job that an entry of the journal holds, with the kernels that each contender ran, if they are known."""
     results = {name: Result(name, **fields) for name, fields in entry["results"].items()}
+    for name, ran in (kernels or {}).items():
+        results[name] = replace(results[name], details=(results[name].details or {}) | {"kernels": ran})
     return Job(entry["suite"], entry["case"], Problem.from_json(entry["problem"]), entry["direction"], results)

@@ -1,18 +1,23 @@
 """Who is measured: a name, a function of q, k and v, and the reason where there is none.
 
 Inputs are [batch, heads, length, head size], contiguous; who wants another order gets a view of it. Masks are built
-once, before any clock runs.
+once, before any clock runs, in the form that costs a call least.
 """
 
 import contextlib
 import functools
 import importlib
+import importlib.metadata
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 import tritonattn
 from tritonattn import Problem, reference
@@ -27,11 +32,18 @@ class Refused(Exception):
 
 
 class Rival(NamedTuple):
-    """`build(problem, device)` gives the function, or raises Refused."""
+    """`build(problem, device)` gives the function, or raises Refused; it is used inside `around()`."""
 
     name: str
     build: Callable[[Problem, torch.device], Attention]
     missing: str | None = None  # why it cannot run on this machine at all
+    version: str = torch.__version__
+    around: Callable[[], AbstractContextManager] = contextlib.nullcontext
+
+    @property
+    def identity(self) -> str:
+        """Its version, or "missing": another one gives other numbers."""
+        return "missing" if self.missing else self.version
 
 
 def bottom_right(problem: Problem) -> bool:
@@ -54,12 +66,18 @@ def _bounds(problem):
     return tuple(-1 if side is None else side for side in problem.window)
 
 
-def _room(problem, device, matrices):
-    """Refuse what would hold so many n_q x n_k matrices of every head at once and not fit."""
-    needed = matrices * torch.Size(problem.batch).numel() * problem.heads * problem.n_q * problem.n_k * problem.dtype.itemsize
+def _room(problem, device, matrices, dtype):
+    """Refuse what would hold so many n_q x n_k matrices of every head at once, in this dtype, and not fit.
+
+    Keys and values count too where they are copied: to every query head of a group, or to another dtype.
+    """
+    numbers = matrices * problem.n_q * problem.n_k
+    if problem.group > 1 or dtype != problem.dtype:
+        numbers += problem.n_k * (problem.d + problem.dv)
+    needed = math.prod(problem.batch) * problem.heads * numbers * dtype.itemsize
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
     if needed > 0.35 * total:
-        raise Refused(f"{matrices} matrices of scores are {needed / 2**30:.0f} GiB, of {total / 2**30:.0f} GiB")
+        raise Refused(f"{matrices} matrices of scores, and copies, are {needed / 2**30:.0f} GiB, of {total / 2**30:.0f} GiB")
 
 
 def ours(problem, device, **options):
@@ -67,25 +85,43 @@ def ours(problem, device, **options):
     return functools.partial(tritonattn.attention, window=problem.window, align=_align(problem), **options)
 
 
+def _attn_mask(problem, device, backend=None):
+    """(is_causal, attn_mask) of torch's attention: torch's own word for the mask where it has one, else numbers to add."""
+    if problem.mask == "full" or (problem.mask == "causal" and problem.shift == 0):
+        return problem.mask == "causal", None
+    if problem.mask == "causal" and problem.shift > 0 and backend in (None, "flash", "efficient"):
+        # these backends align a causal mask bottom-right themselves, and this is how one asks them
+        return False, causal_lower_right(problem.n_q, problem.n_k)
+    # booleans would be made into numbers within each call, and rows that begin elsewhere would be copied
+    addend = torch.zeros(problem.n_q, -(-problem.n_k // 16) * 16, dtype=problem.dtype, device=device)[:, :problem.n_k]
+    return False, addend.masked_fill_(~_mask(problem, device), -torch.inf)
+
+
 def sdpa(problem, device, backend=None):
-    """torch's attention, as it comes or held to one backend; what is_causal cannot say is a boolean mask."""
-    if backend is SDPBackend.MATH:
-        _room(problem, device, 6)
-    plain = problem.mask == "causal" and problem.shift == 0
-    mask = None if plain or problem.mask == "full" else _mask(problem, device)
+    """torch's attention; `backend` names the one that it is held to, if it is."""
+    if backend == "math":
+        # 16-bit numbers are computed in float32
+        _room(problem, device, 6, torch.promote_types(problem.dtype, torch.float32))
+    causal, mask = _attn_mask(problem, device, backend)
 
     def attention(q, k, v):
-        with sdpa_kernel(backend) if backend else contextlib.nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=plain, enable_gqa=problem.group > 1)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=problem.group > 1)
 
     return attention
 
 
 def sdpa_choice(problem: Problem, q, k, v) -> str:
-    """The backend that torch's attention picks for such tensors, by the function that decides it."""
-    plain = problem.mask == "causal" and problem.shift == 0
-    mask = None if plain or problem.mask == "full" else _mask(problem, q.device)
-    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, plain, enable_gqa=problem.group > 1)
+    """The backend that torch's attention picks for such tensors, by the functions that decide it."""
+    grouped = problem.group > 1
+    causal, mask = _attn_mask(problem, q.device)
+    if isinstance(mask, CausalBias):
+        asked = SDPAParams(q, k, v, None, 0.0, False, grouped)
+        if can_use_flash_attention(asked):
+            return "flash"
+        if can_use_efficient_attention(asked):
+            return "efficient"
+        mask = _mask(problem, q.device)
+    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=grouped)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
@@ -113,7 +149,7 @@ def flex(problem, device):
 
 def eager(problem, device):
     """softmax(Q K^T) V, one torch function after the other."""
-    _room(problem, device, 4)
+    _room(problem, device, 4, problem.dtype)
     hidden = None if problem.mask == "full" else ~_mask(problem, device)
     scale, group = problem.d**-0.5, problem.group
 
@@ -175,18 +211,31 @@ def _imported(module) -> str | None:
     return None
 
 
+def _version(module) -> str:
+    """The packages that provide a module, with their versions."""
+    found = importlib.metadata.packages_distributions().get(module.split(".")[0], [])
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(found))) or "unknown"
+
+
+def _package(name, build, module, missing) -> Rival:
+    """A rival that is a package of its own; `missing` says why it cannot run even if it is there."""
+    missing = missing or _imported(module)
+    return Rival(name, build, missing, "" if missing else _version(module))
+
+
 @functools.cache
 def everyone(device_type: str) -> dict[str, Rival]:
     """All contenders by name, in the order of tables; those that cannot run here say why."""
     no_gpu = None if device_type == "cuda" else "needs a GPU"
-    forced = [Rival(name, functools.partial(sdpa, backend=backend), no_gpu if name != "math" else None)
-              for name, backend in BACKENDS.items()]
-    packages = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
-    published = [Rival(name, functools.partial(flash_attn, module=module), no_gpu or _imported(module))
-                 for name, module in packages.items()]
-    found = [Rival("tritonattn", ours), Rival("tritonattn-plain-grad", functools.partial(ours, precise_grad=False)),
-             Rival("torch", sdpa), *forced, Rival("flex", flex, no_gpu), Rival("eager", eager), *published,
-             Rival("xformers", xformers, no_gpu or _imported("xformers.ops"))]
+    mine = [Rival(name, functools.partial(ours, **options), version=tritonattn.__version__)
+            for name, options in (("tritonattn", {}), ("tritonattn-plain-grad", {"precise_grad": False}))]
+    forced = [Rival(name, functools.partial(sdpa, backend=name), no_gpu if name != "math" else None,
+                    around=functools.partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()]
+    modules = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
+    published = [_package(name, functools.partial(flash_attn, module=module), module, no_gpu)
+                 for name, module in modules.items()]
+    found = [*mine, Rival("torch", sdpa), *forced, Rival("flex", flex, no_gpu), Rival("eager", eager), *published,
+             _package("xformers", xformers, "xformers.ops", no_gpu)]
     return {rival.name: rival for rival in found}
 
 

@@ -1,13 +1,17 @@
 """python -m perf.run --suite paper --rivals all --out perf/results/
 
 Ours and every rival, each checked and then timed in turns; one line per job in <out>/<gpu>/<suite>-<digest>.jsonl. The
-digest is of the plan: cases, contenders, effort, GPU, versions and the package's source. The same command goes on where
-a kill left off. Exit codes: 0 all is done, or the time is up; 1 a contender of ours is wrong or failed; 2 wrong usage;
-3 the device is lost, run again to go on without the contender that lost it; 130 after Ctrl-C.
+digest is of the plan: cases, contenders and their versions, effort, GPU, versions and the source that runs. The same
+command goes on where a kill left off. When nothing is left to be timed, the kernels that ran are named. Exit codes: 0 all
+is done, or the time is up; 1 a contender of ours is wrong or failed; 2 wrong usage; 3 the device is lost, run again to go
+on without the contender that lost it; 130 after Ctrl-C or a request to end.
 """
 
 import argparse
+import contextlib
 import os
+import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -23,7 +27,8 @@ from tritonattn import clock, environment, gpu, journal, timing
 from tritonattn.journal import Journal, JournalError
 
 LOST = 3       # the exit code that asks to be run again
-ATTEMPTS = 2   # of a job that kills the process
+ATTEMPTS = 2   # of a job that kills the process; and losses of the device after which a rival is left out for good
+NAMING = 0.1   # of the minutes, kept for naming kernels
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ON_HOST = timing.Effort(seconds=1.0, rounds=(3, 5), settle=(0.0, 0.0))
 # rough: seconds that one contender takes before it is timed, mostly compiling; FlexAttention compiles its own way
@@ -39,6 +44,7 @@ class Plan:
     rivals: list[rivals.Rival]
     effort: timing.Effort
     environment: dict
+    commit: str | None = None  # no part of what is digested: committing results must not begin them anew
 
     def jobs(self) -> Iterator[tuple[str, Case, str]]:
         """(name, case, direction)"""
@@ -49,7 +55,7 @@ class Plan:
     def as_json(self) -> dict:
         described = [{"name": case.name, "problem": case.problem.as_json(), "directions": list(case.directions)}
                      for case in self.cases]
-        return {"suite": self.suite, "cases": described, "contenders": [rival.name for rival in self.rivals],
+        return {"suite": self.suite, "cases": described, "contenders": {rival.name: rival.identity for rival in self.rivals},
                 "effort": asdict(self.effort) | {"rounds": list(self.effort.rounds), "settle": list(self.effort.settle)},
                 "environment": self.environment}
 
@@ -70,12 +76,13 @@ def run(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("i
     """
     with Journal(path, plan.as_json()) as book:
         done = {entry["job"]: entry for entry in book.entries if "results" in entry}
-        bench.lost |= losses(book.entries)
         todo = [job for job in plan.jobs() if job[0] not in done]
-        progress = Progress(len(done), len(done) + len(todo), bench.clock.now)
+        if todo:
+            book.append({"session": {"commit": plan.commit, "time": journal.now()}})
+        progress = Progress(len(done), len(done) + len(todo), bench.stopwatch.now)
         expected = plan.seconds()
         for name, case, direction in todo:
-            if bench.clock.now() + expected > deadline:
+            if bench.stopwatch.now() + expected > deadline:
                 print(f"time is up: {len(todo) - progress.fresh} jobs are left; the same command goes on", flush=True)
                 break
             entry = _job(plan, book, bench, name, case, direction)
@@ -87,23 +94,54 @@ def run(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("i
 
 def _job(plan, book, bench, name, case, direction) -> dict:
     """Measure one job and write it; what kills the process twice is written as failed."""
-    entry = {"job": name, "suite": plan.suite, "case": case.name, "problem": case.problem.as_json(), "direction": direction}
     if deaths(book.entries, name) >= ATTEMPTS:
-        reason = {"status": "failed", "reason": f"the process died {ATTEMPTS} times in this job"}
-        outcome = {"results": {rival.name: reason for rival in plan.rivals}, "state": None}
+        outcome = _failed(plan, f"the process died {ATTEMPTS} times in this job")
     else:
-        book.append({"began": name})
-        try:
-            outcome = measure.job(bench, case, direction, plan.rivals, name)
-        except measure.DeviceLost as lost:
-            book.append({"lost": name, "contender": lost.name, "reason": f"lost the device: {lost.reason}"})
-            raise
-        except KeyboardInterrupt:
-            book.append({"interrupted": name})
-            raise
-    entry |= outcome | {"time": journal.now()}
+        outcome = _attempt(plan, book, bench, name, case, direction)
+    entry = {"job": name, "suite": plan.suite, "case": case.name, "problem": case.problem.as_json(), "direction": direction,
+             "time": journal.now()} | outcome
     book.append(entry)
     return entry
+
+
+def _attempt(plan, book, bench, name, case, direction) -> dict:
+    """The outcome of a job, whatever goes wrong in it, if the process and the device outlive it."""
+    book.append({"began": name})
+    try:
+        return measure.job(bench, case, direction, plan.rivals, left_out(book.entries, name))
+    except measure.DeviceLost as lost:
+        book.append({"lost": name, "contender": lost.name, "reason": f"lost the device: {lost.reason}"})
+        raise
+    except KeyboardInterrupt:
+        book.append({"interrupted": name})
+        raise
+    except Exception as error:
+        # of no contender: of the inputs, the definition, the stopwatch. A device lost here counts as a death of the job
+        return _failed(plan, measure.failure(bench, "what all contenders share", error)["reason"])
+
+
+def _failed(plan, reason) -> dict:
+    return {"results": {rival.name: {"status": "failed", "reason": reason} for rival in plan.rivals}, "state": None}
+
+
+def name_kernels(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("inf")) -> None:
+    """Write which kernels each contender ran in every job that is done, until the clock shows `deadline`.
+
+    After all timing, since a profiler that was once at work may slow the launches of its process for good.
+    Raises measure.DeviceLost, JournalError.
+    """
+    by_name = {rival.name: rival for rival in plan.rivals}
+    with Journal(path, plan.as_json()) as book:
+        done = {entry["job"]: entry["results"] for entry in book.entries if "results" in entry}
+        tried = Counter(entry["naming"] for entry in book.entries if "naming" in entry)
+        named = {entry["named"] for entry in book.entries if "named" in entry}
+        for name, case, direction in plan.jobs():
+            if bench.stopwatch.now() > deadline:
+                return
+            if name in done and name not in named and tried[name] < ATTEMPTS:
+                book.append({"naming": name})
+                timed = [by_name[contender] for contender, result in done[name].items() if result["status"] == "ok"]
+                book.append({"named": name, "kernels": measure.names(bench, case, direction, timed)})
 
 
 def deaths(entries: list[dict], name: str) -> int:
@@ -112,12 +150,13 @@ def deaths(entries: list[dict], name: str) -> int:
     return seen["began"] - seen["lost"] - seen["interrupted"]
 
 
-def losses(entries: list[dict]) -> dict[str, dict[str, str]]:
-    """{job: {contender: why it is not run again}}"""
-    found = {}
-    for entry in entries:
-        if "lost" in entry:
-            found.setdefault(entry["lost"], {})[entry["contender"]] = entry["reason"]
+def left_out(entries: list[dict], name: str) -> dict[str, str]:
+    """{contender: why it is not run in this job}: it lost the device there, or is a rival that did so too often elsewhere."""
+    lost = [entry for entry in entries if "lost" in entry]
+    found = {entry["contender"]: entry["reason"] for entry in lost if entry["lost"] == name}
+    for contender, times in Counter(entry["contender"] for entry in lost).items():
+        if times >= ATTEMPTS and not contender.startswith(record.OURS):
+            found.setdefault(contender, f"lost the device in {times} other jobs, and is not run again")
     return found
 
 
@@ -145,7 +184,8 @@ def verdict(job: record.Job) -> str:
         return f"ours {theirs.status}: {theirs.reason}" if theirs else "ours is not among the contenders"
     mark = " (throttled)" if ours.throttled else ""
     text = f"ours {ours.seconds * 1e6:.0f} us, {ours.tflops(job):.3g} TFLOP/s{mark}"
-    return f"{text}; {best.contender} {best.seconds * 1e6:.0f} us: {best.seconds / ours.seconds:.2f} of it" if best else text
+    share = best and f"; {best.contender} {best.seconds * 1e6:.0f} us, {best.seconds / ours.seconds:.2f} of our time"
+    return text + (share or "")
 
 
 def dry_run(plan: Plan, path: Path) -> str:
@@ -164,6 +204,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--suite", choices=cases.SUITES, default="paper", help="default: %(default)s")
     top.add_argument("--rivals", default="all", metavar="NAMES", help='names with commas between, or "all" (default)')
     top.add_argument("--out", type=Path, default=record.RESULTS, metavar="DIR", help="default: perf/results")
+    top.add_argument("--resume-from", type=Path, metavar="DIR",
+                     help="begin with what this folder holds of the same plan, if --out holds nothing of it")
     top.add_argument("--dtype", choices=DTYPES, help="default: the suite's own, mostly bfloat16")
     top.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
     top.add_argument("--seconds", type=_positive, metavar="S", help="of samples, per contender and job (default: 0.5)")
@@ -183,23 +225,61 @@ def _positive(text: str) -> float:
 def plan_of(arguments, device: torch.device) -> Plan:
     """The plan that the command line asks for, on this machine."""
     here = environment.of(device)
-    here["commit"] = arguments.commit or here["commit"]
+    commit = here.pop("commit")
+    here["source"] = environment.source(Path(rivals.__file__), Path(measure.__file__))
     effort = timing.Effort() if device.type == "cuda" else ON_HOST
     effort = replace(effort, seconds=arguments.seconds) if arguments.seconds else effort
     dtype = DTYPES.get(arguments.dtype)
     contenders = rivals.chosen(arguments.rivals, device.type)
-    return Plan(arguments.suite, cases.suite(arguments.suite, dtype), contenders, effort, here)
+    return Plan(arguments.suite, cases.suite(arguments.suite, dtype), contenders, effort, here, arguments.commit or commit)
+
+
+def device_of(arguments, top: argparse.ArgumentParser) -> torch.device:
+    """The device that the command line asks for, or the best there is; wrong usage if kernels cannot run on it."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu"))
+    if device.type == "cpu" and not gpu.INTERPRETED and not arguments.dry_run:
+        top.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
+    if device.type == "cuda" and (gpu.INTERPRETED or not torch.cuda.is_available()):
+        top.error("--device cuda: expected a GPU that torch sees, and TRITON_INTERPRET not set")
+    return device
+
+
+@contextlib.contextmanager
+def ended_in_order():
+    """A request to end (SIGTERM) is taken as Ctrl-C is: what was measured is kept, and it is no death of a job."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def bring(plan: Plan, source: Path, target: Path) -> None:
+    """Copy what one folder of results holds of a plan to another that holds nothing of it."""
+    earlier, path = plan.path(source), plan.path(target)
+    if earlier.exists() and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(earlier, path)
+
+
+def carry_out(plan: Plan, path: Path, device: torch.device, start: float, minutes: float | None) -> list[record.Job]:
+    """Time what is left to be timed, then name kernels, within so many minutes of the start. Raises what `run` raises."""
+    seconds = 60 * minutes if minutes else float("inf")
+    bench = measure.Bench(device, clock.of(device), plan.effort)
+    if device.type != "cuda":
+        return run(plan, path, bench, start + seconds)
+    if plan.environment["sensors"] != "NVML":
+        print(f"throttling cannot be seen: {plan.environment['sensors']}", file=sys.stderr, flush=True)
+    done = run(plan, path, bench, start + (1 - NAMING) * seconds)
+    name_kernels(plan, path, bench, start + seconds)
+    return done
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     top, start = parser(), time.perf_counter()
     arguments = top.parse_args(argv)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu"))
-    if device.type == "cpu" and not gpu.INTERPRETED and not arguments.dry_run:
-        top.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
-    if device.type == "cuda" and (gpu.INTERPRETED or not torch.cuda.is_available()):
-        top.error("--device cuda: expected a GPU that torch sees, and TRITON_INTERPRET not set")
+    device = device_of(arguments, top)
     try:
         plan = plan_of(arguments, device)
     except ValueError as error:
@@ -208,9 +288,12 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.dry_run:
         print(dry_run(plan, path))
         return 0
-    deadline = start + 60 * arguments.minutes if arguments.minutes else float("inf")
+    if arguments.resume_from:
+        bring(plan, arguments.resume_from, arguments.out)
+    print(f"results: {path}", flush=True)
     try:
-        done = run(plan, path, measure.Bench(device, clock.of(device), plan.effort), deadline)
+        with ended_in_order():
+            done = carry_out(plan, path, device, start, arguments.minutes)
     except JournalError as error:
         print(error, file=sys.stderr)
         return 2
@@ -220,11 +303,11 @@ def main(argv: list[str] | None = None) -> int:
     except measure.DeviceLost as lost:
         print(f"the device is lost to {lost}; run again to go on without it", file=sys.stderr, flush=True)
         os._exit(LOST)  # what is left of the device's context may not come down in order
-    print(path)
-    return 1 if any(_ours_is_bad(job) for job in done) else 0
+    return 1 if any(map(ours_is_bad, done)) else 0
 
 
-def _ours_is_bad(job: record.Job) -> bool:
+def ours_is_bad(job: record.Job) -> bool:
+    """Whether a contender of ours is wrong or failed."""
     return any(name.startswith(record.OURS) and result.status in ("wrong", "failed") for name, result in job.results.items())
 
 

@@ -39,16 +39,20 @@ class FakeGpu:
         call()
         return self.time - start
 
-    def host(self, call, times):
+    def host_seconds(self, call, times):
         for _ in range(times):
             call()
         return 1e-5
 
     def capture(self, call):
-        if not self.graphs:
+        if self.graphs:
+            call()
+            return call
+        try:
             raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
-        call()
-        return call
+        finally:
+            # as torch does, whose capture cannot be ended in order either
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     def state(self):
         if self.states is None:

@@ -21,3 +21,9 @@ def test_twice_torchs_error_and_some_rounding():
     torchs = torch.tensor([8.25, -1.0, -math.inf])
     assert accuracy.allowed(torchs, exact, torch.bfloat16) == pytest.approx(2 * 0.25 + 4 * 2**-7 * 8)
     assert accuracy.allowed(torch.full((1,), -math.inf), torch.full((1,), -math.inf), torch.float16) == 0
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+def test_what_torch_cannot_compute_is_no_measure(spoilt):
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert accuracy.allowed(torch.tensor([1.0, spoilt]), exact, torch.float16) == math.inf

@@ -23,17 +23,37 @@ def package(tmp_path, monkeypatch):
 def test_versions_and_names(device):
     found = environment.of(device)
     assert found["torch"] == torch.__version__ and found["tritonattn"] == tritonattn.__version__
+    assert (found["sensors"] is None) == (not COMPILED)
     assert (found["arch"] == "interpreter") == (not COMPILED) and (found["driver"] is None) == (not COMPILED)
     assert json.loads(json.dumps(found)) == found
 
 
+def edited(path, action):
+    """The digest of the source after something is done to a file."""
+    action(path)
+    return environment.source()
+
+
 def test_the_source_is_known_wherever_it_lies(package):
-    copied = environment.source()
-    with (package / "kernels" / "forward.py").open("a") as file:
-        file.write("# another line\n")
-    assert environment.source() != copied
-    package.joinpath("kernels/forward.py").rename(package / "kernels" / "forwards.py")
-    assert len({copied, environment.source()}) == 2
+    digests = [environment.source()]
+    for name in ("kernels/forward.py", "launch.py", "ops.py", "attention.py", "config.py", "timing.py", "clock.py"):
+        digests.append(edited(package / name, lambda path: path.write_text(path.read_text() + "# another line\n")))
+    digests.append(edited(package / "kernels" / "forward.py", lambda path: path.rename(path.with_name("forwards.py"))))
+    assert len(set(digests)) == len(digests) == 9
+
+
+def test_what_does_not_run_is_no_part_of_the_source(package):
+    before = environment.source()
+    for name in ("doctor.py", "demo.py", "selftest.py", "__main__.py"):
+        assert edited(package / name, lambda path: path.write_text("")) == before
+    assert edited(package / "new.py", lambda path: path.write_text("")) == before
+
+
+def test_files_beside_the_package_that_run_too(package, tmp_path):
+    (tmp_path / "rivals.py").write_text("1")
+    first = environment.source(tmp_path / "rivals.py")
+    (tmp_path / "rivals.py").write_text("2")
+    assert len({environment.source(), first, environment.source(tmp_path / "rivals.py")}) == 3
 
 
 def test_the_commit_is_of_the_packages_own_repository(package, tmp_path):

@@ -1,13 +1,17 @@
 """A job: who is wrong is not timed, who fails says how, what is recorded is what happened."""
 
+import contextlib
+import types
+import weakref
+
 import pytest
 import torch
 
-from perf import measure
+from perf import measure, rivals
 from perf.cases import CAUSAL, Case, problem
 from perf.rivals import Refused, Rival
 from tests.fakegpu import FakeGpu, steady
-from tritonattn import reference, timing
+from tritonattn import clock, reference, timing
 
 CPU = torch.device("cpu")
 CASE = Case("small", problem(2, (4, 2), 16, 8, CAUSAL, dtype=torch.float32), ("forward", "backward", "both"))
@@ -40,9 +44,8 @@ def rival(name, function):
     return Rival(name, lambda posed, device: function)
 
 
-def outcome(gpu, rivals, direction="forward", case=CASE, **options):
-    bench = measure.Bench(CPU, gpu, EFFORT, **options)
-    return measure.job(bench, case, direction, rivals, f"suite/{case.name}/{direction}")
+def outcome(gpu, contenders, direction="forward", case=CASE, **options):
+    return measure.job(measure.Bench(CPU, gpu, EFFORT), case, direction, contenders, **options)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
@@ -54,7 +57,8 @@ def test_a_right_contender_is_timed(direction):
         assert result["status"] == "ok" and result["seconds"] == pytest.approx(2 * seconds if direction == "both" else seconds)
         assert set(result["details"]["errors"]) == set(measure.TENSORS[direction]) and result["details"]["repeatable"]
         assert all(error <= allowed for error, allowed in result["details"]["errors"].values())
-        assert result["details"]["peak_bytes"] == 4096 and result["details"]["kernels"] == []
+        # no profiler has been near it
+        assert result["details"]["peak_bytes"] == 4096 and "kernels" not in result["details"]
     assert found["state"]["clock"] == 1980.0 and found["state"]["rounds"] > 0
 
 
@@ -116,6 +120,102 @@ def test_who_fails_while_timed_is_taken_out_and_the_others_are_timed_anew():
     assert found["right"]["seconds"] == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_who_is_taken_out_leaves_its_memory_to_the_others(direction):
+    gpu, held = FakeGpu(), []
+
+    class Hoarding(Counted):
+        """Fails once it is timed, and holds much memory."""
+
+        def spend(self, _=None):
+            super().spend()
+            if len(self.gpu.waits) > 10:
+                raise ValueError("worn out")
+
+    def build(posed, device):
+        hoarding = Hoarding(gpu)
+        held.append(weakref.ref(hoarding))
+        return hoarding
+
+    class Watching(Counted):
+        def spend(self, _=None):
+            super().spend()
+            freed.append(bool(held) and held[0]() is None)
+
+    freed = []
+    # the hoarder comes last, so that no name left over from another turn of a loop can hide it
+    found = outcome(gpu, [rival("right", Watching(gpu)), Rival("hoarding", build)], direction)["results"]
+    assert found["hoarding"]["reason"] == "ValueError: worn out" and found["right"]["status"] == "ok"
+    assert not freed[0] and all(freed[-50:])
+
+
+def test_surroundings_are_entered_for_checking_and_timing():
+    depth, seen = [], []
+
+    @contextlib.contextmanager
+    def around():
+        depth.append(1)
+        yield
+        depth.pop()
+
+    def watched(q, k, v):
+        seen.append(len(depth))
+        return correct(q, k, v)
+
+    outcome(FakeGpu(), [Rival("a", lambda posed, device: watched, around=around)])
+    assert len(seen) > 10 and set(seen) == {1} and not depth
+
+
+@pytest.mark.parametrize("spoil", [torch.inf, torch.nan])
+def test_what_torch_cannot_compute_is_no_measure(spoil, monkeypatch):
+    by_heads = reference.by_heads
+    monkeypatch.setattr(reference, "by_heads", lambda *inputs, dtype, **options: tuple(
+        x * spoil if dtype == torch.bfloat16 else x for x in by_heads(*inputs, dtype=dtype, **options)))
+    case = Case("x", problem(1, 2, 16, 8), ("both",))
+    with pytest.raises(ValueError, match=r"o, dq, dk, dv: expected finite numbers from the definition in torch.bfloat16"):
+        measure.truth(case, measure.draw(case.problem, CPU, 1)[0])
+
+
+class FakeProfile:
+    """A profiler that loses the first kernels of a session."""
+
+    def __init__(self, log, loses):
+        self.log, self.loses = log, loses
+
+    def __call__(self, activities):
+        return self
+
+    def __enter__(self):
+        self.log.clear()
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def events(self):
+        cuda = torch.autograd.DeviceType.CUDA
+        return [types.SimpleNamespace(name=name, device_type=cuda, self_device_time_total=time)
+                for name, time in self.log[self.loses:]]
+
+
+@pytest.mark.parametrize(("loses", "names"), [(0, ["long", "short"]), (measure.BURST, ["long", "short"]),
+                                              (10**6, ["not seen"])])
+def test_kernels_are_named_although_a_session_loses_its_first(loses, names, monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.profiler, "profile", FakeProfile(log, loses))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(("at::cuda::spin_kernel(long)", 50)), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert measure.kernels(lambda: log.extend([("short", 3), ("long", 5)]), CPU) == names
+
+
+def test_a_contender_that_cannot_be_named_says_why(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measure, "kernels", lambda call, device: [call()[0].shape, calls.append(1)][:1])
+    bench = measure.Bench(CPU, FakeGpu(), EFFORT)
+    found = measure.names(bench, CASE, "both", [rival("a", correct), Rival("b", raising(TypeError("no")))])
+    assert found == {"a": [torch.Size([2, 4, 16, 8])], "b": ["not read: TypeError: no"]} and len(calls) == 1
+
+
 def test_a_lost_device_is_no_ordinary_failure():
     gpu = FakeGpu()
 
@@ -126,8 +226,8 @@ def test_a_lost_device_is_no_ordinary_failure():
     with pytest.raises(measure.DeviceLost, match="fatal: RuntimeError: CUDA error") as lost:
         outcome(gpu, [rival("right", Counted(gpu)), rival("fatal", fatal)])
     assert lost.value.name == "fatal"
-    found = outcome(FakeGpu(), [rival("right", correct), rival("fatal", fatal)],
-                    lost={"suite/small/forward": {"fatal": "lost the device"}})["results"]
+    both = [rival("right", correct), rival("fatal", fatal)]
+    found = outcome(FakeGpu(), both, without={"fatal": "lost the device"})["results"]
     assert found["fatal"] == {"status": "failed", "reason": "lost the device"} and found["right"]["status"] == "ok"
 
 
@@ -172,3 +272,20 @@ def test_the_kernels_that_ran_are_named(device):
     names = measure.kernels(lambda: (x @ x).softmax(-1), device)
     assert any("gemm" in name.lower() or "cutlass" in name.lower() for name in names)
     assert any("softmax" in name.lower() for name in names)
+
+
+@pytest.fixture
+def as_users_run(unwritten_memory_is_nan):
+    """Without the deterministic algorithms that tests ask for, which cuDNN has not."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_rivals_are_right_and_timed_in_every_direction(direction, device):
+    here, stopwatch = rivals.everyone("cuda"), clock.of(device)
+    case = Case("causal 512", problem(2, 4, 512, 64, CAUSAL), ("forward", "backward", "both"))
+    contenders = [here[name] for name in ("tritonattn", "torch", "cudnn", "flash", "efficient", "flex", "eager")]
+    found = measure.job(measure.Bench(torch.device(device), stopwatch, EFFORT), case, direction, contenders)["results"]
+    assert {name: result["status"] for name, result in found.items()} == {rival.name: "ok" for rival in contenders}, found

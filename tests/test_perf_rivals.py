@@ -1,12 +1,16 @@
 """Rivals compute what the problem says, or say why not. Packages that are not here are stood in for, signature and all."""
 
+import contextlib
 import sys
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.bias import CausalBias
 
+import tritonattn
 from perf import rivals
 from perf.cases import CAUSAL, problem
 from perf.measure import draw
@@ -30,15 +34,54 @@ def expected(posed, q, k, v):
     return reference.attention(q, k, v, window=posed.window, align=align)
 
 
-def agrees(function, posed):
+def agrees(function, posed, around=contextlib.nullcontext):
     q, k, v, _ = draw(posed, CPU, 1)[0]
-    torch.testing.assert_close(function(q, k, v), expected(posed, q, k, v), atol=1e-5, rtol=1e-5)
+    with around():
+        torch.testing.assert_close(function(q, k, v), expected(posed, q, k, v), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("posed", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("name", ["torch", "math", "eager"])
 def test_rivals_of_torch(name, posed):
-    agrees(rivals.everyone("cpu")[name].build(posed, CPU), posed)
+    rival = rivals.everyone("cpu")[name]
+    agrees(rival.build(posed, CPU), posed, rival.around)
+
+
+def test_a_backend_is_forced_by_what_surrounds_it_not_by_each_call(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.nn.attention, "_sdpa_kernel", lambda backends, *_: entered.append(backends))
+    function = rivals.everyone("cpu")["math"].build(PROBLEMS["full"], CPU)
+    agrees(function, PROBLEMS["full"])
+    assert not entered
+    with rivals.everyone("cpu")["math"].around():
+        assert entered == [[SDPBackend.MATH]]
+
+
+@pytest.mark.parametrize(("name", "backend", "causal", "kind"), [
+    ("full", None, False, type(None)), ("causal", "cudnn", True, type(None)), ("causal, more keys", None, True, type(None)),
+    ("grouped, bottom right", None, False, CausalBias), ("grouped, bottom right", "flash", False, CausalBias),
+    ("grouped, bottom right", "efficient", False, CausalBias), ("grouped, bottom right", "cudnn", False, torch.Tensor),
+    ("grouped, bottom right", "math", False, torch.Tensor), ("window", None, False, torch.Tensor),
+    ("two-sided window", "flash", False, torch.Tensor),
+])
+def test_torch_is_told_of_a_mask_in_its_own_words(name, backend, causal, kind):
+    found, mask = rivals._attn_mask(PROBLEMS[name], CPU, backend)
+    assert found == causal and type(mask) is kind
+    if kind is torch.Tensor:
+        # as the kernels want it: nothing is converted or copied within a call
+        assert mask.dtype == F32 and mask.stride(-1) == 1 and mask.stride(0) % 16 == 0
+        assert torch.equal(mask == 0, rivals._mask(PROBLEMS[name], CPU)) and mask.unique().tolist() == [-torch.inf, 0]
+
+
+@pytest.mark.parametrize(("flash", "efficient", "choice"), [(True, True, "flash"), (False, True, "efficient"),
+                                                            (False, False, "cudnn")])
+def test_the_choice_behind_a_bottom_right_mask(flash, efficient, choice, monkeypatch):
+    monkeypatch.setattr(rivals, "can_use_flash_attention", lambda asked: flash)
+    monkeypatch.setattr(rivals, "can_use_efficient_attention", lambda asked: efficient)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, mask, dropout, causal, enable_gqa: (
+        SDPBackend.CUDNN_ATTENTION.value if mask.dtype == torch.bool and enable_gqa and not causal else -1))
+    posed = PROBLEMS["grouped, bottom right"]
+    assert rivals.sdpa_choice(posed, *draw(posed, CPU, 1)[0][:3]) == choice
 
 
 @pytest.mark.interpreted
@@ -109,10 +152,31 @@ def test_what_is_missing_says_why(monkeypatch):
 
 
 def test_matrices_of_scores_that_do_not_fit_are_refused():
-    with pytest.raises(Refused, match=r"4 matrices of scores are 1024 GiB, of 8 GiB"):
+    with pytest.raises(Refused, match=r"4 matrices of scores, and copies, are 1024 GiB, of 8 GiB"):
         rivals.eager(problem(1, 8, 131072, 64), CPU)
-    with pytest.raises(Refused, match="matrices of scores"):
+    # in float32, with keys and values in float32 too
+    with pytest.raises(Refused, match=r"6 matrices of scores, and copies, are 3072 GiB, of 8 GiB"):
         rivals.everyone("cpu")["math"].build(problem(1, 8, 131072, 64), CPU)
+
+
+@pytest.mark.parametrize(("heads", "dtype", "needed"), [
+    (8, F32, 4 * 8 * 4 * 2**20), ((8, 1), F32, (4 * 2**20 + 2**20 * 128) * 8 * 4),
+    (8, torch.bfloat16, (4 * 2**20 + 2**20 * 128) * 8 * 4),
+])
+def test_copied_keys_and_values_count(heads, dtype, needed, monkeypatch):
+    posed, device = problem(1, heads, (1, 2**20), 64, dtype=dtype), torch.device("cuda")
+    for total, refused in ((needed / 0.36, True), (needed / 0.34, False)):
+        properties = types.SimpleNamespace(total_memory=total)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        with pytest.raises(Refused) if refused else contextlib.nullcontext():
+            rivals._room(posed, device, 4, F32)
+
+
+def test_a_version_is_of_the_packages_that_provide_a_module():
+    assert f"pytest {pytest.__version__}" in rivals._version("pytest.fixtures") and rivals._version("no_such") == "unknown"
+    here = rivals.everyone("cpu")
+    assert here["torch"].identity == torch.__version__ and here["tritonattn"].identity == tritonattn.__version__
+    assert here["cudnn"].identity == here["flash_attn"].identity == "missing"
 
 
 def test_names_are_chosen():
@@ -122,12 +186,32 @@ def test_names_are_chosen():
         rivals.chosen("cutlass,torch,x", "cpu")
 
 
+@pytest.fixture
+def as_users_run(unwritten_memory_is_nan):
+    """Without the deterministic algorithms that tests ask for, which cuDNN has not."""
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("backend", ["cudnn", "flash", "efficient", "math"])
 def test_the_backend_that_is_chosen_is_the_one_that_runs(backend, device):
-    posed = problem(2, 8, 512, 64, CAUSAL)
+    posed, rival = problem(2, 8, 512, 64, CAUSAL), rivals.everyone("cuda")[backend]
     q, k, v, _ = draw(posed, device, 1)[0]
-    with torch.nn.attention.sdpa_kernel(rivals.BACKENDS[backend]):
+    with rival.around():
         assert rivals.sdpa_choice(posed, q, k, v) == backend
-    agrees = rivals.everyone("cuda")[backend].build(posed, device)(q, k, v)
-    torch.testing.assert_close(agrees, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=2e-2, rtol=2e-2)
+        o = rival.build(posed, device)(q, k, v)
+    torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("as_users_run")
+@pytest.mark.parametrize("backend", ["torch", "flash", "efficient", "cudnn", "math"])
+def test_bottom_right_masks_on_a_gpu(backend, device):
+    posed, rival = problem(2, 4, (300, 515), 64, CAUSAL, bottom_right=True), rivals.everyone("cuda")[backend]
+    q, k, v, _ = draw(posed, device, 1)[0]
+    with rival.around():
+        o = rival.build(posed, device)(q, k, v)
+    torch.testing.assert_close(o, expected(posed, q, k, v), atol=2e-2, rtol=2e-2)
+    if backend == "torch":
+        assert rivals.sdpa_choice(posed, q, k, v) == "flash"

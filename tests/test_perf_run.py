@@ -1,22 +1,26 @@
 """Runs go on where a kill left them, refuse to time what is wrong, and say how far they are."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 import torch
 
-from perf import measure, record, rivals, run
+import tritonattn
+from perf import cases, measure, record, rivals, run
 from perf.cases import CAUSAL, Case, problem
 from perf.rivals import Rival
 from tests.fakegpu import FakeGpu
-from tritonattn import gpu, journal, reference, timing
+from tritonattn import environment, gpu, journal, reference, timing
 
 CPU = torch.device("cpu")
 F32 = torch.float32
 CASES = (Case("full 16", problem(1, 1, 16, 8, dtype=F32), ("forward", "both")),
          Case("causal 16", problem(1, 1, 16, 8, CAUSAL, dtype=F32), ("forward",)))
 EFFORT = timing.Effort(seconds=0.01, rounds=(3, 3), settle=(0, 0))
-HERE = {"gpu": "NVIDIA Fake 1", "arch": "sm_90", "driver": "1", "torch": "2", "triton": "3", "commit": "abc"}
+HERE = {"gpu": "NVIDIA Fake 1", "arch": "sm_90", "driver": "1", "torch": "2", "triton": "3", "sensors": "NVML"}
 
 
 class Stage:
@@ -25,7 +29,7 @@ class Stage:
     def __init__(self, folder):
         self.gpu, self.calls, self.folder = FakeGpu(), [], folder
         self.rivals = [self.rival("tritonattn", 2e-3), self.rival("fast", 1e-3), self.rival("wrong", 1e-4, spoil=1.01)]
-        self.environment = HERE
+        self.environment, self.commit = HERE, "abc"
 
     def rival(self, name, seconds, spoil=1.0):
         def build(posed, device):
@@ -41,7 +45,7 @@ class Stage:
 
     @property
     def plan(self):
-        return run.Plan("fake", CASES, self.rivals, EFFORT, self.environment)
+        return run.Plan("fake", CASES, self.rivals, EFFORT, self.environment, self.commit)
 
     @property
     def path(self):
@@ -49,7 +53,15 @@ class Stage:
 
     def go(self, deadline=float("inf")):
         self.calls.clear()
-        return run.run(self.plan, self.path, measure.Bench(CPU, self.gpu, EFFORT), deadline)
+        return run.run(self.plan, self.path, self.bench, deadline)
+
+    @property
+    def bench(self):
+        return measure.Bench(CPU, self.gpu, EFFORT)
+
+    def written(self, kind):
+        """What the file holds under a key, entry by entry."""
+        return [entry[kind] for entry in journal.read(self.path)[1] if kind in entry]
 
 
 @pytest.fixture
@@ -70,7 +82,7 @@ def test_every_job_is_done_once_and_written(stage, capsys):
         assert job.ours.seconds == pytest.approx(2e-3) and job.best_rival.contender == "fast"
         assert job.results["wrong"].status == "wrong" and job.results["wrong"].seconds is None
     out = capsys.readouterr().out
-    assert "[3/3] fake/causal 16/forward: ours 2000 us" in out and "fast 1000 us: 0.50 of it; 0 min left" in out
+    assert "[3/3] fake/causal 16/forward: ours 2000 us" in out and "fast 1000 us, 0.50 of our time; 0 min left" in out
     stage.go()
     assert stage.calls == []
 
@@ -111,27 +123,173 @@ def test_an_interrupt_is_no_death(stage, monkeypatch):
     assert all(job.ours for job in stage.go())
 
 
-def test_a_lost_device_ends_the_run_and_the_next_goes_on_without_the_contender(stage):
+def fail(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("want more"), ValueError("o: expected finite numbers"), KeyError(1)])
+def test_what_goes_wrong_outside_a_contender_is_written_and_the_run_goes_on(stage, monkeypatch, error):
+    truth = measure.truth
+    monkeypatch.setattr(measure, "truth", lambda case, inputs: truth(case, inputs) if "causal" in case.name else fail(error))
+    jobs = stage.go()
+    assert [job.name for job in jobs] == NAMES and jobs[2].ours and jobs[0].ours is None
+    assert {(result.status, result.reason) for job in jobs[:2] for result in job.results.values()} == {
+        ("failed", f"{type(error).__name__}: {error}")}
+    assert run.ours_is_bad(jobs[0]) and not run.ours_is_bad(jobs[2])
+    stage.go()
+    assert stage.calls == []
+
+
+def test_a_device_lost_outside_a_contender_is_a_death_of_the_job(stage, monkeypatch):
+    def fatal(case, inputs):
+        stage.gpu.dead = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    truth = measure.truth
+    monkeypatch.setattr(measure, "truth", lambda case, inputs: (truth if "causal" in case.name else fatal)(case, inputs))
+    for _ in range(4):
+        with pytest.raises(measure.DeviceLost, match="what all contenders share"):
+            stage.go()
+        stage.gpu.dead = False
+    assert [job.results["fast"].reason for job in stage.go()] == ["the process died 2 times in this job"] * 2 + [None]
+
+
+def fatal_on(stage):
     def fatal(q, k, v):
         stage.gpu.dead = True
         raise RuntimeError("CUDA error: misaligned address")
 
-    stage.rivals.append(Rival("fatal", lambda posed, device: fatal))
-    for done in range(3):
+    return lambda posed, device: fatal
+
+
+def test_a_rival_that_loses_the_device_twice_is_left_out_of_all_further_jobs(stage):
+    stage.rivals.append(Rival("fatal", fatal_on(stage)))
+    for done in range(2):
         with pytest.raises(measure.DeviceLost, match="fatal"):
             stage.go()
-        assert sum("results" in entry for entry in journal.read(stage.path)[1]) == done
+        assert len(stage.written("results")) == done
         stage.gpu.dead = False
     jobs = stage.go()
     assert [job.name for job in jobs] == NAMES and all(job.ours for job in jobs)
-    assert all("misaligned" in job.results["fatal"].reason and job.results["fatal"].status == "failed" for job in jobs)
+    assert {job.results["fatal"].status for job in jobs} == {"failed"}
+    assert all("misaligned" in job.results["fatal"].reason for job in jobs[:2])
+    assert jobs[2].results["fatal"].reason == "lost the device in 2 other jobs, and is not run again"
+
+
+def test_ours_is_tried_in_every_job(stage):
+    stage.rivals.append(Rival("tritonattn-other", fatal_on(stage)))
+    for _ in NAMES:
+        with pytest.raises(measure.DeviceLost, match="tritonattn-other"):
+            stage.go()
+        stage.gpu.dead = False
+    assert all("misaligned" in job.results["tritonattn-other"].reason for job in stage.go())
 
 
 def test_another_source_or_driver_is_another_file(stage):
     first = stage.path
-    for change in ({"driver": "2"}, {"source": "other"}, {"gpu": "NVIDIA Fake 2"}):
+    for change in ({"driver": "2"}, {"source": "other"}, {"gpu": "NVIDIA Fake 2"}, {"sensors": "NVML: unknown"}):
         stage.environment = HERE | change
         assert stage.path != first
+
+
+def test_another_version_of_a_rival_is_another_file_and_so_is_its_absence(stage):
+    paths, [ours, fast, wrong] = [stage.path], stage.rivals
+    for other in (fast._replace(version="2.0"), fast._replace(missing="not installed"), fast._replace(name="faster")):
+        stage.rivals = [ours, other, wrong]
+        paths.append(stage.path)
+    assert len(set(paths)) == 4
+    # why it is missing is said in other words elsewhere
+    stage.rivals = [ours, fast._replace(missing="no such module", version="3"), wrong]
+    assert stage.path == paths[2]
+
+
+def test_a_commit_begins_nothing_anew(stage):
+    stage.go(deadline=stage.gpu.now() + stage.plan.seconds() / 2)
+    stage.commit, first = "def", stage.path
+    stage.go()
+    stage.commit = "ghi"
+    assert stage.path == first and len(stage.go()) == 3 and stage.calls == []
+    [loaded] = record.load(stage.folder)
+    # the last that measured something
+    assert loaded.environment["commit"] == "def"
+    assert [session["commit"] for session in stage.written("session")] == ["abc", "def"]
+
+
+def test_the_plan_knows_what_changes_numbers_and_nothing_else(monkeypatch, tmp_path):
+    arguments = run.parser().parse_args(["--rivals", "torch,eager,flash"])
+
+    def plan():
+        return run.plan_of(arguments, CPU)
+
+    first = plan()
+    assert "commit" not in first.environment and first.as_json()["contenders"] == {
+        "tritonattn": tritonattn.__version__, "torch": torch.__version__, "eager": torch.__version__, "flash": "missing"}
+    monkeypatch.setattr(environment, "commit", lambda: "another")
+    assert plan().commit == "another" and plan().path(tmp_path) == first.path(tmp_path)
+    (tmp_path / "edited.py").write_text("edited")
+    for module in (rivals, measure):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(tmp_path / "edited.py"))
+            assert plan().path(tmp_path) != first.path(tmp_path)
+
+
+def test_kernels_are_named_after_all_timing(stage, monkeypatch):
+    monkeypatch.setattr(measure, "names", lambda bench, case, direction, contenders: {
+        rival.name: [f"kernel of {rival.name}", direction] for rival in contenders})
+    stage.go(deadline=stage.gpu.now() + stage.plan.seconds() / 2)
+    run.name_kernels(stage.plan, stage.path, stage.bench)
+    assert stage.written("named") == []
+    stage.go()
+    run.name_kernels(stage.plan, stage.path, stage.bench)
+    [loaded] = record.load(stage.folder)
+    for job in loaded.jobs:
+        # of those that were timed, and beside what was known of them
+        assert job.ours.details["kernels"] == ["kernel of tritonattn", job.direction] and job.ours.details["samples_us"]
+        assert "kernels" not in job.results["wrong"].details
+    monkeypatch.setattr(measure, "names", None)
+    run.name_kernels(stage.plan, stage.path, stage.bench)
+    assert stage.written("named") == NAMES
+
+
+def test_naming_ends_in_time_and_gives_up_what_kills_it(stage, monkeypatch):
+    jobs = stage.go()
+    monkeypatch.setattr(measure, "names", lambda *_: fail(measure.DeviceLost("fast", "gone")))
+    run.name_kernels(stage.plan, stage.path, stage.bench, deadline=stage.gpu.now() - 1)
+    assert stage.written("naming") == []
+    for name in [name for name in NAMES for _ in range(2)]:
+        with pytest.raises(measure.DeviceLost):
+            run.name_kernels(stage.plan, stage.path, stage.bench)
+        assert stage.written("naming")[-1] == name
+    run.name_kernels(stage.plan, stage.path, stage.bench)
+    assert jobs == record.load(stage.folder)[0].jobs
+
+
+@pytest.mark.parametrize("minutes", [None, 10.0])
+def test_on_a_gpu_names_come_last_and_have_their_share_of_the_time(stage, monkeypatch, minutes, capsys):
+    told = []
+    monkeypatch.setattr(run.clock, "of", lambda device: stage.gpu)
+    monkeypatch.setattr(run, "run", lambda plan, path, bench, deadline: told.append(deadline))
+    monkeypatch.setattr(run, "name_kernels", lambda plan, path, bench, deadline: told.append(deadline))
+    stage.environment = HERE | {"sensors": "nvidia-ml-py is not installed"}
+    run.carry_out(stage.plan, stage.path, torch.device("cuda"), 100.0, minutes)
+    assert told == ([100 + 540, 100 + 600] if minutes else [float("inf")] * 2)
+    assert capsys.readouterr().err == "throttling cannot be seen: nvidia-ml-py is not installed\n"
+    stage.environment = HERE
+    run.carry_out(stage.plan, stage.path, torch.device("cuda"), 100.0, minutes)
+    assert capsys.readouterr().err == ""
+
+
+def test_earlier_results_of_the_same_plan_are_taken_along(stage, tmp_path):
+    stage.go()
+    stage.path.with_name("fake-000000000000.jsonl").write_bytes(stage.path.read_bytes())
+    run.bring(stage.plan, stage.folder, tmp_path / "out")
+    here = stage.plan.path(tmp_path / "out")
+    assert list((tmp_path / "out").rglob("*.jsonl")) == [here] and here.read_bytes() == stage.path.read_bytes()
+    # what is there already may hold more
+    here.write_text("more")
+    run.bring(stage.plan, stage.folder, tmp_path / "out")
+    run.bring(stage.plan, tmp_path / "nowhere", tmp_path / "out")
+    assert here.read_text() == "more"
 
 
 def test_it_stops_in_time_and_says_what_is_left(stage, capsys):
@@ -187,9 +345,31 @@ def test_a_dry_run_lists_everything_and_writes_nothing(tmp_path, capsys):
     assert "without cudnn: needs a GPU" in out and not list(tmp_path.iterdir())
 
 
+TINY = ["--suite", "tiny", "--rivals", "torch,eager,cudnn", "--seconds", "0.01"]
+
+
+@pytest.mark.interpreted
+def test_a_request_to_end_is_no_death_of_a_job(tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(measure, "job", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(5))
+    assert run.main([*TINY, "--out", str(tmp_path)]) == 130 and signal.getsignal(signal.SIGTERM) is before
+    [path] = tmp_path.rglob("*.jsonl")
+    assert [list(entry) for entry in journal.read(path)[1]] == [["session"], ["began"], ["interrupted"]]
+    assert "stopped; what was measured is in" in capsys.readouterr().err
+
+
+@pytest.mark.interpreted
+def test_a_run_goes_on_from_another_folder(tmp_path, capsys):
+    assert run.main([*TINY, "--out", str(tmp_path / "first")]) == 0
+    assert "[5/5]" in capsys.readouterr().out
+    assert run.main([*TINY, "--out", str(tmp_path / "second"), "--resume-from", str(tmp_path / "first")]) == 0
+    out = capsys.readouterr().out
+    assert "[" not in out and out.startswith(f"results: {tmp_path / 'second'}")
+
+
 @pytest.mark.interpreted
 def test_the_whole_way_in_the_interpreter(tmp_path, capsys):
-    command = ["--suite", "tiny", "--rivals", "torch,eager,cudnn", "--out", str(tmp_path), "--seconds", "0.01"]
+    command = [*TINY, "--out", str(tmp_path)]
     assert run.main(command) == 0
     [found] = record.load(tmp_path)
     assert len(found.jobs) == 5 and found.environment["arch"] == "interpreter"
@@ -203,9 +383,16 @@ def test_the_whole_way_in_the_interpreter(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-def test_the_whole_way_on_a_gpu(tmp_path):
-    assert run.main(["--suite", "small", "--rivals", "torch,flash,math", "--out", str(tmp_path), "--seconds", "0.02"]) == 0
+@pytest.mark.alone
+def test_the_whole_way_on_a_gpu(tmp_path, monkeypatch, unwritten_memory_is_nan):
+    # cuDNN has no deterministic algorithms, which tests ask for
+    torch.use_deterministic_algorithms(False)
+    few = tuple(case for case in cases.SUITES["small"] if case.name in ("batch 1 full 256", "batch 4 causal 512"))
+    monkeypatch.setitem(cases.SUITES, "small", few)
+    assert run.main(["--suite", "small", "--rivals", "torch,cudnn,flash", "--out", str(tmp_path), "--seconds", "0.02"]) == 0
     [found] = record.load(tmp_path)
+    assert len(found.jobs) == 6
     for job in found.jobs:
         assert job.ours.seconds > 1e-6 and job.ours.details["method"] == "graph", job.name
-        assert job.ours.details["kernels"] and job.results["torch"].details["backend"] in rivals.BACKENDS
+        assert job.ours.details["kernels"][0] not in ("not seen", "") and job.results["cudnn"].status == "ok", job.name
+        assert job.results["torch"].details["backend"] in rivals.BACKENDS

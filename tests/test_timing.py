@@ -1,13 +1,16 @@
 """Timing, on a GPU with a virtual clock: turns, settling, marks, repetition. What a real one does is marked gpu."""
 
+import contextlib
 import statistics
+import sys
 import time
+import types
 
 import pytest
 import torch
 
 from tests.fakegpu import FakeGpu, steady
-from tritonattn import attention
+from tritonattn import attention, clock, timing
 from tritonattn.clock import Cuda, Host, State
 from tritonattn.timing import Contender, ContenderError, Effort, measure, quantiles
 
@@ -69,16 +72,34 @@ def test_throttled_most_of_the_time_counts_and_says_so():
     assert found.mostly_throttled and found.seconds == pytest.approx(1e-3) and len(found.throttled) == len(found.samples) - 2
 
 
-@pytest.mark.parametrize(("climb", "limit"), [(12, 2.0), (10**9, 0.5)])
-def test_the_clock_settles_or_patience_ends(climb, limit):
-    def climbing(reads):
-        return State(345.0 + 100 * min(reads, climb), 40.0, 200.0)
+def settled_after(clock, settle=(0.05, 3.0), refresh=0.1):
+    """How long a GPU is warmed whose sensor shows, anew every `refresh` seconds, the clock at that time."""
+    gpu = FakeGpu()
+    gpu.states = clock and (lambda reads: State(clock(gpu.time // refresh * refresh), 40.0, 200.0))
+    busy = types.SimpleNamespace(around=contextlib.nullcontext, warm=gpu.kernel("busy", 1e-2))
+    timing._settle({"busy": busy}, gpu, Effort(settle=settle))
+    return gpu.time
 
-    gpu = FakeGpu(states=climbing)
-    measure(contenders(gpu, a=1e-2), gpu, Effort(seconds=0.01, rounds=(1, 1), settle=(0.05, limit)))
-    # the reading that follows the only round is the last
-    warmed = gpu.reads - 1
-    assert warmed == (climb + 3 if climb == 12 else 50)
+
+@pytest.mark.parametrize("refresh", [0.02, 0.1])
+def test_it_waits_until_the_clock_has_settled(refresh):
+    # within a refresh every clock looks steady
+    assert 1.3 <= settled_after(lambda now: 345.0 + 1600 * min(now, 1.0), refresh=refresh) <= 1.5
+    assert 0.3 <= settled_after(lambda now: 1980.0, refresh=refresh) <= 0.4
+
+
+def test_patience_ends_where_the_clock_never_settles():
+    assert settled_after(lambda now: 300.0 + 1000 * now, settle=(0.05, 0.5)) == pytest.approx(0.5, abs=0.011)
+
+
+def test_without_sensors_it_warms_for_a_fixed_time():
+    assert settled_after(None, settle=(0.25, 2.0)) == pytest.approx(0.25, abs=0.011)
+
+
+def test_sensors_are_not_asked_all_the_time():
+    gpu = FakeGpu(states=steady)
+    measure(contenders(gpu, a=1e-4), gpu, Effort(seconds=0.01, rounds=(1, 1), settle=(1.0, 1.0)))
+    assert 15 <= gpu.reads <= 22
 
 
 def test_short_calls_are_repeated_in_a_graph_every_copy_equally():
@@ -102,9 +123,56 @@ def test_where_a_graph_fails_calls_are_queued_and_the_reason_is_kept():
     gpu = FakeGpu(graphs=False)
     found = measure({"x": Contender([gpu.kernel("x", 1e-5)])}, gpu, Effort(settle=(0, 0)))[0]["x"]
     assert found.method == "events" and found.calls == 40 and found.seconds == pytest.approx(1e-5)
+    # not the error of ending a capture that had failed
     assert found.note == "no graph: RuntimeError: operation not permitted when stream is capturing"
     # the device waits until all of them are queued
     assert gpu.waits[-1] == pytest.approx(2 * 40 * found.host_seconds)
+
+
+@pytest.mark.parametrize(("fastest", "method", "caches"), [(5e-5, "graph", "rotated"), (1.5e-4, "events", "flushed")])
+def test_one_job_is_timed_in_one_way(fastest, method, caches):
+    gpu = FakeGpu()
+    calls = {name: Contender([gpu.kernel(f"{name}{copy}", true) for copy in range(4)], 600)
+             for name, true in (("fast", fastest), ("near", 1.2e-4), ("slow", 2e-3))}
+    if method == "events":
+        calls.pop("near")
+    found, _ = measure(calls, gpu, Effort(settle=(0, 0)))
+    assert {(x.method, x.caches) for x in found.values()} == {(method, caches)}
+    if method == "graph":
+        # even the slow one runs over every copy
+        assert found["slow"].calls == 4 and {name for name in gpu.log[-200:] if name[:4] == "slow"} == {
+            f"slow{copy}" for copy in range(4)}
+    assert found["slow"].seconds == pytest.approx(2e-3)
+
+
+def test_each_use_of_a_contender_is_inside_its_surroundings():
+    gpu, depth, seen = FakeGpu(), [], []
+
+    @contextlib.contextmanager
+    def around():
+        depth.append(gpu.time)
+        yield
+        depth.pop()
+
+    def call():
+        seen.append(len(depth))
+        gpu.time += 1e-5
+
+    measure({"inside": Contender([call], 1, around), "outside": Contender([call])}, gpu, Effort(settle=(0.01, 0.01)))
+    assert set(seen) == {0, 1} and not depth and 0.4 < sum(seen) / len(seen) < 0.6
+
+
+def test_surroundings_are_entered_before_the_clock_starts():
+    gpu = FakeGpu()
+
+    @contextlib.contextmanager
+    def slow_to_enter():
+        gpu.time += 1.0
+        yield
+        gpu.time += 1.0
+
+    found = measure({"x": Contender([gpu.kernel("x", 1e-3)], 0, slow_to_enter)}, gpu, Effort(settle=(0, 0)))[0]["x"]
+    assert found.seconds == pytest.approx(1e-3) and found.host_seconds == pytest.approx(1e-5)
 
 
 def test_long_calls_are_taken_one_by_one_on_a_flushed_cache():
@@ -146,47 +214,91 @@ def test_the_host_has_a_clock_too():
     assert 2e-3 <= found["nap"].seconds < 0.2 and found["nap"].method == "host" and not states
 
 
+class FakeNvml:
+    """NVIDIA's sensors, which may fail."""
+
+    NVML_CLOCK_SM = NVML_TEMPERATURE_GPU = 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, fails=""):
+        self.fails = fails
+
+    def __getattr__(self, name):
+        def ask(*_):
+            if name in self.fails:
+                raise self.NVMLError("Not Supported")
+            return 0x48
+
+        return ask
+
+
+def test_sensors_that_fail_once_cost_no_measurement(monkeypatch):
+    nvml = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    sensors, reason = clock._Nvml.of(types.SimpleNamespace(uuid="1"))
+    assert reason is None and sensors.state() == State(0x48, 0x48, 0.072, ("hardware slowdown", "hardware thermal slowdown"))
+    nvml.fails = "nvmlDeviceGetPowerUsage"
+    assert sensors.state() is None
+
+
+def test_without_sensors_it_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1"))
+    for module, reason in ((FakeNvml("nvmlDeviceGetTemperature"), "NVML: Not Supported"),
+                           (FakeNvml("nvmlInit"), "NVML: Not Supported"), (None, "nvidia-ml-py is not installed"),
+                           (FakeNvml(), None)):
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        assert clock.without_sensors("cuda") == reason
+
+
 @pytest.fixture
-def clock(device):
+def stopwatch(device):
     return Cuda(device)
 
 
 @pytest.mark.gpu
-def test_a_product_of_twice_the_size_takes_eight_times_as_long(clock, device):
+@pytest.mark.alone
+def test_a_product_of_twice_the_size_takes_eight_times_as_long(stopwatch, device):
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for n in (4096, 8192))
-    found, _ = measure({"small": Contender([lambda: a @ a]), "large": Contender([lambda: b @ b])}, clock)
+    found, _ = measure({"small": Contender([lambda: a @ a]), "large": Contender([lambda: b @ b])}, stopwatch)
     assert 5 < found["large"].seconds / found["small"].seconds < 11
 
 
 @pytest.mark.gpu
-def test_the_cache_is_cold_in_every_sample(clock, device):
-    x = torch.randn(clock.cache_bytes // 8, device=device)
-    call = x.sum
-    warm = statistics.median(clock.sample(lambda: [call() for _ in range(10)], 1e-3) / 10 for _ in range(20))
-    assert statistics.median(clock.sample(call, 1e-4) for _ in range(20)) > 1.2 * warm
+@pytest.mark.alone
+def test_the_cache_is_cold_in_every_sample(stopwatch, device, monkeypatch):
+    x = torch.randn(stopwatch.cache_bytes // 16, device=device)  # a quarter of the cache
+
+    def median():
+        return statistics.median(stopwatch.sample(x.sum, 1e-4) for _ in range(50))
+
+    cold = median()
+    monkeypatch.setattr(stopwatch, "_flush", lambda: None)
+    assert cold > 1.2 * median()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-def test_our_own_kernels_are_captured(clock, device, direction):
+def test_our_own_kernels_are_captured(stopwatch, device, direction):
     q, k, v, do = (torch.randn(1, 2, 128, 64, device=device, dtype=torch.bfloat16) for _ in range(4))
-    with clock.context():
+    with stopwatch.context():
         leaves = [x.requires_grad_(direction != "forward") for x in (q, k, v)]
         o = attention(*leaves)
         call = {"forward": lambda: attention(q, k, v),
                 "backward": lambda: torch.autograd.grad(o, leaves, do, retain_graph=True),
                 "both": lambda: torch.autograd.grad(attention(*leaves), leaves, do)}[direction]
-        found = measure({"ours": Contender([call], 1 << 16)}, clock)[0]["ours"]
+        found = measure({"ours": Contender([call], 1 << 16)}, stopwatch)[0]["ours"]
     assert found.method == "graph" and found.note is None and 1e-6 < found.seconds < 1e-3
 
 
 @pytest.mark.gpu
-def test_the_peak_of_memory_is_seen(clock, device):
-    assert clock.peak_bytes(lambda: torch.empty(50 << 20, dtype=torch.int8, device=device)) == 50 << 20
+def test_the_peak_of_memory_is_seen(stopwatch, device):
+    assert stopwatch.peak_bytes(lambda: torch.empty(50 << 20, dtype=torch.int8, device=device)) == 50 << 20
 
 
 @pytest.mark.gpu
-def test_sensors_are_read(clock):
+def test_sensors_are_read(stopwatch):
     pytest.importorskip("pynvml", reason="reading clocks needs nvidia-ml-py")
-    state = clock.state()
+    state = stopwatch.state()
     assert 100 < state.clock < 5000 and 0 < state.temperature < 120 and state.power > 10

@@ -15,7 +15,10 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def allowed(torchs: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:
-    """The error that a tensor of this dtype may have, from what torch makes of it and what it is."""
+    """The error that a tensor of this dtype may have, from what torch makes of it and what it is.
+
+    inf where torch's is not finite though the exact one is: then nothing can be measured by it.
+    """
     finite = exact[exact.isfinite()]
     largest = finite.abs().max().item() if finite.numel() else 0.0
     return LIMIT * error(torchs, exact) + ULPS * torch.finfo(dtype).eps * largest

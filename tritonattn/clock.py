@@ -44,7 +44,7 @@ class Host:
         call()
         return time.perf_counter() - start
 
-    def host(self, call: Call, times: int) -> float:
+    def host_seconds(self, call: Call, times: int) -> float:
         return self.sample(call, 0.0)
 
     def capture(self, call: Call) -> Call:
@@ -66,10 +66,10 @@ class Cuda:
         self.device = torch.device(device)
         properties = torch.cuda.get_device_properties(self.device)
         self.cache_bytes = properties.L2_cache_size
-        self._flushed = torch.empty(2 * self.cache_bytes, dtype=torch.int8, device=self.device)
+        self._filler = torch.zeros(self.cache_bytes // 2, dtype=torch.float32, device=self.device)  # twice the cache
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._stream = torch.cuda.Stream(self.device)
-        self._sensors = _Nvml.of(properties)
+        self._sensors, _ = _Nvml.of(properties)
 
     def now(self) -> float:
         return time.perf_counter()
@@ -87,9 +87,13 @@ class Cuda:
         torch.cuda.synchronize(self.device)
 
     def sample(self, call: Call, wait: float) -> float:
-        """Seconds between the events around a call, which finds none of its inputs in the cache."""
+        """Seconds between the events around a call, which begins on a cache that holds nothing of its inputs.
+
+        A call that runs a kernel many times begins so too, but what its first runs leave in the cache its later ones find.
+        The device waits `wait` seconds first, so that the host can issue the call meanwhile.
+        """
         start, end = self._events
-        self._flushed.zero_()
+        self._flush()
         torch.cuda._sleep(int(max(wait, 20e-6) * 2e9))  # in cycles; at a lower clock it only lasts longer
         start.record()
         call()
@@ -97,7 +101,11 @@ class Cuda:
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
 
-    def host(self, call: Call, times: int) -> float:
+    def _flush(self) -> None:
+        # read, not written: what a write leaves in the cache goes back to memory during the sample
+        self._filler.sum()
+
+    def host_seconds(self, call: Call, times: int) -> float:
         """Seconds the host needs to issue a call; few enough that it need not wait for a place in the queue."""
         self.synchronize()
         start = time.perf_counter()
@@ -115,7 +123,7 @@ class Cuda:
         return graph.replay
 
     def state(self) -> State | None:
-        return self._sensors.read() if self._sensors else None
+        return self._sensors.state() if self._sensors else None
 
     def peak_bytes(self, call: Call) -> int:
         """The most memory that torch's allocator held during a call, above what it held before."""
@@ -138,21 +146,29 @@ class _Nvml:
         self._nvml, self._handle = nvml, handle
 
     @staticmethod
-    def of(properties) -> "_Nvml | None":
+    def of(properties) -> "tuple[_Nvml | None, str | None]":
+        """The sensors of a GPU, or the reason why there are none."""
         try:
             import pynvml
         except ImportError:
-            return None
+            return None, "nvidia-ml-py is not installed"
         try:
             pynvml.nvmlInit()
             sensors = _Nvml(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}"))
-            sensors.read()
-        except pynvml.NVMLError:
+            sensors._read()
+        except pynvml.NVMLError as error:
             # a slice of a GPU has no sensors of its own, and a container may not reach the driver's library
-            return None
-        return sensors
+            return None, f"NVML: {error}"
+        return sensors, None
 
-    def read(self) -> State:
+    def state(self) -> State | None:
+        """What the sensors say; None where they fail this time, which is no reason to lose a measurement."""
+        try:
+            return self._read()
+        except self._nvml.NVMLError:
+            return None
+
+    def _read(self) -> State:
         nvml, handle = self._nvml, self._handle
         bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
         return State(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
@@ -161,6 +177,11 @@ class _Nvml:
                      tuple(reason for bit, reason in self.REASONS.items() if bits & bit))
 
 
+def without_sensors(device: torch.device) -> str | None:
+    """Why a GPU says nothing of its clocks, heat and power; None if it does."""
+    return _Nvml.of(torch.cuda.get_device_properties(device))[1]
+
+
 def of(device: torch.device) -> "Cuda | Host":
-    """The clock that goes with tensors of this device."""
+    """The stopwatch that goes with tensors of this device."""
     return Cuda(device) if torch.device(device).type == "cuda" else Host()

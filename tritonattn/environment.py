@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from torch.utils import collect_env
 
-from . import gpu
+from . import clock, gpu
 from .version import VERSION
 
 PACKAGE = Path(__file__).parent
+# what a measurement runs: an edit elsewhere changes no number
+RUNS = ("kernels/**/*.py", "ops.py", "attention.py", "launch.py", "config.py", "timing.py", "clock.py")
 
 
 def of(device: torch.device) -> dict:
@@ -28,6 +30,7 @@ def of(device: torch.device) -> dict:
         "sms": here.sms if on_gpu else None,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "memory_bytes": getattr(properties, "total_memory", None),
+        "sensors": (clock.without_sensors(device) or "NVML") if on_gpu else None,
         "driver": collect_env.get_nvidia_driver_version(collect_env.run) if on_gpu else None,
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
@@ -45,11 +48,15 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def source() -> str:
-    """Twelve hexadecimal digits of the package's own files: the same for the same code, wherever it lies."""
+def source(*beside: Path) -> str:
+    """Twelve hexadecimal digits of what runs in a measurement: the same for the same code, wherever it lies.
+
+    `beside` are files outside the package that run too.
+    """
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    named = {path.relative_to(PACKAGE).as_posix(): path for pattern in RUNS for path in PACKAGE.glob(pattern)}
+    for name, path in sorted(named.items()) + sorted((f"../{path.name}", path) for path in beside):
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

@@ -1,44 +1,54 @@
 """How long a call takes on a device: the one home of timing.
 
-    settle the clocks, then in each round, in another order:   cold caches | wait | event | calls | event
+    settle the clocks, then in each round, in another order:   cold cache | wait | event | calls | event
 
 Contenders take turns, so that whatever drifts (clocks, heat, neighbours) drifts for all alike. The wait lets the host
-queue the calls before the device begins, so launches are not counted; `host_seconds` says what they cost.
+queue the calls before the device begins, so launches are not counted; `host_seconds` says what they cost. Where the
+fastest call is short, all are repeated within a sample, in a graph, so that one comparison is of one kind.
 """
 
+import contextlib
 import math
 import random
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from .clock import Call, State
 
+APART, SPAN = 0.05, 0.3  # seconds: sensors are asked no oftener, and must agree for so long; they refresh every 0.1 s or so
+STEADY = 0.01            # share of the clock by which they may differ
+
 
 class Contender(NamedTuple):
-    """The same call on one or several copies of its inputs, of so many bytes each."""
+    """The same call on one or several copies of its inputs, of so many bytes each; each use is made inside `around()`."""
 
     calls: Sequence[Call]
     input_bytes: int = 0
+    around: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
 class Effort:
     """How much is spent. Times in seconds."""
 
-    seconds: float = 0.5       # of samples, per contender
+    seconds: float = 0.5       # of samples, per contender on average: all have as many, so slower ones take more of it
     rounds: tuple[int, int] = (7, 100)
-    settle: tuple[float, float] = (0.1, 2.0)
-    small: float = 100e-6      # shorter calls are repeated within a sample, in a graph where that works
-    sample: float = 400e-6     # what a sample of short calls lasts at the least
+    settle: tuple[float, float] = (0.4, 2.0)  # of work beforehand, at least (where no sensor tells, just so much) and at most
+    small: float = 100e-6      # where the fastest takes less, all are repeated within a sample, in a graph where that works
+    sample: float = 400e-6     # what a sample of repeated calls lasts at the least
     long: float = 20e-3        # longer calls are tried only once before they are timed
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: quantiles of the samples during which the device was not throttled (of all, if most were)."""
+    """Seconds per call: quantiles of the samples during which the device was not throttled (of all, if most were).
+
+    The device is asked once a round, after it; what it says then is held of every contender's sample of that round.
+    """
 
     seconds: float       # the median
     q20: float
@@ -64,13 +74,16 @@ class ContenderError(RuntimeError):
         self.name = name
 
 
-def measure(contenders: Mapping[str, Contender], device, effort: Effort = Effort()) -> tuple[dict[str, Timing], list[State]]:
+def measure(contenders: Mapping[str, Contender], stopwatch, effort: Effort = Effort()) -> tuple[dict[str, Timing], list[State]]:
     """Time contenders in turns; also what the device said after each round, if it says anything.
 
-    `device` is a clock.Cuda, a clock.Host, or whatever has their methods. Raises ContenderError.
+    `stopwatch` is a clock.Cuda, a clock.Host, or whatever has their methods. Raises ContenderError.
     """
-    samplers = {name: _naming(name, lambda x=x: _Sampler(x, device, effort)) for name, x in contenders.items()}
-    _settle(samplers, device, effort)
+    samplers = {name: _apply(name, x.around, lambda x=x: _Sampler(x, stopwatch, effort)) for name, x in contenders.items()}
+    if min((sampler.estimate for sampler in samplers.values()), default=math.inf) < effort.small:
+        for name, sampler in samplers.items():
+            _apply(name, sampler.around, lambda sampler=sampler: sampler.repeat(effort))
+    _settle(samplers, stopwatch, effort)
     spent = sum(sampler.estimate * sampler.repeats for sampler in samplers.values())
     least, most = effort.rounds
     rounds = max(least, min(most, round(effort.seconds * len(samplers) / max(spent, 1e-9))))
@@ -78,61 +91,72 @@ def measure(contenders: Mapping[str, Contender], device, effort: Effort = Effort
     for index in range(rounds):
         rng.shuffle(order)
         for name in order:
-            _naming(name, samplers[name].take)
-        if (state := device.state()) is not None:
+            _apply(name, samplers[name].around, samplers[name].take)
+        if (state := stopwatch.state()) is not None:
             states.append(state)
-            for sampler in samplers.values():
-                sampler.throttled += [index] * state.throttled
+            if state.throttled:
+                for sampler in samplers.values():
+                    sampler.throttled.append(index)
     return {name: sampler.timing() for name, sampler in samplers.items()}, states
 
 
-def _naming(name, action):
+def _apply(name, around, action):
     try:
-        return action()
+        with around():
+            return action()
     except Exception as error:
         raise ContenderError(name, error) from error
 
 
-def _settle(samplers, device, effort):
+def _settle(samplers, stopwatch, effort):
     """Work until the clock stops moving: idle devices run slow, cool ones fast."""
     least, most = effort.settle
-    clocks, start = [], device.now()
-    while (spent := device.now() - start) < most:
+    reads, start = [], stopwatch.now()  # (seconds, MHz)
+    while (spent := stopwatch.now() - start) < most:
         for name, sampler in samplers.items():
-            _naming(name, sampler.warm)
-        state = device.state()
-        clocks.append(state.clock if state else 0.0)
-        steady = len(clocks) >= 4 and max(clocks[-4:]) - min(clocks[-4:]) <= 0.01 * max(clocks[-4:])
-        if spent >= least and steady:
+            _apply(name, sampler.around, sampler.warm)
+        if (now := stopwatch.now()) - (reads[-1][0] if reads else -math.inf) >= APART and (state := stopwatch.state()):
+            reads.append((now, state.clock))
+        if spent >= least and (not reads or _steady(reads)):
             return
+
+
+def _steady(reads) -> bool:
+    """Whether the last reads agree, as many as it takes to span SPAN seconds."""
+    last, clocks = reads[-1][0], []
+    for now, clock in reversed(reads):
+        clocks.append(clock)
+        if last - now >= SPAN:
+            return max(clocks) - min(clocks) <= STEADY * max(clocks)
+    return False
 
 
 class _Sampler:
     """One contender, ready to be sampled."""
 
-    def __init__(self, contender: Contender, device, effort: Effort):
-        self.device, self.samples, self.throttled, self.note = device, [], [], None
+    def __init__(self, contender: Contender, stopwatch, effort: Effort):
+        self.contender, self.around, self.stopwatch = contender, contender.around, stopwatch
+        self.samples, self.throttled, self.note = [], [], None
         for call in contender.calls:
             call()
-        device.synchronize()
+        stopwatch.synchronize()
         first = contender.calls[0]
-        self.host_seconds = device.host(first, 1)
-        self.estimate = device.sample(first, 2 * self.host_seconds)
+        self.host_seconds = stopwatch.host_seconds(first, 1)
+        self.estimate = stopwatch.sample(first, 2 * self.host_seconds)
         if self.estimate < effort.long:
             times = min(10, math.ceil(effort.long / max(self.estimate, 1e-6)))
-            self.host_seconds = statistics.median(device.host(first, times) for _ in range(5))
-            self.estimate = min(device.sample(first, 2 * self.host_seconds) for _ in range(3))
-        self.repeats, self.method, self.replay = 1, device.method, first
-        if self.estimate < effort.small:
-            self._repeat(contender.calls, effort)
-        rotated = self.repeats > 1 and len(contender.calls) * contender.input_bytes >= 2 * device.cache_bytes > 0
-        flushed = self.repeats == 1 and device.cache_bytes > 0
-        self.caches = "flushed" if flushed else "rotated" if rotated else "warm"
+            self.host_seconds = statistics.median(stopwatch.host_seconds(first, times) for _ in range(5))
+            self.estimate = min(stopwatch.sample(first, 2 * self.host_seconds) for _ in range(3))
+        self.repeats, self.method, self.replay = 1, stopwatch.method, first
+        self.caches = "flushed" if stopwatch.cache_bytes > 0 else "warm"
 
-    def _repeat(self, calls, effort):
-        """Several calls make a sample; each copy of the inputs has the same number of turns."""
+    def repeat(self, effort):
+        """Let several calls make a sample, in a graph if it can be; each copy of the inputs has the same number of turns."""
+        calls, size = self.contender.calls, self.contender.input_bytes
         turns = math.ceil(effort.sample / max(self.estimate, 1e-6) / len(calls))
         self.repeats = turns * len(calls)
+        if self.repeats > 1:
+            self.caches = "rotated" if len(calls) * size >= 2 * self.stopwatch.cache_bytes > 0 else "warm"
 
         def in_turns():
             for _ in range(turns):
@@ -141,17 +165,19 @@ class _Sampler:
 
         self.replay = in_turns
         try:
-            self.replay, self.method = self.device.capture(in_turns), "graph"
+            self.replay, self.method = self.stopwatch.capture(in_turns), "graph"
         except Exception as error:
-            self.note = f"no graph: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            # ending a capture that failed is an error of its own, raised over the one that tells why
+            cause = error.__context__ or error
+            self.note = f"no graph: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
 
     def warm(self):
         self.replay()
-        self.device.synchronize()
+        self.stopwatch.synchronize()
 
     def take(self):
         wait = 2 * self.host_seconds * (1 if self.method == "graph" else self.repeats)
-        self.samples.append(self.device.sample(self.replay, wait) / self.repeats)
+        self.samples.append(self.stopwatch.sample(self.replay, wait) / self.repeats)
 
     def timing(self) -> Timing:
         held_back = set(self.throttled)
