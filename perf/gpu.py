@@ -97,7 +97,8 @@ class Visit:
 
     def _run(self, command, patience, log) -> tuple[int | None, bool]:
         # a group of its own: an interrupt reaches the workers of a test run too
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                                   preexec_fn=_hears_interrupts)
         try:
             return process.wait(patience), True
         except subprocess.TimeoutExpired:
@@ -109,6 +110,11 @@ class Visit:
             # workers may be left of a leader that has gone
             _signal(process, signal.SIGKILL)
             process.wait()
+
+
+def _hears_interrupts() -> None:
+    """In a child: what was begun in the background, by nohup say, ignores interrupts, and would hand that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupt(process) -> int | None:
