@@ -29,10 +29,22 @@ class Case:
     align: str = "top_left"
     scale: float | None = None
     layout: str = "contiguous"
+    pairs: tuple = ()  # names of PAIRS
 
     @property
     def options(self):
         return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale}
+
+    def given(self, dtype, device, seed=1):
+        """Bias and mask, as arguments of attention."""
+        rng = torch.Generator().manual_seed(seed)
+        sizes = {"batch": self.batch, "heads": (self.heads,), "n_q": (self.n_q,), "n_k": (self.n_k,)}
+        found = {}
+        for name in self.pairs:
+            shape = sum((sizes.get(size, (size,)) for size in PAIRS[name]), ())
+            x = torch.randn(shape, generator=rng)
+            found["mask" if "mask" in name else "bias"] = (x > -0.7).to(device) if "mask" in name else x.to(device, dtype)
+        return found
 
     def tensors(self, dtype, device, seed=0, family="randn"):
         """q, k, v in this case's layout, and cotangents for o and lse."""
@@ -71,6 +83,10 @@ LAYOUT = {
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2].repeat_interleave(2, -2)[..., ::2, :],
 }
 
+# shapes of what is given for each pair
+PAIRS = {"bias": ("batch", "heads", "n_q", "n_k"), "key-bias": ("n_k",), "head-bias": ("heads", "n_q", "n_k"),
+         "mask": ("n_q", "n_k"), "key-mask": ("batch", 1, 1, "n_k")}
+
 # of each group a case has one feature at most; each feature must differ from the plain case
 FEATURES = {
     "mask": {
@@ -94,6 +110,8 @@ FEATURES = {
     "scale": {"negative": {"scale": -0.7}, "zero": {"scale": 0.0}, "large": {"scale": 3.0}},
     "layout": {name: {"layout": name} for name in LAYOUT if name not in ("contiguous", "expanded")},
     "expanded": {"expanded": {"layout": "expanded", "heads": 2, "kv_heads": 2}},
+    "pairs": {"bias": {"pairs": ("bias",)}, "key-bias-mask": {"pairs": ("key-bias", "mask")},
+              "key-mask": {"pairs": ("key-mask",)}},
     "batch": {"two-batches": {"batch": (2,)}, "batch-of-batches": {"batch": (2, 1, 2)}},
 }
 
@@ -115,23 +133,30 @@ SINGLE = {name: case for name, case in CASES.items() if "+" not in name}
 
 
 def results(function, q, k, v, do, dlse, **options):
-    """o, lse and the gradients of q, k and v. Rows that see nothing have no gradient through lse."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    o, lse = function(q, k, v, return_lse=True, **options)
+    """o, lse and the gradients of q, k, v and the bias. Rows that see nothing have no gradient through lse."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    if options.get("bias") is not None:
+        options["bias"] = options["bias"].detach().requires_grad_()
+    o, lse = function(*leaves, return_lse=True, **options)
     cotangents = do.to(o.dtype), torch.where(lse.isfinite(), dlse, 0).to(lse.dtype)
-    return o, lse, *torch.autograd.grad((o, lse), (q, k, v), cotangents)
+    leaves += [options["bias"]] if options.get("bias") is not None else []
+    return o, lse, *torch.autograd.grad((o, lse), leaves, cotangents)
 
 
 def check(case, dtype, device, family="randn", tiles=TILES):
     """Every result of one case, by the rule of `closeness`; with the config that ships if `tiles` is None."""
-    q, k, v, do, dlse = case.tensors(dtype, device, family=family)
+    tensors, given = case.tensors(dtype, device, family=family), case.given(dtype, device)
+
+    def in_dtype(dtype):
+        pairs = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in given.items()}
+        return results(reference.attention, *(x.to(dtype) for x in tensors), **case.options, **pairs)
+
     with config.pinned(tiles):
-        ours = results(attention, q, k, v, do, dlse, **case.options)
-    exact = results(reference.attention, q.double(), k.double(), v.double(), do.double(), dlse.double(), **case.options)
-    torchs = results(reference.attention, q, k, v, do, dlse, **case.options)
+        ours = results(attention, *tensors, **case.options, **given)
+    exact, torchs = in_dtype(torch.float64), in_dtype(dtype)
     # lse is float32 whatever the inputs are: measure it against float32 arithmetic
     wide = torch.promote_types(dtype, torch.float32)
-    _, lse = reference.attention(q.to(wide), k.to(wide), v.to(wide), return_lse=True, **case.options)
-    agree("lse", ours[1], lse, exact[1], wide)
-    for name, i in (("o", 0), ("dq", 2), ("dk", 3), ("dv", 4)):
-        agree(name, ours[i], torchs[i], exact[i], dtype)
+    agree("lse", ours[1], in_dtype(wide)[1], exact[1], wide)
+    for name, mine, theirs, true in zip(("o", "lse", "dq", "dk", "dv", "dbias"), ours, torchs, exact):
+        if name != "lse":
+            agree(name, mine, theirs, true, dtype)

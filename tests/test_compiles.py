@@ -106,3 +106,29 @@ def test_a_head_of_96_is_not_computed_as_128():
     (of_64, _), (of_72, _), (of_96, shared_96), (of_128, shared_128) = compiled(PRODUCTS)
     assert of_64 * 2 == of_128 and of_72 * 8 == of_128 * 5
     assert of_96 * 4 == of_128 * 3 and shared_96 * 4 == shared_128 * 3
+
+
+PAIRS = """
+import dataclasses, itertools, json, torch
+from tritonattn import Problem, config, gpu, lens
+gpu = gpu.KNOWN[{arch!r}]
+given = dict(bias=dict(bias=torch.float32), mask=dict(masked=True), dropout=dict(dropout=True), lengths=dict(lengths=True))
+given["all"] = {{name: value for options in given.values() for name, value in options.items()}}
+found = []
+for kernel, d, name in itertools.product({kernels}, {sizes}, {names}):
+    if kernel != "dbias" or "bias" in given[name]:
+        problem = Problem((2,), 8, 2, 1000, 1000, d, d, torch.bfloat16, (None, 0), **given[name])
+        report = lens.inspect(kernel, problem, config.rule(kernel, problem, gpu), gpu)
+        found.append(dict(cell=[kernel, d, name], fits=report.fits, spills=report.loop_spills, report=str(report)))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_what_is_given_for_each_pair_fits_and_spills_little(arch):
+    """At head size 64 nothing spills in the loop but with everything at once; larger heads fit, and are right, not fast."""
+    kernels = ("forward", "dq", "dkdv", "dbias")
+    for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(64,), names=("bias", "mask", "dropout", "lengths"))):
+        assert row["fits"] and row["spills"] == 0, row
+    for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(128, 256), names=("all",))):
+        assert row["fits"], row

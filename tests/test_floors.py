@@ -10,14 +10,14 @@ PACKAGE = Path(tritonattn.__file__).parent
 FLOORS = {
     "kernels": 0, "version": 0, "journal": 0, "reference": 1, "gpu": 1, "problem": 1, "interpreter": 1, "accuracy": 1,
     "clock": 1, "timing": 2, "environment": 2, "config": 2, "launch": 3, "lens": 4, "ops": 4, "attention": 5, "charmodel": 5,
-    "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
+    "swap": 6, "integrations": 6, "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
 }
 # of the benchmarks, which stand beside the package and lean on it
 PERF = {
     "cases": 0, "record": 0, "rivals": 1, "limits": 1, "measure": 2, "table": 2, "plot": 3, "ceilings": 3, "run": 3, "gpu": 4,
 }
 # within the kernels, in reading order
-STEPS = ["tile", "window", "scores", "softmax", "forward", "backward"]
+STEPS = ["tile", "window", "dropout", "scores", "softmax", "forward", "backward"]
 
 
 def imports(path):
@@ -31,7 +31,7 @@ def imports(path):
 
 
 def test_every_file_has_a_floor():
-    assert {path.stem for path in PACKAGE.glob("*.py")} | {"kernels"} == set(FLOORS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} | {"kernels", "integrations"} == set(FLOORS)
     assert {path.stem for path in (PACKAGE / "kernels").glob("*.py")} == {*STEPS, "__init__"}
 
 
@@ -42,6 +42,14 @@ def test_imports_go_down():
             target = name.split(".")[0]
             if level == 1 and target in FLOORS and path.stem not in ("__init__", "__main__"):
                 assert FLOORS[target] < FLOORS[path.stem], f"{path.name} (floor {FLOORS[path.stem]}) imports {target}"
+
+
+def test_integrations_import_from_below_and_not_each_other():
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        for level, name in imports(path):
+            assert not name.startswith("tritonattn"), f"{path.name}: expected relative imports, got {name}"
+            assert level in (0, 2), f"integrations/{path.name} imports {name}"
+            assert level == 0 or FLOORS[name.split(".")[0]] < FLOORS["integrations"], f"integrations/{path.name} imports {name}"
 
 
 def test_kernels_import_triton_alone_and_go_down():

@@ -69,10 +69,19 @@ def test_only_a_tensor_whose_tile_is_too_wide_pays_for_it():
     assert [x.wide.value for x in views(near, far, batch=(1,))[0]] == [False, True]
 
 
-@pytest.mark.parametrize("scale, unit, sign", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
-def test_the_largest_score_stays_the_largest_whatever_the_scale(scale, unit, sign):
-    scoring = launch._scoring(scale, (None, None))
-    assert scoring.unit == pytest.approx(unit * 1.4426950408889634) and scoring.sign == sign
+@pytest.mark.parametrize("scale, unit, factor", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
+def test_the_largest_score_stays_the_largest_whatever_the_scale(scale, unit, factor):
+    scoring = launch._scoring(launch.Inputs(None, None, None, scale), (None, None), launch.Pairs())
+    assert scoring.unit == pytest.approx(unit * 1.4426950408889634) and scoring.factor == factor
+
+
+def test_a_mask_is_wide_where_a_block_of_it_is():
+    near, far = (torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, n, n), (0, 0, n, 1)) for n in (2**18, 2**27))
+    problem = Problem((1,), 1, 1, 5, 8, 1, 1, torch.float32)
+    for x, wide in ((near, False), (far, True)):
+        for seen in (x, x.mT):
+            pairs, _ = launch.arguments(problem, TILES, launch.Pairs((seen,)))
+            assert pairs.bias[0].wide.value == wide
 
 
 @pytest.mark.parametrize("set_up, dtype, expected", [

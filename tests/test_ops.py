@@ -19,15 +19,23 @@ def qkv(device, *, heads=2, kv_heads=2, n_q=20, n_k=20, d=16, dv=16, dtype=torch
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
-@pytest.mark.parametrize("form", [{}, {"layout": "transposed"}, {"kv_heads": 1, "dv": 8}], ids=["plain", "transposed", "gqa"])
-def test_opcheck(form, grad, device):
+@pytest.mark.parametrize("form, given", [
+    ({}, ""), ({"layout": "transposed"}, "mask seed"), ({"kv_heads": 1, "dv": 8}, "bias"), ({}, "bias mask seed lengths"),
+], ids=str)
+def test_opcheck(form, given, grad, device):
     q, k, v = qkv(device, grad=grad, dtype=torch.float16, **form)
-    torch.library.opcheck(ops.forward_op, (q, k, v, 0.25, None, 0, True, True))
+    known = {"bias": torch.randn(1, 2, 1, 20, device=device, requires_grad=grad),
+             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "seed": torch.tensor([3], device=device),
+             "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
+    extras = [x if name in given else None for name, x in known.items()]
+    options = 0.25, None, 0, True, 0.5 * ("seed" in given)
+    torch.library.opcheck(ops.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
-        q, k, v = (x.detach() for x in (q, k, v))
-        o, lse, residual = ops.forward_op(q, k, v, 0.25, None, 0, True, True)
-    saved = (q, k, v, o, lse, residual, 0.25, None, 0, True)
-    torch.library.opcheck(ops.backward_op, (torch.randn_like(o), torch.randn_like(lse), *saved, [True, False, True]))
+        tensors = [x if x is None else x.detach() for x in (q, k, v, *extras)]
+        o, *left = ops.forward_op(*tensors, *options, True)
+    wanted = [True, False, True, "bias" in given]
+    cotangents = torch.randn_like(o), torch.randn_like(left[0])
+    torch.library.opcheck(ops.backward_op, (*cotangents, *tensors, o, *left, *options, wanted))
 
 
 @pytest.mark.parametrize("layout", LAYOUT)
@@ -213,14 +221,30 @@ def test_memory_is_linear(device, monkeypatch):
     n, d, dv = 64, 16, 8
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
-    o, lse, residual = ops._forward(q, k, v, 0.25, None, 0, False, True)
+    options = 0.25, None, 0, False, 0.0
+    left = ops._forward(q, k, v, None, None, None, None, *options, True)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 2 * n * dv])
     taken.clear()
-    ops._forward(q, k, v, 0.25, None, 0, False, False)
+    ops._forward(q, k, v, None, None, None, None, *options, False)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n])
     taken.clear()
-    ops._backward(o, None, q, k, v, o, lse, residual, 0.25, None, 0, False, [True, True, False])
+    ops._backward(left[0], None, q, k, v, None, None, None, None, *left, *options, [True, True, False, False])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
+
+
+def test_memory_of_a_bias_is_its_own(device, monkeypatch):
+    """A bias for each key, and a mask of them: nothing of the size of the scores, in either direction."""
+    n = 64
+    q, k, v = qkv(device, n_q=n, n_k=n, dtype=torch.float32, grad=True)
+    bias = torch.randn(1, 1, 1, n, device=device, requires_grad=True)
+    mask, do = torch.rand(n, device=device) > 0.2, torch.randn(1, 2, n, 16, device=device)
+    taken = []
+    for home, names in ((torch, ("empty", "empty_like", "empty_strided", "zeros_like")),
+                        (torch.Tensor, ("new_empty", "new_empty_strided", "contiguous", "clone", "to"))):
+        for name in names:
+            monkeypatch.setattr(home, name, noted(getattr(home, name), taken))
+    gradients = torch.autograd.grad(attention(q, k, v, bias=bias, mask=mask), (q, k, v, bias), do)
+    assert gradients[3].shape == bias.shape and max(taken) <= 2 * n * 16 < n * n and n in taken
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

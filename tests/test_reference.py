@@ -57,3 +57,23 @@ def test_by_heads_in_another_dtype():
     o, *gradients = reference.by_heads(q, k, v, do, dtype=torch.bfloat16)
     torch.testing.assert_close(o, reference.attention(q, k, v))
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
+
+
+@pytest.mark.parametrize(("n_q", "n_k", "heads", "at_once"), [(1, 64, 32, 2), (64, 64, 16, 1), (8, 64, 32, 2), (1, 8, 7, 7)])
+def test_by_heads_copies_no_more_keys_and_values_than_scores(n_q, n_k, heads, at_once, monkeypatch):
+    taken, attention = [], reference.attention
+
+    def watched(q, k, v, **options):
+        taken.append(len(k))
+        assert max(n_q * n_k * len(q), k.numel() + v.numel()) <= 4096
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(reference, "attention", watched)
+    q, k, v = (torch.randn(heads, 1, n, 16) for n in (n_q, n_k, n_k))
+    reference.by_heads(q, k, v, scores=4096)
+    assert max(taken) == at_once and sum(taken) == heads
+
+
+def test_keys_are_not_copied_where_every_query_head_has_its_own(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "repeat_interleave", None)
+    reference.attention(*(torch.randn(2, 3, 4) for _ in range(3)))

@@ -7,43 +7,47 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tritonattn.kernels.scores import Pairs, Scoring
 from tritonattn.kernels.softmax import softmax_finish, softmax_start, softmax_step
 from tritonattn.kernels.tile import Static
+from tritonattn.kernels.window import Window
 
 pytestmark = pytest.mark.interpreted
 
 
 @triton.jit
-def probe(s, v, o, lse, unit, static, STEPS: tl.constexpr, PRECISE: tl.constexpr):
+def probe(s, v, o, lse, scoring, static, STEPS: tl.constexpr, PRECISE: tl.constexpr):
     rows, dims = tl.arange(0, static.BLOCK_M), tl.arange(0, static.DV)
     state = softmax_start(static.BLOCK_M, static)
     for i in tl.static_range(STEPS):
         cols = i * static.BLOCK_N + tl.arange(0, static.BLOCK_N)
         s_tile = tl.load(s + rows[:, None] * (STEPS * static.BLOCK_N) + cols[None, :])
         v_tile = tl.load(v + cols[:, None] * static.DV + dims[None, :])
-        state = softmax_step(state, s_tile, (v_tile,), unit, static, PRECISE, "edge")
-    o_tile, lse_tile = softmax_finish(state)
+        state = softmax_step(state, s_tile, (v_tile,), 0, i * static.BLOCK_N, scoring, static, PRECISE, "edge")
+    o_tile, lse_tile, _ = softmax_finish(state, scoring)
     tl.store(o + rows[:, None] * static.DV + dims[None, :], o_tile[0])
     tl.store(lse + rows, lse_tile)
 
 
-def in_pieces(s, v, unit, size, precise=False):
+def in_pieces(s, v, unit, size, precise=False, biased=False):
     static = Static(*map(tl.constexpr, (16, 16, 1, 16, size, False, tl.float64, "ieee")))
     o, lse = torch.full((16, 16), torch.nan, dtype=torch.float64), torch.full((16,), torch.nan, dtype=torch.float64)
-    probe[(1,)](s, v, o, lse, unit, static, s.shape[1] // size, precise)
+    scoring = Scoring(unit, None, Window(), Pairs((0,) if biased else ()))
+    probe[(1,)](s, v, o, lse, scoring, static, s.shape[1] // size, precise)
     return o, lse
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), size=st.sampled_from([16, 32, 64]), spread=st.sampled_from([0.0, 1.0, 100.0, 1e6]),
-       shift=st.sampled_from([0.0, -1e4, 1e4, 1e30]), hidden=st.floats(0, 1), precise=st.booleans())
-def test_softmax_in_pieces_is_softmax_at_once(seed, size, spread, shift, hidden, precise):
+       shift=st.sampled_from([0.0, -1e4, 1e4, 1e30]), hidden=st.floats(0, 1), precise=st.booleans(),
+       biased=st.booleans())
+def test_softmax_in_pieces_is_softmax_at_once(seed, size, spread, shift, hidden, precise, biased):
     rng = torch.Generator().manual_seed(seed)
     s = spread * torch.randn(16, 64, generator=rng, dtype=torch.float64) + shift
     s[torch.rand(16, 64, generator=rng) < hidden] = -torch.inf
     v = torch.randn(64, 16, generator=rng, dtype=torch.float64)
     unit = 1.4426950408889634
-    o, lse = in_pieces(s, v, unit, size, precise)
+    o, lse = in_pieces(s, v, unit, size, precise, biased)
     blind = (s == -torch.inf).all(1)
     assert (o[blind] == 0).all() and (lse[blind] == -torch.inf).all()
     # in base 2 a score of 1e30 keeps sixteen digits, so compare what is left of them

@@ -4,8 +4,10 @@ from . import config, reference
 from .attention import attention, scaled_dot_product_attention
 from .config import Config
 from .problem import Problem
+from .swap import disable, enable, swapped
 from .version import VERSION as __version__
 
 __all__ = [
-    "Config", "Problem", "__version__", "attention", "config", "reference", "scaled_dot_product_attention",
+    "Config", "Problem", "__version__", "attention", "config", "disable", "enable", "reference",
+    "scaled_dot_product_attention", "swapped",
 ]

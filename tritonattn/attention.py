@@ -4,6 +4,7 @@ import math
 import numbers
 
 import torch
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import gpu, ops
 from .gpu import INTERPRETED, TRITON
@@ -15,8 +16,8 @@ AUTOCAST = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_availa
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-              softcap=None, sink=None, dropout_p=0.0, return_lse=False, precise_grad=True):
-    """O = softmax(scale Q K^T) V over the keys that each query sees, exact, without forming the scores.
+              key_lengths=None, softcap=None, sink=None, dropout_p=0.0, dropout_seed=None, return_lse=False, precise_grad=True):
+    """O = softmax(scale Q K^T + bias) V over the keys that each query sees, exact, without forming the scores.
 
     Args:
         q: queries, [..., H, L, D] (or [L, D]).
@@ -32,10 +33,19 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
                 causal, L=2, S=4      top_left  1 0 0 0     bottom_right  1 1 1 0
                                                 1 1 0 0                   1 1 1 1
 
+        bias: added to the scores, of any shape that broadcasts to [..., H, L, S], a scalar included; q's dtype or
+            float32. -inf hides a pair. It is read through its own strides, and its gradient has its own shape and takes
+            no more memory: what is broadcast is summed in the kernel, in the same order every time.
+        mask: booleans, of any shape that broadcasts to [..., H, L, S]; False hides a pair.
+        key_lengths: how many keys each sequence has, integers that broadcast to the leading dimensions; the others, up to
+            S, are padding that nobody sees, whatever it holds. "bottom_right" then means the last key of each.
+        dropout_p: weights are dropped with this probability and the others multiplied by 1 / (1 - dropout_p), always,
+            as in torch's function. What is dropped depends on a seed and on the pair's place alone, never on block sizes.
+        dropout_seed: one int64 on q's device; drawn from torch's generator if None. See `dropout_mask`.
         return_lse: also return the log-sum-exp of each row's scores.
         precise_grad: where a gradient is needed, keep what rounding took from a 16-bit output, so that dQ is
             exact to rounding also for data with a common mean. Costs one more tensor of the output's size.
-        bias, mask, softcap, sink, dropout_p: not served yet; anything but the default raises.
+        softcap, sink: not served yet; anything but the default raises.
 
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural
@@ -50,14 +60,18 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
     _check_tensors(q=q, k=k, v=v)
-    _refuse(bias=bias, mask=mask, softcap=softcap, sink=sink, dropout_p=dropout_p or None)
+    _refuse(softcap=softcap, sink=sink)
     q, k, v = _autocast(q, k, v)
     _check_kind(q=q, k=k, v=v)
     _check_sizes(("q", "k", "v"), q, k, v)
+    bias, mask = _as_pairs("bias", bias, q, k, v), _as_pairs("mask", mask, q, k, v)
     scale = _check_scale(scale, q.shape[-1])
     left, right = _check_window(causal, window)
-    bottom_right = _check_align(align, q.shape[-2], k.shape[-2], bounded=left is not None or right is not None)
-    o, lse = _attend(q, k, v, scale, left, right, bottom_right, bool(precise_grad))
+    bottom_right = _check_align(align, q.shape[-2], k.shape[-2], left is not None or right is not None, key_lengths)
+    key_lengths = _as_lengths(key_lengths, q, k, v)
+    seed = _seed(_check_probability(dropout_p), dropout_seed, q.device)
+    o, lse = _attend(q, k, v, bias, mask, seed, key_lengths, scale, left, right, bottom_right, float(dropout_p),
+                     precise_grad=bool(precise_grad))
     return (o, lse) if return_lse else o
 
 
@@ -65,13 +79,13 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
                                  enable_gqa=False):
     """torch.nn.functional.scaled_dot_product_attention, argument for argument.
 
-    Shapes: query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]. `is_causal` is
-    aligned top-left. Differs from torch where torch is wrong: values of another length than the keys are an
-    error, and a nan in a key or value that a query must not see does not reach it. Not served yet: attn_mask and
-    dropout_p, which raise NotImplementedError. See `attention` for errors and source.
+    Shapes: query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]; attn_mask, of booleans
+    (True: takes part) or of numbers to be added, broadcasts to [..., Hq, L, S]. `is_causal` is aligned top-left; a
+    CausalBias of torch.nn.attention.bias may be either. Differs from torch where torch is wrong: values of another length
+    than the keys are an error, and a nan in a key or value that a query must not see does not reach it. Under autocast a
+    float32 attn_mask stays what it is. See `attention` for gradients, errors and source.
     """
     _check_tensors(query=query, key=key, value=value)
-    _refuse(attn_mask=attn_mask, dropout_p=dropout_p or None)
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal: expected True or False, got {_brief(is_causal)}")
     query, key, value = _autocast(query, key, value)
@@ -85,14 +99,33 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     else:
         query, key, value = _broadcast_heads(query, key, value)
     _check_sizes(("query", "key", "value"), query, key, value)
+    bias, mask, causal, bottom_right = _torchs_mask(attn_mask, is_causal, query, key, value)
     scale = _check_scale(scale, query.shape[-1])
-    return _attend(query, key, value, scale, None, 0 if is_causal else None, False, True)[0]
+    if dropout_p > 1:
+        raise RuntimeError(f"dropout_p: expected a probability, between 0 and 1, got {dropout_p}")
+    dropout_p = max(float(dropout_p), 0.0)
+    seed = _seed(dropout_p, None, query.device)
+    options = scale, None, 0 if causal else None, bottom_right, dropout_p
+    return _attend(query, key, value, bias, mask, seed, None, *options, precise_grad=True)[0]
 
 
-def _attend(q, k, v, scale, left, right, bottom_right, precise_grad):
+def dropout_mask(shape, dropout_p, dropout_seed):
+    """[batch, H, L, S] booleans: which weights `attention` keeps with this seed. All batch dimensions count as one.
+
+    Bit for bit what every kernel draws (Philox, seven rounds; kernels/dropout.py has the counter); takes memory for each.
+    """
+    if len(shape) != 4:
+        raise ValueError(f"shape: expected four sizes (batch, heads, queries, keys), got {tuple(shape)}")
+    if _check_probability(dropout_p) == 0:
+        return torch.ones(shape, dtype=torch.bool, device=dropout_seed.device)
+    seed = _seed(dropout_p, dropout_seed, dropout_seed.device)
+    return ops.keep_op(list(shape), float(dropout_p), seed)
+
+
+def _attend(q, k, v, bias, mask, seed, key_lengths, scale, *options, precise_grad):
     """Give every tensor a head dimension, the same batch dimensions and at least one column; take the additions off."""
     bare, dv = max(q.dim(), k.dim(), v.dim()) == 2, v.shape[-1]
-    q, k, v = (x.unsqueeze(0) if x.dim() == 2 else x for x in (q, k, v))
+    q, k, v, bias, mask = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, mask))
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
     q = q.expand(*batch, *q.shape[-3:])
@@ -100,7 +133,8 @@ def _attend(q, k, v, scale, left, right, bottom_right, precise_grad):
     if q.shape[-1] == 0:
         # a score of nothing is 0: one column of zeros says the same
         q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
-    o, lse = ops.attend(q, k, v if dv else torch.nn.functional.pad(v, (0, 1)), scale, left, right, bottom_right, precise_grad)
+    v = v if dv else torch.nn.functional.pad(v, (0, 1))
+    o, lse = ops.attend(q, k, v, bias, mask, seed, key_lengths, scale, *options, precise_grad=precise_grad)
     o = o if dv else o[..., :0]
     return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
 
@@ -128,6 +162,85 @@ def _autocast(*tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _as_pairs(name, x, q, k, v):
+    """A bias or a mask with as many dimensions as the scores, each of their size or 1; None stays None."""
+    if x is None:
+        return None
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {_brief(x)}")
+    kinds = {"mask": (torch.bool,), "bias": (torch.float32, q.dtype), "attn_mask": (torch.bool, torch.float32, q.dtype)}[name]
+    if x.dtype not in kinds:
+        raise RuntimeError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(kinds)))}, got {x.dtype}")
+    if x.device != q.device:
+        raise RuntimeError(f"{name}: expected {q.device}, where the queries are, got {x.device}")
+    heads = () if max(q.dim(), k.dim(), v.dim()) == 2 else (q.shape[-3] if q.dim() > 2 else 1,)
+    shape = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), *heads, q.shape[-2], k.shape[-2])
+    fits = x.dim() <= len(shape) and all(mine in (1, size) for mine, size in zip(reversed(x.shape), reversed(shape)))
+    if not fits:
+        raise RuntimeError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(x.shape)}")
+    return x[(None,) * (len(shape) - x.dim())]
+
+
+def _as_lengths(lengths, q, k, v):
+    """One int32 for each batch, contiguous; None stays None."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        got = lengths.dtype if isinstance(lengths, torch.Tensor) else _brief(lengths)
+        raise TypeError(f"key_lengths: expected a tensor of int32 or int64, got {got}")
+    if lengths.device != q.device:
+        raise RuntimeError(f"key_lengths: expected {q.device}, where the queries are, got {lengths.device}")
+    batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    try:
+        return lengths.expand(batch).to(torch.int32).contiguous()
+    except RuntimeError:
+        shapes = f"{tuple(batch)}, got {tuple(lengths.shape)}"
+        raise RuntimeError(f"key_lengths: expected a shape that broadcasts to {shapes}") from None
+
+
+def _torchs_mask(attn_mask, is_causal, query, key, value):
+    """bias, mask, whether it is causal, and aligned bottom-right: what torch's one argument may mean."""
+    if attn_mask is None:
+        return None, None, is_causal, False
+    if isinstance(attn_mask, CausalBias):
+        if is_causal:
+            raise ValueError("attn_mask: expected no CausalBias where is_causal=True, got one")
+        sizes = attn_mask.seq_len_q, attn_mask.seq_len_kv
+        if sizes != (query.shape[-2], key.shape[-2]):
+            raise RuntimeError(f"attn_mask: expected a CausalBias of {query.shape[-2]} queries and {key.shape[-2]} keys, "
+                               f"got one of {sizes[0]} and {sizes[1]}")
+        return None, None, True, attn_mask.variant == CausalVariant.LOWER_RIGHT
+    if is_causal:
+        raise RuntimeError("attn_mask: expected None where is_causal=True, got a mask: Explicit attn_mask should not be set "
+                           "when is_causal=True")
+    if not isinstance(attn_mask, torch.Tensor):
+        raise TypeError(f"attn_mask: expected a tensor or None, got {_brief(attn_mask)}")
+    if attn_mask.dtype == torch.bool:
+        return None, _as_pairs("attn_mask", attn_mask, query, key, value), False, False
+    if torch.is_autocast_enabled(query.device.type) and attn_mask.is_floating_point() and attn_mask.dtype != torch.float32:
+        attn_mask = attn_mask.to(query.dtype)
+    return _as_pairs("attn_mask", attn_mask, query, key, value), None, False, False
+
+
+def _check_probability(p):
+    if isinstance(p, torch.Tensor) or not isinstance(p, numbers.Real):
+        raise TypeError(f"dropout_p: expected a number, got {_brief(p)}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_p: expected a probability, between 0 and 1, got {p}")
+    return float(p)
+
+
+def _seed(p, seed, device):
+    """One int64 on the device where something may be dropped, else None. It follows torch's generator: manual_seed,
+    checkpointing, graphs and torch.compile treat it as any other random number."""
+    if seed is None:
+        return torch.randint(2**62, (1,), device=device) if p else None
+    if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}" if isinstance(seed, torch.Tensor) else repr(seed)
+        raise RuntimeError(f"dropout_seed: expected one int64 on {device}, got {got}")
+    return seed.reshape(1) if p else None
 
 
 def _refuse(**arguments):
@@ -222,9 +335,12 @@ def _check_window(causal, window):
     return left, 0 if causal else right
 
 
-def _check_align(align, n_q, n_k, bounded):
+def _check_align(align, n_q, n_k, bounded, key_lengths):
     if align not in (None, "top_left", "bottom_right"):
         raise ValueError(f"align: expected 'top_left' or 'bottom_right', got {align!r}")
+    if align is None and bounded and key_lengths is not None:
+        raise ValueError("align: expected 'top_left' or 'bottom_right', since sequences of their own lengths can be aligned "
+                         "both ways, got None")
     if align is None and bounded and n_q != n_k:
         raise ValueError(f"align: expected 'top_left' or 'bottom_right', since {n_q} queries and {n_k} keys can be aligned "
                          "both ways, got None")

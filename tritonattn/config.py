@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .gpu import Gpu
 from .problem import Problem
 
-KERNELS = ("forward", "delta", "dq", "dkdv")
+KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,22 @@ RULE = {
     },
 }
 
+# where something is read or drawn for each pair: smaller tiles, the same on every family
+PAIRS_RULE = {
+    2: {
+        "forward": "128x32w8s1 64x32w8s1 64x32w8s1 64x32w4s1 32x32w4s1 16x32w4s1",
+        "dq": "128x32w8s1 128x32w8s1 64x32w8s1 32x32w4s1 32x32w4s1 16x32w4s1",
+        "dkdv": "32x64w8s1 32x64w8s1 32x32w4s1 32x32w4s1 32x32w4s1 16x16w4s1",
+        "dbias": "64x64w8s1 64x64w8s1 64x64w8s1 32x32w4s1 32x32w4s1 16x16w4s1",
+    },
+    4: {
+        "forward": "32x32w4s1 32x32w4s1 32x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
+        "dq": "32x32w4s1 32x32w4s1 32x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
+        "dkdv": "32x32w8s1 32x32w8s1 16x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
+        "dbias": "32x32w4s1 32x32w4s1 32x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
+    },
+}
+
 
 @functools.cache
 def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
@@ -134,8 +150,11 @@ def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     width = max(problem.d, problem.dv)
     if kernel == "delta":
         return Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1)
-    of_dtype = RULE[min(problem.dtype.itemsize, 4)]
-    configs = of_dtype[family(gpu, of_dtype)][kernel].split()
+    size = min(problem.dtype.itemsize, 4)
+    like = family(gpu, RULE[size])
+    with_pairs = kernel == "dbias" or problem.bias is not None or problem.masked or problem.dropout
+    with_pairs |= kernel == "dkdv" and problem.lengths
+    configs = (PAIRS_RULE[size] if with_pairs else RULE[size][like])[kernel].split()
     return Config.parse(configs[next(i for i, limit in enumerate(WIDTHS) if width <= limit)])
 
 

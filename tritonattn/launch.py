@@ -10,7 +10,10 @@ import triton.language as tl
 from .config import Config
 from .gpu import INTERPRETED
 from .kernels import backward, forward
-from .kernels.scores import LOG2E, Scoring
+from .kernels.backward import Members, Queries
+from .kernels.dropout import Dropout, keep_kernel
+from .kernels.forward import Results
+from .kernels.scores import LOG2E, Pairs, Scoring
 from .kernels.tile import Shape, Static, Strides, Tensor
 from .kernels.window import Window, mirror
 from .problem import Problem
@@ -43,13 +46,32 @@ def on(device: torch.device):
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-def forward_call(problem: Problem, config: Config, scale: float, q, k, v, o, residual, lse) -> Call:
-    """`residual` may be None: nothing is kept of what rounding takes from o."""
-    tensors = arguments(problem, config, q, k, v, o, residual, lse)
-    static = _static(problem, config, problem.n_k % config.block_n != 0)
+class Inputs(NamedTuple):
+    """What a call is about: tensors of a problem, and the scale of its scores.
+
+    bias and mask have as many dimensions as q, each of the full size or 1; the mask is boolean.
+    Weights are dropped with probability dropout_p, as the seed has it.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float = 1.0
+    bias: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    dropout_p: float = 0.0
+    seed: torch.Tensor | None = None         # [1] int64, where dropout_p is not 0
+    key_lengths: torch.Tensor | None = None  # one int32 for each batch, contiguous
+    bottom_right: bool = False               # the last query stands at the last key, wherever a batch has it
+
+
+def forward_call(problem: Problem, config: Config, inputs: Inputs, results: Results) -> Call:
+    """`results` are tensors; without a residual nothing is kept of what rounding takes from o."""
+    *records, pairs, shape = arguments(problem, config, *inputs[:3], results, _pairs(problem, inputs))
+    shape, static = _bounded(inputs, shape), _static(problem, config, _last_is_short(problem, config))
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
-    scoring = _scoring(scale, Window(*problem.window))
-    return Call(forward.forward_kernel, programs, (*tensors, scoring, static), config)
+    scoring = _scoring(inputs, Window(*problem.window), pairs)
+    return Call(forward.forward_kernel, programs, (*records, shape, scoring, static), config)
 
 
 def delta_call(problem: Problem, config: Config, o, residual, do, dlse, delta) -> Call:
@@ -60,31 +82,70 @@ def delta_call(problem: Problem, config: Config, o, residual, do, dlse, delta) -
     return Call(backward.delta_kernel, programs, (*tensors, static), config)
 
 
-def dq_call(problem: Problem, config: Config, scale: float, q, k, v, do, dq, lse, delta) -> Call:
-    tensors = arguments(problem, config, q, k, v, do, dq, lse, delta)
-    static = _static(problem, config, problem.n_k % config.block_n != 0)
+def dq_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dq) -> Call:
+    """`queries` are tensors: q, its cotangent, and what the forward pass left behind."""
+    *records, pairs, shape = arguments(problem, config, queries, *inputs[1:3], dq, _pairs(problem, inputs))
+    shape, static = _bounded(inputs, shape), _static(problem, config, _last_is_short(problem, config))
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
-    scoring = _scoring(scale, Window(*problem.window))
-    return Call(backward.dq_kernel, programs, (*tensors, scoring, static), config)
+    scoring = _scoring(inputs, Window(*problem.window), pairs)
+    return Call(backward.dq_kernel, programs, (*records, shape, scoring, static), config)
 
 
-def dkdv_call(problem: Problem, config: Config, scale: float, q, k, v, do, dk, dv, lse, delta) -> Call:
-    """`dk` or `dv` may be None: it is then not computed. `delta` is needed only for dk."""
-    tensors = arguments(problem, config, q, k, v, do, dk, dv, lse, delta)
-    static = _static(problem, config, problem.n_q % config.block_m != 0)
+def dkdv_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dk, dv) -> Call:
+    """`dk` or `dv` may be None: it is then not computed. `queries.delta` is needed only for dk."""
+    # seen from the keys, what is given for each pair lies transposed
+    bias, mask, _ = _pairs(problem, inputs)
+    turned = Pairs(tuple(x.mT for x in bias), tuple(x.mT for x in mask))
+    *records, pairs, shape = arguments(problem, config, queries, *inputs[1:3], dk, dv, turned)
+    shape, static = _bounded(inputs, shape), _static(problem, config, problem.n_q % config.block_m != 0)
     static = static._replace(OUT=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
     programs = _programs(problem, problem.kv_heads, problem.n_k, config.block_n)
-    scoring = _scoring(scale, mirror(Window(*problem.window)))
-    return Call(backward.dkdv_kernel, programs, (*tensors, scoring, static), config)
+    scoring = _scoring(inputs, mirror(Window(*problem.window)), pairs)
+    return Call(backward.dkdv_kernel, programs, (*records, shape, scoring, static), config)
+
+
+def dbias_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dbias) -> Call:
+    """`dbias` has the shape of the bias, whose last size is that of the keys."""
+    target = _expanded(problem, dbias)
+    *records, target, pairs, shape = arguments(problem, config, queries, *inputs[1:3], target, _pairs(problem, inputs))
+    own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, shape.batches))
+    owned = Members(own, dbias.shape[-3])
+    summed = Members(tuple(size // mine for size, mine in zip(shape.batches, own)), problem.heads // dbias.shape[-3])
+    rows = 1 if dbias.shape[-2] == 1 else problem.n_q
+    static = _static(problem, config, False)._replace(OUT=tl.constexpr("keys" if rows == 1 else "pairs"))
+    programs = math.prod(own) * owned.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
+    scoring = _scoring(inputs, Window(*problem.window), pairs)
+    shape = _bounded(inputs, shape)
+    return Call(backward.dbias_kernel, programs, (*records, target, owned, summed, shape, scoring, static), config)
+
+
+def _bounded(inputs: Inputs, shape: Shape) -> Shape:
+    """The shape, with the number of keys that each batch has."""
+    return shape if inputs.key_lengths is None else shape._replace(lengths=(inputs.key_lengths, int(inputs.bottom_right)))
+
+
+def _last_is_short(problem: Problem, config: Config) -> bool:
+    """Whether the last tile of keys may not be whole."""
+    return problem.lengths or problem.n_k % config.block_n != 0
+
+
+def _expanded(problem: Problem, x):
+    """Over the dimensions in which it has size 1, without a copy."""
+    return x.expand(*problem.batch, problem.heads, problem.n_q, problem.n_k)
+
+
+def _pairs(problem: Problem, inputs: Inputs) -> Pairs:
+    """Bias and mask, expanded; the mask as bytes, which Triton loads alike in all its versions."""
+    mask = () if inputs.mask is None else (_expanded(problem, inputs.mask.view(torch.uint8)),)
+    return Pairs(() if inputs.bias is None else (_expanded(problem, inputs.bias),), mask)
 
 
 def arguments(problem: Problem, config: Config, *tensors) -> tuple:
-    """The tensors as the kernels take them (None stays None), and the Shape they share.
+    """Tensors as the kernels take them, and the Shape they share. None stays None; tuples of tensors stay tuples.
 
     Batch dimensions that lie behind one another in every tensor become one; most often one is left.
     """
-    rank = len(problem.batch)
-    present = [x for x in tensors if x is not None]
+    rank, present = len(problem.batch), list(_flat(tensors))
     merged = []
     for i in reversed(range(rank)):
         size, strides = problem.batch[i], [x.stride(i) for x in present]
@@ -96,15 +157,32 @@ def arguments(problem: Problem, config: Config, *tensors) -> tuple:
             merged.append((size, strides))
     merged = merged or [(1, [0] * len(present))]
     block = max(config.block_m, config.block_n)
-    records = iter([_record(x, rank, [strides[i] for _, strides in merged], block) for i, x in enumerate(present)])
+    # of what is given for each pair a kernel sees a block at a time, of other tensors whole rows
+    in_blocks = {id(x) for given in tensors if isinstance(given, Pairs) for x in _flat(given)}
+    records = iter([_record(x, rank, [strides[i] for _, strides in merged], block, block if id(x) in in_blocks else x.shape[-1])
+                    for i, x in enumerate(present)])
     shape = Shape(tuple(size for size, _ in merged), problem.heads, problem.n_q, problem.n_k, problem.shift)
-    return *(None if x is None else next(records) for x in tensors), shape
+    return *_refilled(tensors, records), shape
 
 
-def _record(x, rank, batch_strides, block) -> Tensor:
-    """A tensor as the kernels take it. Statistics of rows have no column axis."""
+def _flat(tensors):
+    """The tensors in nested tuples, in order."""
+    for x in tensors:
+        if isinstance(x, tuple):
+            yield from _flat(x)
+        elif x is not None:
+            yield x
+
+
+def _refilled(tensors, records):
+    """The same nested tuples with records in place of their tensors."""
+    return [None if x is None else next(records) if isinstance(x, torch.Tensor) else
+            type(x)(*_refilled(x, records)) if hasattr(x, "_fields") else tuple(_refilled(x, records)) for x in tensors]
+
+
+def _record(x, rank, batch_strides, block, width) -> Tensor:
+    """A tensor as the kernels take it, `block` rows and `width` columns at a time. Statistics of rows have no column axis."""
     head, row, col = x.stride()[rank:] if x.dim() == rank + 3 else (*x.stride()[rank:], 0)
-    width = x.shape[-1] if x.dim() == rank + 3 else 1
     wide = block * abs(row) + 2 * width * abs(col) >= 2**31
     return Tensor(x, Strides(tuple(batch_strides), head, row, col), tl.constexpr(wide))
 
@@ -117,11 +195,27 @@ def _static(problem: Problem, config: Config, ragged: bool) -> Static:
     return Static(*map(tl.constexpr, values))
 
 
-def _scoring(scale: float, window: Window) -> Scoring:
+def _scoring(inputs: Inputs, window: Window, pairs: Pairs) -> Scoring:
+    pairs = pairs._replace(dropout=(dropping(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
     # what float32 holds only as a subnormal number is 0 here: -inf * 0 would be nan
-    size = abs(scale) if abs(scale) >= 2.0**-126 else 0.0
-    sign = (None if scale > 0 else -1.0) if size else 0.0
-    return Scoring((size or 1.0) * LOG2E.value, sign, window)
+    scale = inputs.scale if abs(inputs.scale) >= 2.0**-126 else 0.0
+    if pairs.bias:
+        return Scoring(LOG2E.value, scale, window, pairs)
+    sign = (None if scale > 0 else -1.0) if scale else 0.0
+    return Scoring((abs(scale) or 1.0) * LOG2E.value, sign, window, pairs)
+
+
+def dropping(p: float, seed: torch.Tensor) -> Dropout:
+    """Dropout with probability p, a multiple of 2^-32; what is kept is multiplied by 1 / (1 - p), or by 0 where p is 1."""
+    return Dropout(seed, min(round(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0)
+
+
+def keep_call(keep: torch.Tensor, dropout: Dropout) -> Call:
+    """`keep` is [batch, heads, n_q, n_k], bytes, contiguous: it gets 1 for each weight that is kept."""
+    batch, heads, n_q, n_k = keep.shape
+    config = Config(32, 64)
+    programs = batch * heads * -(-n_q // config.block_m) * -(-n_k // config.block_n)
+    return Call(keep_kernel, programs, (keep, dropout, heads, n_q, n_k, config.block_m, config.block_n), config)
 
 
 def _programs(problem: Problem, heads: int, rows: int, block: int) -> int:
@@ -134,9 +228,16 @@ def example_call(kernel: str, problem: Problem, config: Config, residual: bool =
     o = q.new_empty(*q.shape[:-1], problem.dv)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     kept = torch.empty_like(o) if residual and problem.dtype.itemsize == 2 else None
+    pairs = q.new_empty(*q.shape[:-1], problem.n_k, dtype=problem.bias or torch.bool)
+    excess = (lse,) if problem.bias else ()
+    inputs = Inputs(q, k, v, 1.0, pairs if problem.bias else None, pairs.to(torch.bool) if problem.masked else None,
+                    0.5 * problem.dropout, q.new_empty(1, dtype=torch.int64),
+                    q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None)
+    queries = Queries(q, o, lse, lse, excess)
     return {
-        "forward": lambda: forward_call(problem, config, 1.0, q, k, v, o, kept, lse),
+        "forward": lambda: forward_call(problem, config, inputs, Results(o, lse, () if kept is None else (kept,), excess)),
         "delta": lambda: delta_call(problem, config, o, kept, o, None, lse),
-        "dq": lambda: dq_call(problem, config, 1.0, q, k, v, o, q, lse, lse),
-        "dkdv": lambda: dkdv_call(problem, config, 1.0, q, k, v, o, k, v, lse, lse),
+        "dq": lambda: dq_call(problem, config, inputs, queries, q),
+        "dkdv": lambda: dkdv_call(problem, config, inputs, queries, k, v),
+        "dbias": lambda: dbias_call(problem, config, inputs, queries, pairs),
     }[kernel]()

@@ -1,6 +1,6 @@
 """Attention as torch ops, and the only autograd.
 
-    tritonattn::forward   q, k, v -> o, lse, residual          tritonattn::backward  -> dq, dk, dv
+    tritonattn::forward   q, k, v, bias, mask -> o, lse, residual, excess     tritonattn::backward  -> dq, dk, dv, dbias
 
 The ops are what torch.compile, export and the FLOP counter see; Problem and Config live inside them. Batch
 dimensions agree and heads divide when a call comes here: attention.py has seen to it.
@@ -15,12 +15,13 @@ from .problem import Problem
 if TRITON:
     from . import launch
 
-torch.library.define("tritonattn::forward", (
-    "(Tensor q, Tensor k, Tensor v, float scale, int? left, int? right, bool bottom_right, bool keep_residual)"
-    " -> (Tensor, Tensor, Tensor)"))
-torch.library.define("tritonattn::backward", (
-    "(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor residual,"
-    " float scale, int? left, int? right, bool bottom_right, bool[] wanted) -> (Tensor, Tensor, Tensor)"))
+OPTIONS = "float scale, int? left, int? right, bool bottom_right, float dropout_p"
+GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, Tensor? key_lengths"
+LEFT = "Tensor o, Tensor lse, Tensor residual, Tensor excess"
+torch.library.define("tritonattn::forward", f"({GIVEN}, {OPTIONS}, bool keep_residual) -> (Tensor, Tensor, Tensor, Tensor)")
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {GIVEN}, {LEFT}, {OPTIONS}, bool[] wanted)"
+                     " -> (Tensor, Tensor, Tensor, Tensor)")
+torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
 
 
 def empty_rows(like, width):
@@ -33,85 +34,109 @@ def empty_rows(like, width):
     return like.new_empty_strided((*like.shape[:-1], width), (*strides, 1))
 
 
-def empty_results(q, v, keep_residual):
-    """o [..., H, L, DV], lse [..., H, L] in float32 (or q's dtype, if that is wider), and o's residual or nothing."""
+def empty_results(q, v, bias, keep_residual):
+    """o [..., H, L, DV], lse [..., H, L] in float32 (or q's dtype, if wider), o's residual and lse's excess or nothing."""
     o = empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return o, lse, torch.empty_like(o) if keep_residual else q.new_empty(0)
+    residual = torch.empty_like(o) if keep_residual else q.new_empty(0)
+    return o, lse, residual, q.new_empty(0) if bias is None else torch.empty_like(lse)
 
 
-def empty_gradients(q, k, v, wanted):
+def empty_gradients(inputs, wanted):
     """Gradients in their inputs' layout; empty where not wanted."""
-    return tuple(empty_rows(x, x.shape[-1]) if want else x.new_empty(0) for x, want in zip((q, k, v), wanted))
+    return tuple(empty_rows(x, x.shape[-1]) if want else inputs[0].new_empty(0) for x, want in zip(inputs, wanted))
 
 
-def _forward(q, k, v, scale, left, right, bottom_right, keep_residual):
-    problem = Problem.of(q, k, v, (left, right), bottom_right)
-    o, lse, residual = empty_results(q, v, keep_residual)
-    kept = residual if keep_residual else None
+def _forward(q, k, v, bias, mask, seed, key_lengths, scale, left, right, bottom_right, dropout_p, keep_residual):
+    problem = Problem.of(q, k, v, (left, right), bottom_right, bias, mask, dropout_p, key_lengths)
+    o, lse, residual, excess = found = empty_results(q, v, bias, keep_residual)
+    results = launch.Results(o, lse, (residual,) if keep_residual else (), () if bias is None else (excess,))
     chosen = config.find("forward", problem, of(q.device))
-    launch.run(launch.forward_call(problem, chosen, scale, q, k, v, o, kept, lse), q.device)
-    return o, lse, residual
+    inputs = launch.Inputs(q, k, v, scale, bias, mask, dropout_p, seed, key_lengths, bottom_right)
+    launch.run(launch.forward_call(problem, chosen, inputs, results), q.device)
+    return found
 
 
-def _backward(do, dlse, q, k, v, o, lse, residual, scale, left, right, bottom_right, wanted):
-    problem, gpu = Problem.of(q, k, v, (left, right), bottom_right), of(q.device)
-    dq, dk, dv = empty_gradients(q, k, v, wanted)
-    dk_asked, dv_asked = (x if want else None for x, want in zip((dk, dv), wanted[1:]))
+def _backward(do, dlse, q, k, v, bias, mask, seed, key_lengths, o, lse, residual, excess, scale, left, right, bottom_right,
+              dropout_p, wanted):
+    problem = Problem.of(q, k, v, (left, right), bottom_right, bias, mask, dropout_p, key_lengths)
+    dq, dk, dv, dbias = found = empty_gradients((q, k, v, bias), wanted)
+    inputs = launch.Inputs(q, k, v, scale, bias, mask, dropout_p, seed, key_lengths, bottom_right)
     delta = torch.empty_like(lse)
-    if wanted[0] or wanted[1]:
-        kept = residual if residual.numel() else None
-        launch.run(launch.delta_call(problem, config.find("delta", problem, gpu), o, kept, do, dlse, delta), q.device)
+    queries = launch.Queries(q, do, lse, delta, () if bias is None else (excess,))
+
+    def run(kernel, call, *tensors):
+        launch.run(call(problem, config.find(kernel, problem, of(q.device)), *tensors), q.device)
+
+    if wanted[0] or wanted[1] or wanted[3]:
+        run("delta", launch.delta_call, o, residual if residual.numel() else None, do, dlse, delta)
     if wanted[0]:
-        chosen = config.find("dq", problem, gpu)
-        launch.run(launch.dq_call(problem, chosen, scale, q, k, v, do, dq, lse, delta), q.device)
+        run("dq", launch.dq_call, inputs, queries, dq)
     if wanted[1] or wanted[2]:
-        chosen = config.find("dkdv", problem, gpu)
-        launch.run(launch.dkdv_call(problem, chosen, scale, q, k, v, do, dk_asked, dv_asked, lse, delta), q.device)
-    return dq, dk, dv
+        run("dkdv", launch.dkdv_call, inputs, queries, dk if wanted[1] else None, dv if wanted[2] else None)
+    if wanted[3] and bias.shape[-1] == 1:
+        # what all scores of a row share changes nothing but its log-sum-exp
+        rows = torch.zeros_like(lse) if dlse is None else torch.where(lse == -torch.inf, 0, dlse)
+        dbias.copy_(rows.unsqueeze(-1).sum_to_size(bias.shape))
+    elif wanted[3]:
+        run("dbias", launch.dbias_call, inputs, queries, dbias)
+    return found
 
 
 torch.library.impl("tritonattn::forward", ("cpu", "cuda"), _forward)
 torch.library.impl("tritonattn::backward", ("cpu", "cuda"), _backward)
 
 
+def _keep(sizes, dropout_p, seed):
+    keep = seed.new_empty(sizes, dtype=torch.uint8)
+    launch.run(launch.keep_call(keep, launch.dropping(dropout_p, seed)), seed.device)
+    return keep.to(torch.bool)
+
+
+torch.library.impl("tritonattn::keep", ("cpu", "cuda"), _keep)
+
+
+@torch.library.register_fake("tritonattn::keep")
+def _(sizes, dropout_p, seed):
+    return seed.new_empty(sizes, dtype=torch.bool)
+
+
 @torch.library.register_fake("tritonattn::forward")
-def _(q, k, v, scale, left, right, bottom_right, keep_residual):
-    return empty_results(q, v, keep_residual)
+def _(q, k, v, bias, mask, seed, key_lengths, scale, left, right, bottom_right, dropout_p, keep_residual):
+    return empty_results(q, v, bias, keep_residual)
 
 
 @torch.library.register_fake("tritonattn::backward")
-def _(do, dlse, q, k, v, o, lse, residual, scale, left, right, bottom_right, wanted):
-    return empty_gradients(q, k, v, wanted)
+def _(do, dlse, q, k, v, bias, mask, seed, key_lengths, o, lse, residual, excess, *options):
+    return empty_gradients((q, k, v, bias), options[-1])
 
 
-forward_op, backward_op = torch.ops.tritonattn.forward.default, torch.ops.tritonattn.backward.default
+forward_op, backward_op, keep_op = (getattr(torch.ops.tritonattn, name).default for name in ("forward", "backward", "keep"))
 
 
 class Attention(torch.autograd.Function):
-    """o and lse, with gradients for q, k and v through both."""
+    """o and lse, with gradients for q, k, v and the bias through both."""
 
     @staticmethod
-    def forward(q, k, v, scale, left, right, bottom_right, keep_residual):
-        return forward_op(q, k, v, scale, left, right, bottom_right, keep_residual)
+    def forward(*inputs):
+        return forward_op(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, *ctx.options, _ = inputs
-        o, lse, residual = output
-        ctx.mark_non_differentiable(residual)
+        tensors, ctx.options = inputs[:7], inputs[7:-1]
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, o, lse, residual)
+        ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx, do, dlse, _):
-        q, k, v, o, lse, residual = ctx.saved_tensors
+    def backward(ctx, do, dlse, *_):
+        *tensors, o, lse, residual, excess = ctx.saved_tensors
         if do is None:
             # only lse was used; zeros take no memory
             do = o.new_zeros(()).expand(o.shape)
-        wanted = list(ctx.needs_input_grad[:3])
-        gradients = AttentionBackward.apply(do, dlse, q, k, v, o, lse, residual, *ctx.options, wanted)
-        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), None, None, None, None, None
+        wanted = list(ctx.needs_input_grad[:4])
+        gradients = AttentionBackward.apply(do, dlse, *tensors, o, lse, residual, excess, *ctx.options, wanted)
+        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * 9
 
     @staticmethod
     def jvp(ctx, *_):
@@ -126,8 +151,8 @@ class AttentionBackward(torch.autograd.Function):
     """The gradients; a function of its own so that asking for theirs is an error and not silently wrong."""
 
     @staticmethod
-    def forward(do, dlse, q, k, v, o, lse, residual, scale, left, right, bottom_right, wanted):
-        return backward_op(do, dlse, q, k, v, o, lse, residual, scale, left, right, bottom_right, wanted)
+    def forward(*inputs):
+        return backward_op(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -162,13 +187,16 @@ torch.library.register_autograd("tritonattn::backward", AttentionBackward.backwa
 
 # opaque to Dynamo, which would trace the backward pass too, and lose its rule for vmap and its error for second derivatives
 @torch.compiler.allow_in_graph
-def attend(q, k, v, scale, left, right, bottom_right, precise_grad):
-    """o and lse. The residual is kept where a gradient may be taken of 16-bit numbers."""
+def attend(q, k, v, bias, mask, seed, key_lengths, *options, precise_grad):
+    """o and lse; `options` are the op's: scale, left, right, bottom_right, dropout_p.
+
+    The residual is kept where a gradient may be taken of 16-bit numbers.
+    """
     # a tensor that torch.func has wrapped does not tell whether the one in it requires a gradient
-    wanted = any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (q, k, v))
+    tensors = (x for x in (q, k, v, bias) if x is not None)
+    wanted = any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     keep_residual = precise_grad and torch.is_grad_enabled() and wanted and q.dtype.itemsize == 2
-    o, lse, _ = Attention.apply(q, k, v, scale, left, right, bottom_right, keep_residual)
-    return o, lse
+    return Attention.apply(q, k, v, bias, mask, seed, key_lengths, *options, keep_residual)[:2]
 
 
 def _register_flop_formulas():

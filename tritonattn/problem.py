@@ -25,9 +25,14 @@ class Problem:
     dtype: torch.dtype
     window: Window = (None, None)
     shift: int = 0
+    bias: torch.dtype | None = None  # of an entry for each pair that is added to its score, broadcast or not
+    masked: bool = False             # whether there is a boolean for each pair
+    dropout: bool = False
+    lengths: bool = False            # whether each batch has its own number of keys, n_k at the most
 
     @staticmethod
-    def of(q, k, v, window: Window = (None, None), bottom_right: bool = False) -> "Problem":
+    def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
+           key_lengths=None) -> "Problem":
         """The problem that these tensors pose; a side of the window that excludes nothing is dropped."""
         n_q, n_k = q.shape[-2], k.shape[-2]
         shift = n_k - n_q if bottom_right else 0
@@ -36,7 +41,8 @@ class Problem:
         left = None if left is None or left >= n_q - 1 + shift else left
         right = None if right is None or right >= n_k - 1 - shift else right
         return Problem(tuple(q.shape[:-3]), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
-                       (left, right), shift)
+                       (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
+                       dropout_p > 0, key_lengths is not None)
 
     @property
     def group(self) -> int:
@@ -91,13 +97,14 @@ class Problem:
 
     def as_json(self) -> dict:
         """The fields as JSON knows them; `from_json` reads them back."""
-        return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}
+        return asdict(self) | {"dtype": _name(self.dtype), "bias": self.bias and _name(self.bias)}
 
     @staticmethod
     def from_json(fields: dict) -> "Problem":
         """The problem whose `as_json` this is."""
         lists = {name: tuple(fields[name]) for name in ("batch", "window")}
-        return Problem(**fields | lists | {"dtype": getattr(torch, fields["dtype"])})
+        dtypes = {name: fields[name] and getattr(torch, fields[name]) for name in ("dtype", "bias")}
+        return Problem(**fields | lists | dtypes)
 
     def __str__(self):
         def pair(a, b):
@@ -106,4 +113,10 @@ class Problem:
         sizes = (*self.batch, pair(self.heads, self.kv_heads), pair(self.n_q, self.n_k), pair(self.d, self.dv))
         window = "" if self.mask != "window" else f"{self.window[0]},{self.window[1]}"
         shift = f" shift {self.shift}" if self.shift and self.mask != "full" else ""
-        return f"{'x'.join(map(str, sizes))} {str(self.dtype).removeprefix('torch.')} {self.mask}{window}{shift}"
+        names = {"masked": self.masked, "dropout": self.dropout, "lengths": self.lengths}
+        extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name, there in names.items() if there]
+        return " ".join([f"{'x'.join(map(str, sizes))} {_name(self.dtype)} {self.mask}{window}{shift}", *extras])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -6,19 +6,24 @@
 import torch
 
 
-def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, return_lse=False):
+def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, return_lse=False):
     """Attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
-    the log-sum-exp (natural) [..., H, L]. Memory grows with L x S. Inputs are taken to be finite and well formed.
+    the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False hides a pair) broadcast to
+    [..., H, L, S]. Memory grows with L x S. Inputs are taken to be finite and well formed, but for -inf in the bias.
     """
     group = q.shape[-3] // k.shape[-3]
-    k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
+    if group > 1:
+        k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
     seen = visible(q.shape[-2], k.shape[-2], causal=causal, window=window, align=align, device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    s = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    s = q @ k.mT * scale
+    if bias is not None:
+        s = (s + bias).to(s.dtype)
+    s = s.masked_fill(~(seen if mask is None else seen & mask), -torch.inf)
     # a row that sees nothing has no softmax: its output is 0 and its log-sum-exp -inf
-    blind = ~seen.any(-1, keepdim=True)
+    blind = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(blind, 0.0)
     o = s.softmax(-1).masked_fill(blind, 0.0) @ v
     if not return_lse:
@@ -30,14 +35,16 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 def by_heads(q, k, v, do=None, *, dtype=torch.float64, scores=2**27, **options):
     """o in `dtype`, and with do also dq, dk and dv, a few heads at a time: what `attention` gives, at any size.
 
-    Shapes as in `attention`, batch dimensions equal. No more than `scores` numbers (or one head's) are formed at once.
+    Shapes as in `attention`, batch dimensions equal. No more than `scores` of them (or one head's) are formed at once, and
+    no more numbers of keys and values are copied, which with few queries are the most.
     """
     heads, kv_heads = q.shape[-3], k.shape[-3]
     (n_q, n_k), wide = (q.shape[-2], k.shape[-2]), torch.promote_types(dtype, torch.float32)
     flat_q, flat_k, flat_v, flat_do = (x if x is None else x.flatten(0, -3) for x in (q, k, v, do))
     o = q.new_empty(flat_q.shape[0], n_q, v.shape[-1], dtype=dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (flat_q, flat_k, flat_v)) if do is not None else (None,) * 3
-    for some in torch.arange(len(flat_q), device=q.device).split(max(1, scores // max(1, n_q * n_k))):
+    few = max(1, scores // max(1, n_q * n_k, n_k * (k.shape[-1] + v.shape[-1])))
+    for some in torch.arange(len(flat_q), device=q.device).split(few):
         of_key = some // heads * kv_heads + some % heads // (heads // kv_heads)
         parts = [x[i].to(dtype).unsqueeze(1).requires_grad_(do is not None)
                  for x, i in ((flat_q, some), (flat_k, of_key), (flat_v, of_key))]

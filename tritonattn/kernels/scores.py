@@ -5,32 +5,80 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import inner
-from .window import Window, visible
+from .dropout import drawn_at, kept
+from .tile import inner, load_pairs, pairs_of, scaled
+from .window import Window, bounded, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-class Scoring(NamedTuple):
-    """How scores are made. Weights are powers of two: e^(scale QK^T) = 2^(unit S), S = sign QK^T."""
+class Pairs(NamedTuple):
+    """What is given for each pair of a query and a key: tensors, or the matrices of one head. Each is alone in a tuple,
+    which is empty where nothing is given: Triton 3.6 returns no record with a None in it."""
 
-    unit: float               # |scale| log2(e), and positive: the largest S stays the largest
-    sign: float | None        # None where the scale is positive, else -1 or 0
+    bias: tuple = ()     # added to the score, -inf hides a pair; strides are 0 where it is broadcast
+    mask: tuple = ()     # bytes, 0 hides a pair
+    dropout: tuple = ()  # a Dropout: which weights are kept
+
+
+class Scoring(NamedTuple):
+    """How scores are made. Weights are powers of two: e^(scale QK^T + bias) = 2^(unit S), S = factor QK^T + bias."""
+
+    unit: float               # |scale| log2(e), and positive: the largest S stays the largest; with a bias log2(e)
+    factor: float | None      # the sign of the scale, None where it is positive; with a bias the scale itself
     window: Window
+    pairs: Pairs
 
 
 @triton.jit
-def scores(a, b, rows, cols, n, scoring, static, MODE: tl.constexpr):
-    """S of two tiles, [rows, cols], still to be multiplied by scoring.unit; -inf where a row does not see a column.
+def at_head(pairs, batches, batch, head, rows, shift):
+    """The same of one head, whose first row stands at position `shift`."""
+    bias, mask, dropout = pairs.bias, pairs.mask, pairs.dropout
+    if len(pairs.bias) == 1:
+        bias = (pairs_of(pairs.bias[0], batches, batch, head, rows, shift),)
+    if len(pairs.mask) == 1:
+        mask = (pairs_of(pairs.mask[0], batches, batch, head, rows, shift),)
+    if len(pairs.dropout) == 1:
+        dropout = (drawn_at(pairs.dropout[0], batch, head, shift),)
+    return Pairs(bias, mask, dropout)
 
-    Symmetric: queries against n keys, or, with the window mirrored, keys against n queries.
+
+@triton.jit
+def dropped(x, row, col, scoring, TRANSPOSED: tl.constexpr):
+    """x where the weight is kept, else 0: the gain is still to come. Its first entry belongs to the positions row, col."""
+    if len(scoring.pairs.dropout) == 1:
+        x = tl.where(kept(scoring.pairs.dropout[0], row, col, x.shape[0], x.shape[1], TRANSPOSED), x, 0.0)
+    return x
+
+
+@triton.jit
+def gained(tile, scoring):
+    """A tile times what makes up for the weights that were dropped."""
+    if len(scoring.pairs.dropout) == 1:
+        tile = scaled(tile, scoring.pairs.dropout[0].gain)
+    return tile
+
+
+@triton.jit
+def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
+    """S of two tiles that begin at these positions, still to be multiplied by scoring.unit; -inf hides a pair.
+
+    Symmetric: queries against n keys, or, with `scoring` seen from the keys, keys against n queries.
     """
     s = inner(a, b, static)
-    if scoring.sign is not None:
-        s = s * scoring.sign
-    if MODE != "full":
-        s = tl.where(visible(scoring.window, rows, cols, n), s, float("-inf"))
+    M: tl.constexpr = s.shape[0]
+    N: tl.constexpr = s.shape[1]
+    if scoring.factor is not None:
+        s = s * scoring.factor
+    if len(scoring.pairs.bias) == 1:
+        bias = load_pairs(scoring.pairs.bias[0], row, col, n, M, N, bounded(MODE)).to(static.ACC)
+        # chosen, not added: a score that is hidden may be nan
+        s = tl.where(bias == float("-inf"), bias, s + bias)
+    if len(scoring.pairs.mask) == 1:
+        s = tl.where(load_pairs(scoring.pairs.mask[0], row, col, n, M, N, bounded(MODE)) != 0, s, float("-inf"))
+    if bounded(MODE):
+        s = tl.where(visible(scoring.window, row + tl.arange(0, M), col + tl.arange(0, N), n), s, float("-inf"))
     return s
 
 
@@ -38,7 +86,7 @@ def scores(a, b, rows, cols, n, scoring, static, MODE: tl.constexpr):
 def gradient_scale(scoring):
     """The scale itself, which dQ = scale dS K and dK = scale dS^T Q carry."""
     # returned at once: the interpreter would round a number with a name to float32
-    if scoring.sign is not None:
-        return scoring.unit * LN2 * scoring.sign
+    if scoring.factor is not None:
+        return scoring.unit * LN2 * scoring.factor
     else:
         return scoring.unit * LN2

@@ -47,6 +47,7 @@ class Shape(NamedTuple):
     n_q: int
     n_k: int
     shift: int      # query i stands at position i + shift among the keys
+    lengths: tuple = ()  # or where the number of keys of each batch lies, and 1 if the shift moves with it, else 0
 
 
 class Static(NamedTuple):
@@ -94,6 +95,17 @@ def program(heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
         tile = tiles - 1 - tile
     head = tl.program_id(0) // tiles
     return tile * BLOCK, head % heads, head // heads
+
+
+@triton.jit
+def shape_of(shape, batch):
+    """The shape of one batch: with as many keys as it has."""
+    if len(shape.lengths) == 2:
+        n_k = tl.minimum(tl.maximum(tl.load(shape.lengths[0] + batch), 0), shape.n_k)
+        shift = shape.shift + (n_k - shape.n_k) * shape.lengths[1]
+        return Shape(shape.batches, shape.heads, shape.n_q, n_k, shift, shape.lengths)
+    else:
+        return shape
 
 
 @triton.jit
@@ -170,6 +182,24 @@ def store_rows(x, first, values, N: tl.constexpr):
 
 
 @triton.jit
+def pairs_of(x, batches, batch, head, rows, shift):
+    """The matrix of one head of a tensor with an entry for each pair, its rows counted by their positions: from `shift` on."""
+    found = matrix(x, batches, batch, head, rows + shift)
+    return Matrix(found.ptr - shift * found.row, found.row, found.col, found.rows)
+
+
+@triton.jit
+def load_pairs(x, row, col, n, M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr):
+    """[M, N] entries of `pairs_of` from here on; what lies outside reads as zero, columns are tested against n if CHECK."""
+    rows, cols = tl.arange(0, M), tl.arange(0, N)
+    base = x.ptr + tl.cast(row, tl.int64) * x.row + tl.cast(col, tl.int64) * x.col
+    within = (row + rows < x.rows)[:, None]
+    if CHECK:
+        within = within & (col + cols < n)[None, :]
+    return tl.load(base + (rows[:, None] * x.row + cols[None, :] * x.col), mask=within, other=0)
+
+
+@triton.jit
 def zeros(N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
     """A tile of sums, in parts."""
     if in_two(SIZE):
@@ -185,6 +215,15 @@ def scaled(tile, factor):
         return tile[0] * factor, tile[1] * factor
     else:
         return (tile[0] * factor,)
+
+
+@triton.jit
+def where(condition, tile):
+    """Every part of a tile, 0 where the condition [N, 1] does not hold."""
+    if len(tile) == 2:
+        return tl.where(condition, tile[0], 0.0), tl.where(condition, tile[1], 0.0)
+    else:
+        return (tl.where(condition, tile[0], 0.0),)
 
 
 @triton.jit

@@ -11,9 +11,10 @@
 A side that is None is unbounded, and no code is compiled for it. Query i stands at position
 i + shift among the keys. Seen from the keys the window is mirrored and the shift is negative.
 
-A stretch of tiles is walked in one of three modes: "full" has no mask, "edge" has one. Should a nan come out,
-perhaps it is 0 * inf of a pair that does not see each other: "careful" does the tile once more, CARE rows at a
-time, so that the rare case takes neither registers nor shared memory from the others.
+A stretch of tiles is walked in one of these modes: "full" has no mask; "dense" has none of a window, but scores may be
+-inf, of a bias or a mask; "edge" asks the window. Should a nan come out, perhaps it is 0 * inf of a pair that does not see
+each other: "careful" does the tile once more, CARE rows at a time, so that the rare case takes neither registers nor
+shared memory from the others.
 """
 
 from typing import NamedTuple
@@ -56,9 +57,15 @@ def spans(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.constexpr_function
-def mode_of(part):
+def mode_of(part, dense):
     """How the tiles of the left edge (0), the full stretch (1) and the right edge (2) of `spans` are walked."""
-    return ("edge", "full", "edge")[part]
+    return ("edge", "dense" if dense else "full", "edge")[part]
+
+
+@triton.constexpr_function
+def bounded(mode):
+    """Whether a stretch walked in this mode has pairs outside the window, or columns past the end."""
+    return mode in ("edge", "careful")
 
 
 @triton.constexpr_function

