@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from tritonattn import Config, attention, config, reference, scaled_dot_product_attention
-from tritonattn.attention import dropout_mask
+from tritonattn import Config, attention, config, dropout_mask, reference, scaled_dot_product_attention
 
 TILES = Config(16, 32)
 

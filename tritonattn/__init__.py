@@ -1,13 +1,13 @@
 """Exact attention in Triton, forward and backward, plugging into PyTorch."""
 
 from . import config, reference
-from .attention import attention, scaled_dot_product_attention
+from .attention import attention, dropout_mask, scaled_dot_product_attention
 from .config import Config
 from .problem import Problem
 from .swap import disable, enable, swapped
 from .version import VERSION as __version__
 
 __all__ = [
-    "Config", "Problem", "__version__", "attention", "config", "disable", "enable", "reference",
-    "scaled_dot_product_attention", "swapped",
+    "Config", "Problem", "__version__", "attention", "config", "disable", "dropout_mask", "enable",
+    "reference", "scaled_dot_product_attention", "swapped",
 ]
