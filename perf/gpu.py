@@ -10,6 +10,7 @@ request to end.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -127,10 +128,9 @@ def _interrupt(process) -> int | None:
 
 
 def _signal(process, sent) -> None:
-    try:
+    # a group that has gone needs no signal
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, sent)
-    except ProcessLookupError:
-        pass
 
 
 def truth(visit: Visit) -> None:

@@ -23,7 +23,7 @@ COPIES = 32    # of small inputs at most, to be rotated
 BURST = 100    # kernels that a profiler sees before those that count: it may lose the first of a session
 NOBODY = MappingProxyType({})
 SPIN = "spin_kernel"  # what these are called; no contender runs it
-KERNELS = {"forward": ("forward",), "backward": ("delta", "dq", "dkdv"), "both": config.KERNELS}
+KERNELS = {"forward": ("forward",), "backward": ("delta", "dq", "dkdv"), "both": ("forward", "delta", "dq", "dkdv")}
 TENSORS = {"forward": ("o",), "backward": ("dq", "dk", "dv"), "both": ("o", "dq", "dk", "dv")}
 
 

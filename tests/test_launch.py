@@ -71,7 +71,7 @@ def test_only_a_tensor_whose_tile_is_too_wide_pays_for_it():
 
 @pytest.mark.parametrize("scale, unit, factor", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
 def test_the_largest_score_stays_the_largest_whatever_the_scale(scale, unit, factor):
-    scoring = launch._scoring(launch.Inputs(None, None, None, scale), (None, None), launch.Pairs())
+    scoring = launch._scoring(launch.Inputs(None, None, None, scale=scale), (None, None), launch.Pairs())
     assert scoring.unit == pytest.approx(unit * 1.4426950408889634) and scoring.factor == factor
 
 

@@ -38,6 +38,13 @@ def test_opcheck(form, given, grad, device):
     torch.library.opcheck(ops.backward_op, (*cotangents, *tensors, o, *left, *options, wanted))
 
 
+def test_the_ops_take_what_launch_calls_its_inputs():
+    names = [argument.name for argument in ops.forward_op._schema.arguments]
+    assert names == [*launch.Inputs._fields, "keep_residual"]
+    names = [argument.name for argument in ops.backward_op._schema.arguments]
+    assert names[2:9] + names[13:-1] == list(launch.Inputs._fields) and names[-1] == "wanted"
+
+
 @pytest.mark.parametrize("layout", LAYOUT)
 def test_results_lie_as_their_inputs_do(layout, device):
     q, k, v = qkv(device, layout=layout, dv=8, grad=True)

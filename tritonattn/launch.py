@@ -47,7 +47,7 @@ def on(device: torch.device):
 
 
 class Inputs(NamedTuple):
-    """What a call is about: tensors of a problem, and the scale of its scores.
+    """What a call is about: its tensors, then its numbers, in the order of the ops.
 
     bias and mask have as many dimensions as q, each of the full size or 1; the mask is boolean.
     Weights are dropped with probability dropout_p, as the seed has it.
@@ -56,13 +56,21 @@ class Inputs(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    scale: float = 1.0
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    dropout_p: float = 0.0
     seed: torch.Tensor | None = None         # [1] int64, where dropout_p is not 0
     key_lengths: torch.Tensor | None = None  # one int32 for each batch, contiguous
+    scale: float = 1.0
+    left: int | None = None
+    right: int | None = None
     bottom_right: bool = False               # the last query stands at the last key, wherever a batch has it
+    dropout_p: float = 0.0
+
+    @property
+    def problem(self) -> Problem:
+        """What is asked, without the tensors."""
+        return Problem.of(*self[:3], (self.left, self.right), self.bottom_right, self.bias, self.mask, self.dropout_p,
+                          self.key_lengths)
 
 
 def forward_call(problem: Problem, config: Config, inputs: Inputs, results: Results) -> Call:
@@ -230,9 +238,9 @@ def example_call(kernel: str, problem: Problem, config: Config, residual: bool =
     kept = torch.empty_like(o) if residual and problem.dtype.itemsize == 2 else None
     pairs = q.new_empty(*q.shape[:-1], problem.n_k, dtype=problem.bias or torch.bool)
     excess = (lse,) if problem.bias else ()
-    inputs = Inputs(q, k, v, 1.0, pairs if problem.bias else None, pairs.to(torch.bool) if problem.masked else None,
-                    0.5 * problem.dropout, q.new_empty(1, dtype=torch.int64),
-                    q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None)
+    lengths = q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None
+    inputs = Inputs(q, k, v, pairs if problem.bias else None, pairs.to(torch.bool) if problem.masked else None,
+                    q.new_empty(1, dtype=torch.int64), lengths, dropout_p=0.5 * problem.dropout)
     queries = Queries(q, o, lse, lse, excess)
     return {
         "forward": lambda: forward_call(problem, config, inputs, Results(o, lse, () if kept is None else (kept,), excess)),

@@ -10,11 +10,11 @@ import torch
 
 from . import config
 from .gpu import TRITON, of
-from .problem import Problem
 
 if TRITON:
     from . import launch
 
+# GIVEN and OPTIONS are the fields of launch.Inputs
 OPTIONS = "float scale, int? left, int? right, bool bottom_right, float dropout_p"
 GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, Tensor? key_lengths"
 LEFT = "Tensor o, Tensor lse, Tensor residual, Tensor excess"
@@ -47,26 +47,27 @@ def empty_gradients(inputs, wanted):
     return tuple(empty_rows(x, x.shape[-1]) if want else inputs[0].new_empty(0) for x, want in zip(inputs, wanted))
 
 
-def _forward(q, k, v, bias, mask, seed, key_lengths, scale, left, right, bottom_right, dropout_p, keep_residual):
-    problem = Problem.of(q, k, v, (left, right), bottom_right, bias, mask, dropout_p, key_lengths)
-    o, lse, residual, excess = found = empty_results(q, v, bias, keep_residual)
-    results = launch.Results(o, lse, (residual,) if keep_residual else (), () if bias is None else (excess,))
-    chosen = config.find("forward", problem, of(q.device))
-    inputs = launch.Inputs(q, k, v, scale, bias, mask, dropout_p, seed, key_lengths, bottom_right)
-    launch.run(launch.forward_call(problem, chosen, inputs, results), q.device)
+def _forward(*arguments):
+    """The op: a launch.Inputs, spread out, and whether o's residual is kept."""
+    inputs, keep_residual = launch.Inputs(*arguments[:-1]), arguments[-1]
+    problem, device = inputs.problem, inputs.q.device
+    o, lse, residual, excess = found = empty_results(inputs.q, inputs.v, inputs.bias, keep_residual)
+    results = launch.Results(o, lse, (residual,) if keep_residual else (), () if inputs.bias is None else (excess,))
+    launch.run(launch.forward_call(problem, config.find("forward", problem, of(device)), inputs, results), device)
     return found
 
 
-def _backward(do, dlse, q, k, v, bias, mask, seed, key_lengths, o, lse, residual, excess, scale, left, right, bottom_right,
-              dropout_p, wanted):
-    problem = Problem.of(q, k, v, (left, right), bottom_right, bias, mask, dropout_p, key_lengths)
-    dq, dk, dv, dbias = found = empty_gradients((q, k, v, bias), wanted)
-    inputs = launch.Inputs(q, k, v, scale, bias, mask, dropout_p, seed, key_lengths, bottom_right)
+def _backward(do, dlse, *arguments):
+    """The op: a launch.Inputs, spread out around what the forward pass left, and which gradients are wanted."""
+    given, (o, lse, residual, excess), (*numbers, wanted) = arguments[:7], arguments[7:11], arguments[11:]
+    inputs = launch.Inputs(*given, *numbers)
+    problem, device, bias = inputs.problem, inputs.q.device, inputs.bias
+    dq, dk, dv, dbias = found = empty_gradients(given[:4], wanted)
     delta = torch.empty_like(lse)
-    queries = launch.Queries(q, do, lse, delta, () if bias is None else (excess,))
+    queries = launch.Queries(inputs.q, do, lse, delta, () if bias is None else (excess,))
 
     def run(kernel, call, *tensors):
-        launch.run(call(problem, config.find(kernel, problem, of(q.device)), *tensors), q.device)
+        launch.run(call(problem, config.find(kernel, problem, of(device)), *tensors), device)
 
     if wanted[0] or wanted[1] or wanted[3]:
         run("delta", launch.delta_call, o, residual if residual.numel() else None, do, dlse, delta)
@@ -102,13 +103,13 @@ def _(sizes, dropout_p, seed):
 
 
 @torch.library.register_fake("tritonattn::forward")
-def _(q, k, v, bias, mask, seed, key_lengths, scale, left, right, bottom_right, dropout_p, keep_residual):
-    return empty_results(q, v, bias, keep_residual)
+def _(q, k, v, bias, *others):
+    return empty_results(q, v, bias, keep_residual=others[-1])
 
 
 @torch.library.register_fake("tritonattn::backward")
-def _(do, dlse, q, k, v, bias, mask, seed, key_lengths, o, lse, residual, excess, *options):
-    return empty_gradients((q, k, v, bias), options[-1])
+def _(do, dlse, q, k, v, bias, *others):
+    return empty_gradients((q, k, v, bias), wanted=others[-1])
 
 
 forward_op, backward_op, keep_op = (getattr(torch.ops.tritonattn, name).default for name in ("forward", "backward", "keep"))

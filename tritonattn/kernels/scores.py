@@ -33,7 +33,7 @@ class Scoring(NamedTuple):
 
 @triton.jit
 def at_head(pairs, batches, batch, head, rows, shift):
-    """The same of one head, whose first row stands at position `shift`."""
+    """What is given for the pairs of one head: its matrices, rows counted by their positions, the first at `shift`."""
     bias, mask, dropout = pairs.bias, pairs.mask, pairs.dropout
     if len(pairs.bias) == 1:
         bias = (pairs_of(pairs.bias[0], batches, batch, head, rows, shift),)
