@@ -132,3 +132,31 @@ def test_what_is_given_for_each_pair_fits_and_spills_little(arch):
         assert row["fits"] and row["spills"] == 0, row
     for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(128, 256), names=("all",))):
         assert row["fits"], row
+
+
+MAPPED = """
+import json, torch
+from tritonattn import Problem, config, gpu, lens
+gpu = gpu.KNOWN[{arch!r}]
+found = []
+for kernel in ("forward", "dq", "dkdv"):
+    problem = Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16, masked=True, mapped=True)
+    chosen = config.rule(kernel, problem, gpu)
+    report = lens.inspect(kernel, problem, chosen, gpu)
+    found.append(dict(kernel=kernel, fits=report.fits, spills=report.loop_spills, report=str(report)))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("arch", KNOWN)
+def test_a_map_of_tiles_costs_no_spill(arch):
+    for row in compiled(MAPPED.format(arch=arch)):
+        assert row["fits"] and row["spills"] == 0, row
+
+
+def test_variants_that_are_not_used_leave_no_trace():
+    """Plain attention, instruction by instruction, is what it is with every variant cut out of the kernels' source."""
+    # not as a part of the tests, which would have the kernels interpreted
+    found = compiled("import json, sys; sys.path.append('tests'); import bare; print(json.dumps(bare.compare()))")
+    for cell, (same, ours, bare) in found.items():
+        assert same and ours > 100, f"{cell}: {ours} instructions, {bare} without the variants"

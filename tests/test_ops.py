@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import LAYOUT
-from tritonattn import attention, launch, ops, reference, scaled_dot_product_attention
+from tritonattn import attention, launch, ops, reference, scaled_dot_product_attention, tile_map
 from tritonattn.problem import Problem
 
 
@@ -21,13 +21,17 @@ def qkv(device, *, heads=2, kv_heads=2, n_q=20, n_k=20, d=16, dv=16, dtype=torch
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("form, given", [
     ({}, ""), ({"layout": "transposed"}, "mask seed"), ({"kv_heads": 1, "dv": 8}, "bias"), ({}, "bias mask seed lengths"),
+    ({}, "mask map"),
 ], ids=str)
 def test_opcheck(form, given, grad, device):
     q, k, v = qkv(device, grad=grad, dtype=torch.float16, **form)
     known = {"bias": torch.randn(1, 2, 1, 20, device=device, requires_grad=grad),
-             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "seed": torch.tensor([3], device=device),
+             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "query_lists": None, "key_lists": None,
+             "seed": torch.tensor([3], device=device),
              "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
-    extras = [x if name in given else None for name, x in known.items()]
+    if "map" in given:
+        _, known["query_lists"], known["key_lists"], _ = tile_map(known["mask"])
+    extras = [x if name in given or "lists" in name else None for name, x in known.items()]
     options = 0.25, None, 0, True, 0.5 * ("seed" in given)
     torch.library.opcheck(ops.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
@@ -42,7 +46,7 @@ def test_the_ops_take_what_launch_calls_its_inputs():
     names = [argument.name for argument in ops.forward_op._schema.arguments]
     assert names == [*launch.Inputs._fields, "keep_residual"]
     names = [argument.name for argument in ops.backward_op._schema.arguments]
-    assert names[2:9] + names[13:-1] == list(launch.Inputs._fields) and names[-1] == "wanted"
+    assert names[2:11] + names[15:-1] == list(launch.Inputs._fields) and names[-1] == "wanted"
 
 
 @pytest.mark.parametrize("layout", LAYOUT)
@@ -229,13 +233,13 @@ def test_memory_is_linear(device, monkeypatch):
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
     options = 0.25, None, 0, False, 0.0
-    left = ops._forward(q, k, v, None, None, None, None, *options, True)
+    left = ops._forward(q, k, v, *(None,) * 6, *options, True)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 2 * n * dv])
     taken.clear()
-    ops._forward(q, k, v, None, None, None, None, *options, False)
+    ops._forward(q, k, v, *(None,) * 6, *options, False)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n])
     taken.clear()
-    ops._backward(left[0], None, q, k, v, None, None, None, None, *left, *options, [True, True, False, False])
+    ops._backward(left[0], None, q, k, v, *(None,) * 6, *left, *options, [True, True, False, False])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from tritonattn import Config, attention, config, dropout_mask, reference, scaled_dot_product_attention
+from tritonattn import Config, attention, config, dropout_mask, launch, reference, scaled_dot_product_attention
 
 TILES = Config(16, 32)
 
@@ -97,6 +97,68 @@ def test_what_is_hidden_cannot_leak(hide, value, device):
     assert all((gradient[:, :, 30:] == 0).all() for gradient in ours[3:])
 
 
+def test_what_is_hidden_cannot_leak_into_a_shared_bias(device):
+    """Its gradient sums over all queries of a tile; past the last one there are zeros, and 0 * nan is nan."""
+    q, k, v = tensors(device)
+    bias = torch.zeros(36, device=device, requires_grad=True)
+    with torch.no_grad():
+        v[:, :, 25:] = math.nan
+    with config.pinned(TILES):
+        dbias, = torch.autograd.grad(attention(q, k, v, bias=bias, causal=True, align="top_left").sum(), bias)
+    assert dbias.isfinite().all() and (dbias[25:] == 0).all() and (dbias[:20] != 0).any()
+
+
+@pytest.mark.parametrize("given", ["mask", "nothing"])
+def test_infinity_times_a_dropped_weight_is_nan(given, device):
+    """As in torch, and with a mask that hides nothing as without one."""
+    q, k, v = tensors(device, batch=(1,), heads=1, n_q=5, n_k=7, grad=False)
+    v[..., 2, :] = math.inf
+    seed = torch.tensor([3], device=device)
+    keep = dropout_mask((1, 1, 5, 7), 0.5, seed)[0, 0]
+    mask = torch.ones(7, dtype=torch.bool, device=device) if given == "mask" else None
+    o = attention(q, k, v, mask=mask, dropout_p=0.5, dropout_seed=seed)[0, 0]
+    assert keep[:, 2].any() and not keep[:, 2].all()
+    assert (o[keep[:, 2]] == math.inf).all() and o[~keep[:, 2]].isnan().all()
+
+
+def test_a_row_far_from_the_last_key(device):
+    """The first query of decoding stands at a position whose row no 32-bit offset reaches; a mask's one row is read there."""
+    q, k, v = tensors(device, batch=(1,), heads=1, kv_heads=1, n_q=1, n_k=70, grad=False)
+    numbers = torch.rand(70, device=device)
+    mask = (numbers > 0.5).as_strided((1, 1, 1, 70), (70, 70, 2**31 // 64, 1))
+    ours = attention(q, k, v, mask=mask, causal=True, align="bottom_right")
+    torch.testing.assert_close(ours, reference.attention(q, k, v, mask=numbers > 0.5), atol=1e-5, rtol=1e-4)
+    bias = numbers.as_strided((1, 1, 1, 70), (70, 70, 3 * 2**31 // 64, 1))
+    ours = attention(q, k, v, bias=bias, causal=True, align="bottom_right")
+    torch.testing.assert_close(ours, reference.attention(q, k, v, bias=numbers), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)], ids=str)
+@pytest.mark.parametrize("shape", ["full", "rows", "keys", "one"])
+def test_nothing_with_a_bias(sizes, shape, device):
+    batch, heads, n_q, n_k = sizes
+    q, k, v = tensors(device, batch=(batch,), heads=heads, kv_heads=heads, n_q=n_q, n_k=n_k, d=4)
+    shape = {"full": sizes, "rows": (n_q, 1), "keys": (1, n_k), "one": ()}[shape]
+    bias = torch.randn(shape, device=device, requires_grad=True)
+    o = attention(q, k, v, bias=bias, mask=torch.ones(n_k, dtype=torch.bool, device=device))
+    assert o.shape == q.shape and not o.any()
+    for leaf, gradient in zip((q, k, v, bias), torch.autograd.grad(o.sum(), (q, k, v, bias))):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
+def test_the_gradient_of_a_bias_for_rows_through_lse(device):
+    """What a whole row shares moves its log-sum-exp alone; a nan there is not hidden."""
+    q, k, v = tensors(device, batch=(1,), heads=1, n_q=5, grad=False)
+    values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0], device=device)[:, None]
+    found = []
+    for door in (attention, reference.attention):
+        bias = values.clone().requires_grad_()
+        _, lse = door(q, k, v, bias=bias, return_lse=True)
+        found.append(torch.autograd.grad(lse.sum(), bias)[0])
+    assert found[0][:2].isnan().all() and torch.equal(found[0][2:].flatten(), torch.tensor([0.0, 1, 1], device=device))
+    torch.testing.assert_close(found[0], found[1], equal_nan=True, atol=1e-5, rtol=1e-5)
+
+
 def test_rows_of_the_lowest_finite_number_are_uniform(device):
     """As torch's: a mask of finfo.min that hides a whole row hides nothing of it, forward and backward."""
     q, k, v = tensors(device, kv_heads=2)
@@ -139,6 +201,55 @@ def test_lengths_past_the_keys_are_all_of_them(device):
     q, k, v = tensors(device, grad=False)
     ours = attention(q, k, v, key_lengths=torch.tensor([99, -3], device=device))
     assert torch.equal(ours[0], attention(q, k, v)[0]) and (ours[1] == 0).all()
+    longest = torch.tensor([torch.iinfo(torch.int64).max, 2**31], device=device)
+    assert torch.equal(attention(q, k, v, key_lengths=longest), attention(q, k, v))
+
+
+# --- under vmap
+
+def looped(function, *given):
+    return torch.stack([function(*(x[i] for x in given)) for i in range(len(given[0]))])
+
+
+def test_vmap_with_lengths(device):
+    q, k, v = tensors(device, batch=(3, 2), grad=False)
+    lengths = torch.tensor([[36, 5], [7, 0], [20, 33]], device=device)
+    for given, shared in ((lengths[0], True), (torch.tensor(9, device=device), True), (lengths, False)):
+        if shared:
+            ours = torch.vmap(lambda q, k, v, n=given: attention(q, k, v, key_lengths=n))(q, k, v)
+            loop = looped(lambda q, k, v, n=given: attention(q, k, v, key_lengths=n), q, k, v)
+        else:
+            ours = torch.vmap(lambda q, k, v, n: attention(q, k, v, key_lengths=n))(q, k, v, given)
+            loop = looped(lambda q, k, v, n: attention(q, k, v, key_lengths=n), q, k, v, given)
+        torch.testing.assert_close(ours, loop, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("given", ["mask", "bias", "lengths", "dropout", "all"])
+def test_jacobians(given, device):
+    """A vmap over the backward pass: every row of the Jacobian belongs to the same forward pass, with what that dropped."""
+    q, k, v = (x[:, :, :6, :4] for x in tensors(device, n_q=6, n_k=6, grad=False))
+    options = {"mask": {"mask": torch.rand(6, 6, device=device) > 0.3}, "bias": {"bias": torch.randn(2, 1, 6, device=device)},
+               "lengths": {"key_lengths": torch.tensor([3, 5], device=device)},
+               "dropout": {"dropout_p": 0.5, "dropout_seed": torch.tensor([3], device=device)}}
+    options = {name: x for some in options.values() for name, x in some.items()} if given == "all" else options[given]
+    exact = dict(options)
+    if "dropout_seed" in exact:
+        exact["keep"] = dropout_mask((2, 2, 6, 6), 0.5, exact.pop("dropout_seed"))
+    for which in range(3):
+        ours = torch.func.jacrev(lambda *x: attention(*x, **options), which)(q, k, v)
+        true = torch.func.jacrev(lambda *x: reference.attention(*x, **exact), which)(q, k, v)
+        torch.testing.assert_close(ours, true, atol=1e-4, rtol=1e-4)
+
+
+def test_vmap_with_dropout(device):
+    q, k, v = tensors(device, batch=(3, 2), heads=1, grad=False)
+    seeds = torch.arange(3, device=device)[:, None]
+    step = {"dropout_p": 0.5}
+    ours = torch.vmap(lambda q, k, v, seed: attention(q, k, v, dropout_seed=seed, **step))(q, k, v, seeds)
+    assert torch.equal(ours, looped(lambda q, k, v, seed: attention(q, k, v, dropout_seed=seed, **step), q, k, v, seeds))
+    for randomness, alike in (("same", True), ("different", False)):
+        ones = torch.vmap(lambda q: attention(q, k[0], v[0], **step), randomness=randomness)(q[:1].expand(3, *q.shape[1:]))
+        assert torch.equal(ones[0], ones[1]) == alike
 
 
 # --- dropout
@@ -221,6 +332,23 @@ def test_dropout_follows_torchs_generator(device):
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_a_seed_may_be_counted_on_before_the_backward_pass(device):
+    leaves, seed = tensors(device, heads=1), torch.tensor([5], device=device)
+    first, = torch.autograd.grad(attention(*leaves, dropout_p=0.5, dropout_seed=seed).sum(), leaves[2])
+    o = attention(*leaves, dropout_p=0.5, dropout_seed=seed)
+    seed.add_(1)
+    assert torch.equal(torch.autograd.grad(o.sum(), leaves[2])[0], first)
+
+
+def test_what_nearly_always_drops_keeps_the_mean(device):
+    """The gain makes up for what is really drawn, in steps of 2^-32; always is always."""
+    p = 1 - 3.4 * 2**-32
+    given = launch.dropping(p, None)
+    assert given.gain * (2**32 - given.threshold) == 2**32
+    seed = torch.tensor([1], device=device)
+    assert not dropout_mask((1, 1, 64, 64), 1.0, seed).any() and dropout_mask((1, 1, 2, 2), 0.0, seed).all()
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_dropout_under_checkpointing(reentrant, device):
     leaves = tensors(device, heads=1)
@@ -289,6 +417,22 @@ def test_causal_biases(kind, lengths, device):
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, kind(*lengths)), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_dropout_mask_names_what_it_refuses():
+    with pytest.raises(ValueError, match="shape: expected four sizes"):
+        dropout_mask((2, 3), 0.5, torch.tensor([3]))
+    with pytest.raises(RuntimeError, match="dropout_seed: expected one int64 on the device of the queries, got 3"):
+        dropout_mask((1, 1, 2, 2), 0.5, 3)
+
+
+def test_autocast_takes_a_bias_along(device):
+    q, k, v = tensors(device, torch.float16, grad=False)
+    bias = torch.randn(36, device=device, dtype=torch.float16)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        o = attention(q, k, v, bias=bias)
+    exact = reference.attention(q.float(), k.float(), v.float(), bias=bias.float())
+    torch.testing.assert_close(o.float(), exact, atol=0.05, rtol=0.05)
+
+
 def test_autocast_keeps_a_float32_mask(device):
     q, k, v = tensors(device, kv_heads=2, grad=False)
     mask = torch.full((20, 36), torch.finfo(torch.float32).min, device=device).triu(1)
@@ -307,6 +451,7 @@ def test_autocast_keeps_a_float32_mask(device):
     ((causal_upper_left(20, 36), 0.0, True), {}, ValueError, "CausalBias"),
     ((causal_upper_left(20, 35),), {}, RuntimeError, "expected a CausalBias of 20 queries and 36 keys"),
     ((None, 1.5), {}, RuntimeError, "dropout_p: expected a probability"),
+    ((None, math.nan), {}, RuntimeError, "dropout_p: expected a probability.*got nan"),
     (("no",), {}, TypeError, "attn_mask: expected a tensor"),
 ])
 def test_misuse_of_torchs_door(arguments, options, error, message, device):
@@ -327,6 +472,7 @@ def test_misuse_of_torchs_door(arguments, options, error, message, device):
     ({"key_lengths": torch.ones(2, dtype=torch.int32), "causal": True}, ValueError, "align: .*their own lengths"),
     ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a probability"), ({"dropout_p": "0"}, TypeError, "dropout_p"),
     ({"dropout_p": 0.5, "dropout_seed": 3}, RuntimeError, "dropout_seed: expected one int64 on .*got 3"),
+    ({"bias": torch.randn(20, 36).to_sparse()}, RuntimeError, "bias: expected a dense .* tensor, got torch.sparse_coo"),
 ])
 def test_misuse_of_the_native_door(options, error, message, device):
     q, k, v = tensors(device, grad=False)

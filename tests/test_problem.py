@@ -64,3 +64,10 @@ def test_bytes_are_those_of_the_tensors():
     Problem((), 1, 1, 1, 1, 1, 1, torch.float64), Problem((2, 3), 4, 2, 5, 7, 3, 6, torch.bfloat16, (None, 0), 2)])
 def test_as_json_and_back(problem):
     assert Problem.from_json(json.loads(json.dumps(problem.as_json()))) == problem
+
+
+def test_what_was_recorded_before_there_were_variants_is_read():
+    problem = Problem((2,), 8, 2, 100, 100, 64, 64, torch.bfloat16, (None, 0))
+    fields = {name: x for name, x in problem.as_json().items()
+              if name not in ("bias", "masked", "mapped", "dropout", "lengths")}
+    assert Problem.from_json(fields) == problem

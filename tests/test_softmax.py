@@ -30,7 +30,7 @@ def probe(s, v, o, lse, scoring, static, STEPS: tl.constexpr, PRECISE: tl.conste
 
 
 def in_pieces(s, v, unit, size, precise=False, biased=False):
-    static = Static(*map(tl.constexpr, (16, 16, 1, 16, size, False, tl.float64, "ieee")))
+    static = Static(*map(tl.constexpr, (16, 16, 1, 16, size, False, (), tl.float64, "ieee")))
     o, lse = torch.full((16, 16), torch.nan, dtype=torch.float64), torch.full((16,), torch.nan, dtype=torch.float64)
     scoring = Scoring(unit, None, Window(), Pairs((0,) if biased else ()))
     probe[(1,)](s, v, o, lse, scoring, static, s.shape[1] // size, precise)

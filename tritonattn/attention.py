@@ -8,7 +8,9 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import gpu, ops
 from .gpu import INTERPRETED, TRITON
+from .tile_map import TileMap, version_of
 
+NO_MASK = None, None, None  # no mask, and no lists of its tiles
 LARGEST_SCALE = 2.3e38  # times log2(e) it is still a float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # asked here once: Dynamo of torch 2.11 cannot trace the question
@@ -27,16 +29,18 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         scale: what QK^T is multiplied by, any finite number; 1/sqrt(D) if None.
         causal: a query sees no later key. The same as window=(None, 0).
         window: (left, right), how many keys before and after its own position a query sees; None is unbounded.
-        align: where L and S differ and a side is bounded, which ends coincide: "top_left" the first query and
-            the first key (torch's is_causal), "bottom_right" the last ones (FlashAttention's causal).
+        align: where L and S differ (or key_lengths are given) and a side is bounded, which ends coincide: "top_left" the
+            first query and the first key (torch's is_causal), "bottom_right" the last ones (FlashAttention's causal).
 
                 causal, L=2, S=4      top_left  1 0 0 0     bottom_right  1 1 1 0
                                                 1 1 0 0                   1 1 1 1
 
         bias: added to the scores, of any shape that broadcasts to [..., H, L, S], a scalar included; q's dtype or
             float32. -inf hides a pair. It is read through its own strides, and its gradient has its own shape and takes
-            no more memory: what is broadcast is summed in the kernel, in the same order every time.
-        mask: booleans, of any shape that broadcasts to [..., H, L, S]; False hides a pair.
+            no more memory: what is broadcast is summed in the kernel, in the same order every time. Give it in its own
+            shape: what `expand` has made larger gets a gradient of that size.
+        mask: booleans, of any shape that broadcasts to [..., H, L, S]; False hides a pair. Or a `tile_map` of them: then
+            tiles that hide everything are skipped and those that hide nothing read no mask.
         key_lengths: how many keys each sequence has, integers that broadcast to the leading dimensions; the others, up to
             S, are padding that nobody sees, whatever it holds. "bottom_right" then means the last key of each.
         dropout_p: weights are dropped with this probability and the others multiplied by 1 / (1 - dropout_p), always,
@@ -64,14 +68,14 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     q, k, v = _autocast(q, k, v)
     _check_kind(q=q, k=k, v=v)
     _check_sizes(("q", "k", "v"), q, k, v)
-    bias, mask = _as_pairs("bias", bias, q, k, v), _as_pairs("mask", mask, q, k, v)
+    bias, masks = _as_pairs("bias", bias, q, k, v), _as_masks(mask, q, k, v)
     scale = _check_scale(scale, q.shape[-1])
     left, right = _check_window(causal, window)
     bottom_right = _check_align(align, q.shape[-2], k.shape[-2], left is not None or right is not None, key_lengths)
     key_lengths = _as_lengths(key_lengths, q, k, v)
     seed = _seed(_check_probability(dropout_p), dropout_seed, q.device)
-    o, lse = _attend(q, k, v, bias, mask, seed, key_lengths, scale, left, right, bottom_right, float(dropout_p),
-                     precise_grad=bool(precise_grad))
+    options = scale, left, right, bottom_right, float(dropout_p)
+    o, lse = _attend(q, k, v, bias, masks, seed, key_lengths, *options, precise_grad=bool(precise_grad))
     return (o, lse) if return_lse else o
 
 
@@ -99,14 +103,14 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     else:
         query, key, value = _broadcast_heads(query, key, value)
     _check_sizes(("query", "key", "value"), query, key, value)
-    bias, mask, causal, bottom_right = _torchs_mask(attn_mask, is_causal, query, key, value)
+    bias, masks, causal, bottom_right = _torchs_mask(attn_mask, is_causal, query, key, value)
     scale = _check_scale(scale, query.shape[-1])
-    if dropout_p > 1:
+    if not dropout_p <= 1:
         raise RuntimeError(f"dropout_p: expected a probability, between 0 and 1, got {dropout_p}")
     dropout_p = max(float(dropout_p), 0.0)
     seed = _seed(dropout_p, None, query.device)
     options = scale, None, 0 if causal else None, bottom_right, dropout_p
-    return _attend(query, key, value, bias, mask, seed, None, *options, precise_grad=True)[0]
+    return _attend(query, key, value, bias, masks, seed, None, *options, precise_grad=True)[0]
 
 
 def dropout_mask(shape, dropout_p, dropout_seed):
@@ -116,16 +120,19 @@ def dropout_mask(shape, dropout_p, dropout_seed):
     """
     if len(shape) != 4:
         raise ValueError(f"shape: expected four sizes (batch, heads, queries, keys), got {tuple(shape)}")
-    if _check_probability(dropout_p) == 0:
-        return torch.ones(shape, dtype=torch.bool, device=dropout_seed.device)
-    seed = _seed(dropout_p, dropout_seed, dropout_seed.device)
-    return ops.keep_op(list(shape), float(dropout_p), seed)
+    p = _check_probability(dropout_p)
+    device = dropout_seed.device if isinstance(dropout_seed, torch.Tensor) else "the device of the queries"
+    seed = _seed(1.0, dropout_seed, device)
+    _check_place(dropout_seed=seed)
+    if p in (0, 1):
+        return torch.full(shape, p == 0, dtype=torch.bool, device=device)
+    return ops.keep_op(list(shape), p, seed)
 
 
-def _attend(q, k, v, bias, mask, seed, key_lengths, scale, *options, precise_grad):
+def _attend(q, k, v, bias, masks, seed, key_lengths, scale, *options, precise_grad):
     """Give every tensor a head dimension, the same batch dimensions and at least one column; take the additions off."""
     bare, dv = max(q.dim(), k.dim(), v.dim()) == 2, v.shape[-1]
-    q, k, v, bias, mask = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, mask))
+    q, k, v, bias, *masks = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, *masks))
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
     q = q.expand(*batch, *q.shape[-3:])
@@ -134,8 +141,8 @@ def _attend(q, k, v, bias, mask, seed, key_lengths, scale, *options, precise_gra
         # a score of nothing is 0: one column of zeros says the same
         q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
     v = v if dv else torch.nn.functional.pad(v, (0, 1))
-    o, lse = ops.attend(q, k, v, bias, mask, seed, key_lengths, scale, *options, precise_grad=precise_grad)
-    o = o if dv else o[..., :0]
+    o, lse = ops.attend(q, k, v, bias, *masks, seed, key_lengths, scale, *options, precise_grad=precise_grad)
+    o = o if dv else o.narrow(-1, 0, 0)
     return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
 
 
@@ -171,6 +178,10 @@ def _as_pairs(name, x, q, k, v):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor or None, got {_brief(x)}")
     kinds = {"mask": (torch.bool,), "bias": (torch.float32, q.dtype), "attn_mask": (torch.bool, torch.float32, q.dtype)}[name]
+    if torch.is_autocast_enabled(q.device.type) and x.dtype in (torch.float16, torch.bfloat16):
+        x = x.to(q.dtype)
+    if x.layout != torch.strided or x.is_nested:
+        raise RuntimeError(f"{name}: expected a dense (strided) tensor, got {'a nested one' if x.is_nested else x.layout}")
     if x.dtype not in kinds:
         raise RuntimeError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(kinds)))}, got {x.dtype}")
     if x.device != q.device:
@@ -180,7 +191,26 @@ def _as_pairs(name, x, q, k, v):
     fits = x.dim() <= len(shape) and all(mine in (1, size) for mine, size in zip(reversed(x.shape), reversed(shape)))
     if not fits:
         raise RuntimeError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(x.shape)}")
-    return x[(None,) * (len(shape) - x.dim())]
+    return _with_rank(x, len(shape))
+
+
+def _with_rank(x, rank):
+    """With as many dimensions, new ones of size 1 in front. Not by an index, which fake tensors of a GPU cannot build here."""
+    return x.reshape(*(1,) * (rank - x.dim()), *x.shape)
+
+
+def _as_masks(mask, q, k, v):
+    """The mask as `_as_pairs` has it, and the lists of its tiles for queries and for keys; None where nothing is given."""
+    if not isinstance(mask, TileMap):
+        return _as_pairs("mask", mask, q, k, v), None, None
+    sizes = q.shape[-2], k.shape[-2]
+    if mask.mask.shape[-2:] != sizes:
+        raise RuntimeError(f"mask: expected a tile map of {sizes[0]} queries and {sizes[1]} keys, both written out, got one of "
+                           f"shape {tuple(mask.mask.shape)}")
+    if not torch.compiler.is_compiling() and mask.version != version_of(mask.mask):
+        raise RuntimeError("mask: expected the mask as it was when its tile map was made, got one that was changed since")
+    whole = _as_pairs("mask", mask.mask, q, k, v)
+    return whole, *(_with_rank(x, whole.dim()) for x in mask[1:3])
 
 
 def _as_lengths(lengths, q, k, v):
@@ -194,16 +224,17 @@ def _as_lengths(lengths, q, k, v):
         raise RuntimeError(f"key_lengths: expected {q.device}, where the queries are, got {lengths.device}")
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     try:
-        return lengths.expand(batch).to(torch.int32).contiguous()
+        # first into the range: what is too long for 32 bits still means all keys
+        return lengths.expand(batch).clamp(0, k.shape[-2]).to(torch.int32).contiguous()
     except RuntimeError:
         shapes = f"{tuple(batch)}, got {tuple(lengths.shape)}"
         raise RuntimeError(f"key_lengths: expected a shape that broadcasts to {shapes}") from None
 
 
 def _torchs_mask(attn_mask, is_causal, query, key, value):
-    """bias, mask, whether it is causal, and aligned bottom-right: what torch's one argument may mean."""
+    """What torch's one argument may mean: bias, masks (as of `_as_masks`), whether it is causal, and aligned bottom-right."""
     if attn_mask is None:
-        return None, None, is_causal, False
+        return None, NO_MASK, is_causal, False
     if isinstance(attn_mask, CausalBias):
         if is_causal:
             raise ValueError("attn_mask: expected no CausalBias where is_causal=True, got one")
@@ -211,17 +242,15 @@ def _torchs_mask(attn_mask, is_causal, query, key, value):
         if sizes != (query.shape[-2], key.shape[-2]):
             raise RuntimeError(f"attn_mask: expected a CausalBias of {query.shape[-2]} queries and {key.shape[-2]} keys, "
                                f"got one of {sizes[0]} and {sizes[1]}")
-        return None, None, True, attn_mask.variant == CausalVariant.LOWER_RIGHT
+        return None, NO_MASK, True, attn_mask.variant == CausalVariant.LOWER_RIGHT
     if is_causal:
         raise RuntimeError("attn_mask: expected None where is_causal=True, got a mask: Explicit attn_mask should not be set "
                            "when is_causal=True")
     if not isinstance(attn_mask, torch.Tensor):
         raise TypeError(f"attn_mask: expected a tensor or None, got {_brief(attn_mask)}")
     if attn_mask.dtype == torch.bool:
-        return None, _as_pairs("attn_mask", attn_mask, query, key, value), False, False
-    if torch.is_autocast_enabled(query.device.type) and attn_mask.is_floating_point() and attn_mask.dtype != torch.float32:
-        attn_mask = attn_mask.to(query.dtype)
-    return _as_pairs("attn_mask", attn_mask, query, key, value), None, False, False
+        return None, (_as_pairs("attn_mask", attn_mask, query, key, value), None, None), False, False
+    return _as_pairs("attn_mask", attn_mask, query, key, value), NO_MASK, False, False
 
 
 def _check_probability(p):
@@ -240,7 +269,8 @@ def _seed(p, seed, device):
     if not isinstance(seed, torch.Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
         got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}" if isinstance(seed, torch.Tensor) else repr(seed)
         raise RuntimeError(f"dropout_seed: expected one int64 on {device}, got {got}")
-    return seed.reshape(1) if p else None
+    # a copy: the caller may count his own on before the backward pass draws
+    return seed.reshape(1).clone() if p else None
 
 
 def _refuse(**arguments):
@@ -271,15 +301,21 @@ def _check_kind(**tensors):
             raise RuntimeError(f"{name}: expected the dtype of {first}, {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise RuntimeError(f"{name}: expected the device of {first}, {q.device}, got {x.device}")
-    if not TRITON:
-        raise RuntimeError("Triton is not installed: expected it beside torch; on a machine without a GPU, "
-                           "pip install 'tritonattn[cpu]'")
-    if q.device.type == "cpu" and not INTERPRETED:
-        raise RuntimeError(f"{first}: expected a tensor on a GPU, got one on the CPU; to run the kernels there in Triton's "
-                           "interpreter, set TRITON_INTERPRET=1 before Python starts")
+    _check_place(**{first: q})
     if q.dtype not in DTYPES and not (INTERPRETED and q.dtype == torch.float64):
         served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise RuntimeError(f"{first}: expected dtype {served} (float64 in Triton's interpreter only), got {q.dtype}")
+
+
+def _check_place(**tensors):
+    """Whether kernels run where these tensors are."""
+    if not TRITON:
+        raise RuntimeError("Triton is not installed: expected it beside torch; on a machine without a GPU, "
+                           "pip install 'tritonattn[cpu]'")
+    for name, x in tensors.items():
+        if x.device.type == "cpu" and not INTERPRETED:
+            raise RuntimeError(f"{name}: expected a tensor on a GPU, got one on the CPU; to run the kernels there in Triton's "
+                               "interpreter, set TRITON_INTERPRET=1 before Python starts")
 
 
 def _check_sizes(names, q, k, v):

@@ -152,7 +152,9 @@ def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
         return Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1)
     size = min(problem.dtype.itemsize, 4)
     like = family(gpu, RULE[size])
-    with_pairs = kernel == "dbias" or problem.bias is not None or problem.masked or problem.dropout
+    # with a map most tiles are walked without the mask; at small head sizes the plain tiles hold what that takes
+    masked = problem.masked and not (problem.mapped and width <= 64)
+    with_pairs = kernel == "dbias" or problem.bias is not None or masked or problem.dropout
     with_pairs |= kernel == "dkdv" and problem.lengths
     configs = (PAIRS_RULE[size] if with_pairs else RULE[size][like])[kernel].split()
     return Config.parse(configs[next(i for i, limit in enumerate(WIDTHS) if width <= limit)])

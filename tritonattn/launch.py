@@ -17,6 +17,7 @@ from .kernels.scores import LOG2E, Pairs, Scoring
 from .kernels.tile import Shape, Static, Strides, Tensor
 from .kernels.window import Window, mirror
 from .problem import Problem
+from .tile_map import TILE
 
 if INTERPRETED:
     from . import interpreter
@@ -58,6 +59,8 @@ class Inputs(NamedTuple):
     v: torch.Tensor
     bias: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    query_lists: torch.Tensor | None = None  # of a mask whose tiles are known (tile_map.py)
+    key_lists: torch.Tensor | None = None
     seed: torch.Tensor | None = None         # [1] int64, where dropout_p is not 0
     key_lengths: torch.Tensor | None = None  # one int32 for each batch, contiguous
     scale: float = 1.0
@@ -70,13 +73,13 @@ class Inputs(NamedTuple):
     def problem(self) -> Problem:
         """What is asked, without the tensors."""
         return Problem.of(*self[:3], (self.left, self.right), self.bottom_right, self.bias, self.mask, self.dropout_p,
-                          self.key_lengths)
+                          self.key_lengths, self.query_lists)
 
 
 def forward_call(problem: Problem, config: Config, inputs: Inputs, results: Results) -> Call:
     """`results` are tensors; without a residual nothing is kept of what rounding takes from o."""
     *records, pairs, shape = arguments(problem, config, *inputs[:3], results, _pairs(problem, inputs))
-    shape, static = _bounded(inputs, shape), _static(problem, config, _last_is_short(problem, config))
+    shape, static = _bounded(inputs, shape), _over_keys(problem, config)
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
     scoring = _scoring(inputs, Window(*problem.window), pairs)
     return Call(forward.forward_kernel, programs, (*records, shape, scoring, static), config)
@@ -86,14 +89,14 @@ def delta_call(problem: Problem, config: Config, o, residual, do, dlse, delta) -
     """`residual` and `dlse` may be None."""
     tensors = arguments(problem, config, o, residual, do, dlse, delta)
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
-    static = _static(problem, config, False)
+    static = _static(problem, config)
     return Call(backward.delta_kernel, programs, (*tensors, static), config)
 
 
 def dq_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dq) -> Call:
     """`queries` are tensors: q, its cotangent, and what the forward pass left behind."""
     *records, pairs, shape = arguments(problem, config, queries, *inputs[1:3], dq, _pairs(problem, inputs))
-    shape, static = _bounded(inputs, shape), _static(problem, config, _last_is_short(problem, config))
+    shape, static = _bounded(inputs, shape), _over_keys(problem, config)
     programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
     scoring = _scoring(inputs, Window(*problem.window), pairs)
     return Call(backward.dq_kernel, programs, (*records, shape, scoring, static), config)
@@ -102,10 +105,10 @@ def dq_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, 
 def dkdv_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dk, dv) -> Call:
     """`dk` or `dv` may be None: it is then not computed. `queries.delta` is needed only for dk."""
     # seen from the keys, what is given for each pair lies transposed
-    bias, mask, _ = _pairs(problem, inputs)
-    turned = Pairs(tuple(x.mT for x in bias), tuple(x.mT for x in mask))
+    given = _pairs(problem, inputs)
+    turned = Pairs(tuple(x.mT for x in given.bias), tuple(x.mT for x in given.mask), (), _lists(problem, inputs.key_lists))
     *records, pairs, shape = arguments(problem, config, queries, *inputs[1:3], dk, dv, turned)
-    shape, static = _bounded(inputs, shape), _static(problem, config, problem.n_q % config.block_m != 0)
+    shape, static = _bounded(inputs, shape), _over_queries(problem, config)
     static = static._replace(OUT=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
     programs = _programs(problem, problem.kv_heads, problem.n_k, config.block_n)
     scoring = _scoring(inputs, mirror(Window(*problem.window)), pairs)
@@ -114,13 +117,13 @@ def dkdv_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries
 
 def dbias_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dbias) -> Call:
     """`dbias` has the shape of the bias, whose last size is that of the keys."""
-    target = _expanded(problem, dbias)
-    *records, target, pairs, shape = arguments(problem, config, queries, *inputs[1:3], target, _pairs(problem, inputs))
+    target, given = _expanded(problem, dbias), _pairs(problem, inputs)._replace(listing=())
+    *records, target, pairs, shape = arguments(problem, config, queries, *inputs[1:3], target, given)
     own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, shape.batches))
     owned = Members(own, dbias.shape[-3])
     summed = Members(tuple(size // mine for size, mine in zip(shape.batches, own)), problem.heads // dbias.shape[-3])
     rows = 1 if dbias.shape[-2] == 1 else problem.n_q
-    static = _static(problem, config, False)._replace(OUT=tl.constexpr("keys" if rows == 1 else "pairs"))
+    static = _static(problem, config)._replace(OUT=tl.constexpr("keys" if rows == 1 else "pairs"))
     programs = math.prod(own) * owned.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
     scoring = _scoring(inputs, Window(*problem.window), pairs)
     shape = _bounded(inputs, shape)
@@ -132,9 +135,34 @@ def _bounded(inputs: Inputs, shape: Shape) -> Shape:
     return shape if inputs.key_lengths is None else shape._replace(lengths=(inputs.key_lengths, int(inputs.bottom_right)))
 
 
-def _last_is_short(problem: Problem, config: Config) -> bool:
-    """Whether the last tile of keys may not be whole."""
-    return problem.lengths or problem.n_k % config.block_n != 0
+def _over_keys(problem: Problem, config: Config) -> Static:
+    """For a loop over keys; where batches have their own numbers of them, any tile may be the last, and not whole."""
+    ragged = problem.lengths or problem.n_k % _unit(problem, config, config.block_n) != 0
+    return _static(problem, config, ragged, modes(problem, problem.window, ragged))
+
+
+def _over_queries(problem: Problem, config: Config) -> Static:
+    """For a loop over queries, seen from the keys."""
+    ragged = problem.n_q % _unit(problem, config, config.block_m) != 0
+    return _static(problem, config, ragged, modes(problem, mirror(Window(*problem.window)), ragged))
+
+
+def _unit(problem: Problem, config: Config, block: int) -> int:
+    """All tiles of a loop in steps of `block` are whole if what it walks is a multiple of this."""
+    if problem.mapped and max(config.block_m, config.block_n) > TILE:
+        raise ValueError(f"config: expected blocks of at most {TILE}, the tiles of the mask's map, got {config}")
+    return TILE if problem.mapped else block
+
+
+def modes(problem: Problem, window, ragged: bool) -> tuple:
+    """How the left edge, the full stretch and the right edge of the loop are walked (kernels/window.py)."""
+    left, right = (side is not None for side in window)
+    if problem.mapped:
+        # what all see according to the map may still lie outside the window, or past the keys of its batch
+        whole = "edge" if left or right or problem.lengths else "dense" if problem.bias else "full"
+        return None, whole, "edge"
+    whole = "dense" if problem.bias or problem.masked else "full"
+    return "edge" if left else None, whole, "edge" if right or ragged else None
 
 
 def _expanded(problem: Problem, x):
@@ -145,7 +173,13 @@ def _expanded(problem: Problem, x):
 def _pairs(problem: Problem, inputs: Inputs) -> Pairs:
     """Bias and mask, expanded; the mask as bytes, which Triton loads alike in all its versions."""
     mask = () if inputs.mask is None else (_expanded(problem, inputs.mask.view(torch.uint8)),)
-    return Pairs(() if inputs.bias is None else (_expanded(problem, inputs.bias),), mask)
+    bias = () if inputs.bias is None else (_expanded(problem, inputs.bias),)
+    return Pairs(bias, mask, (), _lists(problem, inputs.query_lists))
+
+
+def _lists(problem: Problem, lists) -> tuple:
+    """Lists of tiles for every batch and head."""
+    return () if lists is None else (lists.expand(*problem.batch, problem.heads, -1, -1),)
 
 
 def arguments(problem: Problem, config: Config, *tensors) -> tuple:
@@ -195,10 +229,10 @@ def _record(x, rank, batch_strides, block, width) -> Tensor:
     return Tensor(x, Strides(tuple(batch_strides), head, row, col), tl.constexpr(wide))
 
 
-def _static(problem: Problem, config: Config, ragged: bool) -> Static:
+def _static(problem: Problem, config: Config, ragged: bool = False, walked: tuple = ()) -> Static:
     # what torch.set_float32_matmul_precision sets, also where the newer fp32_precision was used
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, ACC[problem.dtype],
+    values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, walked, ACC[problem.dtype],
               "tf32" if tf32 else "ieee")
     return Static(*map(tl.constexpr, values))
 
@@ -214,8 +248,9 @@ def _scoring(inputs: Inputs, window: Window, pairs: Pairs) -> Scoring:
 
 
 def dropping(p: float, seed: torch.Tensor) -> Dropout:
-    """Dropout with probability p, a multiple of 2^-32; what is kept is multiplied by 1 / (1 - p), or by 0 where p is 1."""
-    return Dropout(seed, min(round(p * 2**32), 2**32 - 1), 1 / (1 - p) if p < 1 else 0.0)
+    """Dropout with probability p, rounded to a multiple of 2^-32; what is kept is multiplied by 1 / (1 - p), by 0 if p is 1."""
+    threshold = min(round(p * 2**32), 2**32 - 1)
+    return Dropout(seed, threshold, 2**32 / (2**32 - threshold) if p < 1 else 0.0)
 
 
 def keep_call(keep: torch.Tensor, dropout: Dropout) -> Call:
@@ -239,8 +274,11 @@ def example_call(kernel: str, problem: Problem, config: Config, residual: bool =
     pairs = q.new_empty(*q.shape[:-1], problem.n_k, dtype=problem.bias or torch.bool)
     excess = (lse,) if problem.bias else ()
     lengths = q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None
+    tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
+    lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
     inputs = Inputs(q, k, v, pairs if problem.bias else None, pairs.to(torch.bool) if problem.masked else None,
-                    q.new_empty(1, dtype=torch.int64), lengths, dropout_p=0.5 * problem.dropout)
+                    *lists if problem.mapped else (None, None), q.new_empty(1, dtype=torch.int64), lengths,
+                    dropout_p=0.5 * problem.dropout)
     queries = Queries(q, o, lse, lse, excess)
     return {
         "forward": lambda: forward_call(problem, config, inputs, Results(o, lse, () if kept is None else (kept,), excess)),

@@ -6,6 +6,8 @@ The ops are what torch.compile, export and the FLOP counter see; Problem and Con
 dimensions agree and heads divide when a call comes here: attention.py has seen to it.
 """
 
+import itertools
+
 import torch
 
 from . import config
@@ -16,7 +18,9 @@ if TRITON:
 
 # GIVEN and OPTIONS are the fields of launch.Inputs
 OPTIONS = "float scale, int? left, int? right, bool bottom_right, float dropout_p"
-GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? seed, Tensor? key_lengths"
+GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? query_lists, Tensor? key_lists, "
+GIVEN += "Tensor? seed, Tensor? key_lengths"
+FIELDS = ("q", "k", "v", "bias", "mask", "query_lists", "key_lists", "seed", "key_lengths")
 LEFT = "Tensor o, Tensor lse, Tensor residual, Tensor excess"
 torch.library.define("tritonattn::forward", f"({GIVEN}, {OPTIONS}, bool keep_residual) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {GIVEN}, {LEFT}, {OPTIONS}, bool[] wanted)"
@@ -29,7 +33,8 @@ def empty_rows(like, width):
 
     A [B, H, L, D] view of [B, L, H, D] memory gets a result that lies the same way.
     """
-    rows = torch.empty_like(like[..., 0], device="meta")
+    # without columns there is no order to keep; and a fake tensor knows select, where it would build an index
+    rows = torch.empty_like(like.select(-1, 0) if like.shape[-1] else like.sum(-1), device="meta")
     strides = [stride * width for stride in rows.stride()]
     return like.new_empty_strided((*like.shape[:-1], width), (*strides, 1))
 
@@ -59,7 +64,7 @@ def _forward(*arguments):
 
 def _backward(do, dlse, *arguments):
     """The op: a launch.Inputs, spread out around what the forward pass left, and which gradients are wanted."""
-    given, (o, lse, residual, excess), (*numbers, wanted) = arguments[:7], arguments[7:11], arguments[11:]
+    given, (o, lse, residual, excess), (*numbers, wanted) = arguments[:9], arguments[9:13], arguments[13:]
     inputs = launch.Inputs(*given, *numbers)
     problem, device, bias = inputs.problem, inputs.q.device, inputs.bias
     dq, dk, dv, dbias = found = empty_gradients(given[:4], wanted)
@@ -69,15 +74,17 @@ def _backward(do, dlse, *arguments):
     def run(kernel, call, *tensors):
         launch.run(call(problem, config.find(kernel, problem, of(device)), *tensors), device)
 
-    if wanted[0] or wanted[1] or wanted[3]:
+    if wanted[0] or wanted[1] or (wanted[3] and bias.shape[-1] != 1):
         run("delta", launch.delta_call, o, residual if residual.numel() else None, do, dlse, delta)
     if wanted[0]:
         run("dq", launch.dq_call, inputs, queries, dq)
     if wanted[1] or wanted[2]:
         run("dkdv", launch.dkdv_call, inputs, queries, dk if wanted[1] else None, dv if wanted[2] else None)
-    if wanted[3] and bias.shape[-1] == 1:
-        # what all scores of a row share changes nothing but its log-sum-exp
-        rows = torch.zeros_like(lse) if dlse is None else torch.where(lse == -torch.inf, 0, dlse)
+    if wanted[3] and 0 in (lse.numel(), inputs.k.shape[-2]):
+        dbias.zero_()
+    elif wanted[3] and bias.shape[-1] == 1:
+        # what all scores of a row share changes nothing but its log-sum-exp; where that is not finite, nor is the gradient
+        rows = torch.where(lse == -torch.inf, 0, lse * 0 if dlse is None else dlse + lse * 0)
         dbias.copy_(rows.unsqueeze(-1).sum_to_size(bias.shape))
     elif wanted[3]:
         run("dbias", launch.dbias_call, inputs, queries, dbias)
@@ -124,7 +131,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.options = inputs[:7], inputs[7:-1]
+        tensors, ctx.options = inputs[:9], inputs[9:-1]
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
@@ -137,7 +144,7 @@ class Attention(torch.autograd.Function):
             do = o.new_zeros(()).expand(o.shape)
         wanted = list(ctx.needs_input_grad[:4])
         gradients = AttentionBackward.apply(do, dlse, *tensors, o, lse, residual, excess, *ctx.options, wanted)
-        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * 9
+        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * 11
 
     @staticmethod
     def jvp(ctx, *_):
@@ -170,14 +177,24 @@ class AttentionBackward(torch.autograd.Function):
 
 
 def _as_batch(function, info, in_dims, inputs):
-    """vmap: the mapped dimension becomes one more batch dimension, the first. What is absent stays so."""
-    def lead(x, dim):
-        if not isinstance(x, torch.Tensor) or x.dim() == 1:
-            return x
-        return x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+    """vmap: the mapped dimension becomes one more batch dimension, the first. What is absent, or empty, stays so.
 
-    out = function.apply(*(lead(x, dim) for x, dim in zip(inputs, in_dims)))
-    return out, tuple(0 if x.dim() > 1 else None for x in out)
+    With dropout it is a loop: what is dropped depends on a pair's batch, which is that of the function that is mapped.
+    """
+    names = FIELDS if function is Attention else ("do", "dlse", *FIELDS[:9], "o", "lse", "residual", "excess")
+
+    def lead(x, dim, name=None):
+        if not isinstance(x, torch.Tensor) or (name in ("residual", "excess") and x.dim() == 1):
+            return x
+        x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.contiguous() if name == "key_lengths" else x
+
+    if inputs[names.index("seed")] is None:
+        out = function.apply(*itertools.starmap(lead, itertools.zip_longest(inputs, in_dims, names[:len(inputs)])))
+        return out, tuple(0 if x.dim() > 1 else None for x in out)
+    found = [function.apply(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims)))
+             for i in range(info.batch_size)]
+    return tuple(map(torch.stack, zip(*found))), (0,) * len(found[0])
 
 
 # exported programs call the op itself
@@ -188,8 +205,8 @@ torch.library.register_autograd("tritonattn::backward", AttentionBackward.backwa
 
 # opaque to Dynamo, which would trace the backward pass too, and lose its rule for vmap and its error for second derivatives
 @torch.compiler.allow_in_graph
-def attend(q, k, v, bias, mask, seed, key_lengths, *options, precise_grad):
-    """o and lse; `options` are the op's: scale, left, right, bottom_right, dropout_p.
+def attend(q, k, v, bias, *others, precise_grad):
+    """o and lse; the arguments are the op's.
 
     The residual is kept where a gradient may be taken of 16-bit numbers.
     """
@@ -197,7 +214,7 @@ def attend(q, k, v, bias, mask, seed, key_lengths, *options, precise_grad):
     tensors = (x for x in (q, k, v, bias) if x is not None)
     wanted = any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     keep_residual = precise_grad and torch.is_grad_enabled() and wanted and q.dtype.itemsize == 2
-    return Attention.apply(q, k, v, bias, mask, seed, key_lengths, *options, keep_residual)[:2]
+    return Attention.apply(q, k, v, bias, *others, keep_residual)[:2]
 
 
 def _register_flop_formulas():

@@ -29,10 +29,11 @@ class Problem:
     masked: bool = False             # whether there is a boolean for each pair
     dropout: bool = False
     lengths: bool = False            # whether each batch has its own number of keys, n_k at the most
+    mapped: bool = False             # whether it is known which tiles of the mask are seen whole, in part or not at all
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
-           key_lengths=None) -> "Problem":
+           key_lengths=None, lists=None) -> "Problem":
         """The problem that these tensors pose; a side of the window that excludes nothing is dropped."""
         n_q, n_k = q.shape[-2], k.shape[-2]
         shift = n_k - n_q if bottom_right else 0
@@ -42,7 +43,7 @@ class Problem:
         right = None if right is None or right >= n_k - 1 - shift else right
         return Problem(tuple(q.shape[:-3]), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
                        (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
-                       dropout_p > 0, key_lengths is not None)
+                       dropout_p > 0, key_lengths is not None, lists is not None)
 
     @property
     def group(self) -> int:
@@ -85,7 +86,8 @@ class Problem:
         return tuple(draw(*size) for size in self._sizes())
 
     def bytes(self, direction: str = "forward") -> int:
-        """Bytes that must move at the least: every input read once, every result written once."""
+        """Bytes that must move at the least: q, k and v read once, every result written once. Biases and masks, whose own
+        shapes are not known here, are not counted."""
         q, k, v = (math.prod(self.batch) * heads * n * width for heads, n, width in self._sizes())
         o, rows = q // max(self.d, 1) * self.dv, math.prod(self.batch) * self.heads * self.n_q
         numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + 2 * o}[direction]
@@ -103,7 +105,8 @@ class Problem:
     def from_json(fields: dict) -> "Problem":
         """The problem whose `as_json` this is."""
         lists = {name: tuple(fields[name]) for name in ("batch", "window")}
-        dtypes = {name: fields[name] and getattr(torch, fields[name]) for name in ("dtype", "bias")}
+        # what was recorded before there were biases has none
+        dtypes = {name: fields.get(name) and getattr(torch, fields[name]) for name in ("dtype", "bias")}
         return Problem(**fields | lists | dtypes)
 
     def __str__(self):
@@ -113,7 +116,7 @@ class Problem:
         sizes = (*self.batch, pair(self.heads, self.kv_heads), pair(self.n_q, self.n_k), pair(self.d, self.dv))
         window = "" if self.mask != "window" else f"{self.window[0]},{self.window[1]}"
         shift = f" shift {self.shift}" if self.shift and self.mask != "full" else ""
-        names = {"masked": self.masked, "dropout": self.dropout, "lengths": self.lengths}
+        names = {"masked": self.masked, "mapped": self.mapped, "dropout": self.dropout, "lengths": self.lengths}
         extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name, there in names.items() if there]
         return " ".join([f"{'x'.join(map(str, sizes))} {_name(self.dtype)} {self.mask}{window}{shift}", *extras])
 

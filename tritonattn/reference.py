@@ -6,26 +6,32 @@
 import torch
 
 
-def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, return_lse=False):
+def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
+              keep=None, dropout_p=0.0, return_lse=False):
     """Attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
     the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False hides a pair) broadcast to
-    [..., H, L, S]. Memory grows with L x S. Inputs are taken to be finite and well formed, but for -inf in the bias.
+    [..., H, L, S]; key_lengths has the batch's shape. With dropout_p, `keep` says which weights are kept (booleans, see
+    `tritonattn.dropout_mask`). Memory grows with L x S. Inputs are taken to be finite and well formed, but for -inf in the
+    bias.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:
         k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
-    seen = visible(q.shape[-2], k.shape[-2], causal=causal, window=window, align=align, device=q.device)
+    seen = visible(q.shape[-2], k.shape[-2], causal=causal, window=window, align=align, key_lengths=key_lengths,
+                   device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = q @ k.mT * scale
-    if bias is not None:
-        s = (s + bias).to(s.dtype)
+    s = s if bias is None else s + bias
     s = s.masked_fill(~(seen if mask is None else seen & mask), -torch.inf)
     # a row that sees nothing has no softmax: its output is 0 and its log-sum-exp -inf
     blind = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(blind, 0.0)
-    o = s.softmax(-1).masked_fill(blind, 0.0) @ v
+    p = s.softmax(-1).masked_fill(blind, 0.0)
+    if dropout_p:
+        p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
+    o = p.to(v.dtype) @ v
     if not return_lse:
         return o
     lse = s.logsumexp(-1) if s.shape[-1] else s.sum(-1)
@@ -35,8 +41,9 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 def by_heads(q, k, v, do=None, *, dtype=torch.float64, scores=2**27, **options):
     """o in `dtype`, and with do also dq, dk and dv, a few heads at a time: what `attention` gives, at any size.
 
-    Shapes as in `attention`, batch dimensions equal. No more than `scores` of them (or one head's) are formed at once, and
-    no more numbers of keys and values are copied, which with few queries are the most.
+    Shapes as in `attention`, batch dimensions equal; the options are those of `attention` that are the same for every head.
+    No more than `scores` of them (or one head's) are formed at once, and no more numbers of keys and values are copied,
+    which with few queries are the most.
     """
     heads, kv_heads = q.shape[-3], k.shape[-3]
     (n_q, n_k), wide = (q.shape[-2], k.shape[-2]), torch.promote_types(dtype, torch.float32)
@@ -58,17 +65,20 @@ def by_heads(q, k, v, do=None, *, dtype=torch.float64, scores=2**27, **options):
     return o if do is None else (o, dq.view_as(q), dk.view_as(k), dv.view_as(v))
 
 
-def visible(n_q, n_k, *, causal=False, window=(None, None), align=None, device=None):
+def visible(n_q, n_k, *, causal=False, window=(None, None), align=None, key_lengths=None, device=None):
     """[n_q, n_k] booleans: query i sees key j if -left <= j - (i + shift) <= right.
 
-    shift is 0 for align="top_left", n_k - n_q for "bottom_right"; causal bounds right by 0.
+    shift is 0 for align="top_left", n_k - n_q for "bottom_right"; causal bounds right by 0. With key_lengths [...] there are
+    [..., 1, n_q, n_k], and n_k is each one's own.
     """
     left, right = window
     if causal:
         right = 0 if right is None else min(right, 0)
-    shift = n_k - n_q if align == "bottom_right" else 0
-    distance = torch.arange(n_k, device=device) - torch.arange(n_q, device=device)[:, None] - shift
-    seen = torch.ones(n_q, n_k, dtype=torch.bool, device=device)
+    n = n_k if key_lengths is None else key_lengths.clamp(0, n_k)[..., None, None, None]
+    shift = n - n_q if align == "bottom_right" else 0
+    cols = torch.arange(n_k, device=device)
+    distance = cols - torch.arange(n_q, device=device)[:, None] - shift
+    seen = torch.ones_like(distance, dtype=torch.bool) & (cols < n)
     if left is not None:
         seen &= distance >= -left
     if right is not None:

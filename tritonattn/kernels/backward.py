@@ -31,7 +31,7 @@ from .tile import (
     where,
     zeros,
 )
-from .window import CARE, Window, bounded, exists, mode_of, spans, stages_of, step_of
+from .window import CARE, Window, bounded, mode_of, place, spans, stages_of, step_of, stretches
 
 
 class Queries(NamedTuple):
@@ -129,7 +129,8 @@ def gather_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl.con
     """Add to dq [M, D] what the keys [start, stop) give; `queries` is a tile, `keys` are matrices."""
     N: tl.constexpr = step_of(static.BLOCK_N, MODE)
     CHECK: tl.constexpr = static.RAGGED and bounded(MODE)
-    for first in tl.range(start, stop, N, num_stages=stages_of(MODE)):
+    for step in tl.range(start, stop, N, num_stages=stages_of(MODE)):
+        first = place(scoring.pairs.listing, step)
         k = load_tile(keys.k, first, N, static.D, CHECK)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
         s = scores(queries.q, k, row, first, keys.k.rows, scoring, static, MODE)
@@ -143,25 +144,25 @@ def gather_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl.con
 @triton.jit
 def dq_kernel(queries, k, v, dq, shape, scoring, static):
     M: tl.constexpr = static.BLOCK_M
-    DENSE: tl.constexpr = len(scoring.pairs.bias) + len(scoring.pairs.mask) > 0
+    HIDES: tl.constexpr = len(scoring.pairs.bias) + len(scoring.pairs.mask) > 0
     window = scoring.window
     first, head, batch = program(shape.heads, shape.n_q, M, window.right is not None)
     shape = shape_of(shape, batch)
     dq = matrix(dq, shape.batches, batch, head, shape.n_q)
     queries = queries_of(queries, shape, batch, head)
     keys = keys_of(k, v, shape, batch, head // static.GROUP)
-    pairs = at_head(scoring.pairs, shape.batches, batch, head, shape.n_q, shape.shift)
+    pairs = at_head(scoring.pairs, shape.batches, batch, head, first, shape.n_q, shape.shift)
     scoring = Scoring(scoring.unit, scoring.factor, window, pairs)
-    bounds = spans(window, first + shape.shift, shape.n_k, M, static.BLOCK_N)
+    bounds = stretches(pairs.listing, window, first + shape.shift, shape.n_k, M, static.BLOCK_N)
 
     tile = load_queries(queries, first, M, static, True)
     acc = zeros(M, static.D, static.ACC)
     for part in tl.static_range(3):
-        if exists(part, window.left is not None, window.right is not None or static.RAGGED):
+        if mode_of(static.MODES, part) is not None:
             acc = gather_dq(acc, tile, keys, first + shape.shift, bounds[part], bounds[part + 1], scoring, static,
-                            mode_of(part, DENSE))
+                            mode_of(static.MODES, part))
     store_tile(dq, first, scaled(acc, gradient_scale(scoring)), M, static.D)
-    if window.left is not None or window.right is not None or DENSE:
+    if window.left is not None or window.right is not None or HIDES:
         if stored_nan(dq, first, M, static.D, static.ACC):
             for some in tl.range(first, first + M, CARE, num_stages=1):
                 tile_some = load_queries(queries, some, CARE, static, True)
@@ -177,7 +178,8 @@ def gather_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MODE: 
     Scores are taken transposed, [N, M], so that P and dS meet dO and Q as they lie in registers.
     """
     M: tl.constexpr = step_of(static.BLOCK_M, MODE)
-    for first in tl.range(start, stop, M, num_stages=stages_of(MODE)):
+    for step in tl.range(start, stop, M, num_stages=stages_of(MODE)):
+        first = place(scoring.pairs.listing, step)
         tile = load_queries(queries, first, M, static, static.RAGGED and bounded(MODE))
         s = scores(keys.k, tile.q, col, first, queries.q.rows, scoring, static, MODE)
         p = weights(s, tile, scoring.unit, True, MODE)
@@ -191,14 +193,13 @@ def gather_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MODE: 
 
 
 @triton.jit
-def gather_head(dk, dv, keys, queries, col, bounds, scoring, static):
-    """Add what one query head gives."""
-    DENSE: tl.constexpr = len(scoring.pairs.bias) + len(scoring.pairs.mask) > 0
-    window = scoring.window
+def gather_head(dk, dv, keys, queries, col, n, scoring, static):
+    """Add what the first n queries of one head give."""
+    bounds = stretches(scoring.pairs.listing, scoring.window, col, n, static.BLOCK_N, static.BLOCK_M)
     for part in tl.static_range(3):
-        if exists(part, window.left is not None, window.right is not None or static.RAGGED):
+        if mode_of(static.MODES, part) is not None:
             dk, dv = gather_dkdv(dk, dv, keys, queries, col, bounds[part], bounds[part + 1], scoring, static,
-                                 mode_of(part, DENSE))
+                                 mode_of(static.MODES, part))
     return dk, dv
 
 
@@ -226,24 +227,23 @@ def dkdv_kernel(queries, k, v, dk, dv, shape, scoring, static):
         dv = matrix(dv, shape.batches, batch, head, shape.n_k)
     shape = shape_of(shape, batch)
     k, v = keys_of(k, v, shape, batch, head)
-    bounds = spans(window, first - shape.shift, shape.n_q, N, static.BLOCK_M)
-
     keys = Keys(load_tile(k, first, N, static.D, True), load_tile(v, first, N, static.DV, True))
-    col = first - shape.shift
+    col, n = first - shape.shift, shape.n_q
+    if len(shape.lengths) == 2:
+        # keys past those that a batch has meet no query
+        n = tl.where(first < shape.n_k, n, 0)
     dk_tile, dv_tile = zeros(N, static.D, static.ACC), zeros(N, static.DV, static.ACC)
     if static.GROUP == 1:
         # a loop of one step would cost registers
-        pairs = at_head(scoring.pairs, shape.batches, batch, head, shape.n_k, -shape.shift)
+        pairs = at_head(scoring.pairs, shape.batches, batch, head, first, shape.n_k, -shape.shift)
         here = Scoring(scoring.unit, scoring.factor, window, pairs)
-        dk_tile, dv_tile = gather_head(dk_tile, dv_tile, keys, queries_of(queries, shape, batch, head), col, bounds, here,
-                                       static)
+        dk_tile, dv_tile = gather_head(dk_tile, dv_tile, keys, queries_of(queries, shape, batch, head), col, n, here, static)
     else:
         for member in tl.range(0, static.GROUP):
             of = head * static.GROUP + member
-            pairs = at_head(scoring.pairs, shape.batches, batch, of, shape.n_k, -shape.shift)
+            pairs = at_head(scoring.pairs, shape.batches, batch, of, first, shape.n_k, -shape.shift)
             here = Scoring(scoring.unit, scoring.factor, scoring.window, pairs)
-            dk_tile, dv_tile = gather_head(dk_tile, dv_tile, keys, queries_of(queries, shape, batch, of), col, bounds, here,
-                                           static)
+            dk_tile, dv_tile = gather_head(dk_tile, dv_tile, keys, queries_of(queries, shape, batch, of), col, n, here, static)
     write_dkdv(dk, dv, dk_tile, dv_tile, first, N, shape, scoring, static)
     if window.left is not None or window.right is not None or len(scoring.pairs.bias) + len(scoring.pairs.mask) > 0:
         careful = False
@@ -252,11 +252,11 @@ def dkdv_kernel(queries, k, v, dk, dv, shape, scoring, static):
         if static.OUT != "dk":
             careful |= stored_nan(dv, first, N, static.DV, static.ACC)
         if careful:
-            dkdv_with_care(dk, dv, Keys(k, v), queries, first, bounds, head, batch, shape, scoring, static)
+            dkdv_with_care(dk, dv, Keys(k, v), queries, first, head, batch, shape, scoring, static)
 
 
 @triton.jit
-def dkdv_with_care(dk, dv, keys, queries, first, bounds, head, batch, shape, scoring, static):
+def dkdv_with_care(dk, dv, keys, queries, first, head, batch, shape, scoring, static):
     """The same once more, CARE keys at a time."""
     for some in tl.range(first, first + static.BLOCK_N, CARE, num_stages=1):
         tile = Keys(load_tile(keys.k, some, CARE, static.D, True), load_tile(keys.v, some, CARE, static.DV, True))
@@ -264,8 +264,9 @@ def dkdv_with_care(dk, dv, keys, queries, first, bounds, head, batch, shape, sco
         dk_tile, dv_tile = zeros(CARE, static.D, static.ACC), zeros(CARE, static.DV, static.ACC)
         for member in tl.range(0, static.GROUP):
             of = head * static.GROUP + member
-            pairs = at_head(scoring.pairs, shape.batches, batch, of, shape.n_k, -shape.shift)
+            pairs = at_head(scoring.pairs, shape.batches, batch, of, some, shape.n_k, -shape.shift)
             here = Scoring(scoring.unit, scoring.factor, scoring.window, pairs)
+            bounds = stretches(pairs.listing, scoring.window, col, shape.n_q, CARE, static.BLOCK_M)
             dk_tile, dv_tile = gather_dkdv(dk_tile, dv_tile, tile, queries_of(queries, shape, batch, of), col, bounds[0],
                                            bounds[3], here, static, "careful")
         write_dkdv(dk, dv, dk_tile, dv_tile, some, CARE, shape, scoring, static)
@@ -299,7 +300,9 @@ def gather_dbias(dbias, queries, keys, col, start, stop, shape, scoring, static)
         s = scores(tile.q, keys.k, row, col, shape.n_k, scoring, static, "edge")
         p = weights(s, tile, scoring.unit, False, "edge")
         dp, = gained((dropped(inner(tile.do, keys.v, static), row, col, scoring, False),), scoring)
-        dbias += score_gradient(s, p, dp, tile.delta[:, None], "edge")
+        ds = score_gradient(s, p, dp, tile.delta[:, None], "edge")
+        # past the last query there are zeros, which a nan in a key would turn into one
+        dbias += tl.where((first + tl.arange(0, M) < shape.n_q)[:, None], ds, 0.0)
     return dbias
 
 
@@ -326,7 +329,7 @@ def dbias_kernel(queries, k, v, dbias, owned, summed, shape, scoring, static):
         here = shape_of(shape, batch)
         keys = keys_of(k, v, here, batch, head // static.GROUP)
         keys = Keys(load_tile(keys.k, first_col, N, static.D, True), load_tile(keys.v, first_col, N, static.DV, True))
-        pairs = at_head(scoring.pairs, shape.batches, batch, head, shape.n_q, here.shift)
+        pairs = at_head(scoring.pairs, shape.batches, batch, head, first, shape.n_q, here.shift)
         # the queries that see one of these keys, or of them this tile's
         seen = spans(Window(scoring.window.right, scoring.window.left), first_col - here.shift, shape.n_q, N, M)
         start, stop = seen[0], seen[3]

@@ -8,7 +8,7 @@ import triton.language as tl
 from .scores import Scoring, at_head, scores
 from .softmax import softmax_finish, softmax_start, softmax_step
 from .tile import Matrix, Tensor, load_tile, matrix, program, rounding, shape_of, store_rows, store_tile, stored_nan
-from .window import CARE, bounded, exists, mode_of, spans, stages_of, step_of
+from .window import CARE, bounded, mode_of, place, stages_of, step_of, stretches
 
 
 class Keys(NamedTuple):
@@ -48,7 +48,8 @@ def attend(state, q, keys, row, start, stop, scoring, static, PRECISE: tl.conste
     """Let the queries q [M, D] from position `row` on meet the keys [start, stop)."""
     N: tl.constexpr = step_of(static.BLOCK_N, MODE)
     CHECK: tl.constexpr = static.RAGGED and bounded(MODE)
-    for first in tl.range(start, stop, N, num_stages=stages_of(MODE)):
+    for step in tl.range(start, stop, N, num_stages=stages_of(MODE)):
+        first = place(scoring.pairs.listing, step)
         k = load_tile(keys.k, first, N, static.D, CHECK)
         s = scores(q, k, row, first, keys.k.rows, scoring, static, MODE)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
@@ -72,7 +73,7 @@ def write(state, results, first, M: tl.constexpr, scoring, static):
 def forward_kernel(q, k, v, results, shape, scoring, static):
     M: tl.constexpr = static.BLOCK_M
     PRECISE: tl.constexpr = len(results.residual) == 1
-    DENSE: tl.constexpr = len(scoring.pairs.bias) + len(scoring.pairs.mask) > 0
+    HIDES: tl.constexpr = len(scoring.pairs.bias) + len(scoring.pairs.mask) > 0
     window = scoring.window
     # the last queries see most where the right side is bounded: start with them
     first, head, batch = program(shape.heads, shape.n_q, M, window.right is not None)
@@ -80,18 +81,18 @@ def forward_kernel(q, k, v, results, shape, scoring, static):
     q = matrix(q, shape.batches, batch, head, shape.n_q)
     results = results_of(results, shape, batch, head)
     keys = keys_of(k, v, shape, batch, head // static.GROUP)
-    pairs = at_head(scoring.pairs, shape.batches, batch, head, shape.n_q, shape.shift)
+    pairs = at_head(scoring.pairs, shape.batches, batch, head, first, shape.n_q, shape.shift)
     scoring = Scoring(scoring.unit, scoring.factor, window, pairs)
-    bounds = spans(window, first + shape.shift, shape.n_k, M, static.BLOCK_N)
+    bounds = stretches(pairs.listing, window, first + shape.shift, shape.n_k, M, static.BLOCK_N)
 
     q_tile = load_tile(q, first, M, static.D, True)
     state = softmax_start(M, static)
     for part in tl.static_range(3):
-        if exists(part, window.left is not None, window.right is not None or static.RAGGED):
+        if mode_of(static.MODES, part) is not None:
             state = attend(state, q_tile, keys, first + shape.shift, bounds[part], bounds[part + 1], scoring, static, PRECISE,
-                           mode_of(part, DENSE))
+                           mode_of(static.MODES, part))
     write(state, results, first, M, scoring, static)
-    if window.left is not None or window.right is not None or DENSE:
+    if window.left is not None or window.right is not None or HIDES:
         if stored_nan(results.o, first, M, static.DV, static.ACC):
             for some in tl.range(first, first + M, CARE, num_stages=1):
                 q_some = load_tile(q, some, CARE, static.D, True)

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from .dropout import drawn_at, kept
-from .tile import inner, load_pairs, pairs_of, scaled
-from .window import Window, bounded, visible
+from .tile import Matrix, inner, load_pairs, matrix, pairs_of, scaled
+from .window import TILE, Window, bounded, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -20,6 +20,7 @@ class Pairs(NamedTuple):
     bias: tuple = ()     # added to the score, -inf hides a pair; strides are 0 where it is broadcast
     mask: tuple = ()     # bytes, 0 hides a pair
     dropout: tuple = ()  # a Dropout: which weights are kept
+    listing: tuple = ()  # of the mask, which tiles are seen whole and in part; of one head, the list of one tile of rows
 
 
 class Scoring(NamedTuple):
@@ -32,16 +33,22 @@ class Scoring(NamedTuple):
 
 
 @triton.jit
-def at_head(pairs, batches, batch, head, rows, shift):
-    """What is given for the pairs of one head: its matrices, rows counted by their positions, the first at `shift`."""
-    bias, mask, dropout = pairs.bias, pairs.mask, pairs.dropout
+def at_head(pairs, batches, batch, head, first, rows, shift):
+    """What is given for the pairs of one head: its matrices, rows counted by their positions, the first at `shift`.
+
+    `first` is the row with which a program's tile begins, not its position.
+    """
+    bias, mask, dropout, listing = pairs.bias, pairs.mask, pairs.dropout, pairs.listing
     if len(pairs.bias) == 1:
         bias = (pairs_of(pairs.bias[0], batches, batch, head, rows, shift),)
     if len(pairs.mask) == 1:
         mask = (pairs_of(pairs.mask[0], batches, batch, head, rows, shift),)
     if len(pairs.dropout) == 1:
         dropout = (drawn_at(pairs.dropout[0], batch, head, shift),)
-    return Pairs(bias, mask, dropout)
+    if len(pairs.listing) == 1:
+        lists = matrix(pairs.listing[0], batches, batch, head, rows)
+        listing = (Matrix(lists.ptr + tl.cast(first // TILE, tl.int64) * lists.row, lists.row, lists.col, lists.rows),)
+    return Pairs(bias, mask, dropout, listing)
 
 
 @triton.jit
@@ -75,7 +82,8 @@ def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
         bias = load_pairs(scoring.pairs.bias[0], row, col, n, M, N, bounded(MODE)).to(static.ACC)
         # chosen, not added: a score that is hidden may be nan
         s = tl.where(bias == float("-inf"), bias, s + bias)
-    if len(scoring.pairs.mask) == 1:
+    # with a list, only what is walked as an edge is not seen whole
+    if len(scoring.pairs.mask) == 1 and (len(scoring.pairs.listing) == 0 or bounded(MODE)):
         s = tl.where(load_pairs(scoring.pairs.mask[0], row, col, n, M, N, bounded(MODE)) != 0, s, float("-inf"))
     if bounded(MODE):
         s = tl.where(visible(scoring.window, row + tl.arange(0, M), col + tl.arange(0, N), n), s, float("-inf"))

@@ -59,6 +59,7 @@ class Static(NamedTuple):
     BLOCK_M: tl.constexpr                          # queries per tile
     BLOCK_N: tl.constexpr                          # keys per tile
     RAGGED: tl.constexpr                           # the last tile of the loop is not whole
+    MODES: tl.constexpr                            # of the three stretches of the loop (window.py)
     ACC: tl.constexpr                              # dtype of sums
     PRECISION: tl.constexpr                        # of float32 products: "ieee" or "tf32"
     OUT: tl.constexpr = tl.constexpr("both")       # the gradients asked for of a tile of keys: "both", "dk" or "dv"
@@ -185,7 +186,7 @@ def store_rows(x, first, values, N: tl.constexpr):
 def pairs_of(x, batches, batch, head, rows, shift):
     """The matrix of one head of a tensor with an entry for each pair, its rows counted by their positions: from `shift` on."""
     found = matrix(x, batches, batch, head, rows + shift)
-    return Matrix(found.ptr - shift * found.row, found.row, found.col, found.rows)
+    return Matrix(found.ptr - tl.cast(shift, tl.int64) * found.row, found.row, found.col, found.rows)
 
 
 @triton.jit
@@ -247,11 +248,14 @@ def accumulate(acc, p, x, s, static, MODE: tl.constexpr):
 @triton.jit
 def add_product(acc, p, x, s, static, MODE: tl.constexpr):
     if MODE == "careful":
-        seen = (s != float("-inf")).to(x.dtype)
+        met = s != float("-inf")
+        seen, dropped = met.to(x.dtype), (met & (p.to(x.dtype) == 0)).to(x.dtype)
         up = ((x == float("inf")) | (x != x)).to(x.dtype)
         down = ((x == float("-inf")) | (x != x)).to(x.dtype)
         acc += tl.where(tl.dot(seen, up, out_dtype=static.ACC) > 0, float("inf"), 0.0)
         acc -= tl.where(tl.dot(seen, down, out_dtype=static.ACC) > 0, float("inf"), 0.0)
+        # as in any other loop, a weight of 0 that is seen makes nan of what is not finite
+        acc += tl.where(tl.dot(dropped, (x - x != 0).to(x.dtype), out_dtype=static.ACC) > 0, float("nan"), 0.0)
         x = tl.where(x - x == 0, x, 0.0)
     return tl.dot(p.to(x.dtype), x, acc, input_precision=static.PRECISION, out_dtype=static.ACC)
 

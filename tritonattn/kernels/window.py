@@ -11,10 +11,12 @@
 A side that is None is unbounded, and no code is compiled for it. Query i stands at position
 i + shift among the keys. Seen from the keys the window is mirrored and the shift is negative.
 
-A stretch of tiles is walked in one of these modes: "full" has no mask; "dense" has none of a window, but scores may be
--inf, of a bias or a mask; "edge" asks the window. Should a nan come out, perhaps it is 0 * inf of a pair that does not see
-each other: "careful" does the tile once more, CARE rows at a time, so that the rare case takes neither registers nor
-shared memory from the others.
+A map of a mask (tile_map.py) gives the stretches too: as a list of tiles, first those that all see, then the mixed ones.
+
+A stretch of tiles is walked in one of these modes, which the launch has chosen (None where there is no stretch): "full"
+has no mask; "dense" has none of a window, but scores may be -inf, of a bias or a mask; "edge" asks the window. Should a nan
+come out, perhaps it is 0 * inf of a pair that does not see each other: "careful" does the tile once more, CARE rows at a
+time, so that the rare case takes neither registers nor shared memory from the others.
 """
 
 from typing import NamedTuple
@@ -23,6 +25,7 @@ import triton
 import triton.language as tl
 
 CARE = tl.constexpr(16)
+TILE = tl.constexpr(128)  # rows and columns of the tiles of a map: no block is larger
 
 
 class Window(NamedTuple):
@@ -56,22 +59,38 @@ def spans(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
     return start, inner, tl.maximum(outer, inner), stop
 
 
+@triton.jit
+def stretches(listing, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The bounds of `spans`; with a map those of its list: nothing, the tiles that all see, the mixed ones."""
+    if len(listing) == 1:
+        entries = listing[0]
+        full = tl.load(entries.ptr) * TILE
+        return 0, 0, full, full + tl.load(entries.ptr + entries.col) * TILE
+    else:
+        return spans(window, first, n, ROWS, COLS)
+
+
+@triton.jit
+def place(listing, step):
+    """Where a step of the loop stands: there, or where the list has it."""
+    if len(listing) == 1:
+        entries, tile = listing[0], step // TILE
+        return tl.load(entries.ptr + (2 + tile) * entries.col) * TILE + (step - tile * TILE)
+    else:
+        return step
+
+
 @triton.constexpr_function
-def mode_of(part, dense):
-    """How the tiles of the left edge (0), the full stretch (1) and the right edge (2) of `spans` are walked."""
-    return ("edge", "dense" if dense else "full", "edge")[part]
+def mode_of(modes, part):
+    """How the left edge (0), the full stretch (1) or the right edge (2) is walked."""
+    # an element of a constexpr would be a bare string, which no function takes
+    return modes[part]
 
 
 @triton.constexpr_function
 def bounded(mode):
     """Whether a stretch walked in this mode has pairs outside the window, or columns past the end."""
     return mode in ("edge", "careful")
-
-
-@triton.constexpr_function
-def exists(part, left, right):
-    """Whether a stretch can hold a tile, given which edges there are."""
-    return (left, True, right)[part]
 
 
 @triton.constexpr_function
