@@ -358,7 +358,7 @@ def test_a_tensor_scale_as_torch_takes_it(device):
     ((), {"value": torch.randn(1, 2, 7, 8)}, RuntimeError, "value: expected the length of key, 6, got 7"),
     ((), {"query": torch.randn(1, 4, 6, 8)}, RuntimeError, "expected as many heads as query or one.*enable_gqa=True"),
     ((), {"query": torch.randn(1, 5, 6, 8), "enable_gqa": True}, RuntimeError, "key: expected a head count dividing 5, got 2"),
-    ((), {"query": torch.randn(6, 8), "enable_gqa": True}, RuntimeError, "enable_gqa: expected query, key and value"),
+    ((), {"query": torch.randn(6, 8), "enable_gqa": True}, IndexError, "enable_gqa: expected query, key and value"),
 ])
 def test_misuse_of_torchs_door(arguments, options, error, message, device):
     tensors = dict(zip(("query", "key", "value"), good(device).values()))

@@ -451,7 +451,7 @@ def test_autocast_keeps_a_float32_mask(device):
     ((causal_upper_left(20, 36), 0.0, True), {}, ValueError, "CausalBias"),
     ((causal_upper_left(20, 35),), {}, RuntimeError, "expected a CausalBias of 20 queries and 36 keys"),
     ((None, 1.5), {}, RuntimeError, "dropout_p: expected a probability"),
-    ((None, math.nan), {}, RuntimeError, "dropout_p: expected a probability.*got nan"),
+    ((None, math.nan), {}, ValueError, "dropout_p: expected a probability.*got nan"),
     (("no",), {}, TypeError, "attn_mask: expected a tensor"),
 ])
 def test_misuse_of_torchs_door(arguments, options, error, message, device):

@@ -5,10 +5,11 @@ from .attention import attention, dropout_mask, scaled_dot_product_attention
 from .config import Config
 from .problem import Problem
 from .swap import disable, enable, swapped
+from .tally import report
 from .tile_map import TileMap, tile_map
 from .version import VERSION as __version__
 
 __all__ = [
     "Config", "Problem", "TileMap", "__version__", "attention", "config", "disable", "dropout_mask", "enable",
-    "reference", "scaled_dot_product_attention", "swapped", "tile_map",
+    "reference", "report", "scaled_dot_product_attention", "swapped", "tile_map",
 ]

@@ -1,5 +1,6 @@
 """What you call: the two doors. All argument checks live here."""
 
+import itertools
 import math
 import numbers
 
@@ -10,6 +11,7 @@ from . import gpu, ops
 from .gpu import INTERPRETED, TRITON
 from .tile_map import TileMap, version_of
 
+TORCHS = torch._C._nn.scaled_dot_product_attention
 NO_MASK = None, None, None  # no mask, and no lists of its tiles
 LARGEST_SCALE = 2.3e38  # times log2(e) it is still a float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,31 +88,57 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     Shapes: query [..., Hq, L, E], key [..., H, S, E], value [..., H, S, Ev] -> [..., Hq, L, Ev]; attn_mask, of booleans
     (True: takes part) or of numbers to be added, broadcasts to [..., Hq, L, S]. `is_causal` is aligned top-left; a
     CausalBias of torch.nn.attention.bias may be either. Differs from torch where torch is wrong: values of another length
-    than the keys are an error, and a nan in a key or value that a query must not see does not reach it. Under autocast a
-    float32 attn_mask stays what it is. See `attention` for gradients, errors and source.
+    than the keys are an error, so is a scale that is not finite, and a nan in a key or value that a query must not see does
+    not reach it. Under autocast a float32 attn_mask stays what it is. Errors are of torch's types and begin with its words.
+    See `attention` for gradients, errors and source.
     """
+    try:
+        arguments = _as_torch_takes_them(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    except Exception as ours:
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        raise _in_torchs_words(ours, (query, key, value, attn_mask, dropout_p, is_causal), options) from None
+    o = _attend(*arguments, precise_grad=True)[0]
+    # four dimensions keep the query's order, as in torch's fused kernels; others are contiguous, as in its plain ones
+    return o if query.dim() == 4 else o.contiguous()
+
+
+def _as_torch_takes_them(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """The arguments of `_attend`."""
     _check_tensors(query=query, key=key, value=value)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal: expected True or False, got {_brief(is_causal)}")
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {_brief(flag)}")
     query, key, value = _autocast(query, key, value)
     _check_kind(query=query, key=key, value=value)
-    if isinstance(scale, torch.Tensor) and scale.dim() == 0 and not scale.requires_grad:
-        scale = scale.item()
-    if enable_gqa:
-        if min(query.dim(), key.dim(), value.dim()) < 3:
-            raise RuntimeError("enable_gqa: expected query, key and value with a head dimension, at least 3-D, "
-                               f"got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
-    else:
-        query, key, value = _broadcast_heads(query, key, value)
+    dropout_p, scale = (x.item() if isinstance(x, torch.Tensor) and x.dim() == 0 and not x.requires_grad else x
+                        for x in (dropout_p, scale))
+    query, key, value = (_grouped_heads if enable_gqa else _broadcast_heads)(query, key, value)
     _check_sizes(("query", "key", "value"), query, key, value)
     bias, masks, causal, bottom_right = _torchs_mask(attn_mask, is_causal, query, key, value)
     scale = _check_scale(scale, query.shape[-1])
-    if not dropout_p <= 1:
-        raise RuntimeError(f"dropout_p: expected a probability, between 0 and 1, got {dropout_p}")
-    dropout_p = max(float(dropout_p), 0.0)
+    if isinstance(dropout_p, numbers.Real) and dropout_p < 0:
+        dropout_p = 0.0
+    dropout_p = _check_probability(dropout_p)
     seed = _seed(dropout_p, None, query.device)
-    options = scale, None, 0 if causal else None, bottom_right, dropout_p
-    return _attend(query, key, value, bias, masks, seed, None, *options, precise_grad=True)[0]
+    return query, key, value, bias, masks, seed, None, scale, None, 0 if causal else None, bottom_right, dropout_p
+
+
+def _in_torchs_words(ours, arguments, options):
+    """The error that torch raises where ours is raised, ours below it; ours alone where torch has nothing against the call."""
+    if any(isinstance(x, torch.Tensor) and (x.layout != torch.strided or x.is_nested or isinstance(x, CausalBias))
+           for x in arguments):
+        return ours
+    devices = [x.device for x in arguments[:3] if isinstance(x, torch.Tensor)]
+    if len(devices) == 3 and len(set(devices)) > 1:
+        q, k, v = devices
+        return RuntimeError(f"Expected query, key, and value to have the same device type, but got query.device: {q} "
+                            f"key.device: {k} and value.device: {v} instead.\n{ours}")
+    try:
+        # without data: torch looks at the same things and computes nothing
+        TORCHS(*(x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in arguments[:4]), *arguments[4:], **options)
+    except Exception as torchs:
+        return type(torchs)(f"{torchs}\n{ours}")
+    return ours
 
 
 def dropout_mask(shape, dropout_p, dropout_seed):
@@ -144,6 +172,17 @@ def _attend(q, k, v, bias, masks, seed, key_lengths, scale, *options, precise_gr
     o, lse = ops.attend(q, k, v, bias, *masks, seed, key_lengths, scale, *options, precise_grad=precise_grad)
     o = o if dv else o.narrow(-1, 0, 0)
     return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
+
+
+def _grouped_heads(query, key, value):
+    """With GQA keys and values may even differ in their heads: then both are repeated."""
+    if min(query.dim(), key.dim(), value.dim()) < 3:
+        raise RuntimeError("enable_gqa: expected query, key and value with a head dimension, at least 3-D, "
+                           f"got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
+    heads, of_key, of_value = (x.shape[-3] for x in (query, key, value))
+    if of_key != of_value and of_key and of_value and heads % of_key == heads % of_value == 0:
+        key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
+    return query, key, value
 
 
 def _broadcast_heads(query, key, value):
@@ -190,8 +229,20 @@ def _as_pairs(name, x, q, k, v):
     shape = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), *heads, q.shape[-2], k.shape[-2])
     fits = x.dim() <= len(shape) and all(mine in (1, size) for mine, size in zip(reversed(x.shape), reversed(shape)))
     if not fits:
-        raise RuntimeError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(x.shape)}")
+        torchs = _misfit(shape, x.shape) + "\n" if name == "attn_mask" else ""
+        raise RuntimeError(f"{torchs}{name}: expected a shape that broadcasts to {tuple(shape)}, got {tuple(x.shape)}")
     return _with_rank(x, len(shape))
+
+
+def _misfit(shape, given):
+    """How torch says of eager tensors that scores of this shape have no place for a mask of the given one."""
+    sides = itertools.zip_longest(reversed(shape), reversed(given), fillvalue=1)
+    wrong = [(len(shape) - 1 - i, a, b) for i, (a, b) in enumerate(sides) if b != a and 1 not in (a, b)]
+    if wrong:
+        dimension, a, b = wrong[0]
+        return f"The size of tensor a ({a}) must match the size of tensor b ({b}) at non-singleton dimension {dimension}"
+    larger = list(given[:max(0, len(given) - len(shape))]) + [max(pair) for pair in zip(shape[::-1], given[::-1])][::-1]
+    return f"output with shape {list(shape)} doesn't match the broadcast shape {larger}"
 
 
 def _with_rank(x, rank):
@@ -237,15 +288,17 @@ def _torchs_mask(attn_mask, is_causal, query, key, value):
         return None, NO_MASK, is_causal, False
     if isinstance(attn_mask, CausalBias):
         if is_causal:
-            raise ValueError("attn_mask: expected no CausalBias where is_causal=True, got one")
+            raise ValueError("CausalBias should not be used with causal=True\nis_causal: expected False beside a CausalBias, "
+                             "got True")
         sizes = attn_mask.seq_len_q, attn_mask.seq_len_kv
         if sizes != (query.shape[-2], key.shape[-2]):
             raise RuntimeError(f"attn_mask: expected a CausalBias of {query.shape[-2]} queries and {key.shape[-2]} keys, "
                                f"got one of {sizes[0]} and {sizes[1]}")
         return None, NO_MASK, True, attn_mask.variant == CausalVariant.LOWER_RIGHT
     if is_causal:
-        raise RuntimeError("attn_mask: expected None where is_causal=True, got a mask: Explicit attn_mask should not be set "
-                           "when is_causal=True")
+        # some of torch's own backends let it pass
+        raise RuntimeError("_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True\n"
+                           "attn_mask: expected None where is_causal=True, got a mask")
     if not isinstance(attn_mask, torch.Tensor):
         raise TypeError(f"attn_mask: expected a tensor or None, got {_brief(attn_mask)}")
     if attn_mask.dtype == torch.bool:
