@@ -254,6 +254,30 @@ def test_either_backward_pass_takes_up_either_forward_pass(first, masked, device
         close(torch.autograd.grad(out.square().sum(), inputs), expected[1:])
 
 
+@pytest.mark.skipif(COMPILED, reason="the operator for the CPU is ours in the interpreter")
+@pytest.mark.parametrize("first", ["ours", "torch's"])
+def test_a_row_that_sees_nothing_crosses_over_too(first, device):
+    """Each backward pass makes gradients of 0 from what the other forward pass left for it."""
+    inputs, mask = qkv(device), torch.zeros(6, 6, device=device)
+    mask[2] = -torch.inf
+    expected = torchs_with_gradients(inputs, mask)
+    with tritonattn.swapped(route="aten") if first == "ours" else contextlib.nullcontext():
+        out = attend(*inputs, mask)
+    with tritonattn.swapped(route="aten") if first != "ours" else contextlib.nullcontext():
+        close(torch.autograd.grad(out.square().sum(), inputs), expected[1:])
+
+
+@pytest.mark.skipif(COMPILED, reason="the operator for the CPU is ours in the interpreter")
+def test_after_a_drop_only_what_was_dropped_is_still_ours(device, monkeypatch):
+    inputs = qkv(device)
+    with tritonattn.swapped(route="aten"):
+        OPS["flash"](*inputs, None, 0.5, False)
+    asked = []
+    monkeypatch.setattr(aten, "backward_op", lambda *arguments: asked.append(arguments))
+    out, *found = torchs_with_gradients(inputs)
+    assert not asked and all(x.isfinite().all() for x in (out, *found))
+
+
 # GPUs' operators; in the interpreter on the CPU, where torch has no kernel of them
 
 OPS = {
@@ -407,7 +431,8 @@ def test_the_residual_makes_dq_exact(device):
 def test_malformed_calls_of_operators(device):
     q, k, v = (x.detach() for x in qkv(device))
     with tritonattn.swapped(route="aten"):
-        for tensors in ((q[0], k[0], v[0]), (q[0, 0], k[0, 0], v[0, 0]), (q[:, :0], k[:, :0], v[:, :0]), (q, k[..., :4], v)):
+        for tensors in ((q, k, v.half()), (q, k.double(), v), (q[0], k[0], v[0]), (q[0, 0], k[0, 0], v[0, 0]),
+                        (q[:, :0], k[:, :0], v[:, :0]), (q, k[..., :4], v)):
             with pytest.raises(NotImplementedError, match="_scaled_dot_product_flash_attention: torch has no kernel"):
                 OPS["flash"](*tensors, None, 0.0, False)
         with pytest.raises(NotImplementedError):

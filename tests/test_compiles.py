@@ -140,10 +140,10 @@ from tritonattn import Problem, config, gpu, lens
 gpu = gpu.KNOWN[{arch!r}]
 found = []
 for kernel in ("forward", "dq", "dkdv"):
-    problem = Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16, masked=True, mapped=True)
-    chosen = config.rule(kernel, problem, gpu)
-    report = lens.inspect(kernel, problem, chosen, gpu)
-    found.append(dict(kernel=kernel, fits=report.fits, spills=report.loop_spills, report=str(report)))
+    for others in ({{}}, dict(lengths=True), dict(window=(100, 0))):
+        problem = Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16, masked=True, mapped=True, **others)
+        report = lens.inspect(kernel, problem, config.rule(kernel, problem, gpu), gpu)
+        found.append(dict(kernel=kernel, fits=report.fits, spills=report.loop_spills, report=str(report)))
 print(json.dumps(found))
 """
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
+import tritonattn
 from tritonattn import reference, scaled_dot_product_attention
 
 B, H, L, S, E = 2, 4, 5, 7, 8
@@ -138,6 +139,28 @@ def test_the_same_errors_as_torch(row, device):
     # ours hands all arguments on by position
     found, words = (re.sub(r" \(position \d\)", "", str(error.value)) for error in (ours, theirs))
     assert theirs.type is ours.type and words.split("\n")[0].removeprefix("scaled_dot_product_attention() ")[:80] in found
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_errors_are_torchs_while_the_swap_is_on_too(strict, device, monkeypatch):
+    """And an error is no call that was passed on."""
+    if strict:
+        monkeypatch.setenv("TRITONATTN_STRICT", "1")
+    q, k, v = (draw(1, 2, 4, E).to(device) for _ in range(3))
+    tritonattn.report(clear=True)
+    with tritonattn.swapped():
+        with pytest.raises(RuntimeError, match="^The size of tensor a|^Attempting to broadcast") as ours:
+            scaled_dot_product_attention(q, k, v, draw(5, 5).to(device))
+        with pytest.raises(ValueError, match="scale"):
+            scaled_dot_product_attention(q, k, v, scale=math.inf)
+    assert "does not serve" not in str(ours.value) and not tritonattn.report(clear=True).calls
+
+
+def test_errors_under_autocast_name_the_right_fault(device):
+    q, k, v = draw(1, 2, 4, E).to(device), *(draw(1, 2, 4, E).to(device, torch.bfloat16) for _ in range(2))
+    with torch.autocast(device.type, dtype=torch.bfloat16), pytest.raises(RuntimeError, match="attn_mask") as ours:
+        scaled_dot_product_attention(q, k, v, draw(5, 5).to(device))
+    assert "same dtype" not in str(ours.value)
 
 
 # --- where ours is meant to differ

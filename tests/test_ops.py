@@ -30,7 +30,7 @@ def test_opcheck(form, given, grad, device):
              "seed": torch.tensor([3], device=device),
              "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
     if "map" in given:
-        _, known["query_lists"], known["key_lists"], _ = tile_map(known["mask"])
+        known |= {name: getattr(tile_map(known["mask"]), name) for name in ("query_lists", "key_lists")}
     extras = [x if name in given or "lists" in name else None for name, x in known.items()]
     options = 0.25, None, 0, True, 0.5 * ("seed" in given)
     torch.library.opcheck(ops.forward_op, (q, k, v, *extras, *options, True))

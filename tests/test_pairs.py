@@ -420,8 +420,9 @@ def test_causal_biases(kind, lengths, device):
 def test_dropout_mask_names_what_it_refuses():
     with pytest.raises(ValueError, match="shape: expected four sizes"):
         dropout_mask((2, 3), 0.5, torch.tensor([3]))
-    with pytest.raises(RuntimeError, match="dropout_seed: expected one int64 on the device of the queries, got 3"):
-        dropout_mask((1, 1, 2, 2), 0.5, 3)
+    for seed in (3, None):
+        with pytest.raises(RuntimeError, match=f"dropout_seed: expected one int64 on the device of the queries, got {seed}"):
+            dropout_mask((1, 1, 2, 2), 0.5, seed)
 
 
 def test_autocast_takes_a_bias_along(device):

@@ -7,12 +7,13 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  what the interpreter runs must see it
 
-from tests.test_pairs import same, tensors
+from tests.test_pairs import tensors
 from tritonattn import Config, Problem, attention, config, launch, reference, tile_map
 from tritonattn.kernels import backward, forward, window
 from tritonattn.tile_map import TILE
 
 N_Q, N_K = 300, 330
+TILES = Config(128, 128)  # a step takes long to interpret, whatever its size
 
 
 VISITS = []
@@ -52,8 +53,8 @@ def test_the_kernels_have_the_same_tiles():
 @pytest.mark.parametrize("name", masks("cpu"))
 def test_the_same_numbers_as_from_the_definition(name, device):
     mask = masks(device)[name]
-    leaves = tensors(device, n_q=N_Q, n_k=N_K)
-    with config.pinned(Config(64, 64)):
+    leaves = tensors(device, batch=(2 if mask.dim() == 4 else 1,), n_q=N_Q, n_k=N_K)
+    with config.pinned(Config(64, 32) if name == "documents" else TILES):
         o, lse = attention(*leaves, mask=tile_map(mask), return_lse=True)
         ours = torch.autograd.grad((o, lse), leaves, (torch.ones_like(o), lse.isfinite().float()))
         plain = attention(*leaves, mask=mask)
@@ -75,7 +76,7 @@ def test_beside_everything_else(given, device):
     if given == "dropout":
         others = {"dropout_p": 0.3, "dropout_seed": torch.tensor([5], device=device)}
     mask = masks(device)["heads"]
-    with config.pinned(Config(64, 64)):
+    with config.pinned(TILES):
         found, plain = ([*torch.autograd.grad(attention(*leaves[:3], mask=given_mask, bias=(leaves[3:] or [None])[0],
                                                         **others).square().sum(), leaves)]
                         for given_mask in (tile_map(mask), mask))
@@ -84,10 +85,9 @@ def test_beside_everything_else(given, device):
 
 
 def test_grouped_heads_have_lists_of_their_own(device):
-    leaves = tensors(device, heads=4, kv_heads=2, n_q=N_Q, n_k=N_K)
+    leaves = tensors(device, batch=(1,), heads=4, kv_heads=2, n_q=N_Q, n_k=N_K)
     mask = torch.stack([documents(ends=ends, device=device) for ends in ((1, 2), (130, 260), (299,), ())])
-    same(leaves, tolerance=2e-4, mask=mask)
-    with config.pinned(Config(64, 64)):
+    with config.pinned(TILES):
         ours, plain = (torch.autograd.grad(attention(*leaves, mask=given).square().sum(), leaves)
                        for given in (tile_map(mask), mask))
     for mine, its in zip(ours, plain):
@@ -96,16 +96,17 @@ def test_grouped_heads_have_lists_of_their_own(device):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_hidden_cannot_leak(value, device):
-    q, k, v = tensors(device, n_q=N_Q, n_k=N_K, batch=(1,))
-    mask = documents(device=device)
+    # care goes by a few rows at a time, which takes long to interpret
+    q, k, v = tensors(device, batch=(1,), heads=1, n_q=132, n_k=140)
+    mask = documents(132, 140, (130,), device=device)
     with torch.no_grad():
-        k[..., 130:260, :], v[..., 130:260, :] = value, value
-    with config.pinned(Config(64, 64)):
+        k[..., 130:, :], v[..., 130:, :] = value, value
+    with config.pinned(TILES):
         o = attention(q, k, v, mask=tile_map(mask))
-        dq, dk, dv = torch.autograd.grad(o[:, :, :130].square().sum() + o[:, :, 260:].square().sum(), (q, k, v))
+        gradients = torch.autograd.grad(o[:, :, :130].square().sum(), (q, k, v))
     first = reference.attention(*(x[:, :, :130] for x in (q, k, v)))
     torch.testing.assert_close(o[:, :, :130], first, atol=1e-5, rtol=1e-4)
-    assert dq[:, :, :130].isfinite().all() and dk[:, :, :130].isfinite().all() and dv[:, :, 260:].isfinite().all()
+    assert all(x[:, :, :130].isfinite().all() for x in gradients)
 
 
 @pytest.mark.interpreted
@@ -163,7 +164,7 @@ def test_the_lists_are_exact():
 def test_compiled_and_under_vmap(device):
     mask = documents(device=device)
     given = tile_map(mask)
-    q, k, v = tensors(device, n_q=N_Q, n_k=N_K, grad=False)
+    q, k, v = tensors(device, n_q=N_Q, n_k=N_K, heads=1, grad=False)
     plain = attention(q, k, v, mask=mask)
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, mask=given), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), plain, atol=1e-5, rtol=1e-5)
@@ -179,6 +180,8 @@ def test_what_is_refused(device):
         tile_map(None)
     with pytest.raises(RuntimeError, match=r"expected booleans .*, got torch.float32 of shape \(20, 36\)"):
         tile_map(mask.float())
+    with pytest.raises(RuntimeError, match="mask: expected a dense .* tensor, got torch.sparse_coo"):
+        tile_map(mask.to_sparse())
     with pytest.raises(RuntimeError, match="a tile map of 20 queries and 36 keys, both written out, got one of shape"):
         attention(q, k, v, mask=tile_map(mask[:1]))
     with pytest.raises(RuntimeError, match="that broadcasts to"):
@@ -191,6 +194,16 @@ def test_what_is_refused(device):
     with torch.inference_mode():
         made_here = tile_map(torch.ones(20, 36, dtype=torch.bool, device=device))
         assert attention(q, k, v, mask=made_here).shape == q.shape
+
+
+def test_a_map_made_in_compiled_code_and_one_that_moves(device):
+    q, k, v = tensors(device, batch=(1,), heads=1, n_q=N_Q, n_k=N_K, grad=False)
+    mask = torch.zeros(N_Q, N_K, dtype=torch.bool, device=device)
+    mask |= documents(device=device)
+    step = torch.compile(lambda mask, *x: attention(*x, mask=tile_map(mask)), backend="aot_eager", fullgraph=True)
+    expected = attention(q, k, v, mask=mask)
+    torch.testing.assert_close(step(mask, q, k, v), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(q, k, v, mask=tile_map(mask).to("cpu").to(device)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_how_stretches_are_walked():

@@ -111,6 +111,7 @@ class Fused:
 
     _backward = None  # the overrides of the backward passes, while a pass of ours may come that dropped weights
     _dropped = False
+    _on = False       # whether the forward passes are ours; where not, of backward passes only those that ours has begun
 
     def __init__(self, devices, settled, fits):
         kinds = {"_scaled_dot_product_flash_attention": Flash, "_scaled_dot_product_efficient_attention": Efficient,
@@ -119,9 +120,11 @@ class Fused:
         if Fused._backward is None:
             Fused._backward = Overrides({f"{name}_backward": kind.backward for name, kind in kinds.items()}, devices)
         self._forward = Overrides({name: kind.forward for name, kind in kinds.items()}, devices)
+        Fused._on = True
 
     def remove(self):
         self._forward.remove()
+        Fused._on = False
         if Fused._backward is not None and not Fused._dropped:
             Fused._backward.remove()
             Fused._backward = None
@@ -131,6 +134,7 @@ class Kernel:
     """One of torch's operators and its backward pass, as ours: what their signatures and their results have in common."""
 
     bottom_right = False  # where is_causal has the last query and the last key coincide
+    blind = math.inf      # lse of a row that sees nothing, from which torch's backward pass makes gradients of 0, as does ours
     drops = True
 
     def __init__(self, settled, fits):
@@ -138,6 +142,8 @@ class Kernel:
 
     def _possible(self, q, k, v, bias, dropout_p, causal):
         """Whether ours has such a call at all; it depends on nothing but the arguments, which the backward pass has too."""
+        if any((x.dtype, x.device) != (q.dtype, q.device) for x in (k, v)) or (bias is not None and bias.device != q.device):
+            return False
         if any(x.dim() != 4 or x.numel() == 0 for x in (q, k, v)) or not q.shape[0] == k.shape[0] == v.shape[0]:
             return False
         if k.shape[:3] != v.shape[:3] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3] or (bias is not None and causal):
@@ -161,9 +167,12 @@ class Kernel:
         if not self._settled(*tensors, dropout_p, causal, scale=scale, possible=self._possible(*tensors, dropout_p, causal)):
             return None
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p else None
+        Fused._dropped |= bool(dropout_p)
         options, keep = self._options(q, dropout_p, causal, scale), graded and q.dtype.itemsize == 2
         o, lse, residual, excess = forward_op(q, k, v, _in_pairs(bias), None, None, None, seed, None, *options, keep)
-        Fused._dropped |= bool(dropout_p)
+        if bias is not None or (causal and self.bottom_right and q.shape[2] > k.shape[2]):
+            # rows that see nothing; the backward pass may be torch's
+            lse = lse.masked_fill(lse == -math.inf, self.blind)
         others = [x for x in (excess, residual) if x.numel()] if graded else []
         return o, lse, seed, others + ([seed] if dropout_p else [])
 
@@ -173,7 +182,7 @@ class Kernel:
         results: o, and lse [B, H, L] with whatever torch's operator has besides; random: torch's two, or None.
         """
         (q, k, v, bias), (o, lse) = tensors, results
-        if not self._possible(*tensors, dropout_p, causal):
+        if not (Fused._on or dropout_p) or not self._possible(*tensors, dropout_p, causal):
             return None
         excess, residual, seed = self._left(tensors, lse, dropout_p)
         if dropout_p and seed is None and (seed := _seed_of(*random)) is None:
@@ -263,6 +272,7 @@ class Cpu(Kernel):
     """aten::_scaled_dot_product_flash_attention_for_cpu; lse is [B, H, L] as [B, L, H] lies in memory."""
 
     drops = False
+    blind = 0.0
 
     def forward(self, original, q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
         found = self.attend((q, k, v, attn_mask), dropout_p, is_causal, scale, _graded(q, k, v))

@@ -11,7 +11,6 @@ from . import gpu, ops
 from .gpu import INTERPRETED, TRITON
 from .tile_map import TileMap, version_of
 
-TORCHS = torch._C._nn.scaled_dot_product_attention
 NO_MASK = None, None, None  # no mask, and no lists of its tiles
 LARGEST_SCALE = 2.3e38  # times log2(e) it is still a float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,7 +41,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             no more memory: what is broadcast is summed in the kernel, in the same order every time. Give it in its own
             shape: what `expand` has made larger gets a gradient of that size.
         mask: booleans, of any shape that broadcasts to [..., H, L, S]; False hides a pair. Or a `tile_map` of them: then
-            tiles that hide everything are skipped and those that hide nothing read no mask.
+            tiles that hide everything are skipped and those that hide nothing read no mask. A window beside a map hides
+            pairs but skips no tile: put it into the mask.
         key_lengths: how many keys each sequence has, integers that broadcast to the leading dimensions; the others, up to
             S, are padding that nobody sees, whatever it holds. "bottom_right" then means the last key of each.
         dropout_p: weights are dropped with this probability and the others multiplied by 1 / (1 - dropout_p), always,
@@ -129,13 +129,16 @@ def _in_torchs_words(ours, arguments, options):
            for x in arguments):
         return ours
     devices = [x.device for x in arguments[:3] if isinstance(x, torch.Tensor)]
+    if len(devices) == 3:
+        arguments = (*_autocast(*arguments[:3]), *arguments[3:])
     if len(devices) == 3 and len(set(devices)) > 1:
         q, k, v = devices
         return RuntimeError(f"Expected query, key, and value to have the same device type, but got query.device: {q} "
                             f"key.device: {k} and value.device: {v} instead.\n{ours}")
     try:
         # without data: torch looks at the same things and computes nothing
-        TORCHS(*(x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in arguments[:4]), *arguments[4:], **options)
+        tensors = (x.detach().to("meta") if isinstance(x, torch.Tensor) else x for x in arguments[:4])
+        torch._C._nn.scaled_dot_product_attention(*tensors, *arguments[4:], **options)
     except Exception as torchs:
         return type(torchs)(f"{torchs}\n{ours}")
     return ours
@@ -149,7 +152,9 @@ def dropout_mask(shape, dropout_p, dropout_seed):
     if len(shape) != 4:
         raise ValueError(f"shape: expected four sizes (batch, heads, queries, keys), got {tuple(shape)}")
     p = _check_probability(dropout_p)
-    device = dropout_seed.device if isinstance(dropout_seed, torch.Tensor) else "the device of the queries"
+    if not isinstance(dropout_seed, torch.Tensor):
+        raise RuntimeError(f"dropout_seed: expected one int64 on the device of the queries, got {dropout_seed!r}")
+    device = dropout_seed.device
     seed = _seed(1.0, dropout_seed, device)
     _check_place(dropout_seed=seed)
     if p in (0, 1):
@@ -258,10 +263,10 @@ def _as_masks(mask, q, k, v):
     if mask.mask.shape[-2:] != sizes:
         raise RuntimeError(f"mask: expected a tile map of {sizes[0]} queries and {sizes[1]} keys, both written out, got one of "
                            f"shape {tuple(mask.mask.shape)}")
-    if not torch.compiler.is_compiling() and mask.version != version_of(mask.mask):
+    if not torch.compiler.is_compiling() and mask.version not in (None, version_of(mask.mask)):
         raise RuntimeError("mask: expected the mask as it was when its tile map was made, got one that was changed since")
     whole = _as_pairs("mask", mask.mask, q, k, v)
-    return whole, *(_with_rank(x, whole.dim()) for x in mask[1:3])
+    return whole, *(_with_rank(x, whole.dim()) for x in (mask.query_lists, mask.key_lists))
 
 
 def _as_lengths(lengths, q, k, v):

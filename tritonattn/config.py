@@ -153,7 +153,7 @@ def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     size = min(problem.dtype.itemsize, 4)
     like = family(gpu, RULE[size])
     # with a map most tiles are walked without the mask; at small head sizes the plain tiles hold what that takes
-    masked = problem.masked and not (problem.mapped and width <= 64)
+    masked = problem.masked and not (problem.mapped and width <= 64 and not problem.lengths)
     with_pairs = kernel == "dbias" or problem.bias is not None or masked or problem.dropout
     with_pairs |= kernel == "dkdv" and problem.lengths
     configs = (PAIRS_RULE[size] if with_pairs else RULE[size][like])[kernel].split()

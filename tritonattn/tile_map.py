@@ -8,20 +8,25 @@ For each tile of queries a list of keys' tiles, for each tile of keys a list of 
     how many are whole | how many are mixed | the whole ones | the mixed ones | the empty ones
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 TILE = 128  # kernels/window.py has the same
 
 
-class TileMap(NamedTuple):
+@dataclass(frozen=True)
+class TileMap:
     """A mask and the lists of its tiles; `tile_map` makes it, and `attention` takes it in the place of the mask."""
 
     mask: torch.Tensor         # [..., L, S] booleans
     query_lists: torch.Tensor  # [..., tiles of L, 2 + tiles of S], int32
     key_lists: torch.Tensor    # [..., tiles of S, 2 + tiles of L], int32
-    version: int | None        # of the mask's values, when they were read
+    version: int | None        # of the mask's values when they were read; None where nobody counts
+
+    def to(self, device) -> "TileMap":
+        """The same on another device."""
+        return tile_map(self.mask.to(device))
 
     def counts(self) -> dict[str, int]:
         """How many tiles of all matrices of the mask are "whole", "mixed" and "empty" for the loops over keys.
@@ -37,8 +42,10 @@ def tile_map(mask: torch.Tensor) -> TileMap:
     """Sort the tiles of a boolean mask [..., L, S] (True: takes part), so that attention skips those that hide everything.
 
     Worth it where a mask is used more than once and whole tiles are hidden: documents in one sequence, blocks, long windows.
-    What broadcasts is given as an expanded view, which takes no memory. The map holds the mask itself, not a copy, and
-    is made again where that changes. Takes one pass over the mask and memory for 1/4096 of its entries.
+    What broadcasts is given as an expanded view, which takes no memory itself. A window goes into the mask, too, if its
+    tiles are to be skipped. The map holds the mask itself, not a copy, and is made again where that changes: `attention`
+    refuses a map that is older than its mask, but cannot tell in compiled code, nor of masks made in inference mode.
+    Takes one pass over the mask, and eight bytes for each tile of each of its matrices.
 
     Raises:
         TypeError, RuntimeError: not a tensor of booleans with at least two dimensions.
@@ -47,6 +54,8 @@ def tile_map(mask: torch.Tensor) -> TileMap:
         raise TypeError(f"mask: expected a tensor, got {mask!r}")
     if mask.dtype != torch.bool or mask.dim() < 2:
         raise RuntimeError(f"mask: expected booleans [..., queries, keys], got {mask.dtype} of shape {tuple(mask.shape)}")
+    if mask.layout != torch.strided or mask.is_nested:
+        raise RuntimeError(f"mask: expected a dense (strided) tensor, got {'a nested one' if mask.is_nested else mask.layout}")
     n_q, n_k = mask.shape[-2:]
     tiles = -(-n_k // TILE)
     padding = (0, tiles * TILE - n_k)
@@ -69,7 +78,7 @@ def tile_map(mask: torch.Tensor) -> TileMap:
 
 def version_of(mask: torch.Tensor) -> int | None:
     """A number that every change of the values in place raises; tensors of inference mode have none."""
-    return None if mask.is_inference() else mask._version
+    return None if torch.compiler.is_compiling() or mask.is_inference() else mask._version
 
 
 def _lists(seen, whole):

@@ -25,6 +25,19 @@ def softmax_start(M: tl.constexpr, static):
 
 
 @triton.jit
+def rounded(p, dtype: tl.constexpr):
+    """p as it will be multiplied, in its own dtype still; a nan stays one.
+
+    bfloat16 by cutting bits off, which is as exact once the weights are divided by their sum: used twice, a conversion to
+    the nearest is made number by number before Blackwell, and in the unit that makes the exponentials.
+    """
+    if dtype == tl.bfloat16 and p.dtype == tl.float32:
+        return (p.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        return p.to(dtype).to(p.dtype)
+
+
+@triton.jit
 def softmax_step(state, s, v, row, col, scoring, static, PRECISE: tl.constexpr, MODE: tl.constexpr):
     """Take in scores s [M, N] of the next N keys and their values v [N, DV]; x = unit s. Weights are dropped after the sum.
 
@@ -47,7 +60,8 @@ def softmax_step(state, s, v, row, col, scoring, static, PRECISE: tl.constexpr, 
     l = state.l * alpha + tl.sum(p, 1)
     w = l
     if PRECISE:
-        w = state.w * alpha + tl.sum(p.to(v[0].dtype).to(static.ACC), 1)
+        p = rounded(p, v[0].dtype)
+        w = state.w * alpha + tl.sum(p, 1)
     p = dropped(p, row, col, scoring, False)
     acc = accumulate(scaled(state.acc, alpha[:, None]), p, v, s, static, MODE)
     return Softmax(m, l, w, acc)

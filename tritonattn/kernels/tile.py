@@ -249,13 +249,13 @@ def accumulate(acc, p, x, s, static, MODE: tl.constexpr):
 def add_product(acc, p, x, s, static, MODE: tl.constexpr):
     if MODE == "careful":
         met = s != float("-inf")
-        seen, dropped = met.to(x.dtype), (met & (p.to(x.dtype) == 0)).to(x.dtype)
+        seen, weightless = met.to(x.dtype), (met & (p.to(x.dtype) == 0)).to(x.dtype)
         up = ((x == float("inf")) | (x != x)).to(x.dtype)
         down = ((x == float("-inf")) | (x != x)).to(x.dtype)
         acc += tl.where(tl.dot(seen, up, out_dtype=static.ACC) > 0, float("inf"), 0.0)
         acc -= tl.where(tl.dot(seen, down, out_dtype=static.ACC) > 0, float("inf"), 0.0)
         # as in any other loop, a weight of 0 that is seen makes nan of what is not finite
-        acc += tl.where(tl.dot(dropped, (x - x != 0).to(x.dtype), out_dtype=static.ACC) > 0, float("nan"), 0.0)
+        acc += tl.where(tl.dot(weightless, (x - x != 0).to(x.dtype), out_dtype=static.ACC) > 0, float("nan"), 0.0)
         x = tl.where(x - x == 0, x, 0.0)
     return tl.dot(p.to(x.dtype), x, acc, input_precision=static.PRECISION, out_dtype=static.ACC)
 
