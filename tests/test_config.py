@@ -13,6 +13,7 @@ H200 = gpu.KNOWN["sm_90"]
 
 def test_it_prints_as_it_is_read():
     assert str(Config(128, 64, 8, 3)) == "128x64w8s3" and Config.parse("128x64w8s3") == Config(128, 64, 8, 3)
+    assert Config.parse("128x64w8s3e1") == Config(128, 64, 8, 3, edge_stages=1) == Config.parse(str(Config(128, 64, 8, 3, 1)))
 
 
 @pytest.mark.parametrize("make, message", [
@@ -20,6 +21,7 @@ def test_it_prints_as_it_is_read():
     (lambda: Config(64, 48), "block_n: expected a power of two of at least 16, got 48"),
     (lambda: Config(64, 8), "block_n: expected a power of two of at least 16, got 8"),
     (lambda: Config(64, 64, 3), "num_warps: expected a power of two of at least 1, got 3"),
+    (lambda: Config(64, 64, 4, 2, 3), "edge_stages: expected 1 or None, got 3"),
     (lambda: Config(64, 64, 4, 1.5), "num_stages: expected a positive integer, got 1.5"),
     (lambda: Config.parse("128x64"), "config: expected the form 128x64w8s3, got '128x64'"),
 ])

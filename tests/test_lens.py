@@ -41,6 +41,12 @@ def test_the_loops_over_tiles_are_the_innermost_with_most_exponentials():
     assert len(lens.SPILL.findall(loops[0])) == 1
 
 
+def test_products_that_wait_for_each_other_are_seen():
+    product, wait = "  HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8] ;\n", "  WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    assert lens.serialized((product + wait) * 8)
+    assert not lens.serialized((product * 4 + wait) * 2) and not lens.serialized((product + wait) * 4)
+
+
 def test_interpreted_kernels_cannot_be_compiled():
     if lens.launch.INTERPRETED:
         from tritonattn import Problem, gpu

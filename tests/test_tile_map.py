@@ -13,7 +13,7 @@ from tritonattn.kernels import backward, forward, window
 from tritonattn.tile_map import TILE
 
 N_Q, N_K = 300, 330
-TILES = Config(128, 128)  # a step takes long to interpret, whatever its size
+TILES = Config(128, 128, edge_stages=1)  # a step takes long to interpret, whatever its size
 
 
 VISITS = []
@@ -119,7 +119,7 @@ def test_no_tile_is_visited_in_vain(name, monkeypatch):
     for module in (forward, backward):
         monkeypatch.setattr(module, "scores", counted)
     found = {}
-    with config.pinned(Config(128, 128)):
+    with config.pinned(TILES):
         for kernel, leaf in (("dq", q), ("dkdv", k)):
             VISITS.clear()
             leaf.requires_grad_()
@@ -135,12 +135,12 @@ def test_no_tile_is_visited_in_vain(name, monkeypatch):
             for j, tile in enumerate(rows.split(TILE, 1)):
                 short = (ragged_rows and tile.shape[0] < TILE) or (ragged_cols and tile.shape[1] < TILE)
                 if tile.any():
-                    yield i, j, "full" if tile.all() and not short else "edge"
+                    yield i, j, "full" if tile.all() and not short else "last"
 
     assert found["forward"] == found["dq"] == list(expected(False, True))
     assert [(col, row, mode) for row, col, mode in found["dkdv"]] == sorted(expected(True, False), key=lambda at: at[1::-1])
     counts, modes = given.counts(), [mode for *_, mode in found["forward"]]
-    assert counts == {"whole": modes.count("full"), "mixed": modes.count("edge"), "empty": 9 - len(modes)}
+    assert counts == {"whole": modes.count("full"), "mixed": modes.count("last"), "empty": 9 - len(modes)}
     assert counts["empty"] > 0
 
 
@@ -211,11 +211,12 @@ def test_how_stretches_are_walked():
         return Problem((1,), 1, 1, 8, 8, 8, 8, torch.float16, **given)
 
     free = None, None
-    assert launch.modes(problem(), free, False) == (None, "full", None)
-    assert launch.modes(problem(), (3, None), True) == ("edge", "full", "edge")
-    assert launch.modes(problem(masked=True), free, False) == (None, "dense", None)
+    assert launch.modes(problem(), TILES, free, False) == (None, "full", None)
+    assert launch.modes(problem(), TILES, (3, None), True) == ("edge", "full", "last")
+    assert launch.modes(problem(masked=True), TILES, free, False) == (None, "dense", None)
     listed = {"masked": True, "mapped": True}
-    assert launch.modes(problem(**listed), free, False) == (None, "full", "edge")
-    assert launch.modes(problem(bias=torch.float16, **listed), free, False) == (None, "dense", "edge")
-    assert launch.modes(problem(lengths=True, **listed), free, False) == (None, "edge", "edge")
-    assert launch.modes(problem(**listed), (None, 0), False) == (None, "edge", "edge")
+    assert launch.modes(problem(**listed), TILES, free, False) == (None, "full", "last")
+    assert launch.modes(problem(bias=torch.float16, **listed), TILES, free, False) == (None, "dense", "last")
+    assert launch.modes(problem(lengths=True, **listed), TILES, free, False) == (None, "edge", "last")
+    assert launch.modes(problem(**listed), TILES, (None, 0), False) == (None, "edge", "last")
+    assert launch.modes(problem(), Config(64, 64), (3, 0), False) == ("edge", "full", "edge")

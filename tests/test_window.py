@@ -7,7 +7,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritonattn import Problem, launch
+from tritonattn import Config, Problem, launch
 from tritonattn.kernels.window import Window, mirror, spans, visible
 
 pytestmark = pytest.mark.interpreted
@@ -45,7 +45,7 @@ def test_spans_cover_exactly_what_is_visible(left, right, first, n, rows, cols):
     assert torch.equal(seen, expected)
 
     problem = Problem((1,), 1, 1, rows, n, 16, 16, torch.float32)
-    modes = launch.modes(problem, (left, right), n % cols != 0)
+    modes = launch.modes(problem, Config(16, 16, edge_stages=1), (left, right), n % cols != 0)
     visits = torch.zeros(64 + cols, dtype=torch.int32)
     for part, (begin, end) in enumerate(((start, inner), (inner, outer), (outer, stop))):
         if modes[part] is None:
@@ -54,7 +54,7 @@ def test_spans_cover_exactly_what_is_visible(left, right, first, n, rows, cols):
         for tile in range(begin, end, cols):
             assert tile % cols == 0
             visits[tile:tile + cols] += 1
-            assert modes[part] == ("full" if part == 1 else "edge")
+            assert modes[part] == ("edge", "full", "last")[part]
             if part == 1:
                 assert tile + cols <= n and seen[:, tile:tile + cols].all(), "a mask is missing in the full stretch"
     assert visits.max() <= 1, "a tile is visited twice"

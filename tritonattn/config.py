@@ -6,7 +6,7 @@
 import contextlib
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .gpu import Gpu
 from .problem import Problem
@@ -16,18 +16,24 @@ KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys per tile, warps per program, and tiles in flight in the pipelined loop."""
+    """Queries and keys per tile, warps per program, and tiles in flight in the pipelined loop.
+
+    edge_stages=1 leaves the last stretch of a masked loop out of the pipeline (kernels/window.py says why).
+    """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    edge_stages: int | None = None
 
     def __post_init__(self):
         for name in ("block_m", "block_n", "num_warps", "num_stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        if self.edge_stages not in (None, 1):
+            raise ValueError(f"edge_stages: expected 1 or None, got {self.edge_stages!r}")
         for name, least in (("block_m", 16), ("block_n", 16), ("num_warps", 1)):
             value = getattr(self, name)
             if value < least or value & (value - 1):
@@ -36,13 +42,13 @@ class Config:
     @staticmethod
     def parse(text: str) -> "Config":
         """The config that prints as `text`: "128x64w8s3" is Config(128, 64, num_warps=8, num_stages=3)."""
-        match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)", text)
+        match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(?:e(1))?", text)
         if not match:
             raise ValueError(f"config: expected the form 128x64w8s3, got {text!r}")
-        return Config(*map(int, match.groups()))
+        return Config(*(int(number) for number in match.groups() if number))
 
     def __str__(self):
-        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
+        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}" + ("e1" if self.edge_stages else "")
 
 
 _pinned: list[dict[str, Config]] = []  # the innermost last
@@ -152,12 +158,12 @@ def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
         return Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1)
     size = min(problem.dtype.itemsize, 4)
     like = family(gpu, RULE[size])
-    # with a map most tiles are walked without the mask; at small head sizes the plain tiles hold what that takes
-    masked = problem.masked and not (problem.mapped and width <= 64 and not problem.lengths)
-    with_pairs = kernel == "dbias" or problem.bias is not None or masked or problem.dropout
+    with_pairs = kernel == "dbias" or problem.bias is not None or problem.masked or problem.dropout
     with_pairs |= kernel == "dkdv" and problem.lengths
     configs = (PAIRS_RULE[size] if with_pairs else RULE[size][like])[kernel].split()
-    return Config.parse(configs[next(i for i, limit in enumerate(WIDTHS) if width <= limit)])
+    found = Config.parse(configs[next(i for i, limit in enumerate(WIDTHS) if width <= limit)])
+    # on Hopper alone: elsewhere a loop out of the pipeline gains nothing and takes registers
+    return replace(found, edge_stages=1) if like == "sm_90" and kernel != "dbias" else found
 
 
 def family(gpu: Gpu, known) -> str:

@@ -138,13 +138,13 @@ def _bounded(inputs: Inputs, shape: Shape) -> Shape:
 def _over_keys(problem: Problem, config: Config) -> Static:
     """For a loop over keys; where batches have their own numbers of them, any tile may be the last, and not whole."""
     ragged = problem.lengths or problem.n_k % _unit(problem, config, config.block_n) != 0
-    return _static(problem, config, ragged, modes(problem, problem.window, ragged))
+    return _static(problem, config, ragged, modes(problem, config, problem.window, ragged))
 
 
 def _over_queries(problem: Problem, config: Config) -> Static:
     """For a loop over queries, seen from the keys."""
     ragged = problem.n_q % _unit(problem, config, config.block_m) != 0
-    return _static(problem, config, ragged, modes(problem, mirror(Window(*problem.window)), ragged))
+    return _static(problem, config, ragged, modes(problem, config, mirror(Window(*problem.window)), ragged))
 
 
 def _unit(problem: Problem, config: Config, block: int) -> int:
@@ -154,15 +154,16 @@ def _unit(problem: Problem, config: Config, block: int) -> int:
     return TILE if problem.mapped else block
 
 
-def modes(problem: Problem, window, ragged: bool) -> tuple:
+def modes(problem: Problem, config: Config, window, ragged: bool) -> tuple:
     """How the left edge, the full stretch and the right edge of the loop are walked (kernels/window.py)."""
     left, right = (side is not None for side in window)
+    last = "last" if config.edge_stages == 1 else "edge"
     if problem.mapped:
         # what all see according to the map may still lie outside the window, or past the keys of its batch
         whole = "edge" if left or right or problem.lengths else "dense" if problem.bias else "full"
-        return None, whole, "edge"
+        return None, whole, last
     whole = "dense" if problem.bias or problem.masked else "full"
-    return "edge" if left else None, whole, "edge" if right or ragged else None
+    return "edge" if left else None, whole, last if right or ragged else None
 
 
 def _expanded(problem: Problem, x):

@@ -36,6 +36,7 @@ class Report:
     loop_spills: int     # instructions that spill or refill inside a loop over tiles
     shared_memory: int   # per block
     tensor_memory: int   # columns, per block
+    serialized: bool = False  # on Hopper: a loop over tiles waits for every product by itself (ptxas' remark C7515)
 
     @property
     def fits(self) -> bool:
@@ -45,6 +46,7 @@ class Report:
 def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Report:
     """Compile one kernel ("forward", "delta", "dq", "dkdv") for a GPU and read its binary."""
     binary = compile(kernel, problem, config, gpu)
+    loops = []
     if gpu.is_amd:
         registers, stack, spills = _read_amdgcn(binary.asm["amdgcn"])
     else:
@@ -53,9 +55,11 @@ def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Report:
             file.flush()
             usage = _tool("cuobjdump", "-res-usage", file.name)
             registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-            spills = max((len(SPILL.findall(loop)) for loop in tile_loops(_tool("nvdisasm", "-c", file.name))), default=0)
+            loops = tile_loops(_tool("nvdisasm", "-c", file.name))
+        spills = max((len(SPILL.findall(loop)) for loop in loops), default=0)
     tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
-    return Report(kernel, gpu, config, registers, stack, spills, binary.metadata.shared, tensor_memory)
+    return Report(kernel, gpu, config, registers, stack, spills, binary.metadata.shared, tensor_memory,
+                  any(map(serialized, loops)))
 
 
 def compile(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
@@ -85,6 +89,16 @@ def tile_loops(sass: str) -> list[str]:
     texts = ["\n".join(lines[start:end + 1]) for start, end in innermost]
     most = max((len(EXPONENTIAL.findall(text)) for text in texts), default=0)
     return [text for text in texts if most and len(EXPONENTIAL.findall(text)) == most]
+
+
+def serialized(loop: str) -> bool:
+    """Whether each warp-group product of a loop has a wait of its own.
+
+    As it should be, all instructions of one product A B^T share one; a loop has at most four such products, of which each
+    is often several instructions.
+    """
+    products, waits = len(re.findall(r"\bHGMMA\b", loop)), len(re.findall(r"\bWARPGROUP\.DEPBAR\b", loop))
+    return products > 4 and waits >= products
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -14,9 +14,10 @@ i + shift among the keys. Seen from the keys the window is mirrored and the shif
 A map of a mask (tile_map.py) gives the stretches too: as a list of tiles, first those that all see, then the mixed ones.
 
 A stretch of tiles is walked in one of these modes, which the launch has chosen (None where there is no stretch): "full"
-has no mask; "dense" has none of a window, but scores may be -inf, of a bias or a mask; "edge" asks the window. Should a nan
-come out, perhaps it is 0 * inf of a pair that does not see each other: "careful" does the tile once more, CARE rows at a
-time, so that the rare case takes neither registers nor shared memory from the others.
+has no mask; "dense" has none of a window, but scores may be -inf, of a bias or a mask; "edge" asks the window; so does "last",
+behind the full stretch, which is not pipelined: on Hopper a second pipelined loop makes ptxas wait for every single product,
+in both of them. Should a nan come out, perhaps it is 0 * inf of a pair that does not see each other: "careful" does the tile
+once more, CARE rows at a time, so that the rare case takes neither registers nor shared memory from the others.
 """
 
 from typing import NamedTuple
@@ -90,7 +91,7 @@ def mode_of(modes, part):
 @triton.constexpr_function
 def bounded(mode):
     """Whether a stretch walked in this mode has pairs outside the window, or columns past the end."""
-    return mode in ("edge", "careful")
+    return mode in ("edge", "last", "careful")
 
 
 @triton.constexpr_function
@@ -101,7 +102,8 @@ def step_of(block, mode):
 
 @triton.constexpr_function
 def stages_of(mode):
-    return 1 if mode == "careful" else None
+    """Tiles in flight; None is as many as the config has."""
+    return 1 if mode in ("last", "careful") else None
 
 
 @triton.jit
