@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 
+import tritonattn
 from tests import COMPILED, DEVICE
+from tritonattn import tally
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
@@ -38,3 +40,14 @@ def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def off_and_uncounted():
+    """The swap is off before and after, with nothing counted yet."""
+    torch._dynamo.reset()
+    tally.report(clear=True)
+    # a warning is enough: on a GPU torch's own gradients of float32 are not deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    tritonattn.disable()

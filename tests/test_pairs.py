@@ -29,7 +29,7 @@ def outcome(function, leaves, **options):
     return o, lse, *torch.autograd.grad((o, lse), leaves, (do, torch.where(lse.isfinite(), dlse, 0)))
 
 
-def same(leaves, tolerance=1e-4, **options):
+def assert_same(leaves, tolerance=1e-4, **options):
     with config.pinned(TILES):
         ours = outcome(attention, leaves, **options)
     exact = outcome(reference.attention, [x.detach().double().requires_grad_() for x in leaves], **options)
@@ -45,29 +45,30 @@ SHAPES = [(2, 2, 20, 36), (20, 36), (1, 2, 1, 36), (2, 1, 1, 36), (2, 1, 20, 36)
 @pytest.mark.parametrize("window", [(None, None), (5, 3)], ids=["full", "window"])
 def test_a_bias_of_any_shape_and_its_gradient(shape, window, device):
     bias = torch.randn(shape, device=device, requires_grad=True)
-    ours = same([*tensors(device), bias], window=window, align="top_left")
+    ours = assert_same([*tensors(device), bias], window=window, align="top_left")
     assert ours[5].shape == bias.shape
 
 
 @pytest.mark.parametrize("shape", [(), (36,), (20, 1), (2, 1, 1, 36), (2, 2, 20, 36)], ids=str)
 def test_a_mask_of_any_shape(shape, device):
     mask = torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(2)) > 0.4
-    same(tensors(device), mask=mask)
-    same([*tensors(device), torch.randn(36, device=device, requires_grad=True)], mask=mask, causal=True, align="bottom_right")
+    assert_same(tensors(device), mask=mask)
+    bias = torch.randn(36, device=device, requires_grad=True)
+    assert_same([*tensors(device), bias], mask=mask, causal=True, align="bottom_right")
 
 
 def test_strides_of_any_kind(device):
     dense = torch.randn(36, 2, 20, device=device)
     bias = dense.permute(1, 2, 0).requires_grad_()
-    same([*tensors(device), bias])
+    assert_same([*tensors(device), bias])
     mask = (torch.rand(20, 2, 72, device=device) > 0.3)[:, :, ::2].transpose(0, 1)
-    same(tensors(device), mask=mask)
+    assert_same(tensors(device), mask=mask)
 
 
 def test_several_batch_dimensions_summed_and_not(device):
     leaves = tensors(device, batch=(2, 3), heads=2, kv_heads=2, n_q=5, n_k=7)
     for shape in ((2, 1, 1, 5, 7), (3, 1, 1, 7), (1, 3, 2, 5, 7)):
-        same([*leaves, torch.randn(shape, device=device, requires_grad=True)])
+        assert_same([*leaves, torch.randn(shape, device=device, requires_grad=True)])
 
 
 def test_gradcheck_through_a_bias(device):
@@ -176,7 +177,7 @@ def test_rows_of_the_lowest_finite_number_are_uniform(device):
 
 def test_a_bias_of_float32_for_16_bit_queries(device):
     leaves = [*tensors(device, torch.bfloat16), torch.randn(2, 20, 36, device=device, requires_grad=True)]
-    ours = same(leaves, tolerance=0.05)
+    ours = assert_same(leaves, tolerance=0.05)
     assert ours[5].dtype == torch.float32 and ours[2].dtype == torch.bfloat16
 
 

@@ -26,9 +26,9 @@ import tritonattn
 from tritonattn import swap, tally
 from tritonattn.gpu import Gpu
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
+pytestmark = [pytest.mark.usefixtures("off_and_uncounted"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
     ".*torch.jit.script", "There is a performance drop", "The PyTorch API of nested tensors", "Lower right causal bias",
-    ".*Profiler clears events", "`?torch.jit", "tritonattn does not serve")]
+    ".*Profiler clears events", "`?torch.jit", "tritonattn does not serve"))]
 
 
 ROOT = Path(__file__).parents[1]
@@ -45,16 +45,6 @@ CALLERS = {
     "imported": lambda *args, **options: imported_before(*args, **options),
     "closure": CLOSURE,
 }
-
-
-@pytest.fixture(autouse=True)
-def off_and_uncounted():
-    torch._dynamo.reset()
-    tally.report(clear=True)
-    # a warning is enough: on a GPU torch's own gradients of float32 are not deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    tritonattn.disable()
 
 
 def torchs(*args, **options):

@@ -64,7 +64,7 @@ def results(model, implementation, of, *args, **kwargs):
     return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def same(model, of, *args, **kwargs):
+def assert_same(model, of, *args, **kwargs):
     """Ours agrees with eager, in outputs and in the gradients of all parameters."""
     eager, ours = (results(model, name, of, *args, **kwargs) for name in ("eager", "tritonattn"))
     assert len(eager) == len(ours) > 1
@@ -96,7 +96,7 @@ def calls(monkeypatch):
 def test_decoders_agree_with_eager(name, padding, calls):
     ids, seen = tokens(PADDED[padding])
     # what a padded query sees differs, and nobody asks for it
-    same(decoder(name), lambda out: out.logits[seen.bool()], ids, attention_mask=seen)
+    assert_same(decoder(name), lambda out: out.logits[seen.bool()], ids, attention_mask=seen)
     assert {call["k"] for call in calls} == {(2, 1, 9, 16)}, "grouped heads were repeated"
     windows = {call["window"] for call in calls}
     assert windows == {"mistral": {(3, 0)}, "qwen3": {(None, 0), (2, 0)}}.get(name, {(None, 0)})
@@ -137,12 +137,12 @@ def test_a_static_cache_is_never_masked_in_memory(calls):
 def test_bert(padding):
     ids, seen = tokens(PADDED[padding])
     model = build("BertModel", TINY | {"vocab_size": 64, "max_position_embeddings": 16}, add_pooling_layer=None)
-    same(model, lambda out: out.last_hidden_state[seen.bool()], ids, attention_mask=seen)
+    assert_same(model, lambda out: out.last_hidden_state[seen.bool()], ids, attention_mask=seen)
 
 
 def test_vit():
     model = build("ViTModel", TINY | {"image_size": 12, "patch_size": 4})
-    same(model, lambda out: out.last_hidden_state, torch.randn(2, 3, 12, 12, device=DEVICE))
+    assert_same(model, lambda out: out.last_hidden_state, torch.randn(2, 3, 12, 12, device=DEVICE))
 
 
 WHISPER = {"vocab_size": 64, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16,
@@ -154,7 +154,7 @@ WHISPER = {"vocab_size": 64, "d_model": 32, "num_mel_bins": 8, "max_source_posit
 def test_whisper():
     model, (ids, seen) = build("WhisperForConditionalGeneration", WHISPER), tokens([6, 9])
     sound = torch.randn(2, 8, 20, device=DEVICE)
-    same(model, lambda out: out.logits[seen.bool()], sound, decoder_input_ids=ids, decoder_attention_mask=seen)
+    assert_same(model, lambda out: out.logits[seen.bool()], sound, decoder_input_ids=ids, decoder_attention_mask=seen)
     found = []
     for implementation in ("eager", "tritonattn"):
         model.set_attn_implementation(implementation)
@@ -166,7 +166,7 @@ def test_t5_brings_a_position_bias(calls):
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2,
              "decoder_start_token_id": 0, "pad_token_id": 0}
     model, (ids, seen) = build("T5ForConditionalGeneration", sizes), tokens([6, 9])
-    same(model, lambda out: out.logits, ids, attention_mask=seen, decoder_input_ids=ids)
+    assert_same(model, lambda out: out.logits, ids, attention_mask=seen, decoder_input_ids=ids)
     if not calls:
         pytest.skip(f"T5 of transformers {transformers.__version__} asks no attention function")
     assert len(calls) == 3 and all(call["bias"] is not None for call in calls)
@@ -174,7 +174,7 @@ def test_t5_brings_a_position_bias(calls):
 
 def test_packed_sequences_do_not_see_each_other():
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=DEVICE)
-    same(decoder("mistral"), lambda out: out.logits, tokens()[0][:1], position_ids=places, use_cache=False)
+    assert_same(decoder("mistral"), lambda out: out.logits, tokens()[0][:1], position_ids=places, use_cache=False)
 
 
 def test_a_mask_that_the_user_brings():
@@ -182,7 +182,7 @@ def test_a_mask_that_the_user_brings():
     keep = torch.ones(9, 9, dtype=torch.bool, device=DEVICE).tril()[None, None]
     keep[..., 5:, 2] = False
     for mask in (torch.where(keep, 0.0, torch.finfo(torch.float32).min), torch.where(keep, 0.0, -1.5)):
-        same(decoder("llama"), lambda out: out.logits, ids, attention_mask=mask)
+        assert_same(decoder("llama"), lambda out: out.logits, ids, attention_mask=mask)
 
 
 def test_dropout_reaches_the_kernel_in_training_alone(calls):

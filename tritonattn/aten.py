@@ -25,6 +25,7 @@ flash attention is not told whether a gradient will be taken, and keeps the seed
 
 import collections
 import math
+import time
 import warnings
 
 import torch
@@ -36,8 +37,9 @@ from .ops import backward_op, forward_op
 DEFAULTS = None, True, True, None  # mask, need_weights, average_attn_weights and mask_type of _native_multi_head_attention
 MARK = 0x7472_6974_6F6E            # torch has the offset of its random numbers here, which is smaller
 ALIGNED = 16                       # bytes
-# the dispatcher does not wait for threads that are about to call a kernel when it drops it: the latest ones stay alive
-_alive = collections.deque(maxlen=512)
+GRACE = 60.0                       # seconds
+# the dispatcher does not wait for threads that are about to call a kernel when it drops it: (when, kernels) dropped lately
+_retired = collections.deque()
 
 
 class Overrides:
@@ -48,7 +50,7 @@ class Overrides:
 
     def __init__(self, functions, devices):
         """functions: by the operator's name; devices: the types of devices whose kernels they replace."""
-        self._library = torch.library.Library("aten", "IMPL")
+        self._library, self._kernels = torch.library.Library("aten", "IMPL"), []
         for device in devices:
             for name, function in functions.items():
                 theirs = None
@@ -71,10 +73,14 @@ class Overrides:
             # this is what is meant
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             self._library.impl(name, ours, key, with_keyset=True)
-        _alive.append(torch.library.get_kernel(f"aten::{name}", key))
+        self._kernels.append(torch.library.get_kernel(f"aten::{name}", key))
 
     def remove(self):
         """Torch's kernels are back. Calling it again does nothing."""
+        now = time.monotonic()
+        _retired.append((now, self._kernels))
+        while _retired[0][0] < now - GRACE:
+            _retired.popleft()
         self._library._destroy()
 
 

@@ -106,7 +106,7 @@ RULE = {
             "dkdv": "64x128w8s2 32x128w8s2 32x128w8s2 32x64w8s2 32x64w8s2 16x32w8s1",
         },
         "sm_100": {
-            "forward": "128x128w8s2 128x64w8s3 128x64w8s3 128x64w8s3 128x32w8s2 16x32w4s1",
+            "forward": "128x64w8s3 128x64w8s3 128x64w8s3 128x64w8s3 128x32w8s2 16x32w4s1",
             "dq": "128x64w8s2 128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 16x32w4s1",
             "dkdv": "64x128w8s2 64x128w8s2 64x128w8s2 32x32w4s2 32x32w4s2 16x32w8s1",
         },
