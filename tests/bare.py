@@ -1,14 +1,13 @@
 """The kernels with everything cut out that plain attention does not need, to be compared with those that ship."""
 
 import re
-import tempfile
 
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from tritonattn import Problem, config, gpu, lens
+from tritonattn import Problem, binary, config, gpu, lens
 from tritonattn.kernels import backward, forward, softmax
 from tritonattn.kernels.scores import Pairs
 from tritonattn.kernels.tile import inner
@@ -61,11 +60,8 @@ def binaries() -> dict:
         for kernel in ("forward", "dq", "dkdv"):
             for mask, window in (("full", (None, None)), ("causal", (None, 0))):
                 problem = Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16, window)
-                binary = lens.compile(kernel, problem, config.rule(kernel, problem, gpu.KNOWN[arch]), gpu.KNOWN[arch])
-                with tempfile.NamedTemporaryFile() as file:
-                    file.write(binary.asm["cubin"])
-                    file.flush()
-                    code = lens._tool("nvdisasm", "-c", file.name)
+                compiled = lens.compile(kernel, problem, config.find(kernel, problem, gpu.KNOWN[arch]), gpu.KNOWN[arch])
+                code = binary.disassemble(compiled.asm["cubin"])
                 found[f"{arch} {kernel} {mask}"] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code)
     return found
 
@@ -85,5 +81,6 @@ def compare() -> dict:
                 value.hash = None
                 value.used_global_vals.clear()
     assert replaced == bare.keys(), f"nobody calls {bare.keys() - replaced}"
+    lens._compile.cache_clear()
     again = binaries()
     return {name: (shipped[name] == again[name], len(shipped[name]), len(again[name])) for name in shipped}

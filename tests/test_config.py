@@ -1,9 +1,13 @@
 """Config: a value with rules of its own, and one place that chooses it."""
 
 import dataclasses
+import itertools
+import timeit
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tritonattn import Config, Problem, config, gpu
 
@@ -36,7 +40,7 @@ def test_the_innermost_pin_wins():
         with config.pinned(dq=inner):
             assert config.find("dq", PROBLEM, H200) == inner and config.find("forward", PROBLEM, H200) == outer
         assert config.find("dq", PROBLEM, H200) == outer
-    assert config.find("dq", PROBLEM, H200) == config.rule("dq", PROBLEM, H200)
+    assert config.find("dq", PROBLEM, H200) == config.choose("dq", PROBLEM, H200).config
 
 
 def test_pins_of_different_threads_may_overlap():
@@ -46,7 +50,7 @@ def test_pins_of_different_threads_may_overlap():
     one.__exit__(None, None, None)
     assert config.find("forward", PROBLEM, H200) == Config(32, 32)
     other.__exit__(None, None, None)
-    assert config.find("forward", PROBLEM, H200) == config.rule("forward", PROBLEM, H200)
+    assert config.find("forward", PROBLEM, H200) == config.choose("forward", PROBLEM, H200).config
 
 
 @pytest.mark.parametrize("arguments, message", [({"backward": Config(16, 16)}, "expected kernels among .*got backward"),
@@ -56,28 +60,81 @@ def test_misuse_of_pinned(arguments, message):
         pass
 
 
+VARIANTS = {
+    "full": {"n_q": 1024, "n_k": 1024}, "ragged": {}, "causal": {"window": (None, 0)}, "window": {"window": (9, 3)},
+    "bias": {"bias": torch.float32}, "mask": {"masked": True}, "map": {"masked": True, "mapped": True},
+    "dropout": {"dropout": True}, "lengths": {"lengths": True},
+}
+
+
 @pytest.mark.parametrize("arch", gpu.KNOWN)
 @pytest.mark.parametrize("kernel", config.KERNELS)
-def test_the_rule_knows_every_problem_and_asks_only_for_sizes_and_dtype(arch, kernel):
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        for d in (1, 64, 65, 200, 512):
-            problem = dataclasses.replace(PROBLEM, d=d, dtype=dtype)
-            chosen = config.rule(kernel, problem, gpu.KNOWN[arch])
-            other = dataclasses.replace(problem, batch=(7, 9), heads=3, kv_heads=1, n_q=5, window=(3, 0))
-            assert config.rule(kernel, other, gpu.KNOWN[arch]) == chosen
+def test_every_problem_has_a_config_from_the_gpus_own_table(arch, kernel):
+    on = gpu.KNOWN[arch]
+    for dtype, d, batch, (name, variant) in itertools.product(
+            (torch.float16, torch.float32, torch.float64), (1, 64, 65, 200, 512), ((1,), (64,)), VARIANTS.items()):
+        problem = dataclasses.replace(PROBLEM, d=d, dtype=dtype, batch=batch, **variant)
+        found = config.choose(kernel, problem, on)
+        assert found == config.choose(kernel, dataclasses.replace(problem, dv=1), on)
+        if kernel == "delta":
+            assert found.origin == "formula"
+            continue
+        assert found.origin == "table" and str(found.config) == getattr(found.row, found.fill).config
+        assert found.fill == ("many" if batch == (64,) else "few")
+        assert found.row.width >= d and found.row.itemsize == min(dtype.itemsize, 4)
+        if name == "map":
+            assert max(found.config.block_m, found.config.block_n) <= 128
 
 
-def test_a_gpu_that_is_not_known_runs_as_the_one_it_is_like():
+@pytest.mark.parametrize("name, kernel, mask", [
+    ("full", "forward", "full"), ("ragged", "forward", "edges"), ("causal", "dq", "edges"), ("window", "dkdv", "window"),
+    ("bias", "forward", "pairs"), ("mask", "dq", "pairs"), ("map", "forward", "edges"), ("dropout", "dkdv", "pairs"),
+    ("lengths", "forward", "edges"), ("lengths", "dkdv", "pairs"), ("full", "dbias", "pairs"),
+])
+def test_the_class_of_a_mask(name, kernel, mask):
+    assert config.mask_class(kernel, dataclasses.replace(PROBLEM, **VARIANTS[name])) == mask
+
+
+def test_a_gpu_of_a_known_architecture_takes_its_table_and_another_that_of_the_one_it_is_like():
+    problem = dataclasses.replace(PROBLEM, batch=(64,))
+    small = dataclasses.replace(H200, name="H100 PCIe", sms=114)
+    assert config.choose("forward", problem, H200).origin == "table"
+    assert config.choose("forward", problem, gpu.named("h100")).origin == "architecture", "it has less memory"
+    assert config.choose("forward", problem, dataclasses.replace(H200, name="any")).origin == "table", "its name is no matter"
+    found = config.choose("forward", problem, small)
+    assert (found.origin, found.table) == ("architecture", "h200")
+    assert found.config == config.choose("forward", problem, H200).config
     like = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
     for arch, known in like.items():
-        mine = dataclasses.replace(gpu.KNOWN[known], arch=arch)
-        assert config.rule("forward", PROBLEM, mine) == config.rule("forward", PROBLEM, gpu.KNOWN[known])
+        found = config.choose("forward", problem, dataclasses.replace(gpu.KNOWN[known], arch=arch))
+        assert found.origin == "family" and found.config == config.choose("forward", problem, gpu.KNOWN[known]).config
+
+
+@given(st.sampled_from(sorted(gpu.KNOWN)), st.integers(8 << 10, 228 << 10), st.integers(0, 512), st.integers(1, 200),
+       st.sampled_from(config.KERNELS), st.integers(1, 512), st.sampled_from([torch.float16, torch.float32]),
+       st.sampled_from(sorted(VARIANTS)))
+def test_never_a_config_that_does_not_fit(arch, shared_memory, tensor_memory, sms, kernel, d, dtype, name):
+    on = gpu.Gpu("another", arch, sms, shared_memory, tensor_memory)
+    found = config.choose(kernel, dataclasses.replace(PROBLEM, d=d, dtype=dtype, **VARIANTS[name]), on)
+    assert found.origin in config.ORIGINS
+    if found.row is not None:
+        entry = getattr(found.row, found.fill)
+        assert entry.shared_memory <= shared_memory and entry.tensor_memory <= tensor_memory
+    elif kernel != "delta":
+        assert found.origin == "smallest" and found.config == Config(16, 16, 4, 1)
+
+
+def test_a_warm_lookup_takes_less_than_5_microseconds():
+    config.find("forward", PROBLEM, H200)
+    # the best of many, since others use the machine too
+    seconds = min(timeit.repeat(lambda: config.find("forward", PROBLEM, H200), number=1000, repeat=20)) / 1000
+    assert seconds < 5e-6, f"{1e6 * seconds:.1f} us"
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "gfx1100"])
 def test_a_gpu_that_is_not_served_is_refused_by_name(arch):
     with pytest.raises(RuntimeError, match=f"GPU: expected NVIDIA from sm_80 on or AMD CDNA 3.*{arch}"):
-        config.rule("forward", PROBLEM, gpu.Gpu("old", arch, 1, 99 * 1024))
+        config.find("forward", PROBLEM, gpu.Gpu("old", arch, 1, 99 * 1024))
 
 
 @pytest.mark.interpreted

@@ -9,8 +9,9 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 FLOORS = {
     "kernels": 0, "version": 0, "journal": 0, "reference": 1, "gpu": 1, "problem": 1, "tile_map": 1, "interpreter": 1,
-    "accuracy": 1, "clock": 1, "timing": 2, "environment": 2, "config": 2, "launch": 3, "lens": 4, "ops": 4, "attention": 5,
-    "aten": 5.5, "tally": 1, "charmodel": 5,
+    "accuracy": 1, "clock": 1, "binary": 1, "tables": 1.5, "timing": 2, "environment": 2, "config": 2, "launch": 3, "lens": 4,
+    "model": 4.5, "tuning": 5, "ops": 4, "attention": 5,
+    "aten": 5.5, "tally": 1, "charmodel": 5, "show": 6, "explanation": 6,
     "swap": 6, "integrations": 6, "demo": 6, "selftest": 6, "doctor": 6, "__init__": 7, "__main__": 7,
 }
 # of the benchmarks, which stand beside the package and lean on it
@@ -32,7 +33,7 @@ def imports(path):
 
 
 def test_every_file_has_a_floor():
-    assert {path.stem for path in PACKAGE.glob("*.py")} | {"kernels", "integrations"} == set(FLOORS)
+    assert {path.stem for path in PACKAGE.glob("*.py")} | {"kernels", "integrations", "tuning"} == set(FLOORS)
     assert {path.stem for path in (PACKAGE / "kernels").glob("*.py")} == {*STEPS, "__init__"}
 
 
@@ -51,6 +52,17 @@ def test_integrations_import_from_below_and_not_each_other():
             assert not name.startswith("tritonattn"), f"{path.name}: expected relative imports, got {name}"
             assert level in (0, 2), f"integrations/{path.name} imports {name}"
             assert level == 0 or FLOORS[name.split(".")[0]] < FLOORS["integrations"], f"integrations/{path.name} imports {name}"
+
+
+def test_tuning_imports_from_below_and_goes_down():
+    steps = ["workers", "survey", "table"]
+    assert {path.stem for path in (PACKAGE / "tuning").glob("*.py")} == {*steps, "__init__"}
+    for path in (PACKAGE / "tuning").glob("*.py"):
+        for level, name in imports(path):
+            if level == 1:
+                assert steps.index(name) < steps.index(path.stem), f"tuning/{path.name} imports {name}"
+            elif level == 2:
+                assert FLOORS[name.split(".")[0]] < FLOORS["tuning"], f"tuning/{path.name} imports {name}"
 
 
 def test_kernels_import_triton_alone_and_go_down():

@@ -8,7 +8,7 @@ import torch
 
 from tests.cases import Case, check, results
 from tests.closeness import agree
-from tritonattn import Problem, attention, config, gpu, launch, lens, reference
+from tritonattn import Config, Problem, attention, config, gpu, launch, lens, reference, tables
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +30,24 @@ REAL = {
 def test_real_sizes_with_the_configs_that_ship(name, dtype, device):
     case = REAL[name]
     check(case, dtype, device, tiles=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("fill", tables.FILLS)
+@pytest.mark.parametrize("mask", tables.MASKS)
+@pytest.mark.parametrize("width", tables.WIDTHS)
+def test_every_shipped_config_is_right(width, mask, fill, dtype, device):
+    """Whatever a problem's size would choose: each row of this GPU's table, on a small one."""
+    rows = next(config.sources(gpu.of(device)))[1].rows
+    found = {kernel: rows.get((kernel, dtype.itemsize, width, mask)) for kernel in ("forward", "dq", "dkdv", "dbias")}
+    if found["forward"] is None:
+        pytest.skip(f"the tables have no rows for {dtype} and {width} {mask}: wider ones serve")
+    n = 256 if mask == "full" else 300
+    case = Case(heads=2, kv_heads=1, n_q=n, n_k=n, d=width, dv=width, causal=mask != "full",
+                window=(99, None) if mask == "window" else (None, None), pairs=("bias",) if mask == "pairs" else ())
+    pins = {kernel: Config.parse(getattr(row, fill).config) for kernel, row in found.items() if row is not None}
+    with config.pinned(**pins):
+        check(case, dtype, device, tiles=None)
 
 
 @pytest.mark.parametrize("family", ["uniform", "mean-shifted", "saturated", "outliers"])
@@ -117,7 +135,7 @@ def test_another_device_than_the_current_one():
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 def test_the_lens_reads_what_the_driver_loads(kernel, device):
     problem, here = Problem((1,), 2, 2, 512, 512, 64, 64, torch.bfloat16), gpu.of(device)
-    chosen = config.rule(kernel, problem, here)
+    chosen = config.find(kernel, problem, here)
     report = lens.inspect(kernel, problem, chosen, here)
     binary = lens.compile(kernel, problem, chosen, here)
     binary._init_handles()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tritonattn import __main__ as cli
-from tritonattn import demo, doctor, selftest
+from tritonattn import demo, doctor, gpu, selftest
 
 ROOT = Path(__file__).parents[1]
 GOOD = selftest.Result("causal", "float32", "dq", 1e-7, 1e-6)
@@ -32,7 +32,9 @@ def compiled_without_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--speed"], ["demo", "--steps", "many"],
-                                  ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"]])
+                                  ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"], ["lens", "--target", "gtx"],
+                                  ["explain", "--gpu", "h200"], ["explain", "--shape", "1x1x1x1x1", "--gpu", "sm_1"],
+                                  ["table"], ["table", "h200", "--like", "gtx"]])
 def test_wrong_usage_is_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv)
@@ -50,6 +52,8 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(compiled_without_a_gpu, capsys):
     (["demo", "--help"], ["--text", "--steps", "--out", "demo.png"]),
     (["selftest", "--help"], ["--json", "--device"]),
     (["doctor", "--help"], ["--json"]),
+    (["lens", "--help"], ["--target", "--config", "--compare", "--sass", "--plot", "--json", "sm_90"]),
+    (["explain", "--help"], ["--shape", "--gpu", "--causal"]), (["table", "--help"], ["--everything", "--jobs"]),
     (["--version"], ["tritonattn", cli.VERSION]),
 ])
 def test_help_and_version(argv, words, capsys):
@@ -101,6 +105,51 @@ def test_an_interpreter_that_cannot_work_is_not_started(monkeypatch, compiled_wi
     assert capsys.readouterr().err == "interpreter: on; old; mend: pip install it\n"
 
 
+LENS = "-m", "tritonattn", "lens", "--head-dim", "64"
+
+
+def test_the_lens_in_a_new_process(tmp_path):
+    done = run(*LENS, "--target", "sm_90,mi300x", "--direction", "backward", "--causal", "--plot", str(tmp_path / "a.png"))
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[0].startswith("GPU") and len(lines) >= 7, done.stderr
+    assert [line.split()[2] for line in lines[1:7]] == ["delta", "dq", "dkdv"] * 2
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    done = run(*LENS, "--direction", "forward", "--config", "64x64w4s2", "--json", TRITON_INTERPRET="1")
+    found, = json.loads(done.stdout)
+    assert (found["config"], found["kernel"], found["path"]) == ("64x64w4s2", "forward", "HGMMA")
+    done = run(*LENS, "--direction", "forward", "--compare", "64x64w4s2", "128x64w8s2", "--sass")
+    assert "64x64w4s2  128x64w8s2" in done.stdout and done.stdout.count("HGMMA.64x64x16.F32") > 8
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--config", "64x64"], "config: expected the form"), (["--head-dim", "600"], "head size from 1 to 512"),
+    (["--plot", "no such folder/a.png", "--direction", "forward"], "no such folder"),
+])
+def test_what_the_lens_cannot_look_at_is_one_line_and_2(options, words):
+    done = run(*LENS, *options)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_explain_on_the_command_line(capsys):
+    assert cli.main(["explain", "--shape", "2x32x8x4096x128", "--causal", "--gpu", "h200,sm_80"]) == 0
+    out = capsys.readouterr().out
+    assert "on H200 (sm_90)" in out and "on A100 (sm_80)" in out and out.count("forward") == 2
+    assert cli.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["kernels"][0]["origin"] == "table"
+    assert cli.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
+    assert capsys.readouterr().err.startswith("shape: expected")
+
+
+def test_a_table_is_asked_for_as_it_should_be(monkeypatch, compiled_without_a_gpu, tmp_path):
+    from tritonattn.tuning import table
+    asked = []
+    monkeypatch.setattr(table, "build", lambda target, cells, *options: asked.append((target.name, len(list(cells)), *options)))
+    assert cli.main(["table", "h200,a100", "--out", str(tmp_path), "--work", "w", "--jobs", "3", "--everything"]) == 0
+    assert asked == [(name, rows, tmp_path, Path("w"), 3, table.EVERYTHING) for name, rows in (("H200", 103), ("A100", 88))]
+    assert cli.main(["table", "l40s", "--like", "a100"]) == 0
+    assert asked[2][5].rows == table.shipped_like(gpu.KNOWN["sm_80"]).rows
+
+
 def test_ctrl_c_has_no_traceback(monkeypatch):
     def interrupt(device):
         raise KeyboardInterrupt
@@ -121,7 +170,9 @@ def test_doctor_in_a_new_process():
 
 
 @pytest.mark.parametrize("argv, code, words", [
-    (["--help"], 0, "selftest"), (["doctor"], 1, "mend: pip install 'triton"), (["selftest"], 1, "it needs triton")])
+    (["--help"], 0, "selftest"), (["doctor"], 1, "mend: pip install 'triton"), (["selftest"], 1, "it needs triton"),
+    (["lens"], 1, "triton: missing; mend: pip install 'triton"),
+    (["explain", "--gpu", "h200", "--shape", "1x1x1x64x64"], 0, "h200.json")])
 def test_without_triton(argv, code, words):
     hide = "import sys; sys.modules['triton'] = None; from tritonattn.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = run("-c", hide, *argv)

@@ -228,18 +228,17 @@ def test_vmap_with_lengths(device):
 @pytest.mark.parametrize("given", ["mask", "bias", "lengths", "dropout", "all"])
 def test_jacobians(given, device):
     """A vmap over the backward pass: every row of the Jacobian belongs to the same forward pass, with what that dropped."""
-    q, k, v = (x[:, :, :6, :4] for x in tensors(device, n_q=6, n_k=6, grad=False))
-    options = {"mask": {"mask": torch.rand(6, 6, device=device) > 0.3}, "bias": {"bias": torch.randn(2, 1, 6, device=device)},
-               "lengths": {"key_lengths": torch.tensor([3, 5], device=device)},
+    q, k, v = (x[..., :2] for x in tensors(device, n_q=4, n_k=4, grad=False))
+    options = {"mask": {"mask": torch.rand(4, 4, device=device) > 0.3}, "bias": {"bias": torch.randn(2, 1, 4, device=device)},
+               "lengths": {"key_lengths": torch.tensor([2, 3], device=device)},
                "dropout": {"dropout_p": 0.5, "dropout_seed": torch.tensor([3], device=device)}}
     options = {name: x for some in options.values() for name, x in some.items()} if given == "all" else options[given]
     exact = dict(options)
     if "dropout_seed" in exact:
-        exact["keep"] = dropout_mask((2, 2, 6, 6), 0.5, exact.pop("dropout_seed"))
-    for which in range(3):
-        ours = torch.func.jacrev(lambda *x: attention(*x, **options), which)(q, k, v)
-        true = torch.func.jacrev(lambda *x: reference.attention(*x, **exact), which)(q, k, v)
-        torch.testing.assert_close(ours, true, atol=1e-4, rtol=1e-4)
+        exact["keep"] = dropout_mask((2, 2, 4, 4), 0.5, exact.pop("dropout_seed"))
+    ours = torch.func.jacrev(lambda *x: attention(*x, **options), (0, 1, 2))(q, k, v)
+    true = torch.func.jacrev(lambda *x: reference.attention(*x, **exact), (0, 1, 2))(q, k, v)
+    torch.testing.assert_close(ours, true, atol=1e-4, rtol=1e-4)
 
 
 def test_vmap_with_dropout(device):

@@ -3,6 +3,7 @@
 from . import config, reference
 from .attention import attention, dropout_mask, scaled_dot_product_attention
 from .config import Config
+from .explanation import explain
 from .problem import Problem
 from .swap import disable, enable, swapped
 from .tally import report
@@ -11,5 +12,5 @@ from .version import VERSION as __version__
 
 __all__ = [
     "Config", "Problem", "TileMap", "__version__", "attention", "config", "disable", "dropout_mask", "enable",
-    "reference", "report", "scaled_dot_product_attention", "swapped", "tile_map",
+    "explain", "reference", "report", "scaled_dot_product_attention", "swapped", "tile_map",
 ]

@@ -1,4 +1,4 @@
-"""The command line: python -m tritonattn demo | selftest | doctor.
+"""The command line: python -m tritonattn demo | selftest | doctor | lens | explain | table.
 
 Exit codes: 0 all is well, 1 something disagrees or will not work, 2 wrong usage or input, 130 after Ctrl-C.
 """
@@ -8,12 +8,19 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
-from . import doctor, gpu
+from . import config, doctor, gpu
+from .config import Config
 from .gpu import INTERPRETED
+from .problem import Problem
 from .version import VERSION
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DIRECTIONS = {"forward": ["forward"], "backward": ["delta", "dq", "dkdv"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,14 +34,19 @@ def main(argv: list[str] | None = None) -> int:
                 return _complain(f"{found.name}: {found.value}; mend: {found.mend}", 1)
             if arguments.device == "cpu" and not INTERPRETED:
                 return _interpret(argv)
+        if "compiled" in arguments:
+            if (found := doctor.of_triton()).status == "bad":
+                return _complain(f"{found.name}: {found.value}; mend: {found.mend}", 1)
+            if INTERPRETED:
+                return _interpret(argv, False)
         return arguments.run(arguments)
     except KeyboardInterrupt:
         return 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command and its options; a command that runs kernels has a `device`."""
-    top = argparse.ArgumentParser("tritonattn", description="Exact attention in Triton: see it work, check it, mend it.",
+    """Every command and its options; a command that runs kernels has a `device`, one that compiles them is `compiled`."""
+    top = argparse.ArgumentParser("tritonattn", description="Exact attention in Triton: see it work, check it, see through it.",
                                   epilog="exit code: 0 all is well, 1 something is wrong, 2 wrong usage or input")
     top.add_argument("--version", action="version", version=f"tritonattn {VERSION}")
     commands = top.add_subparsers(required=True, metavar="command")
@@ -54,7 +66,56 @@ def parser() -> argparse.ArgumentParser:
     look = commands.add_parser("doctor", help="list versions, GPUs and folders, and how to mend what will not work")
     look.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     look.set_defaults(run=_doctor)
+    _add_lens(commands)
+    _add_explain(commands)
     return top
+
+
+def _add_lens(commands) -> None:
+    lens = commands.add_parser("lens", help="what the compiler makes of the kernels for any GPU, without one")
+    lens.add_argument("--target", type=_gpus, default="sm_90", metavar="GPU,...",
+                      help="architectures or models: sm_80, h200, mi300x (default: %(default)s)")
+    lens.add_argument("--dtype", choices=DTYPES, default="bf16", help="of q, k and v (default: %(default)s)")
+    lens.add_argument("--head-dim", type=int, default=128, metavar="D", help="1 to 512 (default: %(default)s)")
+    lens.add_argument("--length", type=int, default=4096, metavar="N", help="queries and keys (default: %(default)s)")
+    lens.add_argument("--causal", action="store_true", help="a query sees no later key")
+    lens.add_argument("--direction", choices=DIRECTIONS, help="one direction alone (default: both)")
+    which = lens.add_mutually_exclusive_group()
+    which.add_argument("--config", metavar="128x64w8s3", help="for every kernel (default: what a call would use)")
+    which.add_argument("--compare", nargs=2, metavar="CONFIG", help="two configs side by side, for every kernel and GPU")
+    lens.add_argument("--plot", metavar="PNG", help="draw the cycles of each unit")
+    form = lens.add_mutually_exclusive_group()
+    form.add_argument("--sass", action="store_true", help="print the loop without a mask too, as it is disassembled")
+    form.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    lens.set_defaults(run=_lens, compiled=True)
+
+
+def _add_explain(commands) -> None:
+    explain = commands.add_parser("explain", help="which configs a call would use, where they come from, why others lost")
+    explain.add_argument("--shape", required=True, metavar="BxHxHKxNxD", help="batch, heads, kv heads, length, head size")
+    explain.add_argument("--gpu", required=True, type=_gpus, metavar="GPU,...", help="models or architectures: h200, sm_80")
+    explain.add_argument("--dtype", choices=DTYPES, default="bf16", help="of q, k and v (default: %(default)s)")
+    explain.add_argument("--causal", action="store_true", help="a query sees no later key")
+    explain.add_argument("--json", action="store_true", help="print a JSON list instead of text")
+    explain.set_defaults(run=_explain)
+
+    table = commands.add_parser("table", help="make the shipped table of a GPU anew, from what the compiler makes of it")
+    table.add_argument("gpus", type=_gpus, metavar="GPU,...", help="models or architectures: h200,a100")
+    how = table.add_mutually_exclusive_group()
+    how.add_argument("--everything", action="store_true", help="look for better configs of float32 and all head sizes too")
+    how.add_argument("--like", type=_gpus, metavar="GPU", help="look at what another GPU's table has, and no further: faster")
+    table.add_argument("--work", default="build", metavar="FOLDER", help="journals, to go on from (default: %(default)s)")
+    table.add_argument("--out", metavar="FOLDER", help="where the files go (default: the package's configs)")
+    table.add_argument("--jobs", type=int, metavar="N", help="compilers side by side (default: one for each core)")
+    table.set_defaults(run=_table, compiled=True)
+
+
+def _gpus(names: str) -> list[gpu.Gpu]:
+    """GPUs by architecture or model."""
+    try:
+        return [gpu.KNOWN.get(name.lower()) or gpu.named(name) for name in names.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or an architecture out of {', '.join(gpu.KNOWN)}") from None
 
 
 def _device(name: str) -> str:
@@ -65,11 +126,11 @@ def _device(name: str) -> str:
     return name
 
 
-def _interpret(argv: list[str]) -> int:
-    """The same command in a new Python, interpreted: Triton had to be told before the kernels were defined."""
+def _interpret(argv: list[str], interpreted: bool = True) -> int:
+    """The same command in a new Python, interpreted or not: Triton had to be told before the kernels were defined."""
     # a child and not os.execve: on Windows that ends this process at once, and the shell neither waits for the new one
     # nor learns its exit code; Ctrl-C reaches a child too
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
     return subprocess.call([sys.executable, "-m", "tritonattn", *argv], env=environment)
 
 
@@ -97,6 +158,77 @@ def _doctor(arguments) -> int:
     found = doctor.findings()
     print(json.dumps(doctor.as_json(found), indent=1) if arguments.json else doctor.table(found))
     return 1 if any(finding.status == "bad" for finding in found) else 0
+
+
+def _lens(arguments) -> int:
+    from . import show
+    from .lens import inspect, remarks
+
+    try:
+        jobs = _jobs(arguments)
+        with ThreadPoolExecutor() as pool:
+            reports = list(pool.map(lambda job: inspect(*job), jobs))
+        if arguments.plot:
+            show.plot(reports, arguments.plot)
+    except (ValueError, OSError) as error:
+        return _complain(str(error), 2)
+    except Exception as error:  # whatever the compiler raises
+        return _complain(f"the compiler refuses this: {type(error).__name__}: {str(error).splitlines()[0][:200]}", 1)
+    if arguments.json:
+        print(json.dumps([show.as_json(report) for report in reports], indent=1))
+    elif arguments.compare:
+        print("\n\n".join(show.side_by_side(reports[i:i + 2]) for i in range(0, len(reports), 2)))
+    else:
+        print(show.table(reports))
+        for job, report in zip(jobs, reports):
+            if report.serialized:
+                print(*(f"ptxas on {report.kernel} {report.config}: {line}" for line in remarks(*job)), sep="\n")
+    for report in reports if arguments.sass and not arguments.json else ():
+        text = report.loops[0].text if report.loops else "no loop over tiles"
+        print(f"\n{report.gpu.arch} {report.kernel} {report.config}\n{text}")
+    return 0
+
+
+def _jobs(arguments) -> list[tuple]:
+    """Kernel, problem, config and GPU of everything that is asked to be looked at."""
+    d, n, dtype = arguments.head_dim, arguments.length, getattr(torch, DTYPES[arguments.dtype])
+    if not 1 <= d <= 512 or n < 1:
+        raise ValueError(f"expected a head size from 1 to 512 and a positive length, got {d} and {n}")
+    problem = Problem((4,), 32, 32, n, n, d, d, dtype, (None, 0) if arguments.causal else (None, None))
+    named = [Config.parse(text) for text in arguments.compare or [arguments.config] if text]
+    return [(kernel, problem, chosen, target)
+            for target in arguments.target
+            for kernel in (DIRECTIONS.get(arguments.direction) or [kernel for both in DIRECTIONS.values() for kernel in both])
+            for chosen in named or [config.find(kernel, problem, target)]]
+
+
+def _explain(arguments) -> int:
+    from . import explanation
+
+    try:
+        problem = explanation.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
+    except ValueError as error:
+        return _complain(str(error), 2)
+    found = [explanation.of_problem(problem, target) for target in arguments.gpu]
+    print(json.dumps([each.as_json() for each in found], indent=1) if arguments.json else "\n\n".join(map(str, found)))
+    return 0
+
+
+def _table(arguments) -> int:
+    from .journal import JournalError
+    from .tables import FOLDER, TableError
+    from .tuning import table
+
+    out, work = Path(arguments.out or FOLDER), Path(arguments.work)
+    try:
+        look = table.EVERYTHING if arguments.everything else table.USUAL
+        if arguments.like:
+            look = table.shipped_like(arguments.like[0])
+        for target in arguments.gpus:
+            print(f"wrote {table.build(target, table.cells(target), out, work, arguments.jobs, look)}")
+    except (ValueError, OSError, JournalError, TableError) as error:
+        return _complain(str(error), 2)
+    return 0
 
 
 def _complain(line: str, code: int) -> int:

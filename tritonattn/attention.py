@@ -9,6 +9,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from . import gpu, ops
 from .gpu import INTERPRETED, TRITON
+from .problem import Problem
 from .tile_map import TileMap, version_of
 
 NO_MASK = None, None, None  # no mask, and no lists of its tiles
@@ -65,6 +66,26 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
+    arguments = _as_given(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
+                          key_lengths=key_lengths, softcap=softcap, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed)
+    o, lse = _attend(*arguments, precise_grad=bool(precise_grad))
+    return (o, lse) if return_lse else o
+
+
+def posed(q, k, v, *, return_lse=False, precise_grad=True, **options) -> Problem:
+    """The problem that `attention` poses to the kernels with these arguments; nothing runs, no random number is drawn."""
+    from .launch import Inputs  # it needs Triton, and the checks do not
+
+    if options.get("dropout_p") and options.get("dropout_seed") is None:
+        options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
+    q, k, v, bias, (mask, *lists), seed, key_lengths, *options = _as_given(q, k, v, **options)
+    q, k, v, bias, mask, *lists, scale = _shaped(q, k, v, bias, (mask, *lists), options[0])
+    return Inputs(q, k, v, bias, mask, *lists, seed, key_lengths, scale, *options[1:]).problem
+
+
+def _as_given(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
+              softcap=None, sink=None, dropout_p=0.0, dropout_seed=None):
+    """The arguments of `_attend`."""
     _check_tensors(q=q, k=k, v=v)
     _refuse(softcap=softcap, sink=sink)
     q, k, v = _autocast(q, k, v)
@@ -76,9 +97,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     bottom_right = _check_align(align, q.shape[-2], k.shape[-2], left is not None or right is not None, key_lengths)
     key_lengths = _as_lengths(key_lengths, q, k, v)
     seed = _seed(_check_probability(dropout_p), dropout_seed, q.device)
-    options = scale, left, right, bottom_right, float(dropout_p)
-    o, lse = _attend(q, k, v, bias, masks, seed, key_lengths, *options, precise_grad=bool(precise_grad))
-    return (o, lse) if return_lse else o
+    return q, k, v, bias, masks, seed, key_lengths, scale, left, right, bottom_right, float(dropout_p)
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
@@ -163,8 +182,16 @@ def dropout_mask(shape, dropout_p, dropout_seed):
 
 
 def _attend(q, k, v, bias, masks, seed, key_lengths, scale, *options, precise_grad):
-    """Give every tensor a head dimension, the same batch dimensions and at least one column; take the additions off."""
+    """Run the kernels on tensors of one rank, and take off what was added to make them so."""
     bare, dv = max(q.dim(), k.dim(), v.dim()) == 2, v.shape[-1]
+    *tensors, scale = _shaped(q, k, v, bias, masks, scale)
+    o, lse = ops.attend(*tensors, seed, key_lengths, scale, *options, precise_grad=precise_grad)
+    o = o if dv else o.narrow(-1, 0, 0)
+    return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
+
+
+def _shaped(q, k, v, bias, masks, scale):
+    """Every tensor has a head dimension, the same batch dimensions and at least one column; the scale goes with it."""
     q, k, v, bias, *masks = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, *masks))
     batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
@@ -173,10 +200,8 @@ def _attend(q, k, v, bias, masks, seed, key_lengths, scale, *options, precise_gr
     if q.shape[-1] == 0:
         # a score of nothing is 0: one column of zeros says the same
         q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
-    v = v if dv else torch.nn.functional.pad(v, (0, 1))
-    o, lse = ops.attend(q, k, v, bias, *masks, seed, key_lengths, scale, *options, precise_grad=precise_grad)
-    o = o if dv else o.narrow(-1, 0, 0)
-    return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
+    v = v if v.shape[-1] else torch.nn.functional.pad(v, (0, 1))
+    return q, k, v, bias, *masks, scale
 
 
 def _grouped_heads(query, key, value):

@@ -1,15 +1,20 @@
 """How a problem is run: block sizes, warps, stages. A value, chosen before the launch and passed in.
 
-`config.find(kernel, problem, gpu)` is the one place that chooses: what is pinned, else the rule.
+`config.find(kernel, problem, gpu)` is the one place that chooses: what is pinned, else what a table has for this GPU
+(tables.py), for one of its architecture, or for the one most like it. Nothing is ever timed here.
 """
 
 import contextlib
 import functools
+import math
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from .gpu import Gpu
 from .problem import Problem
+from .tables import FILLS, WIDTHS, Row, Table, shipped
+from .tile_map import TILE
 
 KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
 
@@ -78,102 +83,102 @@ def pinned(config: Config | None = None, **kernels: Config):
 
 def find(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     """The config for this kernel of this problem on this GPU."""
-    for layer in reversed(_pinned):
-        if kernel in layer:
-            return layer[kernel]
-    return rule(kernel, problem, gpu)
+    if _pinned and (config := pin(kernel)) is not None:
+        return config
+    return choose(kernel, problem, gpu).config
 
 
-# Chosen by what the compiler makes of them (`lens`): the largest tiles that spill nothing in the loop and fit.
-# One config for head sizes up to each of WIDTHS; {bytes of the dtype: {family of GPUs: {kernel: configs}}}.
-# Above 256, and above 128 in float32, nothing fits into the registers: those configs are the ones that spill least.
-WIDTHS = (64, 96, 128, 192, 256, 512)
-RULE = {
-    2: {
-        "sm_80": {
-            "forward": "128x128w8s2 128x128w8s2 128x64w8s3 64x64w4s3 64x64w8s1 32x32w4s2",
-            "dq": "128x64w8s2 128x64w8s2 64x64w4s2 128x32w8s2 64x32w4s2 16x32w4s1",
-            "dkdv": "64x128w8s2 32x128w8s2 32x64w4s2 32x32w4s2 32x64w8s1 16x16w4s1",
-        },
-        "sm_86": {
-            "forward": "128x64w8s2 128x128w8s2 128x64w8s3 128x32w8s2 64x64w8s1 32x32w4s1",
-            "dq": "128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 32x32w4s2 16x32w4s1",
-            "dkdv": "32x128w8s2 32x64w4s2 32x64w4s2 32x32w4s2 32x32w4s2 16x16w4s1",
-        },
-        "sm_90": {
-            "forward": "128x128w8s2 128x128w8s2 128x128w8s2 128x64w8s3 128x32w8s2 16x32w4s1",
-            "dq": "128x64w8s2 128x64w8s2 128x64w8s2 128x64w8s2 128x32w8s2 16x32w4s1",
-            "dkdv": "64x128w8s2 32x128w8s2 32x128w8s2 32x64w8s2 32x64w8s2 16x32w8s1",
-        },
-        "sm_100": {
-            "forward": "128x64w8s3 128x64w8s3 128x64w8s3 128x64w8s3 128x32w8s2 16x32w4s1",
-            "dq": "128x64w8s2 128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 16x32w4s1",
-            "dkdv": "64x128w8s2 64x128w8s2 64x128w8s2 32x32w4s2 32x32w4s2 16x32w8s1",
-        },
-        "gfx942": {
-            "forward": "128x64w8s3 128x64w8s2 128x64w8s2 64x64w4s2 64x32w4s2 32x32w4s1",
-            "dq": "128x64w4s2 128x64w4s2 128x64w4s2 64x32w4s2 64x32w4s2 16x32w4s1",
-            "dkdv": "32x64w4s2 32x64w4s2 32x32w4s2 32x32w4s1 32x32w4s1 16x16w4s1",
-        },
-    },
-    4: {
-        "sm_80": {
-            "forward": "64x32w8s2 64x32w8s2 32x32w4s2 32x32w8s1 32x32w8s1 16x16w4s1",
-            "dq": "64x32w8s2 32x32w8s1 32x32w8s1 16x32w4s1 16x32w4s1 16x16w4s1",
-            "dkdv": "32x32w8s1 32x32w8s1 32x32w8s1 16x32w8s1 16x32w8s1 16x16w8s1",
-        },
-        "sm_86": {
-            "forward": "64x32w8s2 32x32w8s1 32x32w8s1 32x32w8s1 32x32w8s1 16x16w4s1",
-            "dq": "64x32w8s2 16x32w4s1 16x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
-            "dkdv": "32x32w8s1 32x32w8s1 32x32w8s1 16x32w4s1 16x16w4s1 16x16w8s1",
-        },
-    },
-}
+def pin(kernel: str) -> Config | None:
+    """The config that the innermost `pinned` has for this kernel."""
+    return next((layer[kernel] for layer in reversed(_pinned) if kernel in layer), None)
 
-# where something is read or drawn for each pair: smaller tiles, the same on every family
-PAIRS_RULE = {
-    2: {
-        "forward": "128x32w8s1 64x32w8s1 64x32w8s1 64x32w4s1 32x32w4s1 16x32w4s1",
-        "dq": "128x32w8s1 128x32w8s1 64x32w8s1 32x32w4s1 32x32w4s1 16x32w4s1",
-        "dkdv": "32x64w8s1 32x64w8s1 32x32w4s1 32x32w4s1 32x32w4s1 16x16w4s1",
-        "dbias": "64x64w8s1 64x64w8s1 64x64w8s1 32x32w4s1 32x32w4s1 16x16w4s1",
-    },
-    4: {
-        "forward": "32x32w4s1 32x32w4s1 32x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
-        "dq": "32x32w4s1 32x32w4s1 32x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
-        "dkdv": "32x32w8s1 32x32w8s1 16x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
-        "dbias": "32x32w4s1 32x32w4s1 32x32w4s1 16x32w4s1 16x16w4s1 16x16w4s1",
-    },
+
+@dataclass(frozen=True)
+class Choice:
+    """A config and where it comes from."""
+
+    config: Config
+    origin: str               # one of ORIGINS
+    table: str | None = None  # the file in configs/
+    row: Row | None = None
+    fill: str | None = None   # which of the row's two: "many" or "few"
+
+
+ORIGINS = {
+    "table": "a shipped table of this very GPU",
+    "architecture": "a shipped table of a GPU of this architecture",
+    "family": "the shipped table of the architecture most like this one, as far as it fits",
+    "formula": "one formula for all GPUs",
+    "smallest": "the smallest tiles: nothing in the tables fits",
 }
 
 
-@functools.cache
-def rule(kernel: str, problem: Problem, gpu: Gpu) -> Config:
-    """A config that fits, from the head sizes, the dtype and the GPU alone: the same whatever the batch and lengths."""
+@functools.lru_cache(maxsize=4096)
+def choose(kernel: str, problem: Problem, gpu: Gpu) -> Choice:
+    """What the tables say, from the first of ORIGINS that has a config that fits; what is pinned does not count."""
+    width = max(problem.d, problem.dv)
     if gpu.arch == "interpreter":
         # an interpreted step costs the same whatever its size
-        return Config(64, 64)
-    width = max(problem.d, problem.dv)
+        return Choice(Config(64, 64), "formula")
     if kernel == "delta":
-        return Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1)
-    size = min(problem.dtype.itemsize, 4)
-    like = family(gpu, RULE[size])
-    with_pairs = kernel == "dbias" or problem.bias is not None or problem.masked or problem.dropout
-    with_pairs |= kernel == "dkdv" and problem.lengths
-    configs = (PAIRS_RULE[size] if with_pairs else RULE[size][like])[kernel].split()
-    found = Config.parse(configs[next(i for i, limit in enumerate(WIDTHS) if width <= limit)])
-    # on Hopper alone: elsewhere a loop out of the pipeline gains nothing and takes registers
-    return replace(found, edge_stages=1) if like == "sm_90" and kernel != "dbias" else found
+        return Choice(Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1), "formula")
+    first = fill(kernel, problem, gpu)
+    for origin, table in sources(gpu):
+        row = next(filter(None, map(table.rows.get, keys(kernel, problem))), None)
+        for name in sorted(FILLS, key=lambda name: name != first) if row else ():
+            entry = getattr(row, name)
+            if entry.fits(gpu):
+                return Choice(Config.parse(entry.config), origin, table.name, row, name)
+    return Choice(Config(16, 16, 4, 1), "smallest")
 
 
-def family(gpu: Gpu, known) -> str:
-    """Which of the known GPUs this one is like: the same tensor cores, and at most its shared memory."""
+def keys(kernel: str, problem: Problem) -> Iterator[tuple]:
+    """The rows that serve this kernel of this problem: its own, or where a table has none a wider one, or one with edges."""
+    size, mask = min(problem.dtype.itemsize, 4), mask_class(kernel, problem)
+    for width in WIDTHS:
+        if width >= max(problem.d, problem.dv):
+            yield from ((kernel, size, width, other) for other in ((mask, "edges") if mask in ("full", "window") else (mask,)))
+
+
+def mask_class(kernel: str, problem: Problem) -> str:
+    """One of the tables' MASKS."""
+    # with a map most tiles are walked without the mask; at small head sizes the plain tiles hold what that takes
+    plain = problem.mapped and max(problem.d, problem.dv) <= 64 and not problem.lengths
+    pairs = kernel == "dbias" or problem.bias is not None or problem.dropout or (problem.masked and not plain)
+    if pairs or (kernel == "dkdv" and problem.lengths):
+        return "pairs"
+    if problem.window[0] is not None:
+        return "window"
+    walked = problem.n_q if kernel == "dkdv" else problem.n_k
+    edges = problem.window != (None, None) or problem.lengths or problem.mapped or walked % TILE
+    return "edges" if edges else "full"
+
+
+def fill(kernel: str, problem: Problem, gpu: Gpu) -> str:
+    """Whether blocks of TILE queries, or keys, give every SM something to do ("many") or not ("few")."""
+    heads, rows = (problem.kv_heads, problem.n_k) if kernel == "dkdv" else (problem.heads, problem.n_q)
+    blocks = math.prod(problem.batch) * heads * -(-rows // TILE)
+    return "many" if blocks >= gpu.sms else "few"
+
+
+def sources(gpu: Gpu) -> Iterator[tuple[str, Table]]:
+    """Tables that may serve this GPU, with their origin, the nearest first."""
+    like = family(gpu)
+    near = [table for table in shipped() if table.gpu["arch"] == gpu.arch]
+    yield from (("table", table) for table in near if table.is_of(gpu))
+    yield from (("architecture", table) for table in near if not table.is_of(gpu))
+    yield from (("family", table) for table in shipped() if table.gpu["arch"] == like != gpu.arch)
+
+
+def family(gpu: Gpu) -> str:
+    """The architecture that this one is like, of those with tables: the same tensor cores, at most its shared memory.
+
+    RuntimeError: its tensor cores cannot do what the kernels ask.
+    """
     if (gpu.is_amd and not gpu.arch.startswith(("gfx94", "gfx95"))) or (not gpu.is_amd and gpu.capability < 80):
         raise RuntimeError(f"GPU: expected NVIDIA from sm_80 on or AMD CDNA 3 or later, got {gpu.name} ({gpu.arch})")
     if gpu.is_amd:
-        like = "gfx942"
-    elif 90 <= gpu.capability < 120:
-        like = "sm_90" if gpu.capability < 100 else "sm_100"
-    else:
-        like = "sm_80" if gpu.shared_memory >= 163 * 1024 else "sm_86"
-    return like if like in known else "sm_86"
+        return "gfx942"
+    if gpu.capability < 89:
+        return "sm_80" if gpu.shared_memory >= 163 * 1024 else "sm_86"
+    return next(f"sm_{known}" for known in (120, 100, 90, 89) if gpu.capability >= known)

@@ -167,7 +167,7 @@ def print_compiled(archs=ARCHS):
     for arch, d, kernel in itertools.product(archs, (64, 128), ("forward", "dq", "dkdv")):
         device = gpu.KNOWN[arch]
         problem = Problem((4,), 16, 16, 4096, 4096, d, d, torch.bfloat16, (None, 0))
-        got = lens.inspect(kernel, problem, config.rule(kernel, problem, device), device)
+        got = lens.inspect(kernel, problem, config.find(kernel, problem, device), device)
         print(f"{f'{device.name}, {arch}':18}{d:>9}  {kernel:9}{got.config!s:>12}{got.registers:>11}{got.stack:>7}"
               f"{got.loop_spills:>13}{got.shared_memory:>9}", flush=True)
 

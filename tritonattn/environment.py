@@ -15,7 +15,8 @@ from .version import VERSION
 
 PACKAGE = Path(__file__).parent
 # what a measurement runs: an edit elsewhere changes no number
-RUNS = ("kernels/**/*.py", "ops.py", "attention.py", "launch.py", "config.py", "timing.py", "clock.py")
+RUNS = ("kernels/**/*.py", "ops.py", "attention.py", "launch.py", "config.py", "tables.py", "configs/*.json", "timing.py",
+        "clock.py")
 
 
 def of(device: torch.device) -> dict:
@@ -48,13 +49,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def source(*beside: Path) -> str:
+def source(*beside: Path, patterns: tuple[str, ...] = RUNS) -> str:
     """Twelve hexadecimal digits of what runs in a measurement: the same for the same code, wherever it lies.
 
-    `beside` are files outside the package that run too.
+    `beside` are files outside the package that run too; `patterns` say which of the package's do.
     """
     digest = hashlib.sha256()
-    named = {path.relative_to(PACKAGE).as_posix(): path for pattern in RUNS for path in PACKAGE.glob(pattern)}
+    named = {path.relative_to(PACKAGE).as_posix(): path for pattern in patterns for path in PACKAGE.glob(pattern)}
     for name, path in sorted(named.items()) + sorted((f"../{path.name}", path) for path in beside):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

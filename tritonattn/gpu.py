@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -33,6 +33,24 @@ class Peaks:
 
 
 @dataclass(frozen=True)
+class Multiprocessor:
+    """What the blocks on one SM share; on AMD the work-groups on one compute unit."""
+
+    warps: int          # of all blocks together; on AMD waves
+    blocks: int
+    shared_memory: int  # bytes
+    reserved: int = 1024         # bytes of it that the driver takes for each block
+    registers: int = 512         # that a lane would have if its quarter of the SM ran one warp
+    granularity: int = 8         # registers of a lane are given out in such steps
+    lanes: int = 32              # threads of a warp
+
+    def warps_with(self, registers: int) -> int:
+        """How many warps find room for so many registers per thread. An SM has four parts, with registers of their own."""
+        taken = -(-max(registers, 1) // self.granularity) * self.granularity
+        return min(4 * (self.registers // taken), self.warps)
+
+
+@dataclass(frozen=True)
 class Gpu:
     """One model of GPU, or Triton's interpreter."""
 
@@ -42,6 +60,8 @@ class Gpu:
     shared_memory: int  # bytes that one block may use
 
     tensor_memory: int = 0  # columns of it that one block may use, where there is such memory
+    l2: int | None = None      # bytes of its cache and of its memory, where a device was asked
+    memory: int | None = None
 
     @property
     def is_amd(self) -> bool:
@@ -53,6 +73,16 @@ class Gpu:
         return int(self.arch.removeprefix("sm_"))
 
     @property
+    def multiprocessor(self) -> Multiprocessor:
+        """The limits of one SM: its architecture's, or those of the latest known one before it."""
+        if self.is_amd:
+            # later ones have more of it, all for one block
+            known = _MULTIPROCESSORS["gfx942"]
+            return replace(known, shared_memory=max(known.shared_memory, self.shared_memory))
+        known = {int(arch.removeprefix("sm_")): sm for arch, sm in _MULTIPROCESSORS.items() if arch.startswith("sm_")}
+        return known[max((capability for capability in known if capability <= self.capability), default=min(known))]
+
+    @property
     def peaks(self) -> Peaks | None:
         """What this GPU can do at the most, by its name; None for a model or a part of one that is not known."""
         known = find(self.name)
@@ -61,6 +91,16 @@ class Gpu:
 
 # Sources: CUDA C++ Programming Guide, "Technical Specifications"; AMD CDNA3 ISA guide; product pages.
 INTERPRETER = Gpu("Triton's interpreter", "interpreter", 1, 1 << 40)
+
+# Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA guide, where a lane of
+# a wave has 512 registers of both kinds and a compute unit four SIMDs of eight waves.
+_MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 32, 164 * 1024), "sm_86": Multiprocessor(48, 16, 100 * 1024),
+    "sm_87": Multiprocessor(48, 16, 164 * 1024), "sm_89": Multiprocessor(48, 24, 100 * 1024),
+    "sm_90": Multiprocessor(64, 32, 228 * 1024), "sm_100": Multiprocessor(64, 32, 228 * 1024),
+    "sm_120": Multiprocessor(48, 24, 100 * 1024),
+    "gfx942": Multiprocessor(32, 32, 64 * 1024, reserved=0, lanes=64),
+}
 
 # Sources of the peaks:
 #   clocks, bandwidth, memory   datasheets of A100, A10, L40S, H100, H200, HGX B200 and MI300X; NVIDIA's whitepapers on
@@ -116,8 +156,11 @@ def of(device: torch.device) -> Gpu:
 @functools.cache
 def _properties(index: int | None) -> Gpu:
     found = torch.cuda.get_device_properties(index)
+    beside = getattr(found, "L2_cache_size", None), found.total_memory
     if torch.version.hip:
-        return Gpu(found.name, found.gcnArchName.split(":")[0], found.multi_processor_count, found.shared_memory_per_block)
+        arch = found.gcnArchName.split(":")[0]
+        return Gpu(found.name, arch, found.multi_processor_count, found.shared_memory_per_block, 0, *beside)
     arch = f"sm_{found.major}{found.minor}"
-    tensor_memory = KNOWN["sm_100"].tensor_memory if found.major == 10 else 0
-    return Gpu(found.name, arch, found.multi_processor_count, found.shared_memory_per_block_optin, tensor_memory)
+    tensor_memory = KNOWN["sm_100"].tensor_memory if found.major in (10, 11) else 0
+    return Gpu(found.name, arch, found.multi_processor_count, found.shared_memory_per_block_optin, tensor_memory,
+               *beside)

@@ -1,115 +1,216 @@
 """What the compiler made of a kernel, on any machine: no GPU is needed to compile for one.
 
-    problem + config + GPU -> binary -> registers, spills, shared memory, instructions of the inner loops
+    problem + config + GPU -> binary -> registers, spills, memory, blocks per SM, instructions of the loops over tiles
 """
 
+import functools
+import math
 import re
-import subprocess
 import tempfile
 from dataclasses import dataclass
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from . import launch
-from .config import Config
+from . import binary, launch
+from .binary import Loop
+from .config import Config, family
 from .gpu import Gpu
+from .kernels.tile import in_two, main_width, tail_width
 from .problem import Problem
 
-EXPONENTIAL = re.compile(r"\bMUFU\.EX2\b")
-LABEL = re.compile(r"\s*(\.L_x_\d+):")
-JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
-SPILL = re.compile(r"\b(STL|LDL)\b")
+# what tells the paths through the tensor cores apart, best first
+PATHS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # elsewhere HMMA
+TENSOR_ROWS, TENSOR_COLUMNS = 128, 256  # of one product of Blackwell's, whose shape is not in its text
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel takes. Counts are per thread, memory in bytes."""
+    """What one compiled kernel takes. Registers are per thread, memory in bytes per block."""
 
     kernel: str
+    problem: Problem
     gpu: Gpu
     config: Config
     registers: int
-    stack: int           # local memory: spilled registers, mostly
-    loop_spills: int     # instructions that spill or refill inside a loop over tiles
-    shared_memory: int   # per block
-    tensor_memory: int   # columns, per block
-    serialized: bool = False  # on Hopper: a loop over tiles waits for every product by itself (ptxas' remark C7515)
+    stack: int           # local memory of a thread: spilled registers, mostly
+    shared_memory: int
+    tensor_memory: int   # columns
+    accumulation: int = 0              # AMD: registers that only the matrix cores use, counted in `registers` too
+    scalar: int = 0                    # AMD: registers of a wave
+    spilled: int = 0                   # AMD: registers kept in memory, anywhere
+    partitions: tuple[int, ...] = ()   # registers of each warp-specialised partition, where there are any
+    loops: tuple[Loop, ...] | None = None  # over tiles, the one without a mask first; None: not disassembled
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.config.num_warps * self.gpu.multiprocessor.lanes
 
     @property
     def fits(self) -> bool:
         return self.shared_memory <= self.gpu.shared_memory and self.tensor_memory <= self.gpu.tensor_memory
 
+    @property
+    def loop_spills(self) -> int:
+        """Instructions that spill or refill inside a loop over tiles: the most that one loop has."""
+        return max((loop.spills for loop in self.loops or ()), default=0)
 
-def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Report:
-    """Compile one kernel ("forward", "delta", "dq", "dkdv") for a GPU and read its binary."""
-    binary = compile(kernel, problem, config, gpu)
-    loops = []
+    @property
+    def serialized(self) -> bool:
+        """On Hopper: a loop over tiles waits for every product by itself."""
+        return any(loop.serialized for loop in self.loops or ())
+
+    @functools.cached_property
+    def resident(self) -> dict[str, int]:
+        """How many blocks of this kernel each resource of an SM has room for."""
+        sm, warps = self.gpu.multiprocessor, self.config.num_warps
+        rooms = {"warps": sm.warps // warps, "blocks": sm.blocks, "registers": sm.warps_with(self.registers) // warps}
+        if self.shared_memory:
+            rooms["shared memory"] = sm.shared_memory // (self.shared_memory + sm.reserved)
+        if self.tensor_memory:
+            rooms["tensor memory"] = self.gpu.tensor_memory // self.tensor_memory
+        return rooms
+
+    @property
+    def occupancy(self) -> int:
+        """Blocks of this kernel that one SM holds at a time."""
+        return min(self.resident.values())
+
+    @property
+    def limit(self) -> str:
+        """The resource that allows no more blocks."""
+        return min(self.resident, key=self.resident.get)
+
+    @property
+    def path(self) -> str:
+        """The instructions that make products in the loops ("HGMMA"); "" where none of the tensor cores' is among them."""
+        kinds = {re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops or () for name in loop.products}
+        return "+".join(sorted(kinds))
+
+    @property
+    def best_path(self) -> str:
+        """The one that this GPU has for this dtype."""
+        exact = self.problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+        if exact and not self.gpu.is_amd:
+            return ""
+        return PATHS.get(family(self.gpu), "HMMA")
+
+    @property
+    def duplicated(self) -> float:
+        """Work of the tensor cores in one round of the loop, as a multiple of what the tile needs; 1 is as it should be."""
+        loop, warps = self.loops[0], self.config.num_warps
+        if "UTCHMMA" in loop.products:
+            needed = sum(math.ceil(m / TENSOR_ROWS) * math.ceil(n / TENSOR_COLUMNS) * k // 16 for m, n, k in self.products)
+            return loop.products["UTCHMMA"] / needed
+        return sum(flops(name) * count for name, count in loop.products.items()) * warps / self.needed
+
+    @property
+    def redone(self) -> float:
+        """Exponentials in one round of the loop, as a multiple of the scores of the tile."""
+        tile = self.config.block_m * self.config.block_n
+        return self.loops[0].exponentials * self.threads / tile
+
+    @property
+    def products(self) -> tuple[tuple[int, int, int], ...]:
+        """The products of tiles [M, K] by [K, N] in one round of the loop, as (M, N, K)."""
+        m, n, ds, dvs = self.config.block_m, self.config.block_n, parts(self.problem.d), parts(self.problem.dv)
+        scores = tuple((m, n, d) for d in ds)
+        return {
+            "forward": (*scores, *((m, dv, n) for dv in dvs)),
+            "dq": (*scores, *((m, n, dv) for dv in dvs), *((m, d, n) for d in ds)),
+            "dkdv": (*((n, m, d) for d in ds + dvs), *((n, d, m) for d in dvs + ds)),
+            "dbias": (*scores, *((m, n, dv) for dv in dvs)),
+            "delta": (),
+        }[self.kernel]
+
+    @property
+    def needed(self) -> int:
+        """Floating-point operations of these products."""
+        return sum(2 * m * n * k for m, n, k in self.products)
+
+
+def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassembled: bool = True) -> Report:
+    """Compile one kernel ("forward", "delta", "dq", "dkdv", "dbias") for a GPU and read its binary.
+
+    disassembled=False leaves out the loops, which take a quarter of a second. Raises ValueError for a binary that cannot be
+    read, RuntimeError where the kernels are interpreted, and what Triton raises for what it cannot compile.
+    """
+    compiled = compile(kernel, problem, config, gpu)
+    stretches = len([mode for mode in _static_of(kernel, problem, config).MODES.value if mode is not None]) or None
+    text = ""
     if gpu.is_amd:
-        registers, stack, spills = _read_amdgcn(binary.asm["amdgcn"])
+        text = compiled.asm["amdgcn"]
+        found = binary.of_amdgcn(text)
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            usage = _tool("cuobjdump", "-res-usage", file.name)
-            registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-            loops = tile_loops(_tool("nvdisasm", "-c", file.name))
-        spills = max((len(SPILL.findall(loop)) for loop in loops), default=0)
-    tensor_memory = getattr(binary.metadata, "tmem_size", None) or 0
-    return Report(kernel, gpu, config, registers, stack, spills, binary.metadata.shared, tensor_memory,
-                  any(map(serialized, loops)))
+        found = binary.of_cubin(compiled.asm["cubin"])
+        text = binary.disassemble(compiled.asm["cubin"]) if disassembled else ""
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Report(kernel, problem, gpu, config, found.registers, found.stack, compiled.metadata.shared, tensor_memory,
+                  found.accumulation, found.scalar, found.spilled, binary.partitions(text),
+                  binary.loops(text, stretches) if disassembled else None)
 
 
 def compile(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
     """Triton's compiled kernel, with every intermediate form in `.asm`; the arguments are those of a real launch."""
+    return _compile(kernel, problem, config, gpu, residual, torch.backends.cuda.matmul.fp32_precision)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(kernel, problem, config, gpu, residual, precision):
+    """`precision` decides about float32 products, by way of the launch."""
     call = launch.example_call(kernel, problem, config, residual)
     if not isinstance(call.kernel, JITFunction):
         raise RuntimeError("lens: expected compilable kernels, got interpreted ones; start Python without TRITON_INTERPRET")
     target = GPUTarget("hip", gpu.arch, 64) if gpu.is_amd else GPUTarget("cuda", gpu.capability, 32)
     backend = make_backend(target)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "debug": False}
+    options = launch.options(config) | {"debug": False}
     bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
     bound, specialization, _ = bind(*call.arguments, **options)
     options, signature, constants, attributes = call.kernel._pack_args(backend, options, bound, specialization, None)
     return triton.compile(ASTSource(call.kernel, signature, constants, attributes), target=target, options=options.__dict__)
 
 
-def tile_loops(sass: str) -> list[str]:
-    """The loops over tiles in a disassembly, as text: the innermost ones with the most exponentials.
+def remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[str]:
+    """What ptxas says of a kernel's performance ("C7510: Potential Performance Loss: wgmma ... serialized ..."), a line each.
 
-    A careful loop (kernels/window.py) takes smaller steps, so fewer; it hardly ever runs, and is left out.
+    It says so while it compiles, where Triton drops it: ptxas runs once more.
     """
-    lines = sass.splitlines()
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := LABEL.match(line))}
-    jumps = [(labels.get(match[1]), i) for i, line in enumerate(lines) if (match := JUMP.search(line))]
-    loops = [(start, end) for start, end in jumps if start is not None and start < end]
-    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    texts = ["\n".join(lines[start:end + 1]) for start, end in innermost]
-    most = max((len(EXPONENTIAL.findall(text)) for text in texts), default=0)
-    return [text for text in texts if most and len(EXPONENTIAL.findall(text)) == most]
+    if gpu.is_amd:
+        return []
+    ptx = compile(kernel, problem, config, gpu).asm["ptx"]
+    arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        done = binary.tool("ptxas", "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null")
+    if done.returncode:
+        raise ValueError(f"ptxas: expected PTX that it compiles, got: {done.stderr.strip()[-300:]}")
+    return [line.split(": ", 1)[-1] for line in done.stderr.splitlines() if "Performance" in line]
 
 
-def serialized(loop: str) -> bool:
-    """Whether each warp-group product of a loop has a wait of its own.
-
-    As it should be, all instructions of one product A B^T share one; a loop has at most four such products, of which each
-    is often several instructions.
-    """
-    products, waits = len(re.findall(r"\bHGMMA\b", loop)), len(re.findall(r"\bWARPGROUP\.DEPBAR\b", loop))
-    return products > 4 and waits >= products
-
-
-def _tool(name: str, *arguments: str) -> str:
-    """The output of one of the CUDA tools that Triton carries."""
-    path = getattr(triton.knobs.nvidia, name).path
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True, timeout=120).stdout
+def flops(product: str) -> int:
+    """Floating-point operations that each warp contributes to one product: "HMMA.16816" has 16 x 8 x 16 of them, twice."""
+    numbers = re.search(r"(\d+)x(\d+)x(\d+)", product)
+    if numbers:
+        # a warp-group product is made by four warps together
+        return 2 * math.prod(map(int, numbers.groups())) // (4 if product.startswith("HGMMA") else 1)
+    return {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8, "1684": 2 * 16 * 8 * 4}.get(product.split(".")[-1], 0)
 
 
-def _read_amdgcn(assembly: str) -> tuple[int, int, int]:
-    """Vector registers, scratch bytes and spilled vector registers."""
-    def value(key):
-        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])
+def parts(size: int) -> tuple[int, ...]:
+    """The widths in which a tile holds a head of this size."""
+    return (main_width(size), tail_width(size)) if in_two(size) else (main_width(size),)
 
-    return value("vgpr_count"), value("private_segment_fixed_size"), value("vgpr_spill_count")
+
+def padded(size: int) -> int:
+    """The columns that a head of this size takes in a tile."""
+    return sum(parts(size))
+
+
+@functools.lru_cache(maxsize=1024)
+def _static_of(kernel, problem, config):
+    return launch.example_call(kernel, problem, config).arguments[-1]

@@ -1,0 +1,132 @@
+"""What a call would use and why; and reports as tables, JSON and pictures."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import tritonattn
+from tests.test_lens import PLAIN, report
+from tests.test_model import LOOP
+from tritonattn import Config, Problem, attention, config, explanation, gpu, show, tile_map
+from tritonattn.binary import Loop
+
+H200, A100 = gpu.KNOWN["sm_90"], gpu.KNOWN["sm_80"]
+GOOD = report(loops=(LOOP,))
+
+
+def tensors(device, *shapes, dtype=torch.float32):
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+CALLS = {
+    "plain": ([(2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3)], {}),
+    "without heads": ([(5, 8), (7, 8), (7, 8)], {"scale": -0.1}),
+    "causal": ([(2, 5, 8)] * 3, {"causal": True}),
+    "window": ([(1, 2, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8)], {"window": (2, 1), "align": "bottom_right"}),
+    "bias": ([(2, 2, 5, 8)] * 3, {"bias": torch.zeros(5)}),
+    "mask": ([(2, 2, 5, 8)] * 3, {"mask": torch.ones(5, 5, dtype=torch.bool)}),
+    "map": ([(2, 2, 5, 8)] * 3, {"mask": tile_map(torch.ones(5, 5, dtype=torch.bool))}),
+    "lengths": ([(2, 2, 5, 8)] * 3, {"key_lengths": torch.tensor([3, 5])}),
+    "dropout": ([(2, 2, 5, 8)] * 3, {"dropout_p": 0.5}),
+    "no columns": ([(2, 2, 5, 0), (2, 2, 5, 0), (2, 2, 5, 3)], {}),
+}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", CALLS)
+def test_the_problem_explained_is_the_problem_run(name, device, monkeypatch):
+    shapes, options = CALLS[name]
+    given, asked = tensors(device, *shapes), []
+    find = config.find
+    monkeypatch.setattr(config, "find", lambda kernel, problem, on: asked.append(problem) or find(kernel, problem, on))
+    attention(*given, **options)
+    state = torch.get_rng_state()
+    explained = tritonattn.explain(*given, **options)
+    assert explained.problem == asked[0] and torch.equal(torch.get_rng_state(), state)
+    assert explained.gpu is gpu.INTERPRETER and str(explained.problem) in str(explained)
+
+
+def test_the_same_errors_as_the_call(device):
+    q, k = tensors(device, (2, 4, 5, 8), (2, 3, 5, 8))
+    with pytest.raises(RuntimeError, match="dividing"):
+        tritonattn.explain(q, k, k)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        tritonattn.explain(q, q, q, softcap=2.0)
+
+
+def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
+    problem = explanation.parse("4x32x8x4096x128", torch.bfloat16, True)
+    assert problem == Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0))
+    found = explanation.of_problem(problem, H200)
+    assert [line.kernel for line in found.lines] == ["forward", "delta", "dq", "dkdv"]
+    line, text = found.lines[0], str(found)
+    chosen = config.choose("forward", problem, H200)
+    assert (line.config, line.origin, line.table, line.entry) == (str(chosen.config), "table", "h200", chosen.row.many)
+    assert line.lost == chosen.row.lost and line.lost
+    for word in (line.config, "this very GPU (h200.json)", f"bound by {line.entry.bound}", "static-model", *line.lost,
+                 f"{line.entry.registers} registers"):
+        assert word in text
+    plain = json.loads(json.dumps(found.as_json()))
+    assert plain["kernels"][0]["entry"]["config"] == line.config and plain["arch"] == "sm_90"
+
+
+def test_a_pin_an_exception_and_another_gpu_are_told():
+    problem = explanation.parse("4x32x8x4096x128", torch.bfloat16, False)
+    with config.pinned(dq=Config(32, 32)):
+        lines = {line.kernel: line for line in explanation.of_problem(problem, A100).lines}
+    assert (lines["dq"].config, lines["dq"].origin, lines["dq"].entry) == ("32x32w4s2", "pinned", None)
+    assert lines["forward"].origin == "table"
+    other = dataclasses.replace(H200, name="H20", sms=78)
+    assert "a GPU of this architecture (h200.json)" in str(explanation.of_problem(problem, other))
+    odd = dataclasses.replace(problem, bias=torch.float32)
+    assert [line.kernel for line in explanation.of_problem(odd, A100).lines][-1] == "dbias"
+    wide = explanation.of_problem(explanation.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
+    exceptions = [line.entry.exception for line in wide.lines if line.entry and line.entry.exception]
+    assert exceptions and all(f"in spite of {exception}" in str(wide) for exception in exceptions)
+
+
+@pytest.mark.parametrize("shape", ["", "2x3", "2x8x3x64x64", "0x8x8x64x64", "2x8x8x64x513", "axbxcxdxe", "2x8x8x64x64x2"])
+def test_a_shape_of_another_form_is_refused(shape):
+    with pytest.raises(ValueError, match="shape: expected"):
+        explanation.parse(shape, torch.bfloat16, False)
+
+
+# --- reports
+
+
+def test_a_table_has_a_line_for_each_report_and_for_each_fault():
+    faulty = report(loops=(Loop((*LOOP.instructions, "STL")),))
+    lines = show.table([GOOD, faulty, dataclasses.replace(GOOD, kernel="delta", loops=())]).splitlines()
+    assert len(lines) == 5 and lines[0].split()[:3] == ["GPU", "kernel", "config"]
+    assert "128x128w8s2" in lines[1] and "HGMMA" in lines[1] and "1.00x" in lines[1] and "1 (registers)" in lines[1]
+    assert "delta" in lines[3] and lines[4].startswith("sm_90 forward 128x128w8s2: spill:")
+
+
+def test_two_reports_side_by_side():
+    other = report(config=Config(128, 128, 8, 3), loops=(Loop((*LOOP.instructions, "LOP3.LUT")),))
+    lines = show.side_by_side([GOOD, other]).splitlines()
+    figures = {" ".join(line.split()[:-2]): line.split()[-2:] for line in lines[1:]}
+    assert lines[0].startswith("forward on H200 (sm_90)") and figures[""] == ["128x128w8s2", "128x128w8s3"]
+    assert figures["integer"] == ["0", "1"] and figures["special"] == ["64", "64"]
+    assert figures["HGMMA.64x128x16"] == ["16", "16"]
+
+
+def test_partitions_and_amds_registers_are_shown():
+    assert show.figures(report(loops=(LOOP,), partitions=(24, 240)))["registers of partition 1"] == 240
+    of_amd = report(on=gpu.KNOWN["gfx942"], loops=(Loop(("v_exp_f32", "v_mfma_f32_32x32x8")),), accumulation=12, scalar=99)
+    assert show.figures(of_amd)["accumulation registers"] == 12 and show.figures(of_amd)["scalar registers"] == 99
+
+
+def test_json_holds_everything_and_is_json():
+    plain = json.loads(json.dumps(show.as_json(GOOD)))
+    assert plain["loops"][0]["products"] == {"HGMMA.64x128x16": 16} and plain["model"]["bound"] == "tensor"
+    assert plain["occupancy"] == 1 and plain["problem"] == json.loads(json.dumps(PLAIN.as_json())) and plain["warnings"] == []
+    assert json.loads(json.dumps(show.as_json(report(loops=None))))["loops"] is None
+
+
+def test_the_picture_stacks_the_units(tmp_path):
+    path = tmp_path / "units.png"
+    show.plot([GOOD, dataclasses.replace(GOOD, kernel="delta", loops=())], str(path))
+    assert path.read_bytes()[:4] == b"\x89PNG"

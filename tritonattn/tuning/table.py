@@ -1,0 +1,242 @@
+"""Make the shipped table of a GPU from what the compiler makes of the candidates: no GPU is needed.
+
+    for each kernel, dtype, head size and class of masks:
+        two stages over all tiles -> the best few with another number of stages -> the fastest expected one
+
+What stood in the table before is a candidate like the others, and so is what the nearest head sizes have. Where few would
+notice (float32, heads of 96, 192 and 512) there are no others, unless everything is asked for; or there are those of another
+GPU's table instead, which is faster.
+
+Everything compiled is kept in a journal: a build that is stopped goes on where it was, and a build after an edit of the
+kernels begins anew.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+
+from .. import environment
+from ..config import Config
+from ..gpu import Gpu
+from ..journal import Journal, digest
+from ..model import estimate
+from ..problem import Problem
+from ..tables import FILLS, FOLDER, MASKS, WIDTHS, Entry, Row, Table, fingerprint, read, shipped, write
+from ..tile_map import TILE
+from ..version import VERSION
+from .survey import before_compiling, candidates, judge
+from .workers import Failure, Workers
+
+KERNELS = ("forward", "dq", "dkdv", "dbias")
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+# what decides about the binaries, and what about all that a journal holds: after an edit of these it begins anew
+BINARIES = ("kernels/**/*.py", "launch.py")
+SEEN = (*BINARIES, "lens.py", "binary.py", "model.py", "gpu.py", "problem.py", "tuning/survey.py", "tuning/table.py")
+BEST = 2  # configs of two stages whose other numbers of stages are tried as well
+LOST = 8  # of those that are out, how many a row tells of: the ones that would have been the fastest
+
+
+def cells(gpu: Gpu) -> Iterator[tuple]:
+    """The keys of all rows of a GPU's table. Where a table has none, a wider one serves, or one with edges.
+
+    float32 has fewer. Windows bounded on the left have rows on Hopper alone, where one pipelined loop more may make ptxas
+    serialize all products.
+    """
+    for kernel, size, width, mask in itertools.product(KERNELS, DTYPES, WIDTHS, MASKS):
+        windows = gpu.arch == "sm_90" and size == 2 and width <= 256
+        of_kernel = mask == "pairs" or (kernel != "dbias" and (mask != "window" or windows))
+        if of_kernel and (size == 2 or (width in (64, 128, 256, 512) and mask != "full")):
+            yield kernel, size, width, mask
+
+
+def example(cell: tuple, many: bool, gpu: Gpu) -> Problem:
+    """The problem that stands for a cell: 16k tokens of 32 heads, or half a GPU full of tiles.
+
+    With edges it is causal and ends within a tile; a window is as wide as half of it; with something for each pair it has a
+    float32 bias besides.
+    """
+    _, size, width, mask = cell
+    n = 4096 if many else TILE * max(1, gpu.sms // 16)
+    n -= 0 if mask == "full" else 8
+    batch, heads = ((4,), 32) if many else ((1,), 8)
+    window = {"full": (None, None), "window": (n // 2, 0)}.get(mask, (None, 0))
+    bias = torch.float32 if mask == "pairs" else None
+    return Problem(batch, heads, heads, n, n, width, width, DTYPES[size], window, bias=bias)
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Where a build looks for candidates: at the cells for which `searched` holds, and at the rows of another GPU."""
+
+    searched: Callable[[tuple], bool]
+    rows: dict = dataclasses.field(default_factory=dict)
+
+
+def usual(cell: tuple) -> bool:
+    """Whether a build looks for something better than what the cell has."""
+    return cell[1] == 2 and cell[2] in (64, 128, 256)
+
+
+USUAL, EVERYTHING = Look(usual), Look(lambda cell: True)
+
+
+def shipped_like(gpu: Gpu) -> Look:
+    """At the rows of this GPU's table alone. ValueError: it has none."""
+    for table in shipped():
+        if table.is_of(gpu):
+            return Look(lambda cell: False, table.rows)
+    raise ValueError(f"expected a GPU with a table out of {', '.join(table.name for table in shipped())}; got {gpu.name}")
+
+
+class Builder:
+    """Makes the rows of one GPU's table."""
+
+    def __init__(self, gpu: Gpu, journal: Journal, workers: Workers, incumbents: Table | None = None, look: Look = USUAL):
+        self._gpu, self._journal, self._workers, self._look = gpu, journal, workers, look
+        self._incumbents = incumbents.rows if incumbents else {}
+        self._seen = {(*entry["cell"], entry["config"]): entry for entry in journal.entries}
+
+    def row(self, cell: tuple, made: dict) -> Row:
+        """The best configs of a cell; `made` are the rows that are made already. RuntimeError: nothing fits."""
+        tried = self._before(cell, made)
+        self._survey(cell, tried, whatever=True)
+        if not tried or self._look.searched(cell):
+            problem = example(cell, True, self._gpu)
+            tried |= {config for config in candidates(cell[0], problem, self._gpu, (2,)) if sensible(cell, config)}
+            found = self._survey(cell, tried)
+            best = {entry["config"] for fill in FILLS for entry in self._order(found, fill)[:BEST]}
+            # AMD's pipeline of two stages loads into registers, and often does better without
+            tried |= {_deeper(Config.parse(text), 1 if self._gpu.is_amd else 3) for text in best}
+        return self._chosen(cell, self._survey(cell, tried))
+
+    def reread(self, cells: Iterable[tuple]) -> None:
+        """Compile what stood in these cells, all side by side."""
+        jobs = [(cell, config) for cell in cells for config in sorted(self._before(cell, {}), key=str)
+                if (*cell, str(config)) not in self._seen]
+        asked = [(cell[0], example(cell, True, self._gpu), config, self._gpu) for cell, config in jobs]
+        for found, (cell, config) in zip(self._workers.map(asked), jobs):
+            self._learn(cell, config, found)
+
+    def _before(self, cell, rows) -> set[Config]:
+        """What stood here; and but for float32, which takes long to compile, what near head sizes and another GPU have."""
+        at = WIDTHS.index(cell[2])
+        near = [(*cell[:2], width, cell[3]) for width in WIDTHS[max(at - 1, 0):at + 2] if cell[1] == 2]
+        found = [self._incumbents.get(cell), *(rows.get(other) for other in near)]
+        configs = {Config.parse(getattr(row, fill).config) for row in found if row is not None for fill in FILLS}
+        like = self._look.rows.get(cell) if cell[1] == 2 else None
+        return configs | {self._here(Config.parse(getattr(like, fill).config)) for fill in FILLS if like}
+
+    def _here(self, config):
+        """Another GPU's config as this one would have it: only Hopper leaves the edges out of the pipeline."""
+        return dataclasses.replace(config, edge_stages=1 if self._gpu.arch == "sm_90" and config.num_stages > 1 else None)
+
+    def _survey(self, cell, configs, whatever=False) -> list[dict]:
+        """What is known of these configs, compiled where it was not known yet; `whatever` arithmetic says against them."""
+        problem = example(cell, True, self._gpu)
+        todo = []
+        for config in sorted(configs, key=str):
+            if (*cell, str(config)) in self._seen:
+                continue
+            out = before_compiling(cell[0], problem, config, self._gpu)
+            if out is not None and not whatever:
+                self._keep(cell, {"config": str(config), "reason": out.reason, "note": out.note})
+            else:
+                todo.append((cell[0], problem, config, self._gpu))
+        for found, job in zip(self._workers.map(todo), todo):
+            self._learn(cell, job[2], found)
+        return [self._seen[(*cell, str(config))] for config in sorted(configs, key=str)]
+
+    def _learn(self, cell, config, found):
+        lasting = not isinstance(found, Failure) or found.lasting
+        self._keep(cell, _entry(config, found, example(cell, False, self._gpu)), lasting)
+
+    def _keep(self, cell, entry, lasting=True):
+        entry = {"cell": list(cell)} | entry
+        if lasting:
+            self._journal.append(entry)
+        self._seen[(*cell, entry["config"])] = entry
+
+    def _order(self, found, fill):
+        """Those that fit, by the expected time; what something speaks against stands behind."""
+        runnable = [entry for entry in found if entry.get(fill)]
+        return sorted(runnable, key=lambda entry: (entry["reason"] is not None, entry[fill], entry["shared_memory"],
+                                                   entry["config"]))
+
+    def _chosen(self, cell, found) -> Row:
+        orders = {fill: self._order(found, fill) for fill in FILLS}
+        if not orders["many"]:
+            said = "; ".join(f"{entry['config']}: {entry['reason']} {entry['note']}".strip() for entry in found)
+            raise RuntimeError(f"{self._gpu.name}, {cell}: expected a config that fits, got none ({said})")
+        winners = {fill: _as_entry(order[0]) for fill, order in orders.items()}
+        names = {entry.config for entry in winners.values()}
+        others = [entry for entry in orders["many"] if entry["config"] not in names]
+        others += [entry for entry in found if not entry.get("many") and entry["reason"] not in ("constraint", "prefilter")]
+        return Row(*cell, **winners, lost={entry["config"]: entry["reason"] or "slower" for entry in others[:LOST]})
+
+
+def sensible(cell: tuple, config: Config) -> bool:
+    """What a table may hold: no tile larger than a map's; small ones without tensor cores and for wide heads alone."""
+    kernel, size, width, mask = cell
+    owner = config.block_n if kernel == "dkdv" else config.block_m
+    if size == 2 and width <= 128 and owner < 64 and mask != "pairs":
+        return False
+    largest = 32 if width > 256 else 64 if size == 4 or (mask == "pairs" and width > 128) else TILE
+    least = 16 if size == 4 or width > 128 else 32
+    return max(config.block_m, config.block_n) <= largest and min(config.block_m, config.block_n) >= least
+
+
+def _deeper(config, stages):
+    # one stage has no pipeline to leave the last stretch out of
+    return dataclasses.replace(config, num_stages=stages, edge_stages=config.edge_stages if stages > 1 else None)
+
+
+def _entry(config, found, few: Problem) -> dict:
+    """What the journal keeps of one compiled config."""
+    if isinstance(found, Failure):
+        return {"config": str(config), "reason": found.code, "note": found.message}
+    verdict = judge(found)
+    entry = {"config": str(config), "reason": verdict.reason, "note": verdict.note, "registers": found.registers,
+             "shared_memory": found.shared_memory, "tensor_memory": found.tensor_memory, "occupancy": found.occupancy}
+    if verdict.estimate is not None:
+        other = estimate(dataclasses.replace(found, problem=few))
+        entry |= {"many": verdict.estimate.cycles, "few": other.cycles, "bound": verdict.estimate.bound}
+    return entry
+
+
+def _as_entry(found: dict) -> Entry:
+    note = f"{found['reason']}: {found['note']}" if found["reason"] else ""
+    return Entry(found["config"], "static-model", found["registers"], found["shared_memory"], found["tensor_memory"],
+                 found["occupancy"], found["bound"], note.rstrip(": "))
+
+
+def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path = Path("build"), jobs: int | None = None,
+          look: Look = USUAL, say: Callable = print) -> Path:
+    """Make these rows of a GPU's table anew, and keep its other rows. Returns the file, which is written once all is done.
+
+    Raises ValueError where the other rows are of other kernels: then all must be made.
+    """
+    name = environment.slug(gpu.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    old = read(path) if path.exists() else None
+    plan = {"gpu": gpu.name, "triton": triton.__version__, "source": environment.source(patterns=SEEN)}
+    rows, done, chosen = dict(old.rows) if old else {}, {}, list(chosen)
+    source = environment.source(patterns=BINARIES)
+    if old and old.made["source"] != source and not set(rows) <= set(chosen):
+        raise ValueError(f"{path}: expected all cells to be chosen, since the kernels have changed; got {len(chosen)}")
+    with Journal(work / f"table-{name}-{digest(plan)}.jsonl", plan) as journal, Workers(jobs) as workers:
+        builder = Builder(gpu, journal, workers, old, look)
+        # those that are searched come first, since the others look at them
+        chosen = sorted(chosen, key=lambda cell: not look.searched(cell))
+        builder.reread(chosen)
+        for cell in chosen:
+            rows[cell] = done[cell] = row = builder.row(cell, done)
+            say(f"{gpu.name}  {cell[0]:8} {8 * cell[1]:2} bits  {cell[2]:3}  {cell[3]:5}  many {row.many.config:14} "
+                f"few {row.few.config:14} {row.many.exception}", flush=True)
+    made = {"tritonattn": VERSION, "triton": triton.__version__, "source": source}
+    ordered = {cell: rows[cell] for cell in cells(gpu) if cell in rows}
+    return write(Table(name, {"name": gpu.name} | fingerprint(gpu), made, ordered), folder)
