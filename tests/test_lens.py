@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from tritonattn import Config, Problem, gpu, lens
 from tritonattn.binary import Loop
@@ -100,7 +101,7 @@ print(json.dumps([[each.registers, each.shared_memory, each.loop_spills, each.pa
                    each.loops[0].counts.get("tensor", 0), each.loops[0].exponentials, each.tensor_memory] for each in found]))
 """
 # registers, bytes of shared memory, spills in the loop, path, work, products, exponentials, columns of tensor memory; as Triton
-# 3.6 compiles them. Later ones may take some registers more or less, and pad shared memory
+# 3.6 compiles them. Later ones take other registers, and pad shared memory
 CELLS = {
     ("128x64w8s2", "sm_90"): (185, 98304, 0, "HGMMA", 1.0, 12, 33, 0),
     ("128x64w8s3", "sm_80"): (194, 98304, 0, "HMMA", 1.0, 128, 34, 0),
@@ -111,9 +112,11 @@ CELLS = {
 
 def test_golden_reports():
     for (cell, golden), found in zip(CELLS.items(), compiled(GOLDEN.format(cells=list(CELLS)))):
-        assert abs(found[0] - golden[0]) <= 48 and 0.9 * golden[1] <= found[1] <= 1.2 * golden[1], (cell, found)
-        assert found[2:4] == list(golden[2:4]) and found[4] == golden[4], (cell, found)
-        assert found[5] == golden[5] and abs(found[6] - golden[6]) <= 2 and found[7] == golden[7], (cell, found)
+        assert found[3] == golden[3] and 0.5 * golden[1] <= found[1] <= 2 * golden[1] and found[0] > 100, (cell, found)
+        if triton.__version__.startswith("3.6."):
+            assert abs(found[0] - golden[0]) <= 8 and 0.9 * golden[1] <= found[1] <= 1.2 * golden[1], (cell, found)
+            assert found[2] == golden[2], (cell, found)
+            assert found[4:6] == list(golden[4:6]) and abs(found[6] - golden[6]) <= 2 and found[7] == golden[7], (cell, found)
 
 
 FAULTS = LOOK + """
@@ -141,10 +144,16 @@ def test_a_spilling_an_oversized_and_a_serializing_config_are_seen():
 
 
 SPEED = LOOK + """
+import os
 cell = "128x64w8s2", "sm_90"
 look(*cell)
 warm = lambda: lens.inspect("forward", problem, Config.parse(cell[0]), gpu.KNOWN[cell[1]], disassembled=False)
-whole = min(timeit.repeat(lambda: look(*cell), number=1, repeat=5))
+def of_the_processor():
+    # its time and that of the disassembler, whoever else is at work
+    before = sum(os.times()[:4])
+    look(*cell)
+    return sum(os.times()[:4]) - before
+whole = min(of_the_processor() for _ in range(3))
 part = min(timeit.repeat(warm, number=10, repeat=20)) / 10
 print(json.dumps([part, whole, warm().loops, warm().registers == look(*cell).registers]))
 """

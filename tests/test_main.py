@@ -20,7 +20,7 @@ def run(*command, **environment):
     """A new Python that was told nothing of the interpreter."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=inherited | environment, capture_output=True, text=True,
-                          timeout=100)
+                          timeout=300)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 
 from tests.test_lens import compiled
 from tritonattn import Config, Problem, gpu, model
@@ -155,7 +156,10 @@ PUBLISHED = {("sm_90", 128): {"128x128w8s3e1": 3, "64x64w4s3e1": 8, "128x64w8s3e
 
 @pytest.mark.parametrize("arch, d", PUBLISHED, ids=str)
 def test_what_others_measured_to_be_fast_stands_high_in_the_ranking(arch, d):
+    if not triton.__version__.startswith("3.6."):
+        pytest.skip(f"the places were taken with Triton 3.6, with which the tables are made; this is {triton.__version__}")
     left, tried, seconds = compiled(RANKING.format(arch=arch, d=d))
     for name, place in PUBLISHED[arch, d].items():
         assert name in left[:place], f"{name} is at {left.index(name) + 1 if name in left else 'none'} of {len(left)}: {left}"
-    assert tried == 64 and 10 < len(left) < tried and seconds < 60
+    assert tried == 64 and 10 < len(left) < tried
+    assert seconds < 180, "60 on two cores that nobody else uses"

@@ -81,15 +81,14 @@ def disassemble(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = tool("nvdisasm", "-c", file.name)
+        done = run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
     if done.returncode:
         raise ValueError(f"cubin: expected one that nvdisasm reads, got: {done.stderr.strip() or done.returncode}")
     return done.stdout
 
 
-def tool(name: str, *arguments: str) -> subprocess.CompletedProcess:
+def run(path: str, *arguments: str) -> subprocess.CompletedProcess:
     """One of the CUDA tools that Triton carries has run."""
-    path = getattr(triton.knobs.nvidia, name).path
     return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120)
 
 

@@ -181,12 +181,14 @@ def remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[str
     """
     if gpu.is_amd:
         return []
+    from triton.backends.nvidia.compiler import get_ptxas  # which of the two is Triton's own choice
+
     ptx = compile(kernel, problem, config, gpu).asm["ptx"]
     arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        done = binary.tool("ptxas", "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null")
+        done = binary.run(get_ptxas(gpu.capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null")
     if done.returncode:
         raise ValueError(f"ptxas: expected PTX that it compiles, got: {done.stderr.strip()[-300:]}")
     return [line.split(": ", 1)[-1] for line in done.stderr.splitlines() if "Performance" in line]
