@@ -35,8 +35,8 @@ with Workers(2) as workers:
 print(json.dumps([shipped.made["triton"], found]))
 """
 KERNELS = ("forward", "dq", "dkdv")
-# spills in a loop that another version of the compiler may cost, or what the table's row did not look at
-LIGHT = 16
+# spills in a loop that another version of the compiler may cost; and what the table's row did not look at, a mask or a map
+LIGHT, UNSEEN = 16, 32
 # an hour of a core: every row of every table
 EVERY = os.environ.get("TRITONATTN_EVERY_ROW") == "1"
 
@@ -180,7 +180,7 @@ def test_what_is_given_for_each_pair_fits_and_spills_little(arch):
     """The tables look at a bias; other things at head size 64 spill little more, and everything at once fits."""
     kernels = ("forward", "dq", "dkdv", "dbias")
     for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(64,), names=("bias", "mask", "dropout", "lengths"))):
-        assert row["fits"] and (row["spills"] <= LIGHT or not of_the_tables()), row
+        assert row["fits"] and (row["spills"] <= UNSEEN or not of_the_tables()), row
     for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(128, 256), names=("all",))):
         assert row["fits"], row
 
@@ -202,7 +202,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_a_map_of_tiles_costs_little(arch):
     for row in compiled(MAPPED.format(arch=arch)):
-        assert row["fits"] and (row["spills"] <= LIGHT or not of_the_tables()), row
+        assert row["fits"] and (row["spills"] <= UNSEEN or not of_the_tables()), row
 
 
 def test_variants_that_are_not_used_leave_no_trace():
