@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 import tritonattn
 from tests.test_lens import PLAIN, report
@@ -54,6 +55,8 @@ def test_the_same_errors_as_the_call(device):
         tritonattn.explain(q, k, k)
     with pytest.raises(NotImplementedError, match="softcap"):
         tritonattn.explain(q, q, q, softcap=2.0)
+    with pytest.raises(TypeError, match="q: expected a torch.Tensor"):
+        tritonattn.explain(None, q, q, dropout_p=0.5)
 
 
 def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
@@ -115,7 +118,9 @@ def test_two_reports_side_by_side():
 
 def test_partitions_and_amds_registers_are_shown():
     assert show.figures(report(loops=(LOOP,), partitions=(24, 240)))["registers of partition 1"] == 240
-    of_amd = report(on=gpu.KNOWN["gfx942"], loops=(Loop(("v_exp_f32", "v_mfma_f32_32x32x8")),), accumulation=12, scalar=99)
+    of_amd = report(on=gpu.KNOWN["gfx942"], loops=(Loop(("v_exp_f32", "v_mfma_f32_32x32x8")),), accumulation=12, scalar=99,
+                    spilled=3)
+    assert show.figures(of_amd)["spilled registers"] == show.as_json(of_amd)["spilled"] == 3
     assert show.figures(of_amd)["accumulation registers"] == 12 and show.figures(of_amd)["scalar registers"] == 99
 
 
@@ -126,7 +131,13 @@ def test_json_holds_everything_and_is_json():
     assert json.loads(json.dumps(show.as_json(report(loops=None))))["loops"] is None
 
 
-def test_the_picture_stacks_the_units(tmp_path):
-    path = tmp_path / "units.png"
-    show.plot([GOOD, dataclasses.replace(GOOD, kernel="delta", loops=())], str(path))
-    assert path.read_bytes()[:4] == b"\x89PNG"
+def test_the_picture_stacks_the_units(tmp_path, monkeypatch):
+    path, drawn = tmp_path / "units.png", []
+    barh = Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda self, *args, **kwargs: drawn.append(barh(self, *args, **kwargs)) or drawn[-1])
+    show.plot([GOOD, GOOD, dataclasses.replace(GOOD, kernel="delta", loops=())], str(path))
+    assert path.read_bytes()[:4] == b"\x89PNG" and [len(bars) for bars in drawn] == [2] * len(show.UNITS)
+    tensor, special = (bars[0] for bars in drawn[:2])
+    assert tensor.get_width() == pytest.approx(1000 * 2048 / 128**2) and special.get_x() == pytest.approx(tensor.get_width())
+    first, second = drawn[0]
+    assert first.get_y() != second.get_y(), "two of the same name have bars of their own"

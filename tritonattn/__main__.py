@@ -173,7 +173,7 @@ def _lens(arguments) -> int:
     except (ValueError, OSError) as error:
         return _complain(str(error), 2)
     except Exception as error:  # whatever the compiler raises
-        return _complain(f"the compiler refuses this: {type(error).__name__}: {str(error).splitlines()[0][:200]}", 1)
+        return _complain(f"the compiler refuses this: {type(error).__name__}: {str(error)[:200]!r}", 1)
     if arguments.json:
         print(json.dumps([show.as_json(report) for report in reports], indent=1))
     elif arguments.compare:
@@ -183,7 +183,7 @@ def _lens(arguments) -> int:
         for job, report in zip(jobs, reports):
             if report.serialized:
                 print(*(f"ptxas on {report.kernel} {report.config}: {line}" for line in remarks(*job)), sep="\n")
-    for report in reports if arguments.sass and not arguments.json else ():
+    for report in reports if arguments.sass else ():
         text = report.loops[0].text if report.loops else "no loop over tiles"
         print(f"\n{report.gpu.arch} {report.kernel} {report.config}\n{text}")
     return 0

@@ -66,28 +66,30 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
+    _refuse(softcap=softcap, sink=sink)
     arguments = _as_given(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
-                          key_lengths=key_lengths, softcap=softcap, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed)
+                          key_lengths=key_lengths, dropout_p=dropout_p, dropout_seed=dropout_seed)
     o, lse = _attend(*arguments, precise_grad=bool(precise_grad))
     return (o, lse) if return_lse else o
 
 
-def posed(q, k, v, *, return_lse=False, precise_grad=True, **options) -> Problem:
+def posed(q, k, v, *, softcap=None, sink=None, return_lse=False, precise_grad=True, **options) -> Problem:
     """The problem that `attention` poses to the kernels with these arguments; nothing runs, no random number is drawn."""
     from .launch import Inputs  # it needs Triton, and the checks do not
 
+    _refuse(softcap=softcap, sink=sink)
+    _check_tensors(q=q, k=k, v=v)
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
-    q, k, v, bias, (mask, *lists), seed, key_lengths, *options = _as_given(q, k, v, **options)
-    q, k, v, bias, mask, *lists, scale = _shaped(q, k, v, bias, (mask, *lists), options[0])
-    return Inputs(q, k, v, bias, mask, *lists, seed, key_lengths, scale, *options[1:]).problem
+    q, k, v, bias, masks, seed, key_lengths, scale, *others = _as_given(q, k, v, **options)
+    *tensors, scale = _shaped(q, k, v, bias, masks, scale)
+    return Inputs(*tensors, seed, key_lengths, scale, *others).problem
 
 
 def _as_given(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-              softcap=None, sink=None, dropout_p=0.0, dropout_seed=None):
+              dropout_p=0.0, dropout_seed=None):
     """The arguments of `_attend`."""
     _check_tensors(q=q, k=k, v=v)
-    _refuse(softcap=softcap, sink=sink)
     q, k, v = _autocast(q, k, v)
     _check_kind(q=q, k=k, v=v)
     _check_sizes(("q", "k", "v"), q, k, v)

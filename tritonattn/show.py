@@ -6,6 +6,7 @@ from dataclasses import asdict
 from . import binary
 from .lens import Report
 from .model import Estimate, estimate
+from .tuning.survey import REASONS, judge
 
 UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
 SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
@@ -36,8 +37,6 @@ def _row(report):
 
 def warnings(reports: Sequence[Report]) -> list[str]:
     """What speaks against these kernels, a line each."""
-    from .tuning.survey import REASONS, judge
-
     found = [(report, judge(report)) for report in reports if report.kernel != "delta"]
     return [f"{report.gpu.arch} {report.kernel} {report.config}: {verdict.reason}: {REASONS[verdict.reason]}"
             + (f" ({verdict.note})" if verdict.note else "") for report, verdict in found if verdict.reason]
@@ -62,7 +61,8 @@ def figures(report: Report) -> dict:
              "shared memory": report.shared_memory, "tensor memory": report.tensor_memory, "threads": report.threads,
              "blocks per SM": report.occupancy, "limited by": report.limit}
     if report.gpu.is_amd:
-        found |= {"accumulation registers": report.accumulation, "scalar registers": report.scalar}
+        found |= {"accumulation registers": report.accumulation, "scalar registers": report.scalar,
+                  "spilled registers": report.spilled}
     found |= {f"registers of partition {i}": registers for i, registers in enumerate(report.partitions)}
     for loop in (report.loops or ())[:1]:
         found |= {"instructions": len(loop.instructions), **{f"  {name}": n for name, n in loop.products.items()}}
@@ -83,7 +83,8 @@ def as_json(report: Report) -> dict:
         "kernel": report.kernel, "gpu": report.gpu.name, "arch": report.gpu.arch, "config": str(report.config),
         "problem": report.problem.as_json(), "registers": report.registers, "stack": report.stack,
         "loop_spills": report.loop_spills, "shared_memory": report.shared_memory, "tensor_memory": report.tensor_memory,
-        "accumulation": report.accumulation, "scalar": report.scalar, "partitions": list(report.partitions),
+        "accumulation": report.accumulation, "scalar": report.scalar, "spilled": report.spilled,
+        "partitions": list(report.partitions),
         "threads": report.threads, "fits": report.fits, "occupancy": report.occupancy, "resident": report.resident,
         "serialized": report.serialized, "path": report.path, "loops": loops,
         "model": None if model is None else asdict(model) | {"bound": model.bound},
@@ -98,13 +99,15 @@ def plot(reports: Sequence[Report], path: str) -> None:
     shown: list[tuple[Report, Estimate]] = [(report, found) for report in reports if (found := estimate(report)) is not None]
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
-    labels = [f"{report.gpu.arch} {report.kernel}\n{report.config}" for report, _ in shown]
+    labels = [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown]
     left = [0.0] * len(shown)
     for unit in UNITS:
         # per 1000 scores, so that tiles of different sizes compare
         width = [1000 * found.rounds[0][unit] / (report.config.block_m * report.config.block_n) for report, found in shown]
-        axes.barh(labels, width, left=left, label=unit)
+        # at places and not at labels, of which two may be the same
+        axes.barh(range(len(shown)), width, left=left, label=unit)
         left = [a + b for a, b in zip(left, width)]
+    axes.set_yticks(range(len(shown)), labels)
     axes.invert_yaxis()
     axes.set_xlabel("cycles of an SM that each unit is busy, per 1000 scores (units work side by side; the longest binds)")
     axes.legend(ncols=len(UNITS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
