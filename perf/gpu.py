@@ -1,7 +1,8 @@
-"""python -m perf.gpu --minutes 9 --out DIR: everything a short visit to a GPU should yield, in one call.
+"""python -m perf.gpu --minutes 9 --out DIR: what a short visit to a GPU should yield; `--only tuning` is a visit of its own.
 
     truth      every test that needs a GPU, then all cases compiled, against float64; tests of timing last, alone
     baseline   what a large product and a copy reach, which backend torch picks, ours beside every rival on a short grid
+    tuning     sweeps of forward, dQ, dK and dV at head sizes 64, 128 and 256, full and causal; asked for by its name alone
 
 Each step is a process of its own that ends in time; what it wrote until then is whole and can be used. Their output is in
 <out>/<name>.log; what came of it is added to <out>/summary.txt line by line, and printed at the end. Needs nothing from the
@@ -25,6 +26,7 @@ from typing import NamedTuple
 from perf import cases, record
 from perf.run import LOST, ended_in_order, ours_is_bad, verdict
 from tritonattn.journal import JournalError
+from tritonattn.tuning import runs
 
 GRACE = 15          # seconds in which an interrupted step puts its things in order
 LAST = 10           # seconds kept for the table at the end
@@ -168,6 +170,22 @@ def baseline(visit: Visit) -> None:
         visit.say(f"baseline: {ended.last_line}")
 
 
+def tuning(visit: Visit) -> None:
+    """A sweep for each head size, full and causal, as far as the time goes; one that is not done goes on in the next visit."""
+    asked = [(size, heads, mask) for size, heads in ((128, 32), (64, 32), (256, 16)) for mask in ("full", "causal")]
+    for size, heads, mask in asked:
+        folder = visit.out / f"sweep-{size}-{mask}"
+        begun = (folder / runs.PLAN).exists()
+        named = [] if begun else ["--shape", f"4x{heads}x{heads}x4096x{size}", *(["--causal"] if mask == "causal" else [])]
+        # one after the other: compiling alone takes minutes, and a plan that is not done is not written
+        limit = visit.left()
+        minutes = max(0.01, limit - 2 * GRACE) / 60
+        command = [sys.executable, "-m", "tritonattn", "sweep", str(folder), *named, "--minutes", f"{minutes:.2f}"]
+        ended = visit.step("tuning", command, limit)
+        visit.bad |= ended.bad
+        visit.say(f"sweep of {size} {mask}: {'' if ended.in_time else 'time was up; '}{ended.last_line}")
+
+
 def results_in(output: str) -> Path | None:
     """The file that perf.run says it writes to: an earlier visit's, or another plan's, may lie beside it."""
     found = re.findall(r"^results: (.+)$", output, re.MULTILINE)
@@ -186,6 +204,7 @@ def report(visit: Visit, results: Path) -> None:
 
 
 STEPS = {"truth": truth, "baseline": baseline}
+ALONE = {"tuning": tuning}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--minutes", type=float, default=9.0, metavar="M", help="default: %(default)s")
     top.add_argument("--out", type=Path, required=True, metavar="DIR")
-    top.add_argument("--only", choices=STEPS, help="one step instead of all")
+    top.add_argument("--only", choices=STEPS | ALONE, help="one step instead of truth and baseline")
     top.add_argument("--suite", choices=cases.SUITES, default="short", help="of the baseline (default: %(default)s)")
     top.add_argument("--seconds", type=float, default=0.1, help="of samples per contender and job (default: %(default)s)")
     top.add_argument("--commit", metavar="ID", help="to be recorded, where the tree came without its repository")
@@ -213,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         with ended_in_order():
             for name in [arguments.only] if arguments.only else STEPS:
                 visit.say(f"== {name}")
-                STEPS[name](visit)
+                (STEPS | ALONE)[name](visit)
     except KeyboardInterrupt:
         visit.stopped = True
     finally:

@@ -23,7 +23,7 @@ import torch
 
 from perf import cases, measure, record, rivals
 from perf.cases import Case
-from tritonattn import clock, environment, gpu, journal, timing
+from tritonattn import cache, clock, environment, gpu, journal, timing
 from tritonattn.journal import Journal, JournalError
 
 LOST = 3       # the exit code that asks to be run again
@@ -227,6 +227,9 @@ def plan_of(arguments, device: torch.device) -> Plan:
     here = environment.of(device)
     commit = here.pop("commit")
     here["source"] = environment.source(Path(rivals.__file__), Path(measure.__file__))
+    # what was tuned on this machine is used here too: other configs are other kernels
+    tuned = {path.name: found.config for path, found in cache.current().records()}
+    here["tuned"] = journal.digest(tuned) if tuned else None
     effort = timing.Effort() if device.type == "cuda" else ON_HOST
     effort = replace(effort, seconds=arguments.seconds) if arguments.seconds else effort
     dtype = DTYPES.get(arguments.dtype)

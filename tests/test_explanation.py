@@ -60,7 +60,7 @@ def test_the_same_errors_as_the_call(device):
 
 
 def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
-    problem = explanation.parse("4x32x8x4096x128", torch.bfloat16, True)
+    problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, True)
     assert problem == Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0))
     found = explanation.of_problem(problem, H200)
     assert [line.kernel for line in found.lines] == ["forward", "delta", "dq", "dkdv"]
@@ -76,7 +76,7 @@ def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
 
 
 def test_a_pin_an_exception_and_another_gpu_are_told():
-    problem = explanation.parse("4x32x8x4096x128", torch.bfloat16, False)
+    problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
     with config.pinned(dq=Config(32, 32)):
         lines = {line.kernel: line for line in explanation.of_problem(problem, A100).lines}
     assert (lines["dq"].config, lines["dq"].origin, lines["dq"].entry) == ("32x32w4s2", "pinned", None)
@@ -85,7 +85,7 @@ def test_a_pin_an_exception_and_another_gpu_are_told():
     assert "a GPU of this architecture (h200.json)" in str(explanation.of_problem(problem, other))
     odd = dataclasses.replace(problem, bias=torch.float32)
     assert [line.kernel for line in explanation.of_problem(odd, A100).lines][-1] == "dbias"
-    wide = explanation.of_problem(explanation.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
+    wide = explanation.of_problem(Problem.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
     exceptions = [line.entry.exception for line in wide.lines if line.entry and line.entry.exception]
     assert exceptions and all(f"in spite of {exception}" in str(wide) for exception in exceptions)
 
@@ -93,7 +93,7 @@ def test_a_pin_an_exception_and_another_gpu_are_told():
 @pytest.mark.parametrize("shape", ["", "2x3", "2x8x3x64x64", "0x8x8x64x64", "2x8x8x64x513", "axbxcxdxe", "2x8x8x64x64x2"])
 def test_a_shape_of_another_form_is_refused(shape):
     with pytest.raises(ValueError, match="shape: expected"):
-        explanation.parse(shape, torch.bfloat16, False)
+        Problem.parse(shape, torch.bfloat16, False)
 
 
 # --- reports

@@ -141,3 +141,29 @@ def test_the_lens_reads_what_the_driver_loads(kernel, device):
     binary._init_handles()
     assert report.fits and binary.n_regs == report.registers
     assert launch.example_call(kernel, problem, chosen).config == chosen
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path, monkeypatch):
+    """From the door to the cache, in a process of its own; the few configs of the tables."""
+    from tritonattn.tuning import tuner
+
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
+    config.choose.cache_clear()
+    problem, lab = Problem((2,), 8, 2, 1000, 1000, 64, 64, torch.bfloat16, (None, 0)), tuner.here(device)
+    with lab.compilers:
+        record = tuner.tune_kernel(kernel, problem, lab, "table")
+    assert record.seconds <= record.default_seconds * 1.05 and all(error <= allowed for error, allowed in record.check.values())
+    assert str(config.find(kernel, problem, gpu.of(device))) == record.config
+    assert config.choose(kernel, problem, gpu.of(device)).origin == "cache"
+    config.choose.cache_clear()
+
+
+def test_a_config_that_needs_too_much_is_told_and_the_bench_goes_on(device):
+    from tritonattn.tuning.isolation import Isolated
+
+    with Isolated("forward", Problem((1,), 2, 2, 512, 512, 128, 128, torch.bfloat16), device) as bench:
+        assert bench.check("128x128w8s8").reason == "launch error"
+        assert bench.check("64x64w4s2").reason is None
+        found = bench.times(["128x128w8s8", "64x64w4s2"], 3)
+    assert found["128x128w8s8"].code == "launch error" and len(found["64x64w4s2"]) == 3

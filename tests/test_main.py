@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tritonattn import __main__ as cli
 from tritonattn import demo, doctor, gpu, selftest
@@ -34,7 +35,9 @@ def compiled_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--speed"], ["demo", "--steps", "many"],
                                   ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"], ["lens", "--target", "gtx"],
                                   ["explain", "--gpu", "h200"], ["explain", "--shape", "1x1x1x1x1", "--gpu", "sm_1"],
-                                  ["table"], ["table", "h200", "--like", "gtx"]])
+                                  ["table"], ["table", "build", "h200", "--like", "gtx"], ["tune"],
+                                  ["tune", "--shape", "1x1x1x1x1", "--trials", "0"],
+                                  ["sweep"], ["replay"], ["cache"], ["cache", "clear"], ["cache", "show"]])
 def test_wrong_usage_is_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv)
@@ -53,7 +56,9 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(compiled_without_a_gpu, capsys):
     (["selftest", "--help"], ["--json", "--device"]),
     (["doctor", "--help"], ["--json"]),
     (["lens", "--help"], ["--target", "--config", "--compare", "--sass", "--plot", "--json", "sm_90"]),
-    (["explain", "--help"], ["--shape", "--gpu", "--causal"]), (["table", "--help"], ["--everything", "--jobs"]),
+    (["explain", "--help"], ["--shape", "--gpu", "--causal"]),
+    (["table", "build", "--help"], ["--everything", "--jobs", "--from"]),
+    (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["merge", "verify", "export"]),
     (["--version"], ["tritonattn", cli.VERSION]),
 ])
 def test_help_and_version(argv, words, capsys):
@@ -143,11 +148,15 @@ def test_explain_on_the_command_line(capsys):
 def test_a_table_is_asked_for_as_it_should_be(monkeypatch, compiled_without_a_gpu, tmp_path):
     from tritonattn.tuning import table
     asked = []
-    monkeypatch.setattr(table, "build", lambda target, cells, *options: asked.append((target.name, len(list(cells)), *options)))
-    assert cli.main(["table", "h200,a100", "--out", str(tmp_path), "--work", "w", "--jobs", "3", "--everything"]) == 0
-    assert asked == [(name, rows, tmp_path, Path("w"), 3, table.EVERYTHING) for name, rows in (("H200", 103), ("A100", 88))]
-    assert cli.main(["table", "l40s", "--like", "a100"]) == 0
-    assert asked[2][5].rows == table.shipped_like(gpu.KNOWN["sm_80"]).rows
+    def build(target, cells, *options):
+        asked.append((target.name, len(list(cells)), *options))
+
+    monkeypatch.setattr(table, "build", build)
+    assert cli.main(["table", "build", "h200,a100", "--out", str(tmp_path), "--work", "w", "--jobs", "3", "--everything"]) == 0
+    options = (tmp_path, Path("w"), 3, table.EVERYTHING, None)
+    assert asked == [("H200", 103, *options), ("A100", 88, *options)]
+    assert cli.main(["table", "build", "l40s", "--like", "a100", "--also", "python3"]) == 0
+    assert asked[2][5].rows == table.shipped_like(gpu.KNOWN["sm_80"]).rows and asked[2][6] == "python3"
 
 
 def test_ctrl_c_has_no_traceback(monkeypatch):
@@ -177,3 +186,94 @@ def test_without_triton(argv, code, words):
     hide = "import sys; sys.modules['triton'] = None; from tritonattn.__main__ import main; sys.exit(main(sys.argv[1:]))"
     done = run("-c", hide, *argv)
     assert done.returncode == code and words in done.stdout + done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+# --- tuning
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A cache with one record in it."""
+    from tests.fakebench import FakeBench, bench_of
+    from tests.test_tuner import H200, PROBLEM, Compilers, Surface
+    from tritonattn import cache, config
+    from tritonattn.tuning import tuner
+
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "cache"))
+    config.choose.cache_clear()
+    lab = tuner.Lab(H200, bench_of(FakeBench(Surface("64x128w4s2e1"))), Compilers(), cache.current())
+    monkeypatch.setattr(tuner, "here", lambda *_, **__: lab)
+    tuner.tune_kernel("forward", PROBLEM, lab)
+    yield lab
+    config.choose.cache_clear()
+
+
+def said(capsys, *argv, code=0):
+    assert cli.main(list(argv)) == code
+    return capsys.readouterr().out
+
+
+def test_the_cache_is_listed_shown_exported_merged_and_cleared(kept, capsys, tmp_path, monkeypatch):
+    assert said(capsys, "cache", "path").strip() == str(tmp_path / "cache")
+    line, = said(capsys, "cache", "ls").splitlines()
+    assert "H200" in line and "64x128w4s2e1" in line and line.startswith("forward-")
+    assert json.loads(said(capsys, "cache", "show", line.split()[0]))["config"] == "64x128w4s2e1"
+    assert cli.main(["cache", "show", "nothing"]) == 2 and "expected the name of one record" in capsys.readouterr().err
+    assert said(capsys, "cache", "verify") == "all is well\n"
+    said(capsys, "cache", "export", str(tmp_path / "all.json"))
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "other"))
+    assert said(capsys, "cache", "merge", str(tmp_path / "all.json")) == "1 taken over, 0 kept\n"
+    assert said(capsys, "cache", "ls").split()[0] == line.split()[0]
+    assert said(capsys, "cache", "clear", "--yes") == "1 removed\n" and said(capsys, "cache", "ls") == ""
+    assert cli.main(["cache", "merge", str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
+
+
+def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_gpu):
+    from tritonattn import Problem, record_problems
+    from tritonattn.config import find
+
+    said_ = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--causal", "--strategy", "static")
+    assert said_.count("times as fast as") == 6 and f"kept in {tmp_path / 'cache'}" in said_
+    with record_problems(tmp_path / "shapes"):
+        find("forward", Problem.parse("1x8x8x2048x96", torch.float16), kept.gpu)
+    lines = said(capsys, "tune", "--from", str(tmp_path / "shapes"), "--trials", "4").splitlines()
+    assert len(lines) == 2 and lines[0].startswith("forward  1x8x2048x96 float16 full: ") and "4 tried" in lines[0]
+    assert cli.main(["tune", "--shape", "4x32"]) == 2 and "shape: expected BATCH" in capsys.readouterr().err
+    assert cli.main(["tune", "--from", str(tmp_path / "none")]) == 2
+
+
+def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path, compiled_without_a_gpu):
+    folder = str(tmp_path / "sweep")
+    assert cli.main(["sweep", folder]) == 2 and "expected a sweep that has begun, or --shape" in capsys.readouterr().err
+    argv = ["sweep", folder, "--shape", "4x32x32x4096x128", "--kernels", "forward", "--rounds", "3"]
+    out = said(capsys, *argv)
+    assert "all is done" in out and "summary.csv" in out and "64x128w4s2e1" in out
+    assert (tmp_path / "sweep/t4.json").exists() and list((tmp_path / "sweep/plots").glob("*.png"))
+    assert cli.main(argv) == 2 and "expected a folder without a sweep" in capsys.readouterr().err
+    assert "all is done" in said(capsys, "sweep", folder)
+    out = said(capsys, "replay", folder, "--seeds", "2")
+    assert [line.split()[0] for line in out.splitlines()] == ["strategy", "halving", "static", "random", "exhaustive"]
+    found = json.loads(said(capsys, "replay", folder, "--strategy", "halving", "--seeds", "2", "--json"))
+    assert found["strategies"]["halving"]["largest"] == 0 and found["synthetic"] is False
+    assert cli.main(["replay", str(tmp_path)]) == 2 and "expected a sweep" in capsys.readouterr().err
+    assert cli.main([*argv[:1], str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
+    assert json.loads(said(capsys, "report", folder, "--json"))
+
+
+def test_tables_are_compared_and_checked(capsys, tmp_path):
+    from dataclasses import replace
+
+    from tritonattn import tables
+
+    shipped = next(table for table in tables.shipped() if table.name == "h200")
+    key, row = next(iter(shipped.rows.items()))
+    changed = replace(row, many=replace(row.many, config="32x32w4s1", shared_memory=1 << 20))
+    path = tables.write(replace(shipped, rows=shipped.rows | {key: changed}), tmp_path)
+    same = str(tables.FOLDER / "h200.json")
+    assert said(capsys, "table", "diff", same, same) == "the same configs everywhere\n"
+    line, = said(capsys, "table", "diff", same, str(path), code=1).splitlines()
+    assert line.split()[:5] == ["forward", "16", "bits", "64", "full"] and line.endswith("-> 32x32w4s1 (static-model)")
+    assert said(capsys, "table", "validate") == "all is well\n"
+    assert "expected a config that fits H200, got 32x32w4s1" in said(capsys, "table", "validate", str(path), code=1)
+    (tmp_path / "torn.json").write_text("{")
+    assert cli.main(["table", "validate", str(tmp_path / "torn.json")]) == 2

@@ -92,6 +92,20 @@ def test_nobody_outlives_a_step(tmp_path, monkeypatch, leader):
     assert not alive(int(ended.output))
 
 
+def test_tuning_sweeps_every_head_size_and_goes_on_where_it_was(tmp_path):
+    (tmp_path / "sweep-64-causal").mkdir()
+    (tmp_path / "sweep-64-causal/plan.json").write_text("{}")
+    scripted = Scripted(tmp_path, [(0, True)] * 4 + [(2, False), (1, True)])
+    gpu.tuning(scripted)
+    assert scripted.bad and len(scripted.commands) == 6
+    (_, first, limit), *_, (_, last, _) = scripted.commands
+    assert first[1:5] == ["-m", "tritonattn", "sweep", str(tmp_path / "sweep-128-full")] and "4x32x32x4096x128" in first
+    assert "--causal" in last and "4x16x16x4096x256" in last and limit == pytest.approx(530)
+    goes_on = scripted.commands[3][1]
+    assert goes_on[4].endswith("sweep-64-causal") and "--shape" not in goes_on and "--minutes" in goes_on
+    assert scripted.lines[4] == "sweep of 256 full: time was up; tuning went well"
+
+
 @pytest.mark.parametrize(("output", "failures"), [
     ("..F.\n1 failed, 3 passed in 2.05s\n", True), ("12 passed, 2 errors in 1s\n", True), ("40 passed, 3 skipped\n", False),
     ("FAILED a::b\n!!! KeyboardInterrupt !!!\n(to show a full traceback)\n2 failed, 7 passed in 60s\n", True),

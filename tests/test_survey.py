@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import triton
 
 from tests.test_lens import compiled
 from tritonattn import Config, Problem, config, gpu
@@ -205,6 +206,58 @@ def test_a_row_takes_the_fastest_of_each_kind_and_tells_of_the_others():
     assert only.many.config == "16x32w4s1" and only.many.exception == "spill"
     with pytest.raises(RuntimeError, match=r"H200.*none \(x: shared memory\)"):
         builder._chosen(cell, [{"config": "x", "reason": "shared memory", "note": ""}])
+
+
+def test_what_does_badly_on_other_problems_of_its_row_is_passed_over():
+    cell = ("forward", 2, 64, "edges")
+    known = [entry(*fields, cell=list(cell)) for fields in (("64x64w4s2e1", 1.0), ("128x64w8s2e1", 2.0), ("64x32w4s2e1", 3.0))]
+
+    def proved(**against):
+        return [{"cell": list(cell), "config": text, "against": against.get(f"c{i}", [])}
+                for i, text in enumerate(("64x64w4s2e1", "128x64w8s2e1", "64x32w4s2e1"))]
+
+    def chosen(**against):
+        return table.Builder(H200, Known(known + proved(**against)), workers=None)._chosen(cell, known).many
+
+    assert chosen().config == "64x64w4s2e1" and not chosen().exception
+    second = chosen(c0=["spill: 9 in the loop, with a map"])
+    assert second.config == "128x64w8s2e1" and not second.exception
+    least = chosen(c0=["a", "b"], c1=["spill: 3 in the loop, with a map"], c2=["a", "b"])
+    assert (least.config, least.exception) == ("128x64w8s2e1", "spill: 3 in the loop, with a map")
+
+
+def test_a_row_is_proved_on_what_it_serves_and_by_both_compilers():
+    class Compilers:
+        def __init__(self, spills):
+            self.spills, self.jobs = spills, []
+
+        def map(self, jobs):
+            for job in jobs:
+                self.jobs.append(job[1])
+                loop = dataclasses.replace(LOOP, instructions=LOOP.instructions + ("STL",) * self.spills)
+                yield dataclasses.replace(GOOD, loops=(loop,))
+
+    cell, kept = ("forward", 2, 128, "pairs"), []
+    journal = Known([])
+    journal.append = kept.append
+    usual, other = Compilers(0), Compilers(table.LIGHT)
+    assert table.Builder(H200, journal, usual, also=other)._against(cell, "128x128w8s2e1") == []
+    assert [problem.masked for problem in usual.jobs] == [True, False, True] and len(other.jobs) == 4
+    assert kept == [{"cell": list(cell), "config": "128x128w8s2e1", "against": []}]
+    builder = table.Builder(H200, journal, Compilers(1), also=Compilers(table.LIGHT + 1))
+    said = builder._against(cell, "128x128w8s2e1")
+    assert "spill: 1 in the loop, with a mask" in said and "spill: 17 in the loop, by another Triton" in said and len(said) == 7
+    for mask, count in (("full", 0), ("edges", 1), ("window", 0), ("pairs", 3)):
+        found = table.others(("forward", 2, 128, mask))
+        assert len(found) == count and all(config.mask_class("forward", each) == mask for each in found.values())
+    assert len(table.others(("forward", 2, 64, "edges"))) == 2, "a map at small head sizes"
+    assert table.others(("forward", 4, 64, "pairs")) == table.others(("forward", 2, 256, "pairs")) == {}
+
+
+def test_another_python_is_asked_for_its_triton():
+    assert table.version_in(sys.executable) == triton.__version__
+    with pytest.raises(ValueError, match="expected a Python with Triton"):
+        table.version_in("false")
 
 
 def test_what_stands_for_a_cell_fills_the_gpu_or_half_of_it():

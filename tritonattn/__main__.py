@@ -1,4 +1,4 @@
-"""The command line: python -m tritonattn demo | selftest | doctor | lens | explain | table.
+"""The command line: python -m tritonattn demo | selftest | doctor | lens | explain, and what tuning/commands.py has.
 
 Exit codes: 0 all is well, 1 something disagrees or will not work, 2 wrong usage or input, 130 after Ctrl-C.
 """
@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
@@ -17,9 +16,10 @@ from . import config, doctor, gpu
 from .config import Config
 from .gpu import INTERPRETED
 from .problem import Problem
+from .tuning import commands as tuning
+from .tuning.commands import DTYPES
 from .version import VERSION
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DIRECTIONS = {"forward": ["forward"], "backward": ["delta", "dq", "dkdv"]}
 
 
@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     look.set_defaults(run=_doctor)
     _add_lens(commands)
     _add_explain(commands)
+    tuning.add(commands, _gpus)
     return top
 
 
@@ -98,16 +99,6 @@ def _add_explain(commands) -> None:
     explain.add_argument("--causal", action="store_true", help="a query sees no later key")
     explain.add_argument("--json", action="store_true", help="print a JSON list instead of text")
     explain.set_defaults(run=_explain)
-
-    table = commands.add_parser("table", help="make the shipped table of a GPU anew, from what the compiler makes of it")
-    table.add_argument("gpus", type=_gpus, metavar="GPU,...", help="models or architectures: h200,a100")
-    how = table.add_mutually_exclusive_group()
-    how.add_argument("--everything", action="store_true", help="look for better configs of float32 and all head sizes too")
-    how.add_argument("--like", type=_gpus, metavar="GPU", help="look at what another GPU's table has, and no further: faster")
-    table.add_argument("--work", default="build", metavar="FOLDER", help="journals, to go on from (default: %(default)s)")
-    table.add_argument("--out", metavar="FOLDER", help="where the files go (default: the package's configs)")
-    table.add_argument("--jobs", type=int, metavar="N", help="compilers side by side (default: one for each core)")
-    table.set_defaults(run=_table, compiled=True)
 
 
 def _gpus(names: str) -> list[gpu.Gpu]:
@@ -206,28 +197,11 @@ def _explain(arguments) -> int:
     from . import explanation
 
     try:
-        problem = explanation.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
+        problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
     except ValueError as error:
         return _complain(str(error), 2)
     found = [explanation.of_problem(problem, target) for target in arguments.gpu]
     print(json.dumps([each.as_json() for each in found], indent=1) if arguments.json else "\n\n".join(map(str, found)))
-    return 0
-
-
-def _table(arguments) -> int:
-    from .journal import JournalError
-    from .tables import FOLDER, TableError
-    from .tuning import table
-
-    out, work = Path(arguments.out or FOLDER), Path(arguments.work)
-    try:
-        look = table.EVERYTHING if arguments.everything else table.USUAL
-        if arguments.like:
-            look = table.shipped_like(arguments.like[0])
-        for target in arguments.gpus:
-            print(f"wrote {table.build(target, table.cells(target), out, work, arguments.jobs, look)}")
-    except (ValueError, OSError, JournalError, TableError) as error:
-        return _complain(str(error), 2)
     return 0
 
 

@@ -73,8 +73,13 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     return (o, lse) if return_lse else o
 
 
-def posed(q, k, v, *, softcap=None, sink=None, return_lse=False, precise_grad=True, **options) -> Problem:
+def posed(q, k, v, **options) -> Problem:
     """The problem that `attention` poses to the kernels with these arguments; nothing runs, no random number is drawn."""
+    return as_inputs(q, k, v, **options).problem
+
+
+def as_inputs(q, k, v, *, softcap=None, sink=None, return_lse=False, precise_grad=True, **options):
+    """The launch.Inputs that `attention` gives to the kernels with these arguments; without a seed dropout's is 0."""
     from .launch import Inputs  # it needs Triton, and the checks do not
 
     _refuse(softcap=softcap, sink=sink)
@@ -83,7 +88,7 @@ def posed(q, k, v, *, softcap=None, sink=None, return_lse=False, precise_grad=Tr
         options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
     q, k, v, bias, masks, seed, key_lengths, scale, *others = _as_given(q, k, v, **options)
     *tensors, scale = _shaped(q, k, v, bias, masks, scale)
-    return Inputs(*tensors, seed, key_lengths, scale, *others).problem
+    return Inputs(*tensors, seed, key_lengths, scale, *others)
 
 
 def _as_given(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,

@@ -1,17 +1,20 @@
 """How a problem is run: block sizes, warps, stages. A value, chosen before the launch and passed in.
 
-`config.find(kernel, problem, gpu)` is the one place that chooses: what is pinned, else what a table has for this GPU
-(tables.py), for one of its architecture, or for the one most like it. Nothing is ever timed here.
+`config.find(kernel, problem, gpu)` is the one place that chooses: what is pinned, else what was tuned on this machine
+(cache.py), else what a table has for this GPU (tables.py), for one of its architecture, or for the one most like it.
+Nothing is ever timed here.
 """
 
 import contextlib
 import functools
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from . import cache
+from .cache import Record
 from .gpu import Gpu
+from .keys import key_of, waves
 from .problem import Problem
 from .tables import FILLS, WIDTHS, Row, Table, shipped
 from .tile_map import TILE
@@ -81,8 +84,30 @@ def pinned(config: Config | None = None, **kernels: Config):
         _pinned[:] = [other for other in _pinned if other is not layer]
 
 
+_watchers: tuple[Callable, ...] = ()
+
+
+def watch(watcher: Callable[[str, Problem, Gpu], None]) -> None:
+    """Tell `watcher` of every lookup from now on, before it is answered. Process-wide, as pins are."""
+    global _watchers
+    _watchers += (watcher,)
+
+
+@contextlib.contextmanager
+def watched(watcher: Callable[[str, Problem, Gpu], None]):
+    """The same inside the block alone."""
+    global _watchers
+    watch(watcher)
+    try:
+        yield
+    finally:
+        _watchers = tuple(other for other in _watchers if other is not watcher)
+
+
 def find(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     """The config for this kernel of this problem on this GPU."""
+    for watcher in _watchers:
+        watcher(kernel, problem, gpu)
     if _pinned and (config := pin(kernel)) is not None:
         return config
     return choose(kernel, problem, gpu).config
@@ -102,9 +127,11 @@ class Choice:
     table: str | None = None  # the file in configs/
     row: Row | None = None
     fill: str | None = None   # which of the row's two: "many" or "few"
+    record: Record | None = None  # of the user's cache
 
 
 ORIGINS = {
+    "cache": "tuned: the cache of this user",
     "table": "a shipped table of this very GPU",
     "architecture": "a shipped table of a GPU of this architecture",
     "family": "the shipped table of the architecture most like this one, as far as it fits",
@@ -115,16 +142,31 @@ ORIGINS = {
 
 @functools.lru_cache(maxsize=4096)
 def choose(kernel: str, problem: Problem, gpu: Gpu) -> Choice:
-    """What the tables say, from the first of ORIGINS that has a config that fits; what is pinned does not count."""
-    width = max(problem.d, problem.dv)
+    """What is known, from the first of ORIGINS that has a config that fits; what is pinned does not count.
+
+    What other processes tune meanwhile is not seen: within a process the answer stays the same unless this one tunes.
+    """
     if gpu.arch == "interpreter":
         # an interpreted step costs the same whatever its size
         return Choice(Config(64, 64), "formula")
     if kernel == "delta":
+        width = max(problem.d, problem.dv)
         return Choice(Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1), "formula")
-    first = fill(kernel, problem, gpu)
+    if (record := cache.current().get(key_of(kernel, problem, gpu), gpu)) is not None:
+        return Choice(Config.parse(record.config), "cache", record=record)
+    return from_tables(kernel, problem, gpu)
+
+
+def from_tables(kernel: str, problem: Problem, gpu: Gpu) -> Choice:
+    """What the shipped tables have, for every kernel but delta."""
+    return _shipped(tuple(keys(kernel, problem)), fill(kernel, problem, gpu), gpu)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shipped(keys, first, gpu) -> Choice:
+    """From the tables, by the keys of rows, the nearest first."""
     for origin, table in sources(gpu):
-        row = next(filter(None, map(table.rows.get, keys(kernel, problem))), None)
+        row = next(filter(None, map(table.rows.get, keys)), None)
         for name in sorted(FILLS, key=lambda name: name != first) if row else ():
             entry = getattr(row, name)
             if entry.fits(gpu):
@@ -156,9 +198,7 @@ def mask_class(kernel: str, problem: Problem) -> str:
 
 def fill(kernel: str, problem: Problem, gpu: Gpu) -> str:
     """Whether blocks of TILE queries, or keys, give every SM something to do ("many") or not ("few")."""
-    heads, rows = (problem.kv_heads, problem.n_k) if kernel == "dkdv" else (problem.heads, problem.n_q)
-    blocks = math.prod(problem.batch) * heads * -(-rows // TILE)
-    return "many" if blocks >= gpu.sms else "few"
+    return "many" if waves(kernel, problem, gpu) >= 1 else "few"
 
 
 def sources(gpu: Gpu) -> Iterator[tuple[str, Table]]:

@@ -2,10 +2,9 @@
 
 from dataclasses import asdict, dataclass
 
-import torch
-
 from . import config, gpu
 from .attention import posed
+from .cache import Record
 from .gpu import Gpu
 from .problem import Problem
 from .tables import SOURCES, Entry
@@ -21,6 +20,7 @@ class Line:
     table: str | None          # the file in configs/
     entry: Entry | None        # what is known of the config's binary
     lost: dict[str, str]       # {config: reason}, of those that were out or slower
+    record: Record | None = None  # of the user's cache
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,15 @@ class Explanation:
 
     def as_json(self) -> dict:
         return {"problem": self.problem.as_json(), "gpu": self.gpu.name, "arch": self.gpu.arch,
-                "kernels": [asdict(line) for line in self.lines]}
+                "kernels": [asdict(line) | {"record": line.record and line.record.as_json()} for line in self.lines]}
 
     def __str__(self):
         text = [f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: the portable Triton kernels"]
         for line in self.lines:
             origin = "pinned" if line.origin == "pinned" else config.ORIGINS[line.origin]
             text.append(f"\n{line.kernel:9}{line.config:16}{origin}" + (f" ({line.table}.json)" if line.table else ""))
+            if line.record:
+                text += [f"{'':9}{told}" for told in _told(line.record)]
             if line.entry:
                 e = line.entry
                 seen = "" if e.registers is None else (
@@ -52,6 +54,15 @@ class Explanation:
                 names = ", ".join(name for name, why in line.lost.items() if why == reason)
                 text.append(f"{'':9}{reason}: {names}")
         return "\n".join(text)
+
+
+def _told(record: Record) -> list[str]:
+    """A record in a few lines."""
+    run, default = record.run, record.default_seconds
+    than = f"; {record.default}, which a call would have used, took {default * 1e6:.0f}" if default else ""
+    return [f"measured: {record.seconds * 1e6:.0f} us, the median of {record.samples}{than}",
+            f"by {run.get('strategy')} on {run['time']}, with Triton {record.versions['triton']}; "
+            f"{run.get('trials')} configs tried"]
 
 
 def explain(q, k, v, **options) -> Explanation:
@@ -70,15 +81,4 @@ def _line(kernel, problem, on):
         return Line(kernel, str(pinned), "pinned", None, None, {})
     found = config.choose(kernel, problem, on)
     entry = getattr(found.row, found.fill) if found.row else None
-    return Line(kernel, str(found.config), found.origin, found.table, entry, found.row.lost if found.row else {})
-
-
-def parse(shape: str, dtype: torch.dtype, causal: bool) -> Problem:
-    """The problem of "2x32x8x4096x128": batch, heads, heads of keys, length, head size. ValueError for another form."""
-    try:
-        batch, heads, kv_heads, n, d = map(int, shape.split("x"))
-    except ValueError:
-        raise ValueError(f"shape: expected BATCHxHEADSxKV_HEADSxLENGTHxHEAD_SIZE, got {shape!r}") from None
-    if min(batch, heads, kv_heads, n, d) < 1 or heads % kv_heads or d > 512:
-        raise ValueError(f"shape: expected positive sizes, kv heads that divide heads and a head size up to 512, got {shape!r}")
-    return Problem((batch,), heads, kv_heads, n, n, d, d, dtype, (None, 0) if causal else (None, None))
+    return Line(kernel, str(found.config), found.origin, found.table, entry, found.row.lost if found.row else {}, found.record)

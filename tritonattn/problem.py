@@ -45,6 +45,18 @@ class Problem:
                        (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
                        dropout_p > 0, key_lengths is not None, lists is not None)
 
+    @staticmethod
+    def parse(shape: str, dtype: torch.dtype, causal: bool = False) -> "Problem":
+        """The problem of "2x32x8x4096x128": batch, heads, heads of keys, length, head size. ValueError for another form."""
+        try:
+            batch, heads, kv_heads, n, d = map(int, shape.split("x"))
+        except ValueError:
+            raise ValueError(f"shape: expected BATCHxHEADSxKV_HEADSxLENGTHxHEAD_SIZE, got {shape!r}") from None
+        if min(batch, heads, kv_heads, n, d) < 1 or heads % kv_heads or d > 512:
+            raise ValueError("shape: expected positive sizes, kv heads that divide heads and a head size up to 512, got "
+                             f"{shape!r}")
+        return Problem((batch,), heads, kv_heads, n, n, d, d, dtype, (None, 0) if causal else (None, None))
+
     @property
     def group(self) -> int:
         """Query heads per key head."""

@@ -2,7 +2,7 @@
 
 A row holds two configs: for problems whose tiles fill the GPU ("many"), and for those whose do not ("few"). Each says where
 it comes from and what its binary takes; `lost` says why others are out.
-`python -m tritonattn table` makes these files (tuning/table.py).
+`python -m tritonattn table build` makes these files (tuning/table.py).
 """
 
 import functools
@@ -72,6 +72,11 @@ class Table:
     gpu: dict       # name, arch, sms, shared_memory, l2, memory; None stands for any
     made: dict      # versions, and a digest of the kernels' source
     rows: dict
+
+    @property
+    def of_binaries(self) -> bool:
+        """Whether any row was made by looking at binaries: then it is of one state of the kernels."""
+        return any(getattr(row, fill).source != "rule" for row in self.rows.values() for fill in FILLS)
 
     def is_of(self, gpu: Gpu) -> bool:
         """Whether it was made for just this GPU: its fingerprint, not its name."""

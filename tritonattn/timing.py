@@ -79,25 +79,51 @@ def measure(contenders: Mapping[str, Contender], stopwatch, effort: Effort = Eff
 
     `stopwatch` is a clock.Cuda, a clock.Host, or whatever has their methods. Raises ContenderError.
     """
-    samplers = {name: _apply(name, x.around, lambda x=x: _Sampler(x, stopwatch, effort)) for name, x in contenders.items()}
-    if min((sampler.estimate for sampler in samplers.values()), default=math.inf) < effort.small:
-        for name, sampler in samplers.items():
-            _apply(name, sampler.around, lambda sampler=sampler: sampler.repeat(effort))
-    _settle(samplers, stopwatch, effort)
-    spent = sum(sampler.estimate * sampler.repeats for sampler in samplers.values())
+    turns = Turns(contenders, stopwatch, effort)
+    turns.settle()
     least, most = effort.rounds
-    rounds = max(least, min(most, round(effort.seconds * len(samplers) / max(spent, 1e-9))))
-    order, rng, states = list(samplers), random.Random(effort.seed), []
-    for index in range(rounds):
-        rng.shuffle(order)
-        for name in order:
-            _apply(name, samplers[name].around, samplers[name].take)
-        if (state := stopwatch.state()) is not None:
-            states.append(state)
+    rounds = max(least, min(most, round(effort.seconds * len(contenders) / max(turns.round_seconds, 1e-9))))
+    for _ in range(rounds):
+        turns.take()
+    return {name: turns.timing(name) for name in contenders}, turns.states
+
+
+class Turns:
+    """Contenders, each tried, that are timed round by round. What raises does so as a ContenderError."""
+
+    def __init__(self, contenders: Mapping[str, Contender], stopwatch, effort: Effort):
+        self._stopwatch, self._effort, self._rng = stopwatch, effort, random.Random(effort.seed)
+        self.states: list[State] = []
+        self._samplers = {name: _apply(name, x.around, lambda x=x: _Sampler(x, stopwatch, effort))
+                          for name, x in contenders.items()}
+        self._order = list(self._samplers)
+        if min((sampler.estimate for sampler in self._samplers.values()), default=math.inf) < effort.small:
+            for name, sampler in self._samplers.items():
+                _apply(name, sampler.around, lambda sampler=sampler: sampler.repeat(effort))
+
+    @property
+    def round_seconds(self) -> float:
+        """What a round of all takes, about."""
+        return sum(sampler.estimate * sampler.repeats for sampler in self._samplers.values())
+
+    def settle(self) -> None:
+        """Work until the clock stops moving."""
+        _settle(self._samplers, self._stopwatch, self._effort)
+
+    def take(self) -> None:
+        """One more sample of each, in another order than the last."""
+        self._rng.shuffle(self._order)
+        for name in self._order:
+            _apply(name, self._samplers[name].around, self._samplers[name].take)
+        if (state := self._stopwatch.state()) is not None:
+            self.states.append(state)
             if state.throttled:
-                for sampler in samplers.values():
-                    sampler.throttled.append(index)
-    return {name: sampler.timing() for name, sampler in samplers.items()}, states
+                for sampler in self._samplers.values():
+                    sampler.throttled.append(len(sampler.samples) - 1)
+
+    def timing(self, name: str) -> Timing:
+        """What the samples of one say."""
+        return self._samplers[name].timing()
 
 
 def _apply(name, around, action):

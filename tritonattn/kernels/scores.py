@@ -73,18 +73,24 @@ def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
 
     Symmetric: queries against n keys, or, with `scoring` seen from the keys, keys against n queries.
     """
+    M: tl.constexpr = a[0].shape[0]
+    N: tl.constexpr = b[0].shape[0]
+    # with a list, only what is walked as an edge is not seen whole
+    HIDES: tl.constexpr = len(scoring.pairs.mask) == 1 and (len(scoring.pairs.listing) == 0 or bounded(MODE))
+    # loaded before the product: of several layouts Triton gives the sums of a row that of the last that comes to it
+    if len(scoring.pairs.bias) == 1:
+        bias = load_pairs(scoring.pairs.bias[0], row, col, n, M, N, bounded(MODE))
+    if HIDES:
+        mask = load_pairs(scoring.pairs.mask[0], row, col, n, M, N, bounded(MODE))
     s = inner(a, b, static)
-    M: tl.constexpr = s.shape[0]
-    N: tl.constexpr = s.shape[1]
     if scoring.factor is not None:
         s = s * scoring.factor
     if len(scoring.pairs.bias) == 1:
-        bias = load_pairs(scoring.pairs.bias[0], row, col, n, M, N, bounded(MODE)).to(static.ACC)
+        bias = bias.to(static.ACC)
         # chosen, not added: a score that is hidden may be nan
         s = tl.where(bias == float("-inf"), bias, s + bias)
-    # with a list, only what is walked as an edge is not seen whole
-    if len(scoring.pairs.mask) == 1 and (len(scoring.pairs.listing) == 0 or bounded(MODE)):
-        s = tl.where(load_pairs(scoring.pairs.mask[0], row, col, n, M, N, bounded(MODE)) != 0, s, float("-inf"))
+    if HIDES:
+        s = tl.where(mask != 0, s, float("-inf"))
     if bounded(MODE):
         s = tl.where(visible(scoring.window, row + tl.arange(0, M), col + tl.arange(0, N), n), s, float("-inf"))
     return s

@@ -5,14 +5,17 @@
 
 What stood in the table before is a candidate like the others, and so is what the nearest head sizes have. Where few would
 notice (float32, heads of 96, 192 and 512) there are no others, unless everything is asked for; or there are those of another
-GPU's table instead, which is faster.
+GPU's table instead, which is faster. What is chosen for heads of 64 and 128 is compiled for the other problems that use its
+row as well, and by another version of Triton if there is one: what spills there is passed over.
 
 Everything compiled is kept in a journal: a build that is stopped goes on where it was, and a build after an edit of the
 kernels begins anew.
 """
 
+import contextlib
 import dataclasses
 import itertools
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import torch
 import triton
 
 from .. import environment
-from ..config import Config
+from ..config import Config, mask_class
 from ..gpu import Gpu
 from ..journal import Journal, digest
 from ..model import estimate
@@ -36,6 +39,9 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # what decides about the binaries, and what about all that a journal holds: after an edit of these it begins anew
 BINARIES = ("kernels/**/*.py", "launch.py")
 SEEN = (*BINARIES, "lens.py", "binary.py", "model.py", "gpu.py", "problem.py", "tuning/survey.py", "tuning/table.py")
+PROVED = (64, 128)  # head sizes whose rows are proved on other problems
+ATTEMPTS = 6        # of the best configs of a row, how many are proved until one holds
+LIGHT = 16          # instructions that spill in a loop when another version of Triton compiles it: that much it may cost
 BEST = 2  # configs of two stages whose other numbers of stages are tried as well
 LOST = 8  # of those that are out, how many a row tells of: the ones that would have been the fastest
 
@@ -68,6 +74,24 @@ def example(cell: tuple, many: bool, gpu: Gpu) -> Problem:
     return Problem(batch, heads, heads, n, n, width, width, DTYPES[size], window, bias=bias)
 
 
+def others(cell: tuple) -> dict[str, Problem]:
+    """The other problems that a row of PROVED serves and that take more registers than its example, by name."""
+    kernel, size, width, mask = cell
+    if size != 2 or width not in PROVED or mask == "full":
+        return {}
+    causal, mapped = {"window": (None, 0)}, {"masked": True, "mapped": True}
+    given = {
+        "pairs": {"a mask": causal | {"masked": True}, "dropout": causal | {"dropout": True}, "a map": mapped},
+        "edges": {"lengths": causal | {"lengths": True}, "a map": mapped},
+        "window": {"a map": mapped | {"window": (100, 0)}},
+    }[mask]
+    # a gradient of a bias needs a bias
+    bias = {"bias": torch.float32} if kernel == "dbias" else {}
+    found = {name: Problem((4,), 32, 8, 1000, 1000, width, width, torch.bfloat16, **bias, **options)
+             for name, options in given.items()}
+    return {name: problem for name, problem in found.items() if mask_class(kernel, problem) == mask}
+
+
 @dataclasses.dataclass(frozen=True)
 class Look:
     """Where a build looks for candidates: at the cells for which `searched` holds, and at the rows of another GPU."""
@@ -95,22 +119,30 @@ def shipped_like(gpu: Gpu) -> Look:
 class Builder:
     """Makes the rows of one GPU's table."""
 
-    def __init__(self, gpu: Gpu, journal: Journal, workers: Workers, incumbents: Table | None = None, look: Look = USUAL):
-        self._gpu, self._journal, self._workers, self._look = gpu, journal, workers, look
+    def __init__(self, gpu: Gpu, journal: Journal, workers: Workers, incumbents: Table | None = None, look: Look = USUAL,
+                 also: Workers | None = None):
+        """also: compilers of another Triton."""
+        self._gpu, self._journal, self._workers, self._look, self._also = gpu, journal, workers, look, also
         self._incumbents = incumbents.rows if incumbents else {}
-        self._seen = {(*entry["cell"], entry["config"]): entry for entry in journal.entries}
+        self._seen = {(*entry["cell"], entry["config"]): entry for entry in journal.entries if "against" not in entry}
+        self._proved = {(*entry["cell"], entry["config"]): entry["against"] for entry in journal.entries if "against" in entry}
 
     def row(self, cell: tuple, made: dict) -> Row:
         """The best configs of a cell; `made` are the rows that are made already. RuntimeError: nothing fits."""
         tried = self._before(cell, made)
-        self._survey(cell, tried, whatever=True)
-        if not tried or self._look.searched(cell):
-            problem = example(cell, True, self._gpu)
-            tried |= {config for config in candidates(cell[0], problem, self._gpu, (2,)) if sensible(cell, config)}
-            found = self._survey(cell, tried)
-            best = {entry["config"] for fill in FILLS for entry in self._order(found, fill)[:BEST]}
-            # AMD's pipeline of two stages loads into registers, and often does better without
-            tried |= {_deeper(Config.parse(text), 1 if self._gpu.is_amd else 3) for text in best}
+        row = self._chosen(cell, self._survey(cell, tried, whatever=True)) if tried else None
+        # what stood here does not do for all that the row serves: others are looked for as well
+        lacks = row and cell[1] == 2 and cell[2] in PROVED and (row.many.exception or row.few.exception)
+        return self._searched(cell, tried) if row is None or lacks or self._look.searched(cell) else row
+
+    def _searched(self, cell, tried) -> Row:
+        """The best of these and of all candidates."""
+        problem = example(cell, True, self._gpu)
+        tried = tried | {config for config in candidates(cell[0], problem, self._gpu, (2,)) if sensible(cell, config)}
+        found = self._survey(cell, tried)
+        best = {entry["config"] for fill in FILLS for entry in self._order(found, fill)[:BEST]}
+        # AMD's pipeline of two stages loads into registers, and often does better without
+        tried |= {_deeper(Config.parse(text), 1 if self._gpu.is_amd else 3) for text in best}
         return self._chosen(cell, self._survey(cell, tried))
 
     def reread(self, cells: Iterable[tuple]) -> None:
@@ -171,11 +203,55 @@ class Builder:
         if not orders["many"]:
             said = "; ".join(f"{entry['config']}: {entry['reason']} {entry['note']}".strip() for entry in found)
             raise RuntimeError(f"{self._gpu.name}, {cell}: expected a config that fits, got none ({said})")
-        winners = {fill: _as_entry(order[0]) for fill, order in orders.items()}
+        winners = {fill: self._proven(cell, order) for fill, order in orders.items()}
         names = {entry.config for entry in winners.values()}
         others = [entry for entry in orders["many"] if entry["config"] not in names]
         others += [entry for entry in found if not entry.get("many") and entry["reason"] not in ("constraint", "prefilter")]
         return Row(*cell, **winners, lost={entry["config"]: entry["reason"] or "slower" for entry in others[:LOST]})
+
+    def _proven(self, cell, order) -> Entry:
+        """The first of the best that does as well on the other problems of its row, or the one that does so on most."""
+        clean = [entry for entry in order[:ATTEMPTS] if entry["reason"] is None]
+        least = None
+        for entry in clean:
+            against = self._against(cell, entry["config"])
+            if not against:
+                return _as_entry(entry)
+            if least is None or len(against) < len(least[1]):
+                least = entry, against
+        if least is None:
+            return _as_entry(order[0])
+        return dataclasses.replace(_as_entry(least[0]), exception="; ".join(least[1]))
+
+    def _against(self, cell, text) -> list[str]:
+        """What speaks against a config on the other problems of its row, and when another Triton compiles it."""
+        if (*cell, text) not in self._proved:
+            found = self._proofs(cell, Config.parse(text))
+            against = [(place, complaint(report, spills)) for place, report, spills in found]
+            self._proved[(*cell, text)] = said = [f"{what}, {place}" for place, what in against if what]
+            if found and not any(isinstance(report, Failure) and not report.lasting for _, report, _ in found):
+                self._journal.append({"cell": list(cell), "config": text, "against": said})
+        return self._proved[(*cell, text)]
+
+    def _proofs(self, cell, config) -> list[tuple]:
+        """(where, what was compiled, how much it may spill) for each other problem and each other compiler."""
+        problems = others(cell)
+        jobs = [(cell[0], problem, config, self._gpu) for problem in problems.values()]
+        found = [(f"with {name}", report, 0) for report, name in zip(self._workers.map(jobs), problems)] if jobs else []
+        if self._also and cell[1] == 2 and cell[2] in PROVED:
+            jobs.append((cell[0], example(cell, True, self._gpu), config, self._gpu))
+            names = [*(f"with {name} by another Triton" for name in problems), "by another Triton"]
+            found += [(name, report, LIGHT) for report, name in zip(self._also.map(jobs), names)]
+        return found
+
+
+def complaint(found, spills: int) -> str:
+    """What speaks against a compiled config, but for so many spills in its loop; "" if nothing does."""
+    if isinstance(found, Failure):
+        return f"{found.code}: {found.message}"
+    verdict = judge(found)
+    light = verdict.reason == "spill" and found.loop_spills <= spills
+    return "" if verdict.reason is None or light else f"{verdict.reason}: {verdict.note}".rstrip(": ")
 
 
 def sensible(cell: tuple, config: Config) -> bool:
@@ -214,22 +290,25 @@ def _as_entry(found: dict) -> Entry:
 
 
 def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path = Path("build"), jobs: int | None = None,
-          look: Look = USUAL, say: Callable = print) -> Path:
+          look: Look = USUAL, also: str | None = None, say: Callable = print) -> Path:
     """Make these rows of a GPU's table anew, and keep its other rows. Returns the file, which is written once all is done.
 
+    also: a Python with another Triton, with which the rows of PROVED must do as well.
     Raises ValueError where the other rows are of other kernels: then all must be made.
     """
     name = environment.slug(gpu.name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     old = read(path) if path.exists() else None
-    plan = {"gpu": gpu.name, "triton": triton.__version__, "source": environment.source(patterns=SEEN)}
+    tritons = {"triton": triton.__version__} | ({"also": version_in(also)} if also else {})
+    plan = {"gpu": gpu.name, "source": environment.source(patterns=SEEN)} | tritons
     rows, done, chosen = dict(old.rows) if old else {}, {}, list(chosen)
     source = environment.source(patterns=BINARIES)
     if old and old.made["source"] != source and not set(rows) <= set(chosen):
         raise ValueError(f"{path}: expected all cells to be chosen, since the kernels have changed; got {len(chosen)}")
-    with Journal(work / f"table-{name}-{digest(plan)}.jsonl", plan) as journal, Workers(jobs) as workers:
-        builder = Builder(gpu, journal, workers, old, look)
+    compilers = Workers(jobs, python=also) if also else contextlib.nullcontext()
+    with Journal(work / f"table-{name}-{digest(plan)}.jsonl", plan) as journal, Workers(jobs) as usual, compilers as others_too:
+        builder = Builder(gpu, journal, usual, old, look, others_too)
         # those that are searched come first, since the others look at them
         chosen = sorted(chosen, key=lambda cell: not look.searched(cell))
         builder.reread(chosen)
@@ -237,6 +316,14 @@ def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path =
             rows[cell] = done[cell] = row = builder.row(cell, done)
             say(f"{gpu.name}  {cell[0]:8} {8 * cell[1]:2} bits  {cell[2]:3}  {cell[3]:5}  many {row.many.config:14} "
                 f"few {row.few.config:14} {row.many.exception}", flush=True)
-    made = {"tritonattn": VERSION, "triton": triton.__version__, "source": source}
+    made = {"tritonattn": VERSION, "source": source} | tritons
     ordered = {cell: rows[cell] for cell in cells(gpu) if cell in rows}
     return write(Table(name, {"name": gpu.name} | fingerprint(gpu), made, ordered), folder)
+
+
+def version_in(python: str) -> str:
+    """The version of Triton that this Python imports. ValueError: none."""
+    found = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True)
+    if found.returncode:
+        raise ValueError(f"{python}: expected a Python with Triton, got {found.stderr.strip().splitlines()[-1:]}")
+    return found.stdout.strip()

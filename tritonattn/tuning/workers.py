@@ -14,11 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+PACKAGE = Path(__file__).parents[1]
 HEAD = struct.Struct("<Q")  # the length of what follows
+MOST = 32
 TIMEOUT = 120.0  # seconds: the slowest compilation that came to anything took 10
 
 
@@ -34,11 +37,13 @@ class Failure:
 class Workers:
     """`count` children, started when they are needed. A context manager: at its end they are gone."""
 
-    def __init__(self, count: int | None = None, timeout: float = TIMEOUT, command: tuple[str, ...] | None = None):
-        """command: how a child is started, in tests."""
-        self._count = count or os.cpu_count() or 1
+    def __init__(self, count: int | None = None, timeout: float = TIMEOUT, command: tuple[str, ...] | None = None,
+                 python: str = sys.executable):
+        """command: how a child is started, in tests. python: another one, with another Triton."""
+        # those this process may use, and no more than have room in memory
+        self._count = count or min(len(os.sched_getaffinity(0)), MOST)
         self._timeout = timeout
-        self._command = command or (sys.executable, "-m", __name__)
+        self._command, self._python = command or __name__, python
         self._idle = queue.SimpleQueue()
         self._all, self._lock = [], threading.Lock()
 
@@ -74,18 +79,10 @@ class Workers:
         try:
             return self._idle.get_nowait()
         except queue.Empty:
-            child = self._start()
+            child = start(self._command, self._python)
         with self._lock:
             self._all.append(child)
         return child
-
-    def _start(self):
-        # a process group of its own, so that ptxas goes with it; no GPU, so that it takes none of its memory
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
-        # what the compiler prints of a refusal, kernels and all, is told by its exception as well
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                env=environment, start_new_session=True)
 
     def __enter__(self):
         return self
@@ -95,6 +92,25 @@ class Workers:
             children, self._all, self._idle = self._all, [], queue.SimpleQueue()
         for child in children:
             stop(child)
+
+
+def start(command: str | tuple[str, ...], python: str = sys.executable, visible: bool = False) -> subprocess.Popen:
+    """A child: a module of this package, or a whole command. It sees GPUs, and may interpret, if `visible`."""
+    environment = dict(os.environ)
+    # what times a child is asked for
+    environment.pop("TRITONATTN_AUTOTUNE", None)
+    if not visible:
+        # compilers need no GPU, and should take none of its memory
+        environment.pop("TRITON_INTERPRET", None)
+        environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
+    if isinstance(command, str):
+        # this package, last: another Python has its own torch and Triton
+        found = f"import runpy, sys; sys.path.append({str(PACKAGE.parent)!r}); "
+        command = python, "-c", f"{found}runpy.run_module({command!r}, run_name='__main__')"
+    # a process group of its own, so that ptxas goes with it; what a compiler prints of a refusal, kernels and all, is told
+    # by its exception as well
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            env=environment, start_new_session=True)
 
 
 def ask(child: subprocess.Popen, job, timeout: float):
@@ -139,30 +155,35 @@ def _read(file):
     return pickle.loads(file.read(HEAD.unpack(head)[0]))
 
 
-def serve() -> None:
-    """What a child does until its standard input ends."""
-    # what the compiler prints must not get among the answers
+def serve(answer: Callable, code: str) -> None:
+    """What a child does until its standard input ends: `answer` each job; what that raises is a Failure with this code."""
+    # what a compiler prints must not get among the answers
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    from .. import lens
-
     while True:
         try:
             job = _read(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            found = lens.inspect(*job)
-        except Exception as error:  # whatever the compiler raises is this config's fault, and is told
-            found = Failure("compile error", f"{type(error).__name__}: {str(error)[:300]}")
+            found = answer(*job)
+        except Exception as error:  # whatever is raised is the fault of this job's config, and is told
+            found = Failure(code, f"{type(error).__name__}: {str(error)[:300]}")
         try:
             _write(answers, found)
         except BrokenPipeError:
             return
 
 
+def compile_jobs() -> None:
+    """What a child of Workers does."""
+    from .. import lens
+
+    serve(lens.inspect, "compile error")
+
+
 if __name__ == "__main__":
     # under its real name, so that the parent knows the classes of the answers
-    from tritonattn.tuning.workers import serve as serve_by_name
+    from tritonattn.tuning.workers import compile_jobs as compile_by_name
 
-    serve_by_name()
+    compile_by_name()

@@ -1,0 +1,88 @@
+"""The real path from a launch to the driver, without a GPU: a driver that loads nothing and remembers what it is given.
+
+What Triton specializes, compiles and checks at a launch is all its own; only the last step, onto the device, is missing.
+"""
+
+from tests.test_lens import compiled
+
+FAKE = """
+import json, torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+
+launched = []
+
+
+class Utils:
+    def get_device_properties(self, device):
+        return dict(max_shared_mem=227 << 10, multiprocessor_count=132, sm_clock_rate=1, mem_clock_rate=1, mem_bus_width=1,
+                    max_num_regs=65536, warpSize=32)
+
+    def load_binary(self, name, binary, shared, device, *_):
+        return 1, 2, 128, 0, 1024  # module, function, registers, spills, threads at the most
+
+
+class Driver(DriverBase):
+    utils = Utils()
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments, **_: launched.append(arguments[:3]))
+
+    def __init__(self):
+        pass
+
+    is_active = classmethod(lambda cls: True)
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_active_torch_device = lambda self: torch.device("cpu")
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+    get_device_interface = lambda self: None
+    get_benchmarker = lambda self: None
+    get_empty_cache_for_benchmark = lambda self: None
+    clear_cache = lambda self, cache: None
+    map_python_to_cpp_type = lambda self, ty: ty
+    assemble_tensormap_to_arg = lambda self, *_: None
+
+
+driver.set_active(Driver())
+from tritonattn import Config, Problem, config, gpu, launch, lens
+on = gpu.KNOWN["sm_90"]
+"""
+LAUNCHES = FAKE + """
+found = {}
+for name, options in dict(plain={}, causal=dict(window=(None, 0)), bias=dict(bias=torch.float32)).items():
+    for kernel in ("forward", "delta", "dq", "dkdv", "dbias"):
+        if kernel == "dbias" and name != "bias":
+            continue
+        problem = Problem((2,), 4, 2, 1000, 1000, 64, 64, torch.bfloat16, **options)
+        chosen = config.find(kernel, problem, on)
+        call = launch.example_call(kernel, problem, chosen)
+        launched.clear()
+        launch.run(call, torch.device("cpu"))
+        (cache, *_), = call.kernel.device_caches.values()
+        binaries = {each.asm["cubin"] for each in cache.values()}
+        seen = lens.compile(kernel, problem, chosen, on).asm["cubin"]
+        found[f"{kernel} {name}"] = [list(map(list, launched)), call.programs, seen in binaries, len(binaries)]
+print(json.dumps(found))
+"""
+TOO_LARGE = FAKE + """
+problem = Problem((2,), 4, 4, 1024, 1024, 128, 128, torch.bfloat16)
+try:
+    launch.run(launch.example_call("forward", problem, Config(128, 128, 8, 6)), torch.device("cpu"))
+    print(json.dumps("nothing was raised"))
+except OutOfResources as error:
+    print(json.dumps([error.name, error.required > 227 << 10, launched]))
+"""
+
+
+def test_every_kernel_is_launched_as_the_lens_compiled_it():
+    """Records as arguments go through Triton's own launch path; the binary that it makes is the one that lens reads."""
+    found = compiled(LAUNCHES)
+    assert len(found) == 13
+    for name, (launched, programs, same, binaries) in found.items():
+        assert launched == [[programs, 1, 1]] and programs > 0, name
+        assert same, f"{name}: {binaries} binaries were launched, none is what the lens looked at"
+
+
+def test_what_needs_too_much_is_refused_before_it_is_launched():
+    assert compiled(TOO_LARGE) == ["shared memory", True, []]
