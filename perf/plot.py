@@ -11,7 +11,6 @@ import itertools
 import math
 import statistics
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,15 +29,14 @@ from perf.record import OURS, Job, Run
 from perf.table import DAGGER, DIRECTIONS, Cell, decimals, dtypes, fact, lacking, length, place, ratio, split
 from tritonattn import Problem
 from tritonattn import gpu as gpus
+from tritonattn.drawing import GREY, INK, headline, look
 from tritonattn.gpu import Gpu
 from tritonattn.journal import JournalError
 
-INK, GREY = "#14213d", "#6b6b6b"
-# matplotlib's own defaults first, so that nobody's settings reach a figure; text stays text, and names in it are stable
-LOOK = ["default", {
-    "svg.hashsalt": "tritonattn", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5, "axes.linewidth": 0.8,
-    "hatch.linewidth": 0.6, "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06,
-}]
+# text stays text, and names in it are stable
+LOOK = look({"svg.hashsalt": "tritonattn", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5,
+             "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06})
+SIZES = 12.5, 8.5  # of letters, in points: of the headline and of what stands below it
 
 
 class Style(NamedTuple):
@@ -226,8 +224,8 @@ def roofline(run: Run) -> Figure:
             _draw_ceilings(axes, jobs[0].problem, jobs[0].direction, gpu)
     _legend(figure, looks, list(grid.values()))
     what = "TFLOP/s of the pairs that see each other; 16k tokens in all, heads x head size = 2048."
-    _headline(figure, reach(list(grid.values()), gpu), [
-        provenance(run), what + (f" {EXPLAINED}" if gpu else " No ceilings: this GPU's limits are not known here.")])
+    headline(figure, reach(list(grid.values()), gpu), [
+        provenance(run), what + (f" {EXPLAINED}" if gpu else " No ceilings: this GPU's limits are not known here.")], *SIZES)
     return figure
 
 
@@ -273,21 +271,6 @@ def _legend(figure: Figure, looks: dict[str, Style], jobs: Sequence[Job]) -> Non
                               label="hollow: throttled"))
     figure.legend(handles=handles, loc="outside lower center", ncols=int(figure.get_size_inches()[0] / 2), frameon=False,
                   handlelength=4, fontsize=8.5)
-
-
-def _headline(figure: Figure, title: str, below: Sequence[str]) -> None:
-    """A title and smaller paragraphs, flush left, broken where the figure ends; the figure grows by what they take."""
-    width, height = figure.get_size_inches()
-    # what a character of prose takes, in inches, at the two sizes
-    title = textwrap.wrap(title, int(width / 0.11))
-    lines = [line for paragraph in below for line in textwrap.wrap(paragraph, int(width / 0.066))]
-    start = 0.14 + 0.22 * len(title)
-    taken = start + 0.06 + 0.17 * len(lines)
-    figure.set_size_inches(width, height + taken)
-    for y, text, look in ((0.1, title, {"fontsize": 12.5, "weight": "bold", "color": INK}),
-                          (start, lines, {"fontsize": 8.5, "color": "#333333", "linespacing": 1.35})):
-        figure.text(0.1 / width, 1 - y / (height + taken), "\n".join(text), va="top", **look)
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + taken)))
 
 
 def provenance(run: Run) -> str:
@@ -406,10 +389,10 @@ def ratios(run: Run) -> Figure:
     cells = [cell for part in shown for row in part.cells for cell in row if cell is not None]
     without = sum(why_not(cell) is not None for cell in cells)
     throttled = any(DAGGER in label(job)[0] for job in run.jobs if not lacking(job))
-    _headline(figure, finding(run.jobs), [
+    headline(figure, finding(run.jobs), [
         provenance(run), "In each cell, the best rival's time / ours, and that rival. Light: ours is faster. Dark: slower."
         + f" Hatched: no comparison, in {without} of {len(cells)}." * bool(without)
-        + f" {DAGGER}: throttled while one of the two was measured." * throttled])
+        + f" {DAGGER}: throttled while one of the two was measured." * throttled], *SIZES)
     return figure
 
 
@@ -435,7 +418,8 @@ def published(gpu: Gpu) -> Figure:
         found = f"points are published by others on {' and '.join(sorted({row.gpu for row in rows}))}"
         points = ("Points: what others have published, in any 16-bit type, with 16k tokens in all, heads x head size = 2048, "
                   "unless small and grey; sources in perf/published.csv.")
-    _headline(figure, f"No measurement of {OURS} yet; {found}", [f"TFLOP/s, and ceilings of {gpu.name}. {points}", EXPLAINED])
+    headline(figure, f"No measurement of {OURS} yet; {found}",
+             [f"TFLOP/s, and ceilings of {gpu.name}. {points}", EXPLAINED], *SIZES)
     return figure
 
 

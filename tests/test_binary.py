@@ -5,7 +5,6 @@ import struct
 import pytest
 
 from tritonattn import binary
-from tritonattn.binary import Loop
 
 SASS = """
  .L_x_1:
@@ -38,6 +37,7 @@ AMDGCN = """
     .private_segment_fixed_size: 40
     .sgpr_count:     106
     .vgpr_count:     255
+    .sgpr_spill_count: 2
     .vgpr_spill_count: 9
 """
 
@@ -93,7 +93,7 @@ def test_every_cut_of_a_cubin_is_an_error_or_right():
 
 def test_the_notes_of_amd():
     found = binary.of_amdgcn(AMDGCN)
-    assert found == binary.Resources(255, 40, 12, 106, 9)
+    assert found == binary.Resources(255, 40, 12, 106, 11)
     with pytest.raises(ValueError, match="vgpr_count"):
         binary.of_amdgcn(AMDGCN.replace(".vgpr_count", ".other"))
 
@@ -162,10 +162,14 @@ def test_the_pipelined_loop_comes_first():
     assert [loop.pipelined for loop in binary.loops(copying)] == [True, False]
 
 
-def test_products_that_wait_for_each_other_are_seen():
-    product, wait = "HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR.LE"
-    assert Loop((product, wait) * 8).serialized
-    assert not Loop((*(product,) * 4, wait) * 2).serialized and not Loop((product, wait) * 4).serialized
+def test_spills_are_counted_inside_of_loops_and_elsewhere():
+    assert sum(loop.spills for loop in binary.loops(SASS)) == 1 and binary.spills(SASS) == 3
+    assert [loop.spills for loop in binary.loops(AMDGCN)] == [1] and binary.spills(AMDGCN) == 1
+
+
+def test_what_stands_in_a_path_does_not_make_sass_of_amdgcn():
+    """AMD's assembly names source files, and a folder may be called anything."""
+    assert binary.loops('\t.file 1 "/home/BRANDON/*0000*/x.py"\n' + AMDGCN) == binary.loops(AMDGCN) != ()
 
 
 def test_the_registers_of_warp_specialised_partitions():

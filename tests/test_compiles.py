@@ -23,36 +23,41 @@ shipped = next(each for each in tables.shipped() if each.gpu["arch"] == on.arch)
 rows = {{cell: row for cell, row in shipped.rows.items() if {every} or (cell[1] == 2 and cell[2] in (64, 128))}}
 entries = sorted({{(cell, entry) for cell, row in rows.items() for entry in (row.many, row.few)}}, key=str)
 jobs = [(cell[0], table.example(cell, True, on), Config.parse(entry.config), on) for cell, entry in entries]
+def tf32(job):
+    # rows of float32 say what the larger binary takes
+    return [] if job[1].dtype != torch.float32 else [(*job, "tf32")]
 found = []
 with Workers(2) as workers:
-    for report, (cell, entry) in zip(workers.map(jobs), entries):
+    for job, report, (cell, entry) in zip(jobs, workers.map(jobs), entries):
         if isinstance(report, Failure):
             found.append(dict(cell=cell, config=entry.config, failure=report.message))
             continue
+        memory = [(each.shared_memory, each.tensor_memory) for each in (report, *workers.map(tf32(job)))]
         reason, note = survey.judge(report).reason, survey.judge(report).note
         found.append(dict(cell=cell, config=entry.config, reason=reason, note=note, fits=report.fits, exception=entry.exception,
-                          spills=report.loop_spills, seen=[report.registers, report.shared_memory, report.tensor_memory],
+                          spills=report.loop_spills, seen=[report.registers, *map(max, *memory, (0, 0))],
                           said=[entry.registers, entry.shared_memory, entry.tensor_memory]))
 print(json.dumps(found))
 """
 KERNELS = ("forward", "dq", "dkdv")
-# instructions in a loop that spill with what no row was proved on: a bias with grouped heads, a map with lengths or a window
+# instructions in a loop that spill, with what no row was proved on: by a Triton that did not make the tables, or on AMD
 UNSEEN = 32
 # an hour of a core: every row of every table
 EVERY = os.environ.get("TRITONATTN_EVERY_ROW") == "1"
 
 
 def versions(name):
-    """The versions of Triton that tables were made with ("triton"), or proved with besides ("also"), those by a rule aside."""
-    return {table.made.get(name) for table in tables.shipped() if table.of_binaries}
+    """The versions of Triton that tables were made with ("triton"), or proved with besides ("also")."""
+    return {table.made.get(name) for table in tables.shipped()}
 
 
-PROVED = {triton.__version__} == versions("triton") or {triton.__version__} == versions("also")
+OWN = {triton.__version__} == versions("triton")
+PROVED = OWN or {triton.__version__} == versions("also")
 
 
 @pytest.mark.parametrize("arch", KNOWN)
 def test_every_shipped_row_is_what_it_says(arch):
-    """It compiles, fits and has nothing against it but what its exception says.
+    """It compiles, fits and has nothing against it but what its exception says, of which test_tables wants that there be few.
 
     The rows that nearly everybody uses, 16 bits with heads of 64 and 128; with TRITONATTN_EVERY_ROW=1 all. The others were
     compiled when the table was made, of which test_tables wants that it be of the kernels as they are.
@@ -62,14 +67,13 @@ def test_every_shipped_row_is_what_it_says(arch):
     for row in rows:
         assert "failure" not in row and row["fits"], row
         usual = row["cell"][1] == 2 and row["cell"][2] <= 128
-        assert not row["exception"] or not usual or row["cell"][3] == "pairs", row
         light = row["reason"] == "spill" and row["spills"] <= LIGHT
-        if row["said"][0] is None:
-            # by a rule: nobody looked at its binary when the table was made
-            assert row["spills"] <= LIGHT or row["cell"][3] == "pairs" or not PROVED, row
-        elif {triton.__version__} == versions("triton"):
-            assert row["seen"] == row["said"] and (row["reason"] is None or row["exception"].startswith(row["reason"])), row
-        elif {triton.__version__} == versions("also") and usual:
+        if OWN:
+            # what was found on other problems of the row, or by another Triton, says so
+            elsewhere = ", with " in row["exception"] or ", by another Triton" in row["exception"]
+            reason = "" if elsewhere else row["exception"].split(":")[0]
+            assert row["seen"] == row["said"] and reason == (row["reason"] or ""), row
+        elif PROVED and usual:
             assert row["reason"] is None or light or row["exception"], row
     plain = [row for row in rows if row["cell"][3] != "pairs" and not row["exception"]]
     good = [row for row in plain if row["reason"] is None or (row["reason"] == "spill" and row["spills"] <= LIGHT)]
@@ -181,10 +185,9 @@ found = []
 for kernel, d, name in itertools.product({kernels}, {sizes}, {names}):
     if kernel != "dbias" or "bias" in given[name]:
         problem = Problem((2,), 8, 2, 1000, 1000, d, d, torch.bfloat16, **given[name])
-        choice = config.choose(kernel, problem, gpu)
-        report = lens.inspect(kernel, problem, choice.config, gpu)
+        report = lens.inspect(kernel, problem, config.find(kernel, problem, gpu), gpu)
         found.append(dict(cell=[kernel, d, name], fits=report.fits, spills=report.loop_spills, redone=report.redone,
-                          exception=getattr(choice.row, choice.fill).exception, report=str(report)))
+                          report=str(report)))
 print(json.dumps(found))
 """
 
@@ -194,13 +197,14 @@ def test_what_is_given_for_each_pair_fits_hardly_spills_and_is_computed_once(arc
     """At head size 64. Exponentials were computed twice wherever a mask was loaded after the product (kernels/scores.py)."""
     kernels, names = ("forward", "dq", "dkdv", "dbias"), ("bias", "mask", "dropout", "lengths", "map")
     for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(64,), names=names)):
-        # a bias with heads in groups is what no row was proved on: it may cost a few more
-        most = UNSEEN if row["cell"][2] == "bias" else LIGHT
-        assert row["fits"] and (row["spills"] <= most or row["exception"] or not PROVED), row
-        assert row["redone"] < 1.3 or arch == "gfx942", row
+        # a bias with heads in groups is what no row was proved on
+        proved, unproved = (0, LIGHT) if OWN else (LIGHT, UNSEEN)
+        most = unproved if row["cell"][2] == "bias" else proved
+        assert row["fits"] and (row["spills"] <= most or not PROVED) and row["redone"] < 1.3, row
     unseen = ("map and lengths", "map and window")
     for row in compiled(PAIRS.format(arch=arch, kernels=kernels[:3], sizes=(64,), names=unseen)):
-        assert row["fits"] and (row["spills"] <= UNSEEN or not PROVED), row
+        most = UNSEEN if arch == "gfx942" else LIGHT
+        assert row["fits"] and (row["spills"] <= most or not PROVED), row
     for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(128, 256), names=("all",))):
         assert row["fits"], row
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tritonattn import Config, Problem, config, gpu
+from tritonattn import Config, Problem, config, gpu, tables
 
 PROBLEM = Problem((2,), 8, 8, 1000, 1000, 64, 64, torch.bfloat16)
 H200 = gpu.KNOWN["sm_90"]
@@ -73,6 +73,7 @@ def test_every_problem_has_a_config_from_the_gpus_own_table(arch, kernel):
     on = gpu.KNOWN[arch]
     for dtype, d, batch, (name, variant) in itertools.product(
             (torch.float16, torch.float32, torch.float64), (1, 64, 65, 200, 512), ((1,), (64,)), VARIANTS.items()):
+        d = min(d, on.largest_head(dtype))
         problem = dataclasses.replace(PROBLEM, d=d, dtype=dtype, batch=batch, **variant)
         found = config.choose(kernel, problem, on)
         assert found == config.choose(kernel, dataclasses.replace(problem, dv=1), on)
@@ -84,6 +85,18 @@ def test_every_problem_has_a_config_from_the_gpus_own_table(arch, kernel):
         assert found.row.width >= d and found.row.itemsize == min(dtype.itemsize, 4)
         if name == "map":
             assert max(found.config.block_m, found.config.block_n) <= 128
+
+
+@pytest.mark.parametrize("arch", gpu.KNOWN)
+def test_wide_heads_of_float32_are_served_where_they_fit(arch):
+    """As far as the tables tell: those of A100 and later have what the smallest tiles take, and who has less serves 256."""
+    on, rows = gpu.KNOWN[arch], next(each.rows for each in tables.shipped() if each.gpu["arch"] == arch)
+    widths = {width: [row for row in rows.values() if (row.itemsize, row.width) == (4, width)] for width in (256, 512)}
+    assert on.largest_head(torch.bfloat16) == 512 and widths[256]
+    assert on.largest_head(torch.float32) == (512 if widths[512] else 256)
+    needed = max(row.many.shared_memory for each in tables.shipped() if each.gpu["arch"] == "sm_80"
+                 for row in each.rows.values() if (row.itemsize, row.width) == (4, 512))
+    assert bool(widths[512]) == (on.shared_memory >= needed or on.is_amd)
 
 
 @pytest.mark.parametrize("name, kernel, mask", [
@@ -122,6 +135,22 @@ def test_never_a_config_that_does_not_fit(arch, shared_memory, tensor_memory, sm
         assert entry.shared_memory <= shared_memory and entry.tensor_memory <= tensor_memory
     elif kernel != "delta":
         assert found.origin == "smallest" and found.config == Config(16, 16, 4, 1)
+
+
+def test_another_precision_asks_again(monkeypatch):
+    """Of float32 alone: a record of the user's is for one of them."""
+    asked, key_of, before = [], config.key_of, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(config, "key_of", lambda *of: (asked.append(key_of(*of).precision), key_of(*of))[1])
+    config.forget()
+    try:
+        for dtype, expected in ((torch.float32, ["ieee", "tf32"]), (torch.bfloat16, [None])):
+            asked.clear()
+            for precision in ("highest", "high", "highest"):
+                torch.set_float32_matmul_precision(precision)
+                config.choose("forward", dataclasses.replace(PROBLEM, dtype=dtype), H200)
+            assert asked == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_warm_lookup_takes_less_than_5_microseconds():

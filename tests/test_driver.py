@@ -3,6 +3,8 @@
 What Triton specializes, compiles and checks at a launch is all its own; only the last step, onto the device, is missing.
 """
 
+import re
+
 from tests.test_lens import compiled
 
 FAKE = """
@@ -66,12 +68,15 @@ for name, options in dict(plain={}, causal=dict(window=(None, 0)), bias=dict(bia
 print(json.dumps(found))
 """
 TOO_LARGE = FAKE + """
-problem = Problem((2,), 4, 4, 1024, 1024, 128, 128, torch.bfloat16)
+from tritonattn import ops
+ops.of = lambda device: on
+q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
-    launch.run(launch.example_call("forward", problem, Config(128, 128, 8, 6)), torch.device("cpu"))
+    with config.pinned(Config(128, 128, 8, 6)):
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 6, 1.0, None, None, False, 0.0, False)
     print(json.dumps("nothing was raised"))
-except OutOfResources as error:
-    print(json.dumps([error.name, error.required > 227 << 10, launched]))
+except RuntimeError as error:
+    print(json.dumps([str(error), type(error.__cause__) is OutOfResources, launched]))
 """
 
 
@@ -85,4 +90,7 @@ def test_every_kernel_is_launched_as_the_lens_compiled_it():
 
 
 def test_what_needs_too_much_is_refused_before_it_is_launched():
-    assert compiled(TOO_LARGE) == ["shared memory", True, []]
+    said, caused, launched = compiled(TOO_LARGE)
+    assert re.fullmatch(r"forward: expected a config that fits .+, got 128x128w8s6, which takes \d+ of 232448 "
+                        r"\(shared memory\), for .+x1024x128.*", said), said
+    assert caused and not launched

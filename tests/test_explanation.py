@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+import triton
 from matplotlib.axes import Axes
 
 import tritonattn
-from tests.test_lens import PLAIN, report
+from tests.test_lens import PLAIN, compiled, report
 from tests.test_model import LOOP
-from tritonattn import Config, Problem, attention, config, explanation, gpu, show, tile_map
+from tritonattn import Config, Problem, attention, config, explanation, gpu, lens, show, tables, tile_map
 from tritonattn.binary import Loop
 
+OF_TABLES = triton.__version__.startswith("3.6.")
 H200, A100 = gpu.KNOWN["sm_90"], gpu.KNOWN["sm_80"]
 GOOD = report(loops=(LOOP,))
 
@@ -88,6 +90,51 @@ def test_a_pin_an_exception_and_another_gpu_are_told():
     wide = explanation.of_problem(Problem.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
     exceptions = [line.entry.exception for line in wide.lines if line.entry and line.entry.exception]
     assert exceptions and all(f"in spite of {exception}" in str(wide) for exception in exceptions)
+
+
+PINNED = """
+import json, torch
+from tritonattn import Config, Problem, config, explanation, gpu
+problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
+with config.pinned(forward=Config(128, 64, 8, 2), dq=Config(128, 128, 8, 4)):
+    found = explanation.of_problem(problem, gpu.KNOWN["sm_90"])
+print(json.dumps([str(found), found.as_json()]))
+"""
+
+
+def test_the_binary_of_a_pinned_config_is_looked_at():
+    text, plain = compiled(PINNED)
+    assert "forward  128x64w8s2      pinned\n         bound by tensor; 185 registers, 98304 bytes" in text or not OF_TABLES
+    assert "per SM: more than this GPU has" in text, "four stages of 128 keys"
+    forward, _, dq, _ = plain["kernels"]
+    assert forward["pinned"]["fits"] and not dq["pinned"]["fits"] and plain["engine"] == "the portable Triton kernels"
+
+
+def test_a_pinned_config_that_the_compiler_refuses_is_told(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("it said no")
+
+    monkeypatch.setattr(lens, "inspect", refuse)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    with config.pinned(forward=Config(32, 32)):
+        found = explanation.of_problem(PLAIN, H200)
+    assert found.lines[0].pinned == {"refused": "RuntimeError: it said no"}
+    assert "pinned\n         the compiler refuses it: RuntimeError: it said no\n" in str(found)
+
+
+def test_heads_that_are_not_served_are_refused_as_the_call_does():
+    wide = Problem.parse("1x8x8x64x512", torch.float32, False)
+    with pytest.raises(RuntimeError, match=r"head size: expected at most 256 in torch.float32 on A10, got 512"):
+        explanation.of_problem(wide, gpu.KNOWN["sm_86"])
+    assert explanation.of_problem(wide, A100).lines
+
+
+@pytest.mark.parametrize("table", tables.shipped(), ids=lambda each: each.name)
+def test_the_rows_that_nearly_everybody_uses_tell_of_others_that_lost(table):
+    """16 bits and heads of 64, 128 and 256: why not another config is what explain is asked."""
+    rows = [row for row in table.rows.values() if row.itemsize == 2 and row.width in (64, 128, 256)]
+    assert all(row.lost for row in rows), [row.key for row in rows if not row.lost]
+    assert sum(len(row.lost) for row in rows) >= 4 * len(rows)
 
 
 @pytest.mark.parametrize("shape", ["", "2x3", "2x8x3x64x64", "0x8x8x64x64", "2x8x8x64x513", "axbxcxdxe", "2x8x8x64x64x2"])

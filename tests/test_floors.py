@@ -9,7 +9,7 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 FLOORS = {
     "kernels": 0, "version": 0, "journal": 0, "reference": 1, "gpu": 1, "problem": 1, "tile_map": 1, "interpreter": 1,
-    "accuracy": 1, "clock": 1, "binary": 1, "tables": 1.5, "keys": 1.5,
+    "accuracy": 1, "clock": 1, "binary": 1, "drawing": 1, "tables": 1.5, "keys": 1.5,
     "environment": 1.5, "cache": 1.8, "timing": 2, "config": 2, "recording": 3, "launch": 3, "lens": 4,
     "model": 4.5, "ops": 4, "attention": 5, "tuning": 5.5,
     "aten": 5.5, "tally": 1, "charmodel": 5, "show": 6, "explanation": 6,

@@ -149,14 +149,14 @@ def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path,
     from tritonattn.tuning import tuner
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
-    config.choose.cache_clear()
+    config.forget()
     problem, lab = Problem((2,), 8, 2, 1000, 1000, 64, 64, torch.bfloat16, (None, 0)), tuner.here(device)
     with lab.compilers:
         record = tuner.tune_kernel(kernel, problem, lab, "table")
     assert record.seconds <= record.default_seconds * 1.05 and all(error <= allowed for error, allowed in record.check.values())
     assert str(config.find(kernel, problem, gpu.of(device))) == record.config
     assert config.choose(kernel, problem, gpu.of(device)).origin == "cache"
-    config.choose.cache_clear()
+    config.forget()
 
 
 def test_a_config_that_needs_too_much_is_told_and_the_bench_goes_on(device):

@@ -73,8 +73,30 @@ def test_what_the_tile_needs_and_what_it_got():
     assert doubled.duplicated == 2.0 and doubled.redone == 33 / 16
     of_blackwell = report(on=B200, config=Config(128, 64, 8), loops=(Loop(("UTCHMMA",) * 12),))
     assert of_blackwell.duplicated == 1.0 and of_blackwell.path == of_blackwell.best_path == "UTCHMMA"
+    tf32 = dataclasses.replace(PLAIN, dtype=torch.float32)
+    half = dataclasses.replace(of_blackwell, problem=tf32, precision="tf32", loops=(Loop(("UTCHMMA",) * 24),))
+    assert half.duplicated == 1.0 and half.best_path == "UTCHMMA", "a product of TF32 goes through half as much of K"
+    assert dataclasses.replace(half, precision="ieee").best_path == ""
     of_ampere = report(on=A100, config=Config(128, 64, 8), loops=(Loop(("HMMA.16816.F32.BF16",) * 128),))
     assert of_ampere.duplicated == 1.0 and of_ampere.path == of_ampere.best_path == "HMMA"
+
+
+def test_products_that_wait_for_each_other_are_seen():
+    product, wait = "HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR.LE"
+    def serialized(*instructions):
+        return report(loops=(Loop(("MUFU.EX2",)), Loop(instructions))).serialized
+    assert serialized(*(product, wait) * 8) and serialized(*(product, wait) * 3), "also where a tile is but one or two of them"
+    assert not serialized(*((product,) * 4 + (wait,)) * 2) and not serialized(product, wait, product, wait)
+
+
+def test_what_was_not_disassembled_is_not_known():
+    found = report(loops=None)
+    assert (found.loop_spills, found.serialized, found.path, found.spills) == (None, None, None, None)
+
+
+def test_padding_is_work_but_of_no_use():
+    odd = dataclasses.replace(report(config=Config(64, 64, 4)), problem=dataclasses.replace(PLAIN, d=17, dv=1))
+    assert (odd.needed, odd.useful) == (2 * 64 * 64 * (32 + 16), 2 * 64 * 64 * (17 + 1))
 
 
 @pytest.mark.parametrize("kernel, products", [("forward", 2), ("dq", 3), ("dkdv", 4), ("dbias", 2), ("delta", 0)])
@@ -107,6 +129,14 @@ CELLS = {
     ("128x64w8s3", "sm_80"): (194, 98304, 0, "HMMA", 1.0, 128, 34, 0),
     ("128x64w8s3", "sm_100"): (214, 132096, 0, "UTCHMMA", 1.0, 12, 33, 256),
     ("128x64w4s1", "gfx942"): (361, 34816, 0, "v_mfma", 1.0, 64, 33, 0),
+    ("128x64w8s2", "sm_86"): (197, 65536, 0, "HMMA", 1.0, 128, 34, 0),
+    ("128x64w8s2", "sm_120"): (197, 65536, 0, "HMMA", 1.0, 128, 34, 0),
+    ("64x64w4s2", "sm_89", "dq"): (243, 73728, 0, "HMMA", 1.0, 192, 32, 0),
+    ("128x64w8s2", "sm_90", "dq"): (183, 131072, 0, "HGMMA", 1.0, 20, 32, 0),
+    ("128x64w8s2", "sm_100", "dq"): (126, 147504, 0, "UTCHMMA", 1.0, 20, 32, 512),
+    ("32x128w8s2", "sm_80", "dkdv"): (255, 82176, 9, "HMMA", 1.0, 128, 16, 0),
+    ("64x64w4s2", "sm_90", "dkdv"): (255, 98816, 26, "HGMMA", 1.0, 24, 32, 0),
+    ("32x128w4s1", "gfx942", "dkdv"): (368, 32768, 0, "v_mfma", 1.0, 64, 16, 0),
 }
 
 
@@ -141,6 +171,37 @@ def test_a_spilling_an_oversized_and_a_serializing_config_are_seen():
     # the lens, which reads the loops, and ptxas, which made them, say the same
     assert serialized == [False, True]
     assert not remarks[0] and any("C75" in line and "serializ" in line for line in remarks[1]), remarks
+
+
+BROKEN = LOOK + """
+import tempfile, triton
+from tritonattn import binary
+config, on = Config.parse("64x64w4s2"), gpu.KNOWN["sm_90"]
+whole = lens.compile("forward", problem, config, on).asm["cubin"]
+def said(read, content):
+    try:
+        return f"nothing: {read(content)!s:.60}"
+    except ValueError as error:
+        return str(error)
+cuts = [0, 3, 40, 64, len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4]
+amdgcn = lens.compile("forward", problem, config, gpu.KNOWN["gfx942"]).asm["amdgcn"]
+with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+    file.write(whole)
+    file.flush()
+    analysed = binary.run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name).stdout
+print(json.dumps([[said(binary.of_cubin, whole[:cut]) for cut in cuts], [said(binary.disassemble, whole[:cut]) for cut in cuts],
+                  said(binary.of_cubin, whole.replace(b".nv.info", b".xx.info")), said(binary.of_amdgcn, amdgcn[:9000]),
+                  len(analysed) > 10_000 and analysed == binary.disassemble(whole)]))
+"""
+
+
+def test_a_real_binary_that_was_cut_or_stripped_is_said():
+    notes, texts, stripped, amd, same = compiled(BROKEN)
+    assert all(each.startswith("cubin: expected a whole ELF file") for each in notes), notes
+    assert all(each.startswith("cubin: expected one that nvdisasm reads") for each in texts), texts
+    assert stripped == "cubin: expected notes on registers (.nv.info), got none: not NVIDIA's, or stripped"
+    assert amd == "amdgcn: expected the note .vgpr_count, got none: cut off, or stripped"
+    assert same, "what nvdisasm leaves out changes nothing in its text"
 
 
 SPEED = LOOK + """

@@ -121,7 +121,7 @@ def test_the_lens_in_a_new_process(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 5000
     done = run(*LENS, "--direction", "forward", "--config", "64x64w4s2", "--json", TRITON_INTERPRET="1")
     found, = json.loads(done.stdout)
-    assert (found["config"], found["kernel"], found["path"]) == ("64x64w4s2", "forward", "HGMMA")
+    assert (found["config"], found["kernel"], found["path"], found["ptxas"]) == ("64x64w4s2", "forward", "HGMMA", [])
     done = run(*LENS, "--direction", "forward", "--compare", "64x64w4s2", "128x64w8s2", "--sass")
     assert "64x64w4s2  128x64w8s2" in done.stdout and done.stdout.count("HGMMA.64x64x16.F32") > 8
 
@@ -200,12 +200,12 @@ def kept(tmp_path, monkeypatch):
     from tritonattn.tuning import tuner
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "cache"))
-    config.choose.cache_clear()
+    config.forget()
     lab = tuner.Lab(H200, bench_of(FakeBench(Surface("64x128w4s2e1"))), Compilers(), cache.current())
     monkeypatch.setattr(tuner, "here", lambda *_, **__: lab)
     tuner.tune_kernel("forward", PROBLEM, lab)
     yield lab
-    config.choose.cache_clear()
+    config.forget()
 
 
 def said(capsys, *argv, code=0):

@@ -1,6 +1,5 @@
 """perf.plot: the figures show the numbers that were recorded, say what is lacking, and come out the same every time."""
 
-import itertools
 import math
 import os
 import subprocess
@@ -14,11 +13,11 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 
 from perf import cases, limits, plot, record, rivals
+from tests.legible import assert_legible, boxes, texts
 from tests.test_table import at, bad, job, of_grid, ok, write
-from tritonattn import gpu
+from tritonattn import drawing, gpu
 
 H200 = gpu.named("h200")
 
@@ -33,34 +32,6 @@ def recorded(folder, *entries, **environment):
     write(folder, *entries, **environment)
     (run,) = record.load(folder)
     return run
-
-
-def texts(figure):
-    """All text in a figure that can be seen."""
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-
-
-def boxes(figure):
-    """Where each text that is drawn stands, after the layout."""
-    figure.draw_without_rendering()
-    drawn = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
-    for axes in figure.axes:
-        ticks = [(axes.get_xlim(), label, label.get_position()[0]) for label in axes.get_xticklabels()]
-        ticks += [(axes.get_ylim(), label, label.get_position()[1]) for label in axes.get_yticklabels()]
-        # a locator has ticks beyond the ends too, which nobody sees
-        drawn += [label for ends, label, at in ticks if min(ends) <= at <= max(ends)]
-        drawn += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
-    return {text: text.get_window_extent() for text in drawn if text.get_text() and text.get_visible()}
-
-
-def assert_legible(figure):
-    """No text covers another or leaves the figure."""
-    found = boxes(figure)
-    for text, box in found.items():
-        inside = 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
-        assert inside, f"{text.get_text()!r} leaves the figure"
-    for (one, box), (other, beside) in itertools.combinations(found.items(), 2):
-        assert not box.overlaps(beside), f"{one.get_text()!r} covers {other.get_text()!r}"
 
 
 def headline(figure):
@@ -375,7 +346,8 @@ def test_a_long_headline_is_broken(run):
     figure = plot.ratios(run)
     while figure.texts:
         figure.texts[0].remove()
-    plot._headline(figure, f"{plot.finding(run.jobs)}, " * 4, [f"{plot.EXPLAINED} " * 5, plot.provenance(run) * 3])
+    title, below = f"{plot.finding(run.jobs)}, " * 4, [f"{plot.EXPLAINED} " * 5, plot.provenance(run) * 3]
+    drawing.headline(figure, title, below, *plot.SIZES)
     assert_legible(figure)
     assert min(box.y0 for text, box in boxes(figure).items() if text in figure.texts) > figure.axes[0].get_tightbbox().y1
 

@@ -16,9 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 from tests import corpus
+from tests.legible import assert_legible, texts
 from tritonattn import Config, Problem, tuning
 from tritonattn.tuning import pictures, report, runs
 from tritonattn.tuning.runs import Job, Run, Trial
@@ -309,29 +309,6 @@ def shown(run):
     return pictures.pages(jobs, report.coverage(jobs), report.origin(run))
 
 
-def texts(figure):
-    return [text.get_text() for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
-
-
-def assert_legible(figure):
-    """No text leaves the figure; none covers another, but for labels that are turned, whose boxes are larger than they."""
-    figure.draw_without_rendering()
-    drawn = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
-    for axes in figure.axes:
-        ticks = [(axes.get_xlim(), label, label.get_position()[0]) for label in axes.get_xticklabels()]
-        ticks += [(axes.get_ylim(), label, label.get_position()[1]) for label in axes.get_yticklabels()]
-        # a locator has ticks beyond the ends too, which nobody sees
-        drawn += [label for ends, label, at in ticks if min(ends) <= at <= max(ends)]
-        drawn += [*axes.texts, axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-    found = [(text, text.get_window_extent()) for text in drawn if text.get_text() and text.get_visible()]
-    for text, box in found:
-        inside = 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
-        assert inside, f"{text.get_text()!r} leaves the figure"
-    flat = [(text, box) for text, box in found if text.get_rotation() in (0, 90)]
-    for (one, box), (other, beside) in itertools.combinations(flat, 2):
-        assert not box.overlaps(beside), f"{one.get_text()!r} covers {other.get_text()!r}"
-
-
 def awkward(count):
     """A run whose names are long, with every reason there is, times far apart, and a job with nothing timed."""
     configs = [str(Config(16 << i, 16 << j, 4, 2, 1)) for i in range(5) for j in range(4)]
@@ -351,7 +328,7 @@ def test_pictures_can_be_read(run):
     pages = math.ceil(sum(bool(each.trials) for each in report.standings(run)) / 8)
     assert set(kinds) == {"heat", "slowdown", "coverage", "model"} and kinds["heat"] == pages
     for figure in found.values():
-        assert_legible(figure)
+        assert_legible(figure, turned=True)
         assert report.origin(run) in " ".join(" ".join(text.get_text() for text in figure.texts).split())
 
 

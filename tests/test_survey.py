@@ -1,7 +1,9 @@
 """Static pruning: every reason is found where it is planted; and compilers that hang, die or refuse stop nobody."""
 
 import dataclasses
+import os
 import sys
+import threading
 import time
 
 import pytest
@@ -9,14 +11,16 @@ import torch
 import triton
 
 from tests.test_lens import compiled
-from tritonattn import Config, Problem, config, gpu
+from tritonattn import Config, Problem, config, gpu, tables
 from tritonattn.binary import Loop
 from tritonattn.lens import Report
-from tritonattn.tuning import survey, table
+from tritonattn.tables import Entry
+from tritonattn.tuning import survey, table, workers
 from tritonattn.tuning.workers import Failure, Workers
 
-H200 = gpu.KNOWN["sm_90"]
+H200, MI300X = gpu.KNOWN["sm_90"], gpu.KNOWN["gfx942"]
 PROBLEM = Problem((2,), 8, 8, 4096, 4096, 128, 128, torch.bfloat16)
+EXACT = dataclasses.replace(PROBLEM, dtype=torch.float32)
 LOOP = Loop(("HGMMA.64x128x16",) * 16 + ("MUFU.EX2",) * 64 + ("WARPGROUP.DEPBAR",))
 GOOD = Report("forward", PROBLEM, H200, Config(128, 128, 8, 2), 240, 0, 160 << 10, 0, loops=(LOOP,))
 
@@ -27,7 +31,7 @@ def with_loop(*instructions):
 
 @pytest.mark.parametrize("change, reason", [
     ({}, None), ({"shared_memory": 228 << 10}, "shared memory"), ({"tensor_memory": 1}, "tensor memory"),
-    ({"registers": 32, "stack": 5000}, "register collapse"), ({"loops": ()}, "register collapse"), ({"loops": None}, None),
+    ({"registers": 32, "stack": 5000}, "register collapse"), ({"loops": ()}, "unclear"), ({"loops": None}, None),
     (with_loop(*("HGMMA.64x128x16",) * 8, *("MUFU.EX2",) * 64), "unclear"),
     (with_loop(*LOOP.instructions, "STL"), "spill"),
     (with_loop(*("HMMA.16816",) * 128, *("MUFU.EX2",) * 64), "wrong tensor path"),
@@ -47,6 +51,8 @@ def test_each_reason(change, reason):
     ("dkdv", "128x16w4s2", PROBLEM, "constraint"), ("dkdv", "64x128w4s2", PROBLEM, "prefilter"),
     ("forward", "256x32w8s2", dataclasses.replace(PROBLEM, masked=True, mapped=True), "constraint"),
     ("forward", "128x128w8s2", PROBLEM, None), ("dkdv", "32x64w4s2", PROBLEM, None),
+    # without tensor cores warps share columns too
+    ("forward", "32x32w8s1", EXACT, None), ("forward", "16x32w4s1", EXACT, None), ("forward", "16x16w8s1", EXACT, "constraint"),
 ])
 def test_what_is_out_before_compiling(kernel, text, problem, reason):
     verdict = survey.before_compiling(kernel, problem, Config.parse(text), H200)
@@ -107,25 +113,28 @@ class Known:
         self.entries = entries
 
 
-CHILD = """
-import sys, time
-from tritonattn.tuning import workers
+# with that module alone: torch takes seconds to import, and more beside other work
+CHILD = f"""
+import importlib.util, sys, time, types
+sys.modules |= {{name: types.ModuleType(name) for name in ("tritonattn", "tritonattn.tuning")}}
+spec = importlib.util.spec_from_file_location({workers.__name__!r}, {workers.__file__!r})
+workers = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(workers)
 job = workers._read(sys.stdin.buffer)
-{does}
 """
 ANSWER = "\nworkers._write(sys.stdout.buffer, workers.Failure('compile error', job[0]))\n"
 
 
 def child(does):
-    return sys.executable, "-c", CHILD.format(does=does)
+    return sys.executable, "-c", CHILD + does
 
 
 def test_a_compiler_that_hangs_is_stopped_and_the_others_go_on():
     does = "time.sleep(600 if job[0] == 'hang' else 0)" + ANSWER + "time.sleep(600)"
-    with Workers(2, timeout=20, command=child(does)) as workers:
+    with Workers(2, timeout=8, command=child(does)) as workers:
         found = list(workers.map([("hang",), ("one",), ("hang",)]))
     assert [each.code for each in found] == ["compile timeout", "compile error", "compile timeout"]
-    assert found[1].message == "one" and "20 s" in found[0].message
+    assert found[1].message == "one" and "8 s" in found[0].message
 
 
 def test_a_compiler_that_dies_is_told():
@@ -145,7 +154,7 @@ def test_a_compiler_that_dies_at_any_moment_is_told_and_replaced(command):
 
 def test_one_that_stops_in_the_middle_of_its_answer_is_stopped():
     does = "sys.stdout.buffer.write(workers.HEAD.pack(99) + b'abc'); sys.stdout.buffer.flush(); time.sleep(600)"
-    with Workers(1, timeout=20, command=child(does)) as workers:
+    with Workers(1, timeout=8, command=child(does)) as workers:
         found, = workers.map([("any",)])
     assert found.code == "compile timeout"
 
@@ -170,6 +179,22 @@ def test_what_may_do_better_another_time_is_not_kept(tmp_path):
     assert [each["config"] for each in kept] == ["32x32w4s2"] and len(builder._seen) == 2
 
 
+def test_nobody_is_ended_twice(monkeypatch):
+    """A number may be another process's once its child was waited for."""
+    ended = []
+    kill = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda number, signal: ended.append(number) or kill(number, signal))
+    with Workers(2, timeout=0.5, command=child("import time; time.sleep(600)")) as workers:
+        assert {each.code for each in workers.map([("a",), ("b",), ("c",)])} == {"compile timeout"}
+        assert not workers._all and len(ended) == 3
+        slow = workers.map([("d",), ("e",), ("f",)])
+        abandoned = threading.Timer(0.2, workers.__exit__)
+        abandoned.start()
+        for found in slow:
+            assert found.code in ("compile error", "compile timeout")
+    assert len(ended) == len(set(ended)) >= 5
+
+
 def test_no_child_outlives_its_workers():
     with Workers(2, command=child(ANSWER + "time.sleep(600)")) as workers:
         list(workers.map([("a",), ("b",)]))
@@ -190,7 +215,8 @@ def test_what_the_compiler_refuses_is_a_verdict():
 
 def entry(text, many, few=None, reason=None, **fields):
     known = {"cell": ["forward", 2, 64, "full"], "config": text, "reason": reason, "note": "", "registers": 100,
-             "shared_memory": 1000, "tensor_memory": 0, "occupancy": 1, "many": many, "few": few or many, "bound": "issue"}
+             "spills": 0, "shared_memory": 1000, "tensor_memory": 0, "occupancy": 1, "many": many, "few": few or many,
+             "bound": "issue"}
     return known | fields
 
 
@@ -204,8 +230,88 @@ def test_a_row_takes_the_fastest_of_each_kind_and_tells_of_the_others():
     assert row.lost == {"16x16w4s1": "slower", "16x32w4s1": "spill"} and not row.many.exception
     only = builder._chosen(cell, known[2:3])
     assert only.many.config == "16x32w4s1" and only.many.exception == "spill"
-    with pytest.raises(RuntimeError, match=r"H200.*none \(x: shared memory\)"):
+    with pytest.raises(table.NothingFits, match=r"H200.*none \(x: shared memory\)"):
         builder._chosen(cell, [{"config": "x", "reason": "shared memory", "note": ""}])
+
+
+def test_the_more_a_config_spills_the_less_the_model_is_trusted():
+    builder = table.Builder(H200, Known([]), workers=None)
+    known = [entry("32x32w8s1", 1.0, reason="spill", spills=1141), entry("32x16w4s2", 1.03, reason="spill", spills=400),
+             entry("64x32w4s2", 1.5, reason="spill", spills=2), entry("16x32w4s2", 1.2, reason="duplicate work"),
+             entry("32x32w4s1", 9.0), entry("16x16w4s1", 0.1, reason="register collapse"),
+             entry("64x16w4s2", 1.05, reason="serialized", spills=1141)]
+    assert [each["config"] for each in builder._order(known, "many")] == [
+        "32x32w4s1", "64x32w4s2", "16x32w4s2", "32x16w4s2", "32x32w8s1", "64x16w4s2", "16x16w4s1"]
+
+
+@pytest.mark.parametrize("cell, on, stages", [
+    (("forward", 2, 128, "full"), H200, ((2,), 3)), (("forward", 2, 128, "full"), MI300X, ((2,), 1)),
+    (("forward", 2, 512, "full"), H200, ((1, 2), 3)), (("dq", 4, 512, "edges"), MI300X, ((1, 2), 3)),
+    (("forward", 4, 128, "edges"), H200, ((1,), 2)), (("forward", 4, 512, "edges"), H200, ((1,), 2)),
+], ids=str)
+def test_stages_that_are_tried(cell, on, stages):
+    assert table.stages_of(cell, on) == stages
+
+
+def test_what_a_table_may_hold():
+    def largest(gpu, *cell):
+        tiles = [config for config in survey.candidates(cell[0], table.example(cell, True, gpu), gpu)
+                 if table.sensible(cell, config, gpu)]
+        return max(max(config.block_m, config.block_n) for config in tiles)
+
+    assert largest(H200, "forward", 2, 128, "full") == largest(H200, "forward", 2, 256, "edges") == 128
+    # the tensor cores' own products have 64 rows on Hopper, and 16 for each of AMD's four waves: wide heads need as many too
+    assert largest(H200, "forward", 2, 512, "full") == largest(H200, "dq", 2, 256, "pairs") == 64
+    assert largest(H200, "dq", 4, 64, "edges") == largest(MI300X, "dq", 4, 512, "edges") == 64
+    assert largest(H200, "forward", 4, 128, "edges") == 32
+
+
+class Nobody:
+    """Compilers of which nothing is asked."""
+
+    @staticmethod
+    def map(jobs):
+        assert not jobs
+        return ()
+
+
+@pytest.mark.parametrize("cell, before, searched", [
+    (("forward", 2, 96, "edges"), [("64x64w4s2e1", 2.0)], False),
+    # something speaks against all that stood there, or none of it fits
+    (("forward", 2, 96, "edges"), [("64x64w4s2e1", 2.0, None, "spill")], True),
+    (("forward", 4, 128, "edges"), [("32x32w4s1", 2.0, None, "spill")], True),
+    (("forward", 4, 512, "edges"), [("16x16w4s1", None, None, "shared memory")], True),
+    (("forward", 4, 128, "edges"), [("64x16w4s1", 2.0)], True),
+    (("forward", 2, 512, "edges"), [("16x32w4s1e1", 2.0, None, "wrong tensor path")], True),
+    # wide heads of float32 spill everywhere, take long to compile, and few would notice
+    (("forward", 4, 256, "edges"), [("32x32w8s1", 2.0, None, "spill")], False),
+], ids=str)
+def test_a_build_looks_for_others_where_what_stood_there_does_not_do(cell, before, searched, monkeypatch):
+    new = "16x32w4s1" if cell[1] == 4 else "64x32w8s2e1"
+    known = [entry(*fields, cell=list(cell)) for fields in (*before, (new, 1.0))]
+    # with TF32 64 rows are too many
+    known += [{"cell": list(cell), "config": text, "tf32": [H200.shared_memory + text.startswith("64"), 0, 1]}
+              for text in (new, "64x16w4s1", "32x32w4s1", "32x32w8s1", "16x16w4s1") if cell[1] == 4]
+    known += [{"cell": list(cell), "config": new, "against": []}]
+    monkeypatch.setattr(table, "candidates", lambda *_: [Config.parse(new)])
+    monkeypatch.setattr(table, "BEST", 0)
+    stood = Entry(before[0][0], "static-model", 1, 1, 0, 1, "issue")
+    old = tables.Table("old", {}, {}, {cell: tables.Row(*cell, many=stood, few=stood)})
+    builder = table.Builder(H200, Known(known), Nobody, old, table.Look(lambda cell: False))
+    row = builder.row(cell, {})
+    assert row.many.config == (new if searched else before[0][0])
+    assert set(row.lost) == ({before[0][0]} if searched else set())
+
+
+def test_what_lost_before_is_looked_at_again_and_what_another_gpu_has():
+    cell = ("forward", 2, 128, "edges")
+    def row(best, *lost):
+        made = Entry(best, "static-model", 1, 1, 0, 1, "issue")
+        return tables.Row(*cell, many=made, few=made, lost=dict.fromkeys(lost, "slower"))
+    old = tables.Table("old", {}, {}, {cell: row("64x64w4s2e1", "128x64w8s2e1")})
+    look = table.Look(lambda cell: False, {cell: row("128x128w8s3", "64x32w4s1")})
+    found = table.Builder(H200, Known([]), None, old, look)._before(cell, {})
+    assert set(map(str, found)) == {"64x64w4s2e1", "128x64w8s2e1", "128x128w8s3e1", "64x32w4s1"}
 
 
 def test_what_does_badly_on_other_problems_of_its_row_is_passed_over():
@@ -224,6 +330,8 @@ def test_what_does_badly_on_other_problems_of_its_row_is_passed_over():
     assert second.config == "128x64w8s2e1" and not second.exception
     least = chosen(c0=["a", "b"], c1=["spill: 3 in the loop, with a map"], c2=["a", "b"])
     assert (least.config, least.exception) == ("128x64w8s2e1", "spill: 3 in the loop, with a map")
+    builder = table.Builder(H200, Known(known + proved(c0=["serialized, with a map"])), workers=None)
+    assert builder._chosen(cell, known).lost == {"64x64w4s2e1": "serialized", "64x32w4s2e1": "slower"}
 
 
 def test_a_row_is_proved_on_what_it_serves_and_by_both_compilers():
@@ -254,6 +362,40 @@ def test_a_row_is_proved_on_what_it_serves_and_by_both_compilers():
     assert table.others(("forward", 4, 64, "pairs")) == table.others(("forward", 2, 256, "pairs")) == {}
 
 
+def test_a_row_of_float32_fits_with_tf32_and_says_what_the_larger_binary_takes():
+    class Compilers:
+        jobs = []
+
+        def map(self, jobs):
+            self.jobs += jobs
+            for _, _, tried, on, _ in jobs:
+                yield dataclasses.replace(GOOD, shared_memory=on.shared_memory + 1 if tried.block_m == 64 else 5000)
+
+    cell, kept = ("forward", 4, 64, "edges"), []
+    known = [entry(*fields, cell=list(cell)) for fields in (("64x32w4s1", 1.0), ("32x32w4s1", 2.0), ("32x16w4s1", 3.0))]
+    journal = Known(known)
+    journal.append = kept.append
+    row = table.Builder(H200, journal, Compilers())._chosen(cell, known)
+    assert (row.many.config, row.many.shared_memory, row.many.occupancy) == ("32x32w4s1", 5000, 1) and row.few == row.many
+    assert row.lost == {"64x32w4s1": "shared memory", "32x16w4s1": "slower"}
+    assert [(job[2].block_m, job[4]) for job in Compilers.jobs] == [(64, "tf32"), (32, "tf32")], "each once"
+    assert [each["tf32"] for each in kept] == [[H200.shared_memory + 1, 0, 0], [5000, 0, 1]]
+    again = table.Builder(H200, Known(known + kept), workers=None)
+    assert again._chosen(cell, known) == row, "a journal knows it"
+    with pytest.raises(table.NothingFits, match=r"H200.*expected a config that fits with TF32, got 1 that do not"):
+        again._chosen(cell, known[:1])
+
+
+def test_a_child_compiles_with_the_precision_that_it_is_told():
+    problem = dataclasses.replace(PROBLEM, dtype=torch.float32, d=64, dv=64)
+    jobs = [("forward", problem, Config(64, 32, 8, 2), gpu.KNOWN["sm_100"], each) for each in ("ieee", "tf32", "ieee")]
+    with Workers(1) as workers:
+        found = list(workers.map(jobs))
+    assert [(each.precision, each.path, each.best_path) for each in found] == [
+        ("ieee", "", ""), ("tf32", "UTCHMMA", "UTCHMMA"), ("ieee", "", "")]
+    assert found[1].duplicated == 1.0 and found[1].tensor_memory > 0 == found[0].tensor_memory and found[0] == found[2]
+
+
 def test_another_python_is_asked_for_its_triton():
     assert table.version_in(sys.executable) == triton.__version__
     with pytest.raises(ValueError, match="expected a Python with Triton"):
@@ -273,7 +415,7 @@ import json, pathlib, tempfile
 from tritonattn import gpu, tables
 from tritonattn.tuning import table
 cell, on = ("forward", 2, 64, "full"), gpu.KNOWN["sm_90"]
-table.sensible = lambda cell, config: str(config) in ("64x64w4s2e1", "128x128w8s2e1")
+table.sensible = lambda cell, config, gpu: str(config) in ("64x64w4s2e1", "128x128w8s2e1")
 with tempfile.TemporaryDirectory() as folder:
     folder, said = pathlib.Path(folder), []
     path = table.build(on, [cell], folder, folder, say=lambda line, flush: said.append(line))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -26,12 +27,26 @@ def test_a_shipped_table_is_whole(shipped):
             entry = getattr(row, fill)
             config = Config.parse(entry.config)
             assert entry.source in tables.SOURCES and entry.fits(on), (row.key, entry)
-            if entry.source == "rule":
-                continue
             assert entry.bound and entry.occupancy > 0 and 0 < entry.registers <= 512
             assert max(config.block_m, config.block_n) <= 128, "a map's tiles are no larger"
-            # what is used most has nothing against it
-            assert not entry.exception or row.itemsize == 4 or row.width > 128 or row.mask == "pairs", (row.key, entry)
+            if row.itemsize == 2 and row.width <= 128 and row.mask != "pairs":
+                # what is used most has nothing against it; on GPUs whose blocks have 99 KiB heads of 96, and a map, spill a bit
+                for said in filter(None, entry.exception.split("; ")):
+                    found = re.fullmatch(r"spill: (\d+) in the loop(, with a map)?", said)
+                    little = found and int(found[1]) <= table.LIGHT and (found[2] or row.width == 96)
+                    assert on.shared_memory < 100 << 10 and little, (row.key, entry)
+
+
+def test_no_tile_has_too_few_queries_for_the_tensor_cores():
+    """A product of Hopper's or Blackwell's own has 64 rows; each of AMD's four waves has 16, or makes what another makes.
+
+    Heads of 512 are too wide for so many keys in dK/dV on Hopper and Blackwell, and for dbias on Blackwell.
+    """
+    for shipped in tables.shipped():
+        if shipped.gpu["arch"] in ("sm_90", "sm_100", "gfx942"):
+            for row in shipped.rows.values():
+                if row.itemsize == 2 and row.kernel in ("forward", "dq"):
+                    assert min(Config.parse(getattr(row, fill).config).block_m for fill in FILLS) >= 64, row
 
 
 def test_there_is_a_table_for_every_known_architecture():
@@ -40,7 +55,7 @@ def test_there_is_a_table_for_every_known_architecture():
 
 def test_the_tables_were_made_from_the_kernels_as_they_are():
     source = environment.source(patterns=table.BINARIES)
-    stale = [each.name for each in tables.shipped() if each.of_binaries and each.made["source"] != source]
+    stale = [each.name for each in tables.shipped() if each.made["source"] != source]
     assert not stale, f"{', '.join(stale)}: run python -m tritonattn table build {','.join(gpu.KNOWN)}"
 
 
@@ -85,6 +100,9 @@ def test_memory_and_cache_tell_gpus_apart_where_both_are_known():
     assert mine.is_of(dataclasses.replace(h200, name="any other"))
     assert not mine.is_of(gpu.named("h100")) and not mine.is_of(dataclasses.replace(h200, memory=96 << 30))
     assert not mine.is_of(dataclasses.replace(h200, l2=60 << 20))
+    amd = gpu.KNOWN["gfx942"]
+    of_amd = Table("of amd", {"name": amd.name} | tables.fingerprint(amd), {}, {})
+    assert of_amd.is_of(dataclasses.replace(amd, l2=4 << 20)), "its driver tells of one die's cache, its vendor of all"
 
 
 def test_an_entry_knows_what_it_needs():

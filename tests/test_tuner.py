@@ -34,7 +34,8 @@ class Compilers:
     def map(self, jobs):
         for job in jobs:
             self.jobs.append(job)
-            yield Failure("compile error", "no") if str(job[2]) in self.refused else made(*job, str(job[2]) in self.spilling)
+            refused, spilling = (str(job[2]) in names for names in (self.refused, self.spilling))
+            yield Failure("compile error", "no") if refused else made(*job[:4], spilling)
 
     def __enter__(self):
         return self
@@ -68,9 +69,9 @@ class Surface(dict):
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
-    config.choose.cache_clear()
+    config.forget()
     yield Lab(H200, bench_of(FakeBench(Surface("64x128w4s2e1"), jitter=0.003)), Compilers(), cache.current())
-    config.choose.cache_clear()
+    config.forget()
 
 
 def test_what_wins_is_kept_and_used_from_the_next_call_on(lab, tmp_path):
@@ -91,7 +92,7 @@ def test_what_wins_is_kept_and_used_from_the_next_call_on(lab, tmp_path):
     board = gpu.named("h100")
     assert config.choose("forward", PROBLEM, board).origin == "architecture", "another board of this architecture"
     cache.current().forget()
-    config.choose.cache_clear()
+    config.forget()
     assert config.choose("forward", PROBLEM, H200).origin == "cache", "from the file"
 
 
@@ -102,7 +103,8 @@ def test_explain_says_so(lab):
     found = explanation.of_problem(PROBLEM, H200)
     assert found.lines[0].origin == "cache" and found.as_json()["kernels"][0]["record"]["config"] == "64x128w4s2e1"
     for words in ("forward  64x128w4s2e1    tuned: the cache of this user", "measured: 10",
-                  "which a call would have used, took 15", "by halving on 20"):
+                  "which a call would have used, took 15", "by halving on 20", "bound by", "65536 bytes of shared memory",
+                  f"slower: {found.lines[0].record.default}"):
         assert words in str(found), str(found)
 
 
@@ -173,7 +175,7 @@ def test_what_another_triton_made_is_only_a_candidate(lab):
     record = tuner.tune_kernel("forward", PROBLEM, lab)
     stale = dataclasses.replace(record, config="16x16w4s1", versions=record.versions | {"triton": "2.0.0"})
     lab.store.put(stale, H200)
-    config.choose.cache_clear()
+    config.forget()
     assert config.choose("forward", PROBLEM, H200).origin == "table", "what another Triton made is no config for a call"
     _, verdicts = tuner.job_of("forward", PROBLEM, lab, "halving")
     assert "16x16w4s1" in verdicts, "but a candidate"
@@ -356,7 +358,7 @@ def test_tf32_is_not_tuned_and_finds_nothing_that_ieee_has(lab, tf32):
     tuner.tune_kernel("forward", problem, lab, "table")
     assert config.choose("forward", problem, H200).origin == "cache"
     tf32()
-    config.choose.cache_clear()
+    config.forget()
     assert key_of("forward", problem, H200).precision == "tf32" and key_of("forward", PROBLEM, H200).precision is None
     assert config.choose("forward", problem, H200).origin == "table"
     with pytest.raises(ValueError, match="tune: expected IEEE products of float32.*got TF32"):

@@ -159,6 +159,7 @@ def _lens(arguments) -> int:
         jobs = _jobs(arguments)
         with ThreadPoolExecutor() as pool:
             reports = list(pool.map(lambda job: inspect(*job), jobs))
+            said = list(pool.map(lambda job: remarks(*job), jobs))
         if arguments.plot:
             show.plot(reports, arguments.plot)
     except (ValueError, OSError) as error:
@@ -166,14 +167,14 @@ def _lens(arguments) -> int:
     except Exception as error:  # whatever the compiler raises
         return _complain(f"the compiler refuses this: {type(error).__name__}: {str(error)[:200]!r}", 1)
     if arguments.json:
-        print(json.dumps([show.as_json(report) for report in reports], indent=1))
+        print(json.dumps([show.as_json(report) | {"ptxas": lines} for report, lines in zip(reports, said)], indent=1))
     elif arguments.compare:
         print("\n\n".join(show.side_by_side(reports[i:i + 2]) for i in range(0, len(reports), 2)))
     else:
         print(show.table(reports))
-        for job, report in zip(jobs, reports):
-            if report.serialized:
-                print(*(f"ptxas on {report.kernel} {report.config}: {line}" for line in remarks(*job)), sep="\n")
+    for report, lines in zip(reports, () if arguments.json else said):
+        for line in lines:
+            print(f"ptxas on {report.gpu.arch} {report.kernel} {report.config}: {line}")
     for report in reports if arguments.sass else ():
         text = report.loops[0].text if report.loops else "no loop over tiles"
         print(f"\n{report.gpu.arch} {report.kernel} {report.config}\n{text}")

@@ -431,9 +431,7 @@ def _check_sizes(names, q, k, v):
 
 
 def _largest_head(x):
-    """512, but 256 where a float32 tile of 512 does not fit into shared memory."""
-    narrow = x.dtype == torch.float32 and x.device.type == "cuda" and gpu.of(x.device).shared_memory < 160 * 1024
-    return 256 if narrow and not gpu.of(x.device).is_amd else 512
+    return gpu.of(x.device).largest_head(x.dtype) if x.device.type == "cuda" else 512
 
 
 def _check_scale(scale, d):

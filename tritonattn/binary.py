@@ -29,7 +29,7 @@ class Resources:
     stack: int             # bytes of local memory: spilled registers, mostly
     accumulation: int = 0  # AMD alone: of the registers, those of the matrix cores' own kind
     scalar: int = 0        # AMD alone
-    spilled: int = 0       # AMD alone: vector registers kept in memory
+    spilled: int = 0       # AMD alone: vector registers kept in memory, and scalar ones kept in lanes of others
 
 
 def of_cubin(cubin: bytes) -> Resources:
@@ -73,15 +73,18 @@ def of_amdgcn(assembly: str) -> Resources:
         return int(found[1])
 
     return Resources(value("vgpr_count"), value("private_segment_fixed_size"), value("agpr_count"), value("sgpr_count"),
-                     value("vgpr_spill_count"))
+                     value("vgpr_spill_count") + value("sgpr_spill_count"))
 
 
 def disassemble(cubin: bytes) -> str:
-    """SASS, by the nvdisasm that Triton carries. ValueError: what it says of a file that it cannot read."""
+    """SASS, by the nvdisasm that Triton carries. ValueError: what it says of a file that it cannot read.
+
+    Without its analysis of jumps by way of a stack, which kernels do not make and which takes up to a third of its time.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name)
+        done = run(triton.knobs.nvidia.nvdisasm.path, "-c", "--no-dataflow", file.name)
     if done.returncode:
         raise ValueError(f"cubin: expected one that nvdisasm reads, got: {done.stderr.strip() or done.returncode}")
     return done.stdout
@@ -108,7 +111,7 @@ KINDS = {
                r"s_barrier|s_waitcnt|s_nop|s_sleep|s_sched|buffer_(inv|wbl)",
     "global": r"LDG|STG|RED|ATOM|LD\b|ST\b|global_|buffer_|flat_",
     "control": r"BRA|BRX|JMP|EXIT|CALL|RET|NOP|BREAK|YIELD|NANOSLEEP|KILL|s_c?branch|s_endpgm|s_setprio",
-    "uniform": r"U[A-Z]|R2UR|S2UR|LDCU|s_|v_(read|write)\w*lane",
+    "uniform": r"U[A-Z]|R2UR|S2UR|LDCU?\b|s_|v_(read|write)\w*lane",
     "integer": r"",  # the rest: sums, logic, moves
 }
 _KIND = re.compile("|".join(f"(?P<k{i}>{pattern})" for i, pattern in enumerate(KINDS.values())))
@@ -164,15 +167,9 @@ class Loop:
         return self.counts.get("spill", 0)
 
     @property
-    def serialized(self) -> bool:
-        """Whether each warp-group product waits by itself (ptxas' remarks C7510 to C7515).
-
-        As it should be, all instructions of one product A B^T share one wait; a loop has at most four such products, of
-        which each is often several instructions.
-        """
-        products = sum(opcode.startswith("HGMMA") for opcode in self.instructions)
-        waits = sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in self.instructions)
-        return products > 4 and waits >= products
+    def waits(self) -> int:
+        """How often a round waits for warp-group products (Hopper)."""
+        return sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in self.instructions)
 
 
 def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
@@ -190,15 +187,23 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     ranges = [a for a in ranges if not any(b[0] < a[0] <= b[1] < a[1] for b in ranges)]
     ranges = sorted(dict(sorted(ranges)).items())
     innermost = [a for a in ranges if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in ranges)]
-    opcode = _SASS if "/*0000*/" in text or "BRA" in text else _AMDGCN
-    found = []
-    for start, end in innermost:
-        part = lines[start:end + 1]
-        instructions = tuple(match[1] for line in part if (match := (opcode.search if opcode is _SASS else opcode.match)(line)))
-        found.append(Loop(instructions, "\n".join(part)))
+    opcode = _opcode_of(text)
+    found = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
+             for part in (lines[start:end + 1] for start, end in innermost)]
     found = [loop for loop in found if loop.exponentials]
     chosen = [loop for loop in found if loop.exponentials > CAREFUL * found[0].exponentials][:stretches]
     return tuple(sorted(chosen, key=lambda loop: (not loop.pipelined, len(loop.instructions))))
+
+
+def spills(text: str) -> int:
+    """Instructions that spill or refill a register, anywhere in SASS or amdgcn."""
+    opcode = _opcode_of(text)
+    return sum(kind(match[1]) == "spill" for line in text.splitlines() if (match := opcode(line)))
+
+
+def _opcode_of(text):
+    """What finds the opcode in a line. Each instruction of SASS has its offset before it, as a comment."""
+    return _SASS.search if _SASS.search(text) else _AMDGCN.match
 
 
 def partitions(sass: str) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class Record:
     gpu: dict        # its fingerprint and name
     versions: dict   # tritonattn, torch, triton, cuda, and driver if known
     source: str      # `source()` when it was made
-    run: dict        # id, time (UTC, as the journal has it), strategy, trials, seconds, seed
+    run: dict        # id, time (UTC, as the journal has it), strategy, trials, seconds, seed, tried: all configs, ever
 
     def fits(self, gpu: Gpu) -> bool:
         """Whether this GPU has the memory that the binary takes."""

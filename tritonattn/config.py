@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from . import cache
 from .cache import Record
 from .gpu import Gpu
-from .keys import key_of, waves
+from .keys import key_of, precision, waves
 from .problem import Problem
 from .tables import FILLS, WIDTHS, Row, Table, shipped
 from .tile_map import TILE
@@ -140,12 +140,17 @@ ORIGINS = {
 }
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(kernel: str, problem: Problem, gpu: Gpu) -> Choice:
     """What is known, from the first of ORIGINS that has a config that fits; what is pinned does not count.
 
     What other processes tune meanwhile is not seen: within a process the answer stays the same unless this one tunes.
     """
+    return _choose(kernel, problem, gpu, precision(problem))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(kernel, problem, gpu, _precision):
+    """`_precision` decides about records of float32, by way of their key."""
     if gpu.arch == "interpreter":
         # an interpreted step costs the same whatever its size
         return Choice(Config(64, 64), "formula")
@@ -155,6 +160,11 @@ def choose(kernel: str, problem: Problem, gpu: Gpu) -> Choice:
     if (record := cache.current().get(key_of(kernel, problem, gpu), gpu)) is not None:
         return Choice(Config.parse(record.config), "cache", record=record)
     return from_tables(kernel, problem, gpu)
+
+
+def forget() -> None:
+    """Look at the user's cache again: a record was put."""
+    _choose.cache_clear()
 
 
 def from_tables(kernel: str, problem: Problem, gpu: Gpu) -> Choice:

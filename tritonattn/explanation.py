@@ -9,6 +9,8 @@ from .gpu import Gpu
 from .problem import Problem
 from .tables import SOURCES, Entry
 
+ENGINE = "the portable Triton kernels"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -21,6 +23,12 @@ class Line:
     entry: Entry | None        # what is known of the config's binary
     lost: dict[str, str]       # {config: reason}, of those that were out or slower
     record: Record | None = None  # of the user's cache
+    pinned: dict | None = None    # what the lens sees of a pinned config's binary, as far as it can be compiled here
+
+    @property
+    def seen(self) -> dict | None:
+        """Registers, shared memory, occupancy and what bounds the loop, from wherever they are known."""
+        return self.pinned or (asdict(self.entry) if self.entry else self.record and self.record.static)
 
 
 @dataclass(frozen=True)
@@ -32,28 +40,36 @@ class Explanation:
     lines: tuple[Line, ...]
 
     def as_json(self) -> dict:
-        return {"problem": self.problem.as_json(), "gpu": self.gpu.name, "arch": self.gpu.arch,
+        return {"problem": self.problem.as_json(), "gpu": self.gpu.name, "arch": self.gpu.arch, "engine": ENGINE,
                 "kernels": [asdict(line) | {"record": line.record and line.record.as_json()} for line in self.lines]}
 
     def __str__(self):
-        text = [f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: the portable Triton kernels"]
+        text = [f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: {ENGINE}"]
         for line in self.lines:
             origin = "pinned" if line.origin == "pinned" else config.ORIGINS[line.origin]
             text.append(f"\n{line.kernel:9}{line.config:16}{origin}" + (f" ({line.table}.json)" if line.table else ""))
             if line.record:
                 text += [f"{'':9}{told}" for told in _told(line.record)]
             if line.entry:
-                e = line.entry
-                seen = "" if e.registers is None else (
-                    f"; bound by {e.bound}; {e.registers} registers, {e.shared_memory} bytes of shared memory, "
-                    f"{e.occupancy} block{'s' * (e.occupancy > 1)} per SM")
-                text.append(f"{'':9}{e.source}, {SOURCES[e.source]}{seen}")
-                if e.exception:
-                    text.append(f"{'':9}in spite of {e.exception}: nothing better was found")
+                text.append(f"{'':9}{line.entry.source}, {SOURCES[line.entry.source]}")
+            if line.pinned and "refused" in line.pinned:
+                text.append(f"{'':9}the compiler refuses it: {line.pinned['refused']}")
+            elif line.seen and line.seen.get("registers") is not None:
+                text.append(f"{'':9}{_in_words(line.seen)}")
+            if line.entry and line.entry.exception:
+                text.append(f"{'':9}in spite of {line.entry.exception}: nothing better was found")
             for reason in dict.fromkeys(line.lost.values()):
                 names = ", ".join(name for name, why in line.lost.items() if why == reason)
                 text.append(f"{'':9}{reason}: {names}")
         return "\n".join(text)
+
+
+def _in_words(seen: dict) -> str:
+    """What a binary takes, as far as it is known."""
+    blocks = seen.get("occupancy") or 0
+    bound = f"bound by {seen['bound']}; " if seen.get("bound") else ""
+    return (f"{bound}{seen['registers']} registers, {seen['shared_memory']} bytes of shared memory, "
+            f"{blocks} block{'s' * (blocks != 1)} per SM{'' if seen.get('fits', True) else ': more than this GPU has'}")
 
 
 def _told(record: Record) -> list[str]:
@@ -71,14 +87,36 @@ def explain(q, k, v, **options) -> Explanation:
 
 
 def of_problem(problem: Problem, on: Gpu) -> Explanation:
-    """The same for a problem without tensors. RuntimeError for a GPU that the kernels do not run on."""
+    """The same for a problem without tensors. RuntimeError for a GPU that the kernels do not run on, or not with such heads."""
+    most = on.largest_head(problem.dtype)
+    if max(problem.d, problem.dv) > most:
+        raise RuntimeError(f"head size: expected at most {most} in {problem.dtype} on {on.name}, got "
+                           f"{max(problem.d, problem.dv)}")
     kernels = ("forward", "delta", "dq", "dkdv") + (("dbias",) if problem.bias is not None else ())
     return Explanation(problem, on, tuple(_line(kernel, problem, on) for kernel in kernels))
 
 
 def _line(kernel, problem, on):
     if (pinned := config.pin(kernel)) is not None:
-        return Line(kernel, str(pinned), "pinned", None, None, {})
+        return Line(kernel, str(pinned), "pinned", None, None, {}, pinned=_compiled(kernel, problem, pinned, on))
     found = config.choose(kernel, problem, on)
     entry = getattr(found.row, found.fill) if found.row else None
-    return Line(kernel, str(found.config), found.origin, found.table, entry, found.row.lost if found.row else {}, found.record)
+    lost = found.row.lost if found.row else {}
+    if found.record and found.record.default != found.record.config:
+        lost = {found.record.default: "slower" if found.record.default_seconds else "it could not be timed"}
+    return Line(kernel, str(found.config), found.origin, found.table, entry, lost, found.record)
+
+
+def _compiled(kernel, problem, pinned, on) -> dict | None:
+    """What the lens sees of a config, or why the compiler refuses it; None without Triton and where kernels are interpreted."""
+    if gpu.INTERPRETED or not gpu.TRITON:
+        return None
+    from . import lens, model  # they need Triton
+
+    try:
+        report = lens.inspect(kernel, problem, pinned, on)
+    except Exception as error:  # whatever the compiler raises is told
+        return {"refused": f"{type(error).__name__}: {str(error)[:200]}"}
+    estimate = model.estimate(report)
+    return {"registers": report.registers, "shared_memory": report.shared_memory, "occupancy": report.occupancy,
+            "bound": estimate and estimate.bound, "fits": report.fits, "loop_spills": report.loop_spills}

@@ -72,6 +72,11 @@ class Gpu:
         """Compute capability times ten: 90 for sm_90."""
         return int(self.arch.removeprefix("sm_"))
 
+    def largest_head(self, dtype: torch.dtype) -> int:
+        """512, but 256 where the smallest float32 tiles of 512, up to 160 KiB, do not fit; AMD's need less shared memory."""
+        narrow = dtype.itemsize > 2 and self.shared_memory < 160 * 1024 and not self.is_amd
+        return 256 if narrow else 512
+
     @property
     def multiprocessor(self) -> Multiprocessor:
         """The limits of one SM: its architecture's, or those of the latest known one before it."""

@@ -9,7 +9,6 @@ import re
 import tempfile
 from dataclasses import dataclass
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -20,6 +19,7 @@ from .binary import Loop
 from .config import Config, family
 from .gpu import Gpu
 from .kernels.tile import in_two, main_width, tail_width
+from .keys import precision
 from .problem import Problem
 
 # what tells the paths through the tensor cores apart, best first
@@ -41,7 +41,9 @@ class Report:
     tensor_memory: int   # columns
     accumulation: int = 0              # AMD: registers that only the matrix cores use, counted in `registers` too
     scalar: int = 0                    # AMD: registers of a wave
-    spilled: int = 0                   # AMD: registers kept in memory, anywhere
+    spilled: int = 0                   # AMD: registers kept elsewhere, in memory or in lanes of others
+    spills: int | None = None          # instructions that spill or refill, anywhere; None: not disassembled
+    precision: str | None = None       # of float32 products: "ieee" or "tf32"
     partitions: tuple[int, ...] = ()   # registers of each warp-specialised partition, where there are any
     loops: tuple[Loop, ...] | None = None  # over tiles, the one without a mask first; None: not disassembled
 
@@ -55,14 +57,21 @@ class Report:
         return self.shared_memory <= self.gpu.shared_memory and self.tensor_memory <= self.gpu.tensor_memory
 
     @property
-    def loop_spills(self) -> int:
-        """Instructions that spill or refill inside a loop over tiles: the most that one loop has."""
-        return max((loop.spills for loop in self.loops or ()), default=0)
+    def loop_spills(self) -> int | None:
+        """Instructions that spill or refill inside a loop over tiles: the most that one loop has. None: not disassembled."""
+        return None if self.loops is None else max((loop.spills for loop in self.loops), default=0)
 
     @property
-    def serialized(self) -> bool:
-        """On Hopper: a loop over tiles waits for every product by itself."""
-        return any(loop.serialized for loop in self.loops or ())
+    def serialized(self) -> bool | None:
+        """On Hopper: each warp-group product of a loop waits by itself (ptxas' remarks C7510 to C7515). None: not disassembled.
+
+        As it should be, all instructions of one product of tiles share one wait; a product is often several instructions.
+        """
+        return None if self.loops is None else any(self._waits_for_each(loop) for loop in self.loops)
+
+    def _waits_for_each(self, loop):
+        issued = sum(count for name, count in loop.products.items() if name.startswith("HGMMA"))
+        return issued > len(self.products) and loop.waits >= issued
 
     @functools.cached_property
     def resident(self) -> dict[str, int]:
@@ -86,16 +95,19 @@ class Report:
         return min(self.resident, key=self.resident.get)
 
     @property
-    def path(self) -> str:
-        """The instructions that make products in the loops ("HGMMA"); "" where none of the tensor cores' is among them."""
-        kinds = {re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops or () for name in loop.products}
-        return "+".join(sorted(kinds))
+    def path(self) -> str | None:
+        """The instructions that make products in the loops ("HGMMA"); "" where none of the tensor cores' is among them.
+
+        None: not disassembled.
+        """
+        if self.loops is None:
+            return None
+        return "+".join(sorted({re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops for name in loop.products}))
 
     @property
     def best_path(self) -> str:
         """The one that this GPU has for this dtype."""
-        exact = self.problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-        if exact and not self.gpu.is_amd:
+        if self.precision == "ieee" and not self.gpu.is_amd:
             return ""
         return PATHS.get(family(self.gpu), "HMMA")
 
@@ -104,7 +116,9 @@ class Report:
         """Work of the tensor cores in one round of the loop, as a multiple of what the tile needs; 1 is as it should be."""
         loop, warps = self.loops[0], self.config.num_warps
         if "UTCHMMA" in loop.products:
-            needed = sum(math.ceil(m / TENSOR_ROWS) * math.ceil(n / TENSOR_COLUMNS) * k // 16 for m, n, k in self.products)
+            # one goes through 32 bytes of K
+            depth = 32 // self.problem.dtype.itemsize
+            needed = sum(math.ceil(m / TENSOR_ROWS) * math.ceil(n / TENSOR_COLUMNS) * k // depth for m, n, k in self.products)
             return loop.products["UTCHMMA"] / needed
         return sum(flops(name) * count for name, count in loop.products.items()) * warps / self.needed
 
@@ -116,8 +130,11 @@ class Report:
 
     @property
     def products(self) -> tuple[tuple[int, int, int], ...]:
-        """The products of tiles [M, K] by [K, N] in one round of the loop, as (M, N, K)."""
-        m, n, ds, dvs = self.config.block_m, self.config.block_n, parts(self.problem.d), parts(self.problem.dv)
+        """The products of tiles [M, K] by [K, N] in one round of the loop, as (M, N, K); heads as they are padded."""
+        return self._products(parts(self.problem.d), parts(self.problem.dv))
+
+    def _products(self, ds, dvs):
+        m, n = self.config.block_m, self.config.block_n
         scores = tuple((m, n, d) for d in ds)
         return {
             "forward": (*scores, *((m, dv, n) for dv in dvs)),
@@ -131,6 +148,11 @@ class Report:
     def needed(self) -> int:
         """Floating-point operations of these products."""
         return sum(2 * m * n * k for m, n, k in self.products)
+
+    @property
+    def useful(self) -> int:
+        """The same without what heads are padded with."""
+        return sum(2 * m * n * k for m, n, k in self._products((self.problem.d,), (self.problem.dv,)))
 
 
 def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassembled: bool = True) -> Report:
@@ -150,18 +172,18 @@ def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassemble
         text = binary.disassemble(compiled.asm["cubin"]) if disassembled else ""
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
     return Report(kernel, problem, gpu, config, found.registers, found.stack, compiled.metadata.shared, tensor_memory,
-                  found.accumulation, found.scalar, found.spilled, binary.partitions(text),
-                  binary.loops(text, stretches) if disassembled else None)
+                  found.accumulation, found.scalar, found.spilled, binary.spills(text) if disassembled else None,
+                  precision(problem), binary.partitions(text), binary.loops(text, stretches) if disassembled else None)
 
 
 def compile(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
     """Triton's compiled kernel, with every intermediate form in `.asm`; the arguments are those of a real launch."""
-    return _compile(kernel, problem, config, gpu, residual, torch.backends.cuda.matmul.fp32_precision)
+    return _compile(kernel, problem, config, gpu, residual, precision(problem))
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(kernel, problem, config, gpu, residual, precision):
-    """`precision` decides about float32 products, by way of the launch."""
+def _compile(kernel, problem, config, gpu, residual, _precision):
+    """`_precision` decides about float32 products, by way of the launch."""
     call = launch.example_call(kernel, problem, config, residual)
     if not isinstance(call.kernel, JITFunction):
         raise RuntimeError("lens: expected compilable kernels, got interpreted ones; start Python without TRITON_INTERPRET")

@@ -30,6 +30,8 @@ START = 1500                  # cycles of a block outside the loop, and one for 
 # lanes of an SM that compare, select, convert, shift and add integers: half of Hopper's fp32 lanes
 LANES_OF_ALU = 64
 BYTES_OF_SHARED = 128         # per clock
+# single conversions go through the unit of the exponentials (Nsight Compute's XU); packed ones, F2FP and I2FP, do not
+SINGLE = re.compile(r"(F2F|F2I|I2F|FRND)\b")
 PACKED = ("FADD2", "FMUL2", "FFMA2")  # AMD's fill a lane twice in one go
 # warp instructions a clock: each of an SM's four schedulers issues one
 ISSUED = 4
@@ -72,7 +74,7 @@ def estimate(report: Report) -> Estimate | None:
     width = {"forward": dv, "dq": d, "dkdv": d + dv, "dbias": report.config.block_n}[report.kernel]
     rows = report.config.block_n if report.kernel == "dkdv" else report.config.block_m
     block = sum(n * cycles for n, cycles in zip(each, round_cycles)) * together + START + rows * width / 8
-    useful = report.needed / (report.config.block_m * report.config.block_n) * _pairs(report.problem)
+    useful = report.useful / (report.config.block_m * report.config.block_n) * _pairs(report.problem)
     cycles = max(waves * block, 1.0)
     return Estimate(rounds, round_cycles, tuple(each), blocks, waves, blocks / max(waves * room, 1), cycles,
                     useful / (cycles * report.gpu.sms * rate(report, peaks)))
@@ -84,7 +86,8 @@ def units(report: Report, loop: Loop, peaks: Peaks) -> dict[str, float]:
     threads = warps * lanes
     # packed instructions work on two numbers per lane
     floats = counts.get("float", 0) + sum(name.startswith(PACKED) for name in loop.instructions)
-    alu = counts.get("select", 0) + counts.get("conversion", 0) + counts.get("integer", 0)
+    singles = sum(bool(SINGLE.match(name)) for name in loop.instructions)
+    alu = counts.get("select", 0) + counts.get("conversion", 0) - singles + counts.get("integer", 0)
     if report.gpu.is_amd:
         # one kind of lane does both
         alu, floats = alu + floats, 0
@@ -95,7 +98,7 @@ def units(report: Report, loop: Loop, peaks: Peaks) -> dict[str, float]:
     words = sum(_words(name) for name in loop.instructions if kind(name) == "shared")
     return {
         "tensor": report.needed * report.duplicated / rate(report, peaks) if report.path else 0.0,
-        "special": counts.get("special", 0) * threads / peaks.exponentials,
+        "special": (counts.get("special", 0) + singles) * threads / peaks.exponentials,
         "fp32": floats * threads / peaks.fp32,
         "alu": alu * threads / LANES_OF_ALU,
         "issue": 0.0 if report.gpu.is_amd else len(loop.instructions) * warps / ISSUED,

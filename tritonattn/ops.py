@@ -14,6 +14,8 @@ from . import config
 from .gpu import TRITON, of
 
 if TRITON:
+    from triton.runtime.errors import OutOfResources
+
     from . import launch
 
 # GIVEN and OPTIONS are the fields of launch.Inputs
@@ -52,13 +54,24 @@ def empty_gradients(inputs, wanted):
     return tuple(empty_rows(x, x.shape[-1]) if want else inputs[0].new_empty(0) for x, want in zip(inputs, wanted))
 
 
+def _run(kernel, call, problem, device, *tensors):
+    """One kernel with the config that is found for it. RuntimeError: the GPU has too little for that; nothing has run then."""
+    chosen = config.find(kernel, problem, of(device))
+    try:
+        launch.run(call(problem, chosen, *tensors), device)
+    except OutOfResources as error:
+        taken = f"{error.required} of {error.limit} ({error.name})"
+        raise RuntimeError(f"{kernel}: expected a config that fits {of(device).name}, got {chosen}, which takes {taken}, "
+                           f"for {problem}") from error
+
+
 def _forward(*arguments):
     """The op: a launch.Inputs, spread out, and whether o's residual is kept."""
     inputs, keep_residual = launch.Inputs(*arguments[:-1]), arguments[-1]
     problem, device = inputs.problem, inputs.q.device
     o, lse, residual, excess = found = empty_results(inputs.q, inputs.v, inputs.bias, keep_residual)
     results = launch.Results(o, lse, (residual,) if keep_residual else (), () if inputs.bias is None else (excess,))
-    launch.run(launch.forward_call(problem, config.find("forward", problem, of(device)), inputs, results), device)
+    _run("forward", launch.forward_call, problem, device, inputs, results)
     return found
 
 
@@ -72,7 +85,7 @@ def _backward(do, dlse, *arguments):
     queries = launch.Queries(inputs.q, do, lse, delta, () if bias is None else (excess,))
 
     def run(kernel, call, *tensors):
-        launch.run(call(problem, config.find(kernel, problem, of(device)), *tensors), device)
+        _run(kernel, call, problem, device, *tensors)
 
     if wanted[0] or wanted[1] or (wanted[3] and bias.shape[-1] != 1):
         run("delta", launch.delta_call, o, residual if residual.numel() else None, do, dlse, delta)

@@ -57,7 +57,7 @@ def side_by_side(reports: Sequence[Report]) -> str:
 
 def figures(report: Report) -> dict:
     """Everything there is to say of one report, by name."""
-    found = {"registers": report.registers, "stack": report.stack, "loop spills": report.loop_spills,
+    found = {"registers": report.registers, "stack": report.stack, "spills": report.spills, "loop spills": report.loop_spills,
              "shared memory": report.shared_memory, "tensor memory": report.tensor_memory, "threads": report.threads,
              "blocks per SM": report.occupancy, "limited by": report.limit}
     if report.gpu.is_amd:
@@ -82,11 +82,12 @@ def as_json(report: Report) -> dict:
     return {
         "kernel": report.kernel, "gpu": report.gpu.name, "arch": report.gpu.arch, "config": str(report.config),
         "problem": report.problem.as_json(), "registers": report.registers, "stack": report.stack,
-        "loop_spills": report.loop_spills, "shared_memory": report.shared_memory, "tensor_memory": report.tensor_memory,
+        "spills": report.spills, "loop_spills": report.loop_spills,
+        "shared_memory": report.shared_memory, "tensor_memory": report.tensor_memory,
         "accumulation": report.accumulation, "scalar": report.scalar, "spilled": report.spilled,
         "partitions": list(report.partitions),
         "threads": report.threads, "fits": report.fits, "occupancy": report.occupancy, "resident": report.resident,
-        "serialized": report.serialized, "path": report.path, "loops": loops,
+        "precision": report.precision, "serialized": report.serialized, "path": report.path, "loops": loops,
         "model": None if model is None else asdict(model) | {"bound": model.bound},
         "warnings": warnings([report]),
     }
@@ -94,21 +95,25 @@ def as_json(report: Report) -> dict:
 
 def plot(reports: Sequence[Report], path: str) -> None:
     """A bar for each report, stacked of its units' cycles in one round of the loop without a mask, per score of the tile."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
+    from .drawing import look
+
     shown: list[tuple[Report, Estimate]] = [(report, found) for report in reports if (found := estimate(report)) is not None]
-    figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
-    axes = figure.add_subplot()
-    labels = [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown]
-    left = [0.0] * len(shown)
-    for unit in UNITS:
-        # per 1000 scores, so that tiles of different sizes compare
-        width = [1000 * found.rounds[0][unit] / (report.config.block_m * report.config.block_n) for report, found in shown]
-        # at places and not at labels, of which two may be the same
-        axes.barh(range(len(shown)), width, left=left, label=unit)
-        left = [a + b for a, b in zip(left, width)]
-    axes.set_yticks(range(len(shown)), labels)
-    axes.invert_yaxis()
-    axes.set_xlabel("cycles of an SM that each unit is busy, per 1000 scores (units work side by side; the longest binds)")
-    axes.legend(ncols=len(UNITS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure.savefig(path, dpi=150)
+    with style.context(look({})):
+        figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        labels = [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown]
+        left = [0.0] * len(shown)
+        for unit in UNITS:
+            # per 1000 scores, so that tiles of different sizes compare
+            width = [1000 * found.rounds[0][unit] / (report.config.block_m * report.config.block_n) for report, found in shown]
+            # at places and not at labels, of which two may be the same
+            axes.barh(range(len(shown)), width, left=left, label=unit)
+            left = [a + b for a, b in zip(left, width)]
+        axes.set_yticks(range(len(shown)), labels)
+        axes.invert_yaxis()
+        axes.set_xlabel("cycles of an SM that each unit is busy, per 1000 scores (units work side by side; the longest binds)")
+        axes.legend(ncols=len(UNITS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        figure.savefig(path, dpi=150)

@@ -16,7 +16,6 @@ FOLDER = Path(__file__).parent / "configs"
 SCHEMA = 1
 FILLS = ("many", "few")
 SOURCES = {
-    "rule": "from a rule of tile sizes, known to fit",
     "static-model": "from the binaries alone",
     "measured": "timed on this GPU",
 }
@@ -73,11 +72,6 @@ class Table:
     made: dict      # versions, and a digest of the kernels' source
     rows: dict
 
-    @property
-    def of_binaries(self) -> bool:
-        """Whether any row was made by looking at binaries: then it is of one state of the kernels."""
-        return any(getattr(row, fill).source != "rule" for row in self.rows.values() for fill in FILLS)
-
     def is_of(self, gpu: Gpu) -> bool:
         """Whether it was made for just this GPU: its fingerprint, not its name."""
         mine = fingerprint(gpu)
@@ -87,9 +81,13 @@ class Table:
 
 
 def fingerprint(gpu: Gpu) -> dict:
-    """What tells GPUs apart that run the same config at another speed; as its vendor says where no device was asked."""
+    """What tells GPUs apart that run the same config at another speed; as its vendor says where no device was asked.
+
+    AMD's drivers tell of one die's cache, its vendor of all: there it is left out.
+    """
     l2, memory = (mine or (gpu.peaks and theirs(gpu.peaks)) for mine, theirs in (
         (gpu.l2, lambda peaks: peaks.l2), (gpu.memory, lambda peaks: peaks.memory)))
+    l2 = None if gpu.is_amd else l2
     return {"arch": gpu.arch, "sms": gpu.sms, "shared_memory": gpu.shared_memory, "l2": l2, "memory": memory}
 
 

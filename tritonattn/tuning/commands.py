@@ -78,7 +78,7 @@ def _add_table(commands, gpus) -> None:
     how = build.add_mutually_exclusive_group()
     how.add_argument("--from", dest="sweeps", type=Path, nargs="+", metavar="FOLDER", help="sweeps that were timed there")
     how.add_argument("--everything", action="store_true", help="look for better configs of float32 and all head sizes too")
-    how.add_argument("--like", type=gpus, metavar="GPU", help="look at what another GPU's table has, and no further: faster")
+    how.add_argument("--like", type=gpus, metavar="GPU", help="look at another GPU's configs, at more where they fail: faster")
     build.add_argument("--also", metavar="PYTHON", help="a Python with another Triton, which the rows must do well with too")
     build.add_argument("--work", default="build", metavar="FOLDER", help="journals, to go on from (default: %(default)s)")
     build.add_argument("--out", metavar="FOLDER", help="where the files go (default: the package's configs)")
@@ -260,7 +260,7 @@ def _table_validate(arguments) -> int:
     for path in arguments.paths or sorted(FOLDER.glob("*.json")):
         table = tables.read(path)
         on = next((known for known in gpu.KNOWN.values() if table.is_of(known)), None)
-        if table.of_binaries and table.made.get("source") != cache.source():
+        if table.made.get("source") != cache.source():
             wrong.append(f"{path}: expected to be made from the kernels {cache.source()}, got {table.made.get('source')}")
         for row in table.rows.values():
             for fill in FILLS:

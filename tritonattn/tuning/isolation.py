@@ -55,7 +55,9 @@ class Isolated:
         """Seconds for so many samples, by what the first one of this problem took."""
         if self._sample is None:
             began = self.now()
-            self._ask(("times", [config], 1), FIRST)
+            if isinstance(self._ask(("times", [config], 1), FIRST), Failure):
+                # nothing is known of the others by this one
+                return TIMING + SAMPLE * samples
             self._sample = min(self.now() - began, LONGEST)
         return TIMING + (SAMPLE + self._sample) * samples
 

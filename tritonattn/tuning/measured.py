@@ -25,7 +25,7 @@ def slowdowns(runs: list[Run], gpu: Gpu) -> dict:
             # the narrowest row that serves it; others have their own
             key, which = next(iter(keys(job.kernel, job.problem))), fill(job.kernel, job.problem, gpu)
             timed = {name: trial for name, trial in comparable(run.of(job)).items()
-                     if (trial.status == "ok" or name == job.incumbent) and sensible(key, Config.parse(name))}
+                     if (trial.status == "ok" or name == job.incumbent) and sensible(key, Config.parse(name), gpu)}
             if not timed:
                 continue
             best = min(trial.ratio for trial in timed.values())

@@ -24,11 +24,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from ..config import Config
+from ..drawing import GREY, INK, PALE, headline, look
 
 PAGE, COLUMNS = 8, 4  # jobs of a figure; panels in a row of it
-INK, GREY, PALE = "#14213d", "#6b6b6b", "#e3e3e3"
-LOOK = ["default", {"font.size": 10, "axes.titlesize": 10, "axes.linewidth": 0.8, "hatch.linewidth": 0.6,
-                    "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.08}]
+LOOK = look({"font.size": 10, "axes.titlesize": 10,
+             "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.08})
 # color, dashes and marker of the lines of a figure; the color alone tells them apart, and so does the marker
 LINES = tuple(zip(("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b"),
                   2 * ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5))),
@@ -65,7 +65,7 @@ def pages(jobs: Sequence, covers: Mapping[tuple, list], origin: str) -> dict[str
             figure = Figure(layout="constrained")
             below = draw(figure, shown[page * PAGE:(page + 1) * PAGE])
             part = f"Page {page + 1} of {count}. " * (count > 1)
-            _headline(figure, title, [origin, part + below])
+            headline(figure, title, [origin, part + below])
             found[f"{kind}-{page + 1}"] = figure
     return found
 
@@ -118,21 +118,6 @@ def _found_by_model(jobs) -> str:
 def _correlation(jobs) -> str:
     known = [job.spearman for job in jobs if job.spearman is not None]
     return f"Spearman {statistics.median(known):.2f}" if known else "Spearman unknown"
-
-
-def _headline(figure: Figure, title: str, below: Sequence[str]) -> None:
-    """A title and smaller paragraphs, flush left, broken where the figure ends; the figure grows by what they take."""
-    width, height = figure.get_size_inches()
-    # what a character takes, in inches, at the two sizes
-    title = textwrap.wrap(title, int(width / 0.125))
-    lines = [line for paragraph in below for line in textwrap.wrap(paragraph, int(width / 0.078))]
-    start = 0.14 + 0.25 * len(title)
-    taken = start + 0.1 + 0.19 * len(lines)
-    figure.set_size_inches(width, height + taken)
-    for y, text, look in ((0.1, title, {"fontsize": 14, "weight": "bold", "color": INK}),
-                          (start, lines, {"fontsize": 10, "color": "#333333", "linespacing": 1.3})):
-        figure.text(0.1 / width, 1 - y / (height + taken), "\n".join(text), va="top", **look)
-    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + taken)))
 
 
 def _grid(figure: Figure, count: int, width: float, height: float) -> list[Axes]:

@@ -10,6 +10,7 @@ A strategy says who is timed and how often; the race keeps what came of it, and 
 incumbent is timed in the same rounds: only so is "faster" more than drift.
 """
 
+import contextlib
 import math
 import random
 import statistics
@@ -182,10 +183,7 @@ STRATEGIES: dict[str, Strategy] = {
 
 
 def run(race: Race, strategy: str, seed: int = 0) -> Race:
-    """Let a strategy have its way with a race until it is done or the budget is spent."""
-    try:
+    """Let a strategy have its way with a race until it is done or the budget is spent; what was timed until then counts."""
+    with contextlib.suppress(Spent):
         STRATEGIES[strategy](race, random.Random(seed))
-    except Spent:
-        # what was timed until now counts
-        pass
     return race

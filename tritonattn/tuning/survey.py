@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..config import Config
 from ..gpu import Gpu
+from ..keys import precision
 from ..lens import Report, padded
 from ..model import Estimate, estimate
 from ..problem import Problem
@@ -24,12 +25,12 @@ REASONS = {
     "compile timeout": "the compiler did not finish",
     "shared memory": "a block needs more than it may have",
     "tensor memory": "a block needs more than there is",
-    "register collapse": "the compiler gave up: a few registers, and everything on the stack; or an empty kernel",
+    "register collapse": "the compiler gave up: a few registers, and everything on the stack",
     "spill": "registers are spilled and refilled in the loop over tiles",
     "wrong tensor path": "the loop does not use the tensor cores' own instructions of this GPU",
     "duplicate work": "several warps make the same products or exponentials",
     "serialized": "each product waits by itself (Hopper)",
-    "unclear": "the loop has fewer products than the tile needs: it was not found whole, or makes some another way",
+    "unclear": "no loop was found, or one with fewer products than the tile needs: not whole, or some are made another way",
     "slower": "the model expects it to take longer",
 }
 # block sizes, warps, stages
@@ -66,7 +67,9 @@ def candidates(kernel: str, problem: Problem, gpu: Gpu, stages: Iterable[int] = 
 def before_compiling(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Verdict | None:
     """Out by arithmetic alone, or None."""
     owner, other = (config.block_n, config.block_m) if kernel == "dkdv" else (config.block_m, config.block_n)
-    if owner < 8 * config.num_warps:
+    # warps share the rows of a tile for the tensor cores; without these, for NVIDIA's float32, they share its columns as well
+    exact = problem.dtype.itemsize == 4 and not gpu.is_amd
+    if owner < 8 * config.num_warps and not (exact and owner * other >= 64 * config.num_warps):
         return Verdict(config, "constraint", f"{owner} rows for {config.num_warps} warps")
     if problem.mapped and max(owner, other) > TILE:
         return Verdict(config, "constraint", f"a map's tiles have {TILE} rows")
@@ -94,8 +97,10 @@ def _against(report):
         return "tensor memory", f"{report.tensor_memory} of {gpu.tensor_memory} columns"
     if report.loops is None:
         return None
-    if (report.registers <= COLLAPSED_REGISTERS and report.stack >= COLLAPSED_STACK) or not report.loops:
+    if report.registers <= COLLAPSED_REGISTERS and report.stack >= COLLAPSED_STACK:
         return "register collapse", f"{report.registers} registers, {report.stack} bytes of stack"
+    if not report.loops:
+        return "unclear", "no loop with exponentials"
     if report.loop_spills:
         return "spill", f"{report.loop_spills} in the loop"
     if report.path != report.best_path:
@@ -118,7 +123,7 @@ def survey(kernel: str, problem: Problem, gpu: Gpu, configs: Iterable[Config], w
         if (verdict := before_compiling(kernel, problem, config, gpu)) is not None:
             verdicts.append(verdict)
         else:
-            jobs.append((kernel, problem, config, gpu))
+            jobs.append((kernel, problem, config, gpu, precision(problem) or "ieee"))
     for found, job in zip(workers.map(jobs), jobs):
         verdicts.append(Verdict(job[2], found.code, found.message) if isinstance(found, Failure) else judge(found))
     return ranked(verdicts)

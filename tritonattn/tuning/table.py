@@ -1,12 +1,14 @@
 """Make the shipped table of a GPU from what the compiler makes of the candidates: no GPU is needed.
 
     for each kernel, dtype, head size and class of masks:
-        two stages over all tiles -> the best few with another number of stages -> the fastest expected one
+        all tiles, mostly with two stages -> the best few with another number of stages -> the fastest expected one
 
-What stood in the table before is a candidate like the others, and so is what the nearest head sizes have. Where few would
-notice (float32, heads of 96, 192 and 512) there are no others, unless everything is asked for; or there are those of another
-GPU's table instead, which is faster. What is chosen for heads of 64 and 128 is compiled for the other problems that use its
-row as well, and by another version of Triton if there is one: what spills there is passed over.
+What stood in the table before is a candidate like the others, and so are what it tells of as lost and what the nearest head
+sizes have. Where few would notice (float32, heads of 96, 192 and 512) there are no others, unless everything is asked for, none
+of these fits, or something speaks against each (for float32: at heads up to 128). A build that looks at another GPU's table has
+no others anywhere but in these cases, which is faster. What is chosen for heads of 64 and 128 is compiled for the other
+problems that use its row as well, and by another version of Triton if there is one: what spills there is passed over. What is
+chosen for float32 fits with IEEE products and with TF32.
 
 Everything compiled is kept in a journal: a build that is stopped goes on where it was, and a build after an edit of the
 kernels begins anew.
@@ -15,6 +17,8 @@ kernels begins anew.
 import contextlib
 import dataclasses
 import itertools
+import math
+import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,11 +42,15 @@ KERNELS = ("forward", "dq", "dkdv", "dbias")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # what decides about the binaries, and what about all that a journal holds: after an edit of these it begins anew
 BINARIES = ("kernels/**/*.py", "launch.py")
-SEEN = (*BINARIES, "lens.py", "binary.py", "model.py", "gpu.py", "problem.py", "tuning/survey.py", "tuning/table.py")
+SEEN = (*BINARIES, "lens.py", "binary.py", "model.py", "gpu.py", "keys.py", "problem.py",
+        "tuning/survey.py", "tuning/table.py", "tuning/workers.py")
 PROVED = (64, 128)  # head sizes whose rows are proved on other problems
-ATTEMPTS = 6        # of the best configs of a row, how many are proved until one holds
-LIGHT = 16          # instructions that spill in a loop when another version of Triton compiles it: that much it may cost
-BEST = 2  # configs of two stages whose other numbers of stages are tried as well
+ATTEMPTS = 12       # of the best configs of a row, how many are proved until one holds
+LIGHT = 16          # instructions that spill in a loop: so many are few, and may be what another version of Triton costs
+DOUBT = 1.5  # what something else than spills speaks against may take so much longer than the model expects: judgement
+DOUBT_OF_SPILLS = 0.1  # added to 1 for each doubling of the instructions that spill, whose waits it does not know: judgement
+BEST = 2  # configs whose other numbers of stages are tried as well
+ROOMY = (0, 0)  # what fits anywhere
 LOST = 8  # of those that are out, how many a row tells of: the ones that would have been the fastest
 
 
@@ -55,7 +63,8 @@ def cells(gpu: Gpu) -> Iterator[tuple]:
     for kernel, size, width, mask in itertools.product(KERNELS, DTYPES, WIDTHS, MASKS):
         windows = gpu.arch == "sm_90" and size == 2 and width <= 256
         of_kernel = mask == "pairs" or (kernel != "dbias" and (mask != "window" or windows))
-        if of_kernel and (size == 2 or (width in (64, 128, 256, 512) and mask != "full")):
+        served = size == 2 or (width in (64, 128, 256, 512) and mask != "full" and width <= gpu.largest_head(DTYPES[size]))
+        if of_kernel and served:
             yield kernel, size, width, mask
 
 
@@ -92,6 +101,10 @@ def others(cell: tuple) -> dict[str, Problem]:
     return {name: problem for name, problem in found.items() if mask_class(kernel, problem) == mask}
 
 
+class NothingFits(RuntimeError):
+    """A row cannot be made of these configs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Look:
     """Where a build looks for candidates: at the cells for which `searched` holds, and at the rows of another GPU."""
@@ -109,7 +122,7 @@ USUAL, EVERYTHING = Look(usual), Look(lambda cell: True)
 
 
 def shipped_like(gpu: Gpu) -> Look:
-    """At the rows of this GPU's table alone. ValueError: it has none."""
+    """At the rows of this GPU's table, and at more only where these do not do. ValueError: it has none."""
     for table in shipped():
         if table.is_of(gpu):
             return Look(lambda cell: False, table.rows)
@@ -124,25 +137,29 @@ class Builder:
         """also: compilers of another Triton."""
         self._gpu, self._journal, self._workers, self._look, self._also = gpu, journal, workers, look, also
         self._incumbents = incumbents.rows if incumbents else {}
-        self._seen = {(*entry["cell"], entry["config"]): entry for entry in journal.entries if "against" not in entry}
-        self._proved = {(*entry["cell"], entry["config"]): entry["against"] for entry in journal.entries if "against" in entry}
+        entries = [((*entry["cell"], entry["config"]), entry) for entry in journal.entries]
+        self._proved = {key: entry["against"] for key, entry in entries if "against" in entry}
+        self._tf32 = {key: entry["tf32"] for key, entry in entries if "tf32" in entry}
+        self._seen = {key: entry for key, entry in entries if not entry.keys() & {"against", "tf32"}}
 
     def row(self, cell: tuple, made: dict) -> Row:
-        """The best configs of a cell; `made` are the rows that are made already. RuntimeError: nothing fits."""
-        tried = self._before(cell, made)
-        row = self._chosen(cell, self._survey(cell, tried, whatever=True)) if tried else None
+        """The best configs of a cell; `made` are the rows that are made already. NothingFits."""
+        tried, row = self._before(cell, made), None
+        with contextlib.suppress(NothingFits):
+            # also where arithmetic says something against them: they were there
+            row = self._chosen(cell, self._survey(cell, tried, whatever=True))
         # what stood here does not do for all that the row serves: others are looked for as well
-        lacks = row and cell[1] == 2 and cell[2] in PROVED and (row.many.exception or row.few.exception)
+        lacks = row and (cell[1] == 2 or cell[2] <= max(PROVED)) and (row.many.exception or row.few.exception)
         return self._searched(cell, tried) if row is None or lacks or self._look.searched(cell) else row
 
     def _searched(self, cell, tried) -> Row:
         """The best of these and of all candidates."""
         problem = example(cell, True, self._gpu)
-        tried = tried | {config for config in candidates(cell[0], problem, self._gpu, (2,)) if sensible(cell, config)}
+        stages, other = stages_of(cell, self._gpu)
+        tried |= {config for config in candidates(cell[0], problem, self._gpu, stages) if sensible(cell, config, self._gpu)}
         found = self._survey(cell, tried)
         best = {entry["config"] for fill in FILLS for entry in self._order(found, fill)[:BEST]}
-        # AMD's pipeline of two stages loads into registers, and often does better without
-        tried |= {_deeper(Config.parse(text), 1 if self._gpu.is_amd else 3) for text in best}
+        tried |= {self._here(dataclasses.replace(Config.parse(text), num_stages=other)) for text in best}
         return self._chosen(cell, self._survey(cell, tried))
 
     def reread(self, cells: Iterable[tuple]) -> None:
@@ -154,16 +171,22 @@ class Builder:
             self._learn(cell, config, found)
 
     def _before(self, cell, rows) -> set[Config]:
-        """What stood here; and but for float32, which takes long to compile, what near head sizes and another GPU have."""
+        """What stood here; and but for float32, which takes long to compile, what lost here, and what others have.
+
+        Others are the nearest head sizes, and the GPU that this one is to be like.
+        """
         at = WIDTHS.index(cell[2])
         near = [(*cell[:2], width, cell[3]) for width in WIDTHS[max(at - 1, 0):at + 2] if cell[1] == 2]
-        found = [self._incumbents.get(cell), *(rows.get(other) for other in near)]
-        configs = {Config.parse(getattr(row, fill).config) for row in found if row is not None for fill in FILLS}
-        like = self._look.rows.get(cell) if cell[1] == 2 else None
-        return configs | {self._here(Config.parse(getattr(like, fill).config)) for fill in FILLS if like}
+        mine, like = self._incumbents.get(cell), self._look.rows.get(cell) if cell[1] == 2 else None
+        found = [mine, *(rows.get(other) for other in near)]
+        texts = {getattr(row, fill).config for row in found if row is not None for fill in FILLS}
+        if mine is not None and cell[1] == 2:
+            texts |= set(mine.lost)
+        theirs = {*(getattr(like, fill).config for fill in FILLS), *like.lost} if like else set()
+        return {Config.parse(text) for text in texts} | {self._here(Config.parse(text)) for text in theirs}
 
     def _here(self, config):
-        """Another GPU's config as this one would have it: only Hopper leaves the edges out of the pipeline."""
+        """A config as this GPU would have it: only Hopper leaves the edges out of the pipeline, where there is one."""
         return dataclasses.replace(config, edge_stages=1 if self._gpu.arch == "sm_90" and config.num_stages > 1 else None)
 
     def _survey(self, cell, configs, whatever=False) -> list[dict]:
@@ -194,20 +217,55 @@ class Builder:
 
     def _order(self, found, fill):
         """Those that fit, by the expected time; what something speaks against stands behind."""
-        runnable = [entry for entry in found if entry.get(fill)]
-        return sorted(runnable, key=lambda entry: (entry["reason"] is not None, entry[fill], entry["shared_memory"],
-                                                   entry["config"]))
+        def key(entry):
+            return entry["reason"] is not None, entry[fill] * doubt(entry), entry["shared_memory"], entry["config"]
+
+        return sorted((entry for entry in found if entry.get(fill)), key=key)
 
     def _chosen(self, cell, found) -> Row:
         orders = {fill: self._order(found, fill) for fill in FILLS}
         if not orders["many"]:
             said = "; ".join(f"{entry['config']}: {entry['reason']} {entry['note']}".strip() for entry in found)
-            raise RuntimeError(f"{self._gpu.name}, {cell}: expected a config that fits, got none ({said})")
-        winners = {fill: self._proven(cell, order) for fill, order in orders.items()}
+            raise NothingFits(f"{self._gpu.name}, {cell}: expected a config that fits, got none ({said})")
+        if cell[1] == 4:
+            winners = {fill: self._in_both(cell, order) for fill, order in orders.items()}
+        else:
+            winners = {fill: self._proven(cell, order) for fill, order in orders.items()}
         names = {entry.config for entry in winners.values()}
         others = [entry for entry in orders["many"] if entry["config"] not in names]
         others += [entry for entry in found if not entry.get("many") and entry["reason"] not in ("constraint", "prefilter")]
-        return Row(*cell, **winners, lost={entry["config"]: entry["reason"] or "slower" for entry in others[:LOST]})
+        return Row(*cell, **winners, lost={entry["config"]: self._why_lost(cell, entry) for entry in others[:LOST]})
+
+    def _why_lost(self, cell, entry) -> str:
+        """A reason code: of what speaks against it, here or where it was proved; else the model's."""
+        key = *cell, entry["config"]
+        against, taken = self._proved.get(key), self._tf32.get(key, ROOMY)
+        if entry["reason"] or against:
+            return entry["reason"] or re.split("[:,]", against[0])[0]
+        return "slower" if taken is not None and self._fits(taken) else "shared memory"
+
+    def _fits(self, taken) -> bool:
+        return taken[0] <= self._gpu.shared_memory and taken[1] <= self._gpu.tensor_memory
+
+    def _in_both(self, cell, order) -> Entry:
+        """The first that fits with TF32 as well, and what the binary takes that takes more. NothingFits: none does."""
+        for entry in order:
+            taken = self._with_tf32(cell, entry["config"])
+            if taken is not None and self._fits(taken):
+                shared, tensor = map(max, taken, (entry["shared_memory"], entry["tensor_memory"]))
+                return dataclasses.replace(_as_entry(entry), shared_memory=shared, tensor_memory=tensor,
+                                           occupancy=min(entry["occupancy"], taken[2]))
+        raise NothingFits(f"{self._gpu.name}, {cell}: expected a config that fits with TF32, got {len(order)} that do not")
+
+    def _with_tf32(self, cell, text) -> list | None:
+        """Shared memory, tensor memory and occupancy of a config whose products are TF32's; None: it does not compile."""
+        if (*cell, text) not in self._tf32:
+            found, = self._workers.map([(cell[0], example(cell, True, self._gpu), Config.parse(text), self._gpu, "tf32")])
+            failed = isinstance(found, Failure)
+            self._tf32[(*cell, text)] = taken = None if failed else [found.shared_memory, found.tensor_memory, found.occupancy]
+            if not failed or found.lasting:
+                self._journal.append({"cell": list(cell), "config": text, "tf32": taken})
+        return self._tf32[(*cell, text)]
 
     def _proven(self, cell, order) -> Entry:
         """The first of the best that does as well on the other problems of its row, or the one that does so on most."""
@@ -245,6 +303,16 @@ class Builder:
         return found
 
 
+def doubt(entry: dict) -> float:
+    """How many times as long as the model expects a config may take: 1 where nothing speaks against it."""
+    if entry["reason"] is None:
+        return 1.0
+    if entry["reason"] == "register collapse":
+        return math.inf
+    of_spills = 1 + DOUBT_OF_SPILLS * math.log2(1 + entry["spills"])
+    return of_spills if entry["reason"] == "spill" else max(of_spills, DOUBT)
+
+
 def complaint(found, spills: int) -> str:
     """What speaks against a compiled config, but for so many spills in its loop; "" if nothing does."""
     if isinstance(found, Failure):
@@ -254,20 +322,33 @@ def complaint(found, spills: int) -> str:
     return "" if verdict.reason is None or light else f"{verdict.reason}: {verdict.note}".rstrip(": ")
 
 
-def sensible(cell: tuple, config: Config) -> bool:
-    """What a table may hold: no tile larger than a map's; small ones without tensor cores and for wide heads alone."""
+def stages_of(cell: tuple, gpu: Gpu) -> tuple[tuple[int, ...], int]:
+    """The stages with which all tiles are tried, and those with which the best few are tried as well."""
+    if cell[1] == 4 and not gpu.is_amd:
+        # without tensor cores a second stage is hardly worth its memory
+        return (1,), 2
+    if cell[2] > 256:
+        # two of such heads often do not fit
+        return (1, 2), 3
+    # AMD's pipeline of two stages loads into registers, and often does better without
+    return (2,), 1 if gpu.is_amd else 3
+
+
+def sensible(cell: tuple, config: Config, gpu: Gpu) -> bool:
+    """What a table may hold: no tile larger than a map's; small ones without tensor cores and for wide heads alone.
+
+    Heads of 512 and float32 have tiles of 64 at most, and so has what is given for each pair beyond heads of 128. Without
+    tensor cores, for NVIDIA's float32, a thread holds whole rows of what it multiplies: beyond heads of 64 tiles larger than 32
+    spill by hundreds.
+    """
     kernel, size, width, mask = cell
     owner = config.block_n if kernel == "dkdv" else config.block_m
     if size == 2 and width <= 128 and owner < 64 and mask != "pairs":
         return False
-    largest = 32 if width > 256 else 64 if size == 4 or (mask == "pairs" and width > 128) else TILE
+    alone = size == 4 and not gpu.is_amd
+    largest = 32 if alone and width > 64 else 64 if size == 4 or width > (128 if mask == "pairs" else 256) else TILE
     least = 16 if size == 4 or width > 128 else 32
     return max(config.block_m, config.block_n) <= largest and min(config.block_m, config.block_n) >= least
-
-
-def _deeper(config, stages):
-    # one stage has no pipeline to leave the last stretch out of
-    return dataclasses.replace(config, num_stages=stages, edge_stages=config.edge_stages if stages > 1 else None)
 
 
 def _entry(config, found, few: Problem) -> dict:
@@ -276,7 +357,8 @@ def _entry(config, found, few: Problem) -> dict:
         return {"config": str(config), "reason": found.code, "note": found.message}
     verdict = judge(found)
     entry = {"config": str(config), "reason": verdict.reason, "note": verdict.note, "registers": found.registers,
-             "shared_memory": found.shared_memory, "tensor_memory": found.tensor_memory, "occupancy": found.occupancy}
+             "spills": found.loop_spills, "shared_memory": found.shared_memory,
+             "tensor_memory": found.tensor_memory, "occupancy": found.occupancy}
     if verdict.estimate is not None:
         other = estimate(dataclasses.replace(found, problem=few))
         entry |= {"many": verdict.estimate.cycles, "few": other.cycles, "bound": verdict.estimate.bound}
@@ -304,7 +386,7 @@ def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path =
     plan = {"gpu": gpu.name, "source": environment.source(patterns=SEEN)} | tritons
     rows, done, chosen = dict(old.rows) if old else {}, {}, list(chosen)
     source = environment.source(patterns=BINARIES)
-    if old and old.made["source"] != source and not set(rows) <= set(chosen):
+    if old and old.made["source"] != source and not rows.keys() & set(cells(gpu)) <= set(chosen):
         raise ValueError(f"{path}: expected all cells to be chosen, since the kernels have changed; got {len(chosen)}")
     compilers = Workers(jobs, python=also) if also else contextlib.nullcontext()
     with Journal(work / f"table-{name}-{digest(plan)}.jsonl", plan) as journal, Workers(jobs) as usual, compilers as others_too:

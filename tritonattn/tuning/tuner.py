@@ -15,7 +15,7 @@ import triton
 
 from .. import cache, config, environment, gpu, journal, tables
 from ..cache import Cache, Record
-from ..config import Config, choose
+from ..config import Config, choose, forget
 from ..gpu import Gpu
 from ..keys import key_of, precision
 from ..problem import Problem
@@ -138,7 +138,7 @@ def _seen(kernel, problem, config, lab) -> dict:
 def keep(record: Record, lab: Lab) -> None:
     """In the cache, and for the next call in this process."""
     lab.store.put(record, lab.gpu)
-    choose.cache_clear()
+    forget()
 
 
 def record_of(race: Race, winner: str, static: dict, lab: Lab, about: dict) -> Record:

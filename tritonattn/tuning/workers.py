@@ -1,6 +1,6 @@
 """Compiling in processes of their own: side by side, stopped when the compiler hangs, and never interpreted.
 
-A child reads pickled jobs (kernel, problem, config, gpu) from its standard input and answers each with a Report or a Failure.
+A child reads pickled jobs, the arguments of `look`, from its standard input and answers each with a Report or a Failure.
 """
 
 import contextlib
@@ -60,29 +60,46 @@ class Workers:
         pool.shutdown()
 
     def _run(self, job):
-        child = self._take()
+        child, idle = self._take()
         try:
             found = ask(child, job, self._timeout)
         except TimeoutError:
-            stop(child)
+            self._drop(child)
             return Failure("compile timeout", f"no answer in {self._timeout:g} s", lasting=False)
         except EOFError:
-            stop(child)
+            self._drop(child)
             return Failure("compile error", f"the compiler's process ended with {child.returncode}", lasting=False)
         except BaseException:
-            stop(child)
+            self._drop(child)
             raise
-        self._idle.put(child)
+        idle.put(child)
         return found
 
+    def _drop(self, child):
+        """Forget a child and end it. Who ended it already must not do so again: its number may be another process's by then."""
+        with self._lock:
+            mine = child in self._all
+            if mine:
+                self._all.remove(child)
+        if mine:
+            stop(child)
+
     def _take(self):
+        """A child, and the queue to which it returns. RuntimeError: all were ended meanwhile, and nobody waits for this one."""
+        with self._lock:
+            idle, everyone = self._idle, self._all
         try:
-            return self._idle.get_nowait()
+            return idle.get_nowait(), idle
         except queue.Empty:
             child = start(self._command, self._python)
         with self._lock:
-            self._all.append(child)
-        return child
+            late = everyone is not self._all
+            if not late:
+                everyone.append(child)
+        if late:
+            stop(child)
+            raise RuntimeError("workers: expected to run until the last job is done, got an end before")
+        return child, idle
 
     def __enter__(self):
         return self
@@ -114,11 +131,19 @@ def start(command: str | tuple[str, ...], python: str = sys.executable, visible:
 
 
 def ask(child: subprocess.Popen, job, timeout: float):
-    """Send a job and wait for its answer. TimeoutError; EOFError if the child has ended."""
+    """Send a job and wait for its answer. TimeoutError; EOFError if the child has ended, or another thread has ended it."""
     try:
         _write(child.stdin, job)
-    except BrokenPipeError:
+        content = _answer(child, timeout)
+    except TimeoutError:
+        raise
+    except (OSError, ValueError):
+        # a pipe broke, or who ended the child has closed it
         raise EOFError from None
+    return pickle.loads(content)
+
+
+def _answer(child, timeout):
     deadline, content, needed = time.monotonic() + timeout, b"", HEAD.size
     while len(content) < needed:
         ready, _, _ = select.select([child.stdout], [], [], max(deadline - time.monotonic(), 0))
@@ -128,7 +153,7 @@ def ask(child: subprocess.Popen, job, timeout: float):
             raise EOFError
         content += more
         needed = HEAD.size + (HEAD.unpack_from(content)[0] if len(content) >= HEAD.size else 0)
-    return pickle.loads(content[HEAD.size:])
+    return content[HEAD.size:]
 
 
 def stop(child: subprocess.Popen) -> None:
@@ -175,11 +200,19 @@ def serve(answer: Callable, code: str) -> None:
             return
 
 
-def compile_jobs() -> None:
-    """What a child of Workers does."""
+def look(kernel: str, problem, config, gpu, precision: str = "ieee"):
+    """lens.inspect with float32 products of this precision, "ieee" or "tf32", whatever the parent has set."""
+    import torch
+
     from .. import lens
 
-    serve(lens.inspect, "compile error")
+    torch.backends.cuda.matmul.fp32_precision = precision
+    return lens.inspect(kernel, problem, config, gpu)
+
+
+def compile_jobs() -> None:
+    """What a child of Workers does."""
+    serve(look, "compile error")
 
 
 if __name__ == "__main__":
