@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pace import slowness
 from tritonattn import Config, Problem, cache, gpu, keys, tables
 from tritonattn.cache import Cache, Record
 
@@ -715,4 +716,4 @@ def test_a_second_look_takes_no_time(there, store):
         store.put(record_of(), H200)
     assert (store.get(KEY, H200) is not None) is there
     seconds = timeit.repeat("get(key, gpu)", globals={"get": store.get, "key": KEY, "gpu": H200}, number=1000, repeat=200)
-    assert min(seconds) / 1000 < 3e-6
+    assert min(seconds) / 1000 < 3e-6 * slowness()

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.pace import slowness
 from tritonattn import Config, Problem, config, gpu, tables
 
 PROBLEM = Problem((2,), 8, 8, 1000, 1000, 64, 64, torch.bfloat16)
@@ -157,7 +158,7 @@ def test_a_warm_lookup_takes_less_than_5_microseconds():
     config.find("forward", PROBLEM, H200)
     # the best of many, since others use the machine too
     seconds = min(timeit.repeat(lambda: config.find("forward", PROBLEM, H200), number=1000, repeat=20)) / 1000
-    assert seconds < 5e-6, f"{1e6 * seconds:.1f} us"
+    assert seconds < 5e-6 * slowness(), f"{1e6 * seconds:.1f} us"
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "gfx1100"])

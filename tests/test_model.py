@@ -148,17 +148,19 @@ def test_an_unknown_gpu_counts_as_its_architecture():
 
 
 RANKING = """
-import json, resource, torch
+import json, resource, sys, torch
+sys.path.append("tests")  # the package would interpret
+from pace import Watch
 from tritonattn import Config, Problem, gpu
 from tritonattn.tuning import survey
 from tritonattn.tuning.workers import Workers
 problem = Problem((4,), 32, 32, 4096, 4096, {d}, {d}, torch.bfloat16, {window})
 on = gpu.KNOWN[{arch!r}]
-with Workers(2) as workers:
+with Watch() as watch, Workers(2) as workers:
     found = survey.survey("forward", problem, on, survey.candidates("forward", problem, on, (2, 3)), workers)
 left = [str(verdict.config) for verdict in found if verdict.reason is None]
 spent = [sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-print(json.dumps([left, len(found), sum(verdict.report is not None for verdict in found), sum(spent)]))
+print(json.dumps([left, len(found), sum(verdict.report is not None for verdict in found), sum(spent), watch.slowness]))
 """
 # (block sizes, warps, stages) that others found fastest by measuring: Tokamax' tables for H100, Inductor's defaults for
 # FlexAttention on H100 and A100; other kernels in the same language, so their order need not be ours to the place
@@ -172,9 +174,11 @@ PUBLISHED = {("sm_90", 128, FULL): {"128x128w8s3e1": 3, "64x64w4s3e1": 8, "128x6
 def test_what_others_measured_to_be_fast_stands_high_in_the_ranking(arch, d, window):
     if not triton.__version__.startswith("3.6."):
         pytest.skip(f"the places were taken with Triton 3.6, with which the tables are made; this is {triton.__version__}")
-    left, tried, compiled_ones, seconds = compiled(RANKING.format(arch=arch, d=d, window=window))
+    left, tried, compiled_ones, seconds, slowness = compiled(RANKING.format(arch=arch, d=d, window=window))
     for name, place in PUBLISHED[arch, d, window].items():
         assert name in left[:place], f"{name} is at {left.index(name) + 1 if name in left else 'none'} of {len(left)}: {left}"
     assert tried == 64 and 10 < len(left) < tried
-    print(f"{compiled_ones} compiled, read and ranked in {seconds:.0f} s of processor time")
-    assert seconds < 2 * 120 / 90 * compiled_ones, "90 in a minute of two cores; twice that where others keep them busy"
+    pace = f"{compiled_ones} compiled, read and ranked in {seconds:.0f} s; a bare loop takes {slowness:.2f} times its due"
+    print(pace)
+    # 90 in a minute of two cores; compilers that share a core's caches are slowed more than a bare loop
+    assert seconds < 2.5 * slowness * 120 / 90 * compiled_ones, pace
