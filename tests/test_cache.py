@@ -95,7 +95,7 @@ some_changes = st.fixed_dictionaries({
     "check": st.dictionaries(st.text(), st.tuples(times, times).map(list))})
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(key=some_keys, changes=some_changes)
 def test_what_is_put_is_got(key, changes):
     record = record_of(key, **changes)

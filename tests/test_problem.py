@@ -12,7 +12,7 @@ from tritonattn import Problem, reference
 sides = st.none() | st.integers(0, 12)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(n_q=st.integers(0, 9), n_k=st.integers(0, 9), left=sides, right=sides, bottom_right=st.booleans())
 def test_pairs_are_those_of_the_definition(n_q, n_k, left, right, bottom_right):
     q, k = torch.empty(2, 1, n_q, 4), torch.empty(2, 1, n_k, 4)

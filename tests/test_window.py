@@ -33,7 +33,7 @@ def walk(window, first, n, rows, cols):
 sides = st.none() | st.integers(0, 70)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(left=sides, right=sides, first=st.integers(-60, 60), n=st.integers(0, 60), rows=st.sampled_from([4, 8, 16]),
        cols=st.sampled_from([4, 8, 16]))
 def test_spans_cover_exactly_what_is_visible(left, right, first, n, rows, cols):

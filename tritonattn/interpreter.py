@@ -1,8 +1,10 @@
 """Triton's interpreter, mended: the numbers it computes are those that a GPU would.
 
 As it comes, it keeps bfloat16 as raw 16-bit integers and multiplies those, rounds to bfloat16 by truncation,
-and ignores TF32. Here casts round to the nearest (ties to even), arithmetic and products of bfloat16 go
-through float32, and TF32 products round their inputs (ties away from zero, as cvt.rna.tf32.f32 does).
+ignores TF32, and has NumPy multiply matrices, which sums in an order that depends on the processor and on where
+in a tile a row stands; a GPU's depends on neither. Here casts round to the nearest (ties to even), arithmetic of
+bfloat16 goes through float32, TF32 products round their inputs (ties away from zero, as cvt.rna.tf32.f32 does),
+and a product is summed in float64 and rounded once: the order leaves no trace.
 Only what the kernels of this package use is mended; `tl.sum` of bfloat16 values is not. Calls of device
 functions are also made cheaper, which halves the time.
 """
@@ -86,13 +88,12 @@ class Builder(interpreter.InterpreterBuilder):
         return Handle(out, tl.int1) if out.dtype == bool else Handle(to_bfloat16(out), tl.bfloat16)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        kind = a.dtype.scalar
-        if kind not in (tl.bfloat16, tl.float32):
+        if d.dtype.scalar != tl.float32 or a.dtype.scalar not in (tl.float16, tl.bfloat16, tl.float32):
             return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
-        x, y = (to_float32(t.data) if kind == tl.bfloat16 else t.data for t in (a, b))
-        if kind == tl.float32 and str(input_precision).endswith("TF32"):
+        x, y = (to_float32(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
+        if a.dtype.scalar == tl.float32 and str(input_precision).endswith("TF32"):
             x, y = to_tf32(x), to_tf32(y)
-        return Handle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+        return Handle(np.matmul(x, y, dtype=np.float64).astype(np.float32) + d.data, d.dtype.scalar)
 
     def get_bf16(self, value):
         return Handle(to_bfloat16([value]), tl.bfloat16)
