@@ -21,7 +21,7 @@ from tritonattn.tuning.workers import Failure, Workers
 on = gpu.KNOWN[{arch!r}]
 shipped = next(each for each in tables.shipped() if each.gpu["arch"] == on.arch)
 rows = {{cell: row for cell, row in shipped.rows.items() if {every} or (cell[1] == 2 and cell[2] in (64, 128))}}
-entries = sorted({{(cell, entry) for cell, row in rows.items() for entry in (row.many, row.few)}}, key=str)
+entries = sorted({{(cell, entry) for cell, row in rows.items() for entry in (row.many, row.few)}}, key=str)[::{step}]
 jobs = [(cell[0], table.example(cell, True, on), Config.parse(entry.config), on) for cell, entry in entries]
 def tf32(job):
     # rows of float32 say what the larger binary takes
@@ -60,10 +60,12 @@ def test_every_shipped_row_is_what_it_says(arch):
     """It compiles, fits and has nothing against it but what its exception says, of which test_tables wants that there be few.
 
     The rows that nearly everybody uses, 16 bits with heads of 64 and 128; with TRITONATTN_EVERY_ROW=1 all. The others were
-    compiled when the table was made, of which test_tables wants that it be of the kernels as they are.
+    compiled when the table was made, of which test_tables wants that it be of the kernels as they are; so was, by the second
+    Triton, what is usual: with that one a third is compiled again.
     """
-    rows = compiled(ROWS.format(arch=arch, every=EVERY))
-    assert len(rows) >= 20
+    step = 3 if PROVED and not OWN and not EVERY else 1
+    rows = compiled(ROWS.format(arch=arch, every=EVERY, step=step))
+    assert len(rows) >= 20 // step
     for row in rows:
         assert "failure" not in row and row["fits"], row
         usual = row["cell"][1] == 2 and row["cell"][2] <= 128
