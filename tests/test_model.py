@@ -84,6 +84,15 @@ def test_the_rate_of_products_is_the_dtypes(dtype, on, product, rate):
     assert model.rate(report(asked, loop=Loop((product, "MUFU.EX2")), on=on), on.peaks) == rate
 
 
+@pytest.mark.parametrize("arch, longer", [("sm_90", 1 / 0.63), ("sm_100", 1 / 0.315), ("sm_80", 1), ("sm_120", 1)])
+def test_a_warps_own_products_reach_a_part_of_the_peak_where_there_is_a_better_path(arch, longer):
+    on = gpu.KNOWN[arch]
+    loop = Loop(("HMMA.16816",) * 256)
+    found = report(config=Config(128, 64, 4, 2), loop=loop, on=on)
+    assert found.duplicated == 1.0
+    assert model.units(found, loop, on.peaks)["tensor"] == pytest.approx(longer * 4 * 128 * 64 * 128 / on.peaks.tensor)
+
+
 def test_blocks_side_by_side_hide_each_other():
     alone = model.estimate(report())
     two = model.estimate(report(registers=128, shared_memory=80 << 10))

@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 
 from .binary import Loop, kind
-from .config import Config
+from .config import Config, family
 from .gpu import KNOWN, Gpu, Peaks
 from .lens import Report
 from .problem import Problem
@@ -30,6 +30,9 @@ START = 1500                  # cycles of a block outside the loop, and one for 
 # lanes of an SM that compare, select, convert, shift and add integers: half of Hopper's fp32 lanes
 LANES_OF_ALU = 64
 BYTES_OF_SHARED = 128         # per clock
+# part of the peak that a warp's own products, HMMA, reach where the tensor cores have a better path. H100: measured by Luo et
+# al. (2024), arXiv:2402.13499; FlashAttention-3's authors say two thirds. Blackwell: inferred, as many a clock as H100
+OLDER = {"sm_90": 0.63, "sm_100": 0.315}
 # single conversions go through the unit of the exponentials (Nsight Compute's XU); packed ones, F2FP and I2FP, do not
 SINGLE = re.compile(r"(F2F|F2I|I2F|FRND)\b")
 PACKED = ("FADD2", "FMUL2", "FFMA2")  # AMD's fill a lane twice in one go
@@ -97,13 +100,19 @@ def units(report: Report, loop: Loop, peaks: Peaks) -> dict[str, float]:
         alu, floats = alu - products, floats + products
     words = sum(_words(name) for name in loop.instructions if kind(name) == "shared")
     return {
-        "tensor": report.needed * report.duplicated / rate(report, peaks) if report.path else 0.0,
+        "tensor": report.needed * report.duplicated / (rate(report, peaks) * _reached(report, loop)) if report.path else 0.0,
         "special": (counts.get("special", 0) + singles) * threads / peaks.exponentials,
         "fp32": floats * threads / peaks.fp32,
         "alu": alu * threads / LANES_OF_ALU,
         "issue": 0.0 if report.gpu.is_amd else len(loop.instructions) * warps / ISSUED,
         "shared": (words * lanes * 4 / BYTES_OF_SHARED + counts.get("shuffle", 0) + 4 * loop.spills) * warps,
     }
+
+
+def _reached(report, loop):
+    """Part of the peak of products that this loop's instructions can reach."""
+    older = any(name.startswith("HMMA") for name in loop.products)
+    return OLDER.get(family(report.gpu), 1.0) if older else 1.0
 
 
 def _words(name):

@@ -6,6 +6,7 @@
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ ROOM = {"sm_90": 176, "sm_100": 288, "gfx942": 400}
 ROOM_ELSEWHERE = 160
 DUPLICATE_PRODUCTS, DUPLICATE_EXPONENTIALS, WHOLE = 1.3, 1.6, 0.95
 COLLAPSED_REGISTERS, COLLAPSED_STACK = 40, 1024
+DOUBT = 1.5  # what something else than spills speaks against may take so much longer than the model expects: judgement
+DOUBT_OF_SPILLS = 0.1  # added to 1 for each doubling of the instructions that spill, whose waits it does not know: judgement
 
 
 @dataclass(frozen=True)
@@ -132,11 +135,22 @@ def survey(kernel: str, problem: Problem, gpu: Gpu, configs: Iterable[Config], w
 def ranked(verdicts: Iterable[Verdict]) -> list[Verdict]:
     """By the expected time; of equals, what takes less shared memory; then by name, so that the order is always the same.
 
-    What is out stands behind, first what would at least run.
+    What is out stands behind, first what would at least run, its time taken with doubt.
     """
     def key(verdict):
         if verdict.estimate is None:
             return 2, 0.0, 0, str(verdict.config)
-        return int(verdict.reason is not None), verdict.estimate.cycles, verdict.report.shared_memory, str(verdict.config)
+        cycles = verdict.estimate.cycles * doubt(verdict.reason, verdict.report.loop_spills)
+        return int(verdict.reason is not None), cycles, verdict.report.shared_memory, str(verdict.config)
 
     return sorted(verdicts, key=key)
+
+
+def doubt(reason: str | None, spills: int) -> float:
+    """How many times as long as the model expects a config may take: 1 where nothing speaks against it."""
+    if reason is None:
+        return 1.0
+    if reason == "register collapse":
+        return math.inf
+    of_spills = 1 + DOUBT_OF_SPILLS * math.log2(1 + spills)
+    return of_spills if reason == "spill" else max(of_spills, DOUBT)

@@ -17,7 +17,6 @@ kernels begins anew.
 import contextlib
 import dataclasses
 import itertools
-import math
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +34,7 @@ from ..problem import Problem
 from ..tables import FILLS, FOLDER, MASKS, WIDTHS, Entry, Row, Table, fingerprint, read, shipped, write
 from ..tile_map import TILE
 from ..version import VERSION
-from .survey import before_compiling, candidates, judge
+from .survey import before_compiling, candidates, doubt, judge
 from .workers import Failure, Workers
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
@@ -47,8 +46,6 @@ SEEN = (*BINARIES, "lens.py", "binary.py", "model.py", "gpu.py", "keys.py", "pro
 PROVED = (64, 128)  # head sizes whose rows are proved on other problems
 ATTEMPTS = 12       # of the best configs of a row, how many are proved until one holds
 LIGHT = 16          # instructions that spill in a loop: so many are few, and may be what another version of Triton costs
-DOUBT = 1.5  # what something else than spills speaks against may take so much longer than the model expects: judgement
-DOUBT_OF_SPILLS = 0.1  # added to 1 for each doubling of the instructions that spill, whose waits it does not know: judgement
 BEST = 2  # configs whose other numbers of stages are tried as well
 ROOMY = (0, 0)  # what fits anywhere
 LOST = 8  # of those that are out, how many a row tells of: the ones that would have been the fastest
@@ -218,7 +215,8 @@ class Builder:
     def _order(self, found, fill):
         """Those that fit, by the expected time; what something speaks against stands behind."""
         def key(entry):
-            return entry["reason"] is not None, entry[fill] * doubt(entry), entry["shared_memory"], entry["config"]
+            cycles = entry[fill] * doubt(entry["reason"], entry["spills"])
+            return entry["reason"] is not None, cycles, entry["shared_memory"], entry["config"]
 
         return sorted((entry for entry in found if entry.get(fill)), key=key)
 
@@ -301,16 +299,6 @@ class Builder:
             names = [*(f"with {name} by another Triton" for name in problems), "by another Triton"]
             found += [(name, report, LIGHT) for report, name in zip(self._also.map(jobs), names)]
         return found
-
-
-def doubt(entry: dict) -> float:
-    """How many times as long as the model expects a config may take: 1 where nothing speaks against it."""
-    if entry["reason"] is None:
-        return 1.0
-    if entry["reason"] == "register collapse":
-        return math.inf
-    of_spills = 1 + DOUBT_OF_SPILLS * math.log2(1 + entry["spills"])
-    return of_spills if entry["reason"] == "spill" else max(of_spills, DOUBT)
 
 
 def complaint(found, spills: int) -> str:
