@@ -161,6 +161,29 @@ def test_the_culprit_among_many_is_found_and_the_others_are_timed(isolated):
     assert isolated.times(["die"], 4)["die"].code == "device lost"
 
 
+def test_how_long_a_sample_takes_is_learned_from_one_that_gives_one(monkeypatch):
+    """Not from a launch that is refused in a moment, nor is one that hangs asked again."""
+    asked, clock = [], [0.0]
+
+    def ask(job, timeout):
+        asked.append((job[1], timeout))
+        took = {"hang": timeout, "refused": 0.001}.get(job[1][0], 2.0)
+        clock[0] += took
+        if job[1][0] == "hang":
+            return Failure("hang", "no answer", lasting=False)
+        return {config: Failure("launch error", "no") if config == "refused" else (1.0,) * job[2] for config in job[1]}
+
+    bench = Isolated("forward", TINY, "cpu")
+    monkeypatch.setattr(bench, "_ask", ask)
+    monkeypatch.setattr(bench, "now", lambda: clock[0])
+    found = bench.times(["hang", "refused", "a", "b"], 4)
+    assert found["hang"].code == "hang" and found["refused"].code == "launch error" and found["a"] == found["b"] == (1.0,) * 4
+    first, patience = isolation.FIRST, isolation.TIMING + (isolation.SAMPLE + 2.0) * 8
+    assert asked == [(["hang"], first), (["refused"], first), (["a"], first), (["a", "b"], patience)]
+    assert bench.times(["b"], 1) == {"b": (1.0,)} and len(asked) == 5, "and what is known is not learned again"
+    assert Isolated("forward", TINY, "cpu").times([], 4) == {}
+
+
 def test_a_group_that_takes_too_long_together_is_halved(monkeypatch):
     together = CHILD.replace("bad = [", "if kind == 'times' and len(rest[0]) > 2: time.sleep(600)\n    bad = [")
     monkeypatch.setattr(isolation, "TIMING", 12.0)

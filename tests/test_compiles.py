@@ -6,10 +6,9 @@ Each GPU is compiled for in a process of its own, since here the kernels are int
 import os
 
 import pytest
-import triton
 
+from tests.made import OWN, PROVED
 from tests.test_lens import compiled
-from tritonattn import tables
 from tritonattn.gpu import KNOWN
 from tritonattn.tuning.table import LIGHT
 
@@ -44,15 +43,6 @@ KERNELS = ("forward", "dq", "dkdv")
 UNSEEN = 32
 # an hour of a core: every row of every table
 EVERY = os.environ.get("TRITONATTN_EVERY_ROW") == "1"
-
-
-def versions(name):
-    """The versions of Triton that tables were made with ("triton"), or proved with besides ("also")."""
-    return {table.made.get(name) for table in tables.shipped()}
-
-
-OWN = {triton.__version__} == versions("triton")
-PROVED = OWN or {triton.__version__} == versions("also")
 
 
 @pytest.mark.parametrize("arch", KNOWN)

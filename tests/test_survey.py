@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import sys
 import threading
 import time
@@ -36,6 +37,9 @@ def with_loop(*instructions):
     (with_loop(*LOOP.instructions, "STL"), "spill"),
     (with_loop(*("HMMA.16816",) * 128, *("MUFU.EX2",) * 64), "wrong tensor path"),
     (with_loop(*LOOP.instructions, "HMMA.16816"), "wrong tensor path"),
+    (with_loop(*("HMMA.16816",) * 128, *("MUFU.EX2",) * 64, "STL"), "wrong tensor path"),
+    (with_loop(*("HGMMA.64x128x16",) * 24, *("MUFU.EX2",) * 64, "STL"), "duplicate work"),
+    (with_loop(*("HGMMA.64x128x16", "WARPGROUP.DEPBAR") * 16, *("MUFU.EX2",) * 64, "STL"), "serialized"),
     (with_loop(*("HGMMA.64x128x16",) * 24, *("MUFU.EX2",) * 64), "duplicate work"),
     (with_loop(*("HGMMA.64x128x16",) * 16, *("MUFU.EX2",) * 128), "duplicate work"),
     (with_loop(*("HGMMA.64x128x16", "WARPGROUP.DEPBAR") * 16, *("MUFU.EX2",) * 64), "serialized"),
@@ -57,6 +61,20 @@ def test_each_reason(change, reason):
 def test_what_is_out_before_compiling(kernel, text, problem, reason):
     verdict = survey.before_compiling(kernel, problem, Config.parse(text), H200)
     assert (verdict and verdict.reason) == reason
+
+
+@pytest.mark.parametrize("loop", [LOOP.instructions, ("HMMA.16816",) * 128 + ("MUFU.EX2",) * 64,
+                                  ("HGMMA.64x128x16",) * 24 + ("MUFU.EX2",) * 64,
+                                  ("HGMMA.64x128x16", "WARPGROUP.DEPBAR") * 16 + ("MUFU.EX2",) * 64],
+                         ids=["good", "wrong path", "duplicate", "serialized"])
+def test_a_spill_more_never_helps(loop):
+    def expected(spills):
+        verdict = survey.judge(dataclasses.replace(GOOD, **with_loop(*loop, *("STL",) * spills)))
+        assert ("spills" in verdict.note) == (spills > 0 and verdict.reason != "spill")
+        return verdict.estimate.cycles * survey.doubt(verdict.reason, spills)
+
+    found = [expected(spills) for spills in (0, 1, 2, 8, 64, 512)]
+    assert found == sorted(found) and found[0] < found[-1]
 
 
 def test_the_order_is_by_time_then_memory_then_name_and_what_is_out_stands_behind():
@@ -192,12 +210,52 @@ def test_nobody_is_ended_twice(monkeypatch):
     with Workers(2, timeout=0.5, command=child("import time; time.sleep(600)")) as workers:
         assert {each.code for each in workers.map([("a",), ("b",), ("c",)])} == {"compile timeout"}
         assert not workers._all and len(ended) == 3
+    with Workers(2, command=child("import time; time.sleep(600)")) as workers:
+        def end():
+            while len(workers._all) < 2:
+                time.sleep(0.01)
+            workers.__exit__()
+
+        ending = threading.Thread(target=end)
+        ending.start()
         slow = workers.map([("d",), ("e",), ("f",)])
-        abandoned = threading.Timer(0.2, workers.__exit__)
-        abandoned.start()
-        for found in slow:
-            assert found.code in ("compile error", "compile timeout")
-    assert len(ended) == len(set(ended)) >= 5
+        assert [next(slow).code, next(slow).code] == ["compile error"] * 2
+        with pytest.raises(RuntimeError, match="workers: expected to run until the last job is done, got an end before"):
+            next(slow)
+        ending.join()
+    assert len(ended) == len(set(ended)) == 5
+
+
+def test_a_child_that_is_late_to_begin_is_ended_and_nothing_is_begun_for_what_was_abandoned(monkeypatch):
+    """A thread of a map that was left may have its job already, and no child yet; or one that has only just started."""
+    begun, left, children = threading.Event(), threading.Event(), []
+    real = workers.start
+
+    def slow(*arguments):
+        begun.set()
+        assert left.wait(60)
+        children.append(real(*arguments))
+        return children[-1]
+
+    def leave():
+        assert begun.wait(60)
+        pool.__exit__()
+        left.set()
+
+    monkeypatch.setattr(workers, "start", slow)
+    with Workers(1, command=child("import time; time.sleep(600)")) as pool:
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        with pytest.raises(RuntimeError, match="got an end before"):
+            next(pool.map([("a",), ("b",)]))
+        leaving.join()
+        assert not pool._all and len(children) == 1 and children[0].poll() is not None
+
+
+def test_a_job_that_cannot_be_sent_is_no_fault_of_the_child():
+    with Workers(1, command=child(ANSWER)) as workers:
+        with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+            next(workers.map([(lambda: None,)]))
 
 
 def test_no_child_outlives_its_workers():
@@ -287,7 +345,7 @@ class Nobody:
     (("forward", 4, 128, "edges"), [("32x32w4s1", 2.0, None, "spill")], True),
     (("forward", 4, 512, "edges"), [("16x16w4s1", None, None, "shared memory")], True),
     (("forward", 4, 128, "edges"), [("64x16w4s1", 2.0)], True),
-    (("forward", 2, 512, "edges"), [("16x32w4s1e1", 2.0, None, "wrong tensor path")], True),
+    (("forward", 2, 512, "edges"), [("16x32w4s1", 2.0, None, "wrong tensor path")], True),
     # wide heads of float32 spill everywhere, take long to compile, and few would notice
     (("forward", 4, 256, "edges"), [("32x32w8s1", 2.0, None, "spill")], False),
 ], ids=str)

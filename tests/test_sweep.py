@@ -226,10 +226,12 @@ def test_what_a_map_could_not_use_and_what_lost_its_incumbent_make_no_row(record
     good, = (trial for trial in recorded.of(job).values() if trial.config == job.incumbent)
     fast = dataclasses.replace(good, config="256x64w8s2", samples=(1e-6,) * len(good.samples))
     alone = dataclasses.replace(good, config="128x32w4s2", samples=(1e-6,), beside=())
-    small = dataclasses.replace(job, configs=(job.incumbent, fast.config, alone.config))
-    run = dataclasses.replace(recorded, jobs=(small,), trials=(good, fast, alone))
+    # a tile that no table is made with unless it was timed
+    little = dataclasses.replace(good, config="32x64w4s2", samples=tuple(seconds / 2 for seconds in good.samples))
+    small = dataclasses.replace(job, configs=(job.incumbent, fast.config, alone.config, little.config))
+    run = dataclasses.replace(recorded, jobs=(small,), trials=(good, fast, alone, little))
     (_, by_config), = measured.slowdowns([run], H200).items()
-    assert by_config == {job.incumbent: [1.0], "256x64w8s2": [None], "128x32w4s2": [None]}
+    assert by_config == {job.incumbent: [2.0], "256x64w8s2": [None], "128x32w4s2": [None], "32x64w4s2": [1.0]}
     outcome, = replay.replay(run, "exhaustive", [0])
     assert outcome.pick == fast.config and outcome.regret == 0, "seconds and ratios are not mixed"
 

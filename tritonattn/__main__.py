@@ -153,13 +153,13 @@ def _doctor(arguments) -> int:
 
 def _lens(arguments) -> int:
     from . import show
-    from .lens import inspect, remarks
+    from .lens import inspect
 
     try:
         jobs = _jobs(arguments)
         with ThreadPoolExecutor() as pool:
             reports = list(pool.map(lambda job: inspect(*job), jobs))
-            said = list(pool.map(lambda job: remarks(*job), jobs))
+            said = list(pool.map(lambda job: _remarks(*job), jobs))
         if arguments.plot:
             show.plot(reports, arguments.plot)
     except (ValueError, OSError) as error:
@@ -181,6 +181,16 @@ def _lens(arguments) -> int:
     return 0
 
 
+def _remarks(*job) -> list[str]:
+    """What ptxas has to say, or why it has nothing: a report stands without it."""
+    from .lens import remarks
+
+    try:
+        return remarks(*job)
+    except (ValueError, OSError) as error:
+        return [str(error)]
+
+
 def _jobs(arguments) -> list[tuple]:
     """Kernel, problem, config and GPU of everything that is asked to be looked at."""
     d, n, dtype = arguments.head_dim, arguments.length, getattr(torch, DTYPES[arguments.dtype])
@@ -199,9 +209,9 @@ def _explain(arguments) -> int:
 
     try:
         problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
-    except ValueError as error:
+        found = [explanation.of_problem(problem, target) for target in arguments.gpu]
+    except (ValueError, RuntimeError) as error:
         return _complain(str(error), 2)
-    found = [explanation.of_problem(problem, target) for target in arguments.gpu]
     print(json.dumps([each.as_json() for each in found], indent=1) if arguments.json else "\n\n".join(map(str, found)))
     return 0
 

@@ -66,10 +66,11 @@ class Explanation:
 
 def _in_words(seen: dict) -> str:
     """What a binary takes, as far as it is known."""
-    blocks = seen.get("occupancy") or 0
     bound = f"bound by {seen['bound']}; " if seen.get("bound") else ""
-    return (f"{bound}{seen['registers']} registers, {seen['shared_memory']} bytes of shared memory, "
-            f"{blocks} block{'s' * (blocks != 1)} per SM{'' if seen.get('fits', True) else ': more than this GPU has'}")
+    blocks = seen.get("occupancy")
+    beside = "" if blocks is None else f", {blocks} block{'s' * (blocks != 1)} per SM"
+    return (f"{bound}{seen['registers']} registers, {seen['shared_memory']} bytes of shared memory{beside}"
+            f"{'' if seen.get('fits', True) else ': more than this GPU has'}")
 
 
 def _told(record: Record) -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from .binary import Loop, kind
 from .config import Config, family
 from .gpu import KNOWN, Gpu, Peaks
-from .lens import Report
+from .lens import Report, flops
 from .problem import Problem
 
 # part of the softmax that other warps' products hide, by the groups of four warps on an SM
@@ -111,8 +111,11 @@ def units(report: Report, loop: Loop, peaks: Peaks) -> dict[str, float]:
 
 def _reached(report, loop):
     """Part of the peak of products that this loop's instructions can reach."""
-    older = any(name.startswith("HMMA") for name in loop.products)
-    return OLDER.get(family(report.gpu), 1.0) if older else 1.0
+    flop = {name: flops(name) * count for name, count in loop.products.items()}
+    older = sum(flop[name] for name in flop if name.startswith("HMMA"))
+    # Blackwell's own products have no shape in their names: there is nothing to weigh beside them
+    share = older / sum(flop.values()) if older else 0.0
+    return 1 / (1 - share + share / OLDER.get(family(report.gpu), 1.0))
 
 
 def _words(name):

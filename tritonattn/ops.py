@@ -55,7 +55,7 @@ def empty_gradients(inputs, wanted):
 
 
 def _run(kernel, call, problem, device, *tensors):
-    """One kernel with the config that is found for it. RuntimeError: the GPU has too little for that; nothing has run then."""
+    """One kernel with the config that is found for it. RuntimeError: the GPU has too little for that; it has not run then."""
     chosen = config.find(kernel, problem, of(device))
     try:
         launch.run(call(problem, chosen, *tensors), device)

@@ -30,9 +30,10 @@ class Isolated:
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
         """As Bench.times. Where the process ends, each config is tried alone; the others are timed together once more."""
-        left, out = list(configs), {}
+        out = self._first(configs)
+        left = [config for config in configs if config not in out]
         while left:
-            found = self._ask(("times", left, rounds), self._patience(left[0], rounds * len(left)))
+            found = self._ask(("times", left, rounds), self._patience(rounds * len(left)))
             if not isinstance(found, Failure):
                 return out | found
             if len(left) == 1:
@@ -47,18 +48,24 @@ class Isolated:
             left = [config for config in left if config not in culprits]
         return out
 
-    def _alone(self, config):
-        found = self._ask(("times", [config], 1), self._patience(config, 1))
+    def _first(self, configs) -> dict[str, Failure]:
+        """Learn how long a sample takes, from the first config that gives one: those that gave none, and why."""
+        failed = {}
+        for config in configs if self._sample is None else ():
+            began = self.now()
+            found = self._alone(config, FIRST)
+            if not isinstance(found, Failure):
+                self._sample = min(self.now() - began, LONGEST)
+                break
+            failed[config] = found
+        return failed
+
+    def _alone(self, config, patience=None):
+        found = self._ask(("times", [config], 1), patience or self._patience(1))
         return found if isinstance(found, Failure) else found[config]
 
-    def _patience(self, config, samples) -> float:
+    def _patience(self, samples) -> float:
         """Seconds for so many samples, by what the first one of this problem took."""
-        if self._sample is None:
-            began = self.now()
-            if isinstance(self._ask(("times", [config], 1), FIRST), Failure):
-                # nothing is known of the others by this one
-                return TIMING + SAMPLE * samples
-            self._sample = min(self.now() - began, LONGEST)
         return TIMING + (SAMPLE + self._sample) * samples
 
     def _ask(self, job, timeout):

@@ -14,7 +14,7 @@ from ..gpu import Gpu
 from ..tables import Entry, Row, Table, read, write
 from .replay import comparable
 from .runs import Run, Trial
-from .table import sensible
+from .table import allowed
 
 
 def slowdowns(runs: list[Run], gpu: Gpu) -> dict:
@@ -25,7 +25,7 @@ def slowdowns(runs: list[Run], gpu: Gpu) -> dict:
             # the narrowest row that serves it; others have their own
             key, which = next(iter(keys(job.kernel, job.problem))), fill(job.kernel, job.problem, gpu)
             timed = {name: trial for name, trial in comparable(run.of(job)).items()
-                     if (trial.status == "ok" or name == job.incumbent) and sensible(key, Config.parse(name), gpu)}
+                     if (trial.status == "ok" or name == job.incumbent) and allowed(Config.parse(name))}
             if not timed:
                 continue
             best = min(trial.ratio for trial in timed.values())

@@ -1,7 +1,7 @@
 """Which configs are worth running, by what the compiler makes of them: candidates -> reasons against -> a ranking.
 
     constraint, prefilter     seen before compiling
-    all other REASONS         seen in the binary, the first that holds
+    all other REASONS         seen in the binary, the first that holds; what spills besides says so in its note
     what is left              ranked by the model (model.py), the fastest first
 """
 
@@ -27,10 +27,10 @@ REASONS = {
     "shared memory": "a block needs more than it may have",
     "tensor memory": "a block needs more than there is",
     "register collapse": "the compiler gave up: a few registers, and everything on the stack",
-    "spill": "registers are spilled and refilled in the loop over tiles",
     "wrong tensor path": "the loop does not use the tensor cores' own instructions of this GPU",
     "duplicate work": "several warps make the same products or exponentials",
     "serialized": "each product waits by itself (Hopper)",
+    "spill": "registers are spilled and refilled in the loop over tiles",
     "unclear": "no loop was found, or one with fewer products than the tile needs: not whole, or some are made another way",
     "slower": "the model expects it to take longer",
 }
@@ -104,16 +104,18 @@ def _against(report):
         return "register collapse", f"{report.registers} registers, {report.stack} bytes of stack"
     if not report.loops:
         return "unclear", "no loop with exponentials"
-    if report.loop_spills:
-        return "spill", f"{report.loop_spills} in the loop"
+    spilled = f"{report.loop_spills} in the loop" if report.loop_spills else ""
+    besides = f"; spills {spilled}" if spilled else ""
     if report.path != report.best_path:
-        return "wrong tensor path", f"{report.path or 'none'} instead of {report.best_path or 'none'}"
+        return "wrong tensor path", f"{report.path or 'none'} instead of {report.best_path or 'none'}{besides}"
     # without tensor cores a product has no instruction of its own to count
     duplicated = report.duplicated if report.path else 1.0
     if duplicated >= DUPLICATE_PRODUCTS or report.redone >= DUPLICATE_EXPONENTIALS:
-        return "duplicate work", f"products x {duplicated:.2f}, exponentials x {report.redone:.2f}"
+        return "duplicate work", f"products x {duplicated:.2f}, exponentials x {report.redone:.2f}{besides}"
     if report.serialized:
-        return "serialized", ""
+        return "serialized", besides.removeprefix("; ")
+    if spilled:
+        return "spill", spilled
     if duplicated < WHOLE:
         return "unclear", f"products x {duplicated:.2f}"
     return None

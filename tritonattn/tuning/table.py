@@ -3,12 +3,12 @@
     for each kernel, dtype, head size and class of masks:
         all tiles, mostly with two stages -> the best few with another number of stages -> the fastest expected one
 
-What stood in the table before is a candidate like the others, and so are what it tells of as lost and what the nearest head
-sizes have. Where few would notice (float32, heads of 96, 192 and 512) there are no others, unless everything is asked for, none
-of these fits, or something speaks against each (for float32: at heads up to 128). A build that looks at another GPU's table has
-no others anywhere but in these cases, which is faster. What is chosen for heads of 64 and 128 is compiled for the other
-problems that use its row as well, and by another version of Triton if there is one: what spills there is passed over. What is
-chosen for float32 fits with IEEE products and with TF32.
+What stood in the table before is a candidate like the others, and for 16-bit numbers so are what it tells of as lost and what
+the nearest head sizes have. Where few would notice (float32, heads of 96, 192 and 512) there are no others, unless everything
+is asked for, none of these fits, or something speaks against each (for float32: at heads up to 128). A build that looks at
+another GPU's table has no others anywhere but in these cases, which is faster. What is chosen for heads of 64 and 128 is
+compiled for the other problems that use its row as well, and by another version of Triton if there is one: what spills there
+is passed over. What is chosen for float32 fits with IEEE products and with TF32.
 
 Everything compiled is kept in a journal: a build that is stopped goes on where it was, and a build after an edit of the
 kernels begins anew.
@@ -180,7 +180,7 @@ class Builder:
         if mine is not None and cell[1] == 2:
             texts |= set(mine.lost)
         theirs = {*(getattr(like, fill).config for fill in FILLS), *like.lost} if like else set()
-        return {Config.parse(text) for text in texts} | {self._here(Config.parse(text)) for text in theirs}
+        return {self._here(Config.parse(text)) for text in texts | theirs}
 
     def _here(self, config):
         """A config as this GPU would have it: only Hopper leaves the edges out of the pipeline, where there is one."""
@@ -240,7 +240,11 @@ class Builder:
         against, taken = self._proved.get(key), self._tf32.get(key, ROOMY)
         if entry["reason"] or against:
             return entry["reason"] or re.split("[:,]", against[0])[0]
-        return "slower" if taken is not None and self._fits(taken) else "shared memory"
+        if taken is None:
+            return "compile error"
+        if self._fits(taken):
+            return "slower"
+        return "shared memory" if taken[0] > self._gpu.shared_memory else "tensor memory"
 
     def _fits(self, taken) -> bool:
         return taken[0] <= self._gpu.shared_memory and taken[1] <= self._gpu.tensor_memory
@@ -322,8 +326,13 @@ def stages_of(cell: tuple, gpu: Gpu) -> tuple[tuple[int, ...], int]:
     return (2,), 1 if gpu.is_amd else 3
 
 
+def allowed(config: Config) -> bool:
+    """What a table may hold: no tile larger than a map's."""
+    return max(config.block_m, config.block_n) <= TILE
+
+
 def sensible(cell: tuple, config: Config, gpu: Gpu) -> bool:
-    """What a table may hold: no tile larger than a map's; small ones without tensor cores and for wide heads alone.
+    """What is worth compiling for a table: small tiles without tensor cores and for wide heads alone.
 
     Heads of 512 and float32 have tiles of 64 at most, and so has what is given for each pair beyond heads of 128. Without
     tensor cores, for NVIDIA's float32, a thread holds whole rows of what it multiplies: beyond heads of 64 tiles larger than 32
@@ -333,10 +342,11 @@ def sensible(cell: tuple, config: Config, gpu: Gpu) -> bool:
     owner = config.block_n if kernel == "dkdv" else config.block_m
     if size == 2 and width <= 128 and owner < 64 and mask != "pairs":
         return False
-    alone = size == 4 and not gpu.is_amd
-    largest = 32 if alone and width > 64 else 64 if size == 4 or width > (128 if mask == "pairs" else 256) else TILE
-    least = 16 if size == 4 or width > 128 else 32
-    return max(config.block_m, config.block_n) <= largest and min(config.block_m, config.block_n) >= least
+    if size == 4:
+        least, largest = 16, 32 if width > 64 and not gpu.is_amd else 64
+    else:
+        least, largest = 16 if width > 128 else 32, 64 if width > (128 if mask == "pairs" else 256) else TILE
+    return least <= min(config.block_m, config.block_n) and max(config.block_m, config.block_n) <= largest
 
 
 def _entry(config, found, few: Problem) -> dict:

@@ -48,10 +48,16 @@ class Workers:
         self._all, self._lock = [], threading.Lock()
 
     def map(self, jobs: Iterable[tuple]) -> Iterator:
-        """A Report or a Failure for each job, in order. Leaving off before the end ends the children."""
+        """A Report or a Failure for each job, in order. Leaving off before the end ends the children.
+
+        RuntimeError: somebody else ended them meanwhile.
+        """
         pool = ThreadPoolExecutor(self._count)
+        with self._lock:
+            # once these children are ended, nothing is begun any more for these jobs
+            idle, everyone = self._idle, self._all
         try:
-            yield from pool.map(self._run, jobs)
+            yield from pool.map(lambda job: self._run(job, idle, everyone), jobs)
         except BaseException:
             # an interrupt, or nobody wants the rest: what is being compiled is not waited for
             pool.shutdown(wait=False, cancel_futures=True)
@@ -59,8 +65,8 @@ class Workers:
             raise
         pool.shutdown()
 
-    def _run(self, job):
-        child, idle = self._take()
+    def _run(self, job, idle, everyone):
+        child = self._take(idle, everyone)
         try:
             found = ask(child, job, self._timeout)
         except TimeoutError:
@@ -84,22 +90,19 @@ class Workers:
         if mine:
             stop(child)
 
-    def _take(self):
-        """A child, and the queue to which it returns. RuntimeError: all were ended meanwhile, and nobody waits for this one."""
+    def _take(self, idle, everyone):
+        """A child out of the idle ones, or a new one. RuntimeError: all were ended meanwhile, and nobody waits for this one."""
         with self._lock:
-            idle, everyone = self._idle, self._all
-        try:
-            return idle.get_nowait(), idle
-        except queue.Empty:
-            child = start(self._command, self._python)
+            if everyone is self._all and not idle.empty():
+                return idle.get_nowait()
+        child = start(self._command, self._python) if everyone is self._all else None
         with self._lock:
-            late = everyone is not self._all
-            if not late:
+            if child is not None and everyone is self._all:
                 everyone.append(child)
-        if late:
+                return child
+        if child is not None:
             stop(child)
-            raise RuntimeError("workers: expected to run until the last job is done, got an end before")
-        return child, idle
+        raise RuntimeError("workers: expected to run until the last job is done, got an end before")
 
     def __enter__(self):
         return self
@@ -132,22 +135,28 @@ def start(command: str | tuple[str, ...], python: str = sys.executable, visible:
 
 def ask(child: subprocess.Popen, job, timeout: float):
     """Send a job and wait for its answer. TimeoutError; EOFError if the child has ended, or another thread has ended it."""
+    question = _packed(job)
     try:
-        _write(child.stdin, job)
+        child.stdin.write(question)
+        child.stdin.flush()
         content = _answer(child, timeout)
-    except TimeoutError:
-        raise
+    except BrokenPipeError:
+        raise EOFError from None
     except (OSError, ValueError):
-        # a pipe broke, or who ended the child has closed it
+        if not child.stdin.closed and not child.stdout.closed:
+            raise
+        # who ended the child has closed its pipes
         raise EOFError from None
     return pickle.loads(content)
 
 
 def _answer(child, timeout):
     deadline, content, needed = time.monotonic() + timeout, b"", HEAD.size
+    # unlike select it takes descriptors of any number, and unlike epoll it is woken where another thread closes the pipe
+    pipe = select.poll()
+    pipe.register(child.stdout, select.POLLIN)
     while len(content) < needed:
-        ready, _, _ = select.select([child.stdout], [], [], max(deadline - time.monotonic(), 0))
-        if not ready:
+        if not pipe.poll(1000 * max(deadline - time.monotonic(), 0)):
             raise TimeoutError
         if not (more := os.read(child.stdout.fileno(), 1 << 20)):
             raise EOFError
@@ -167,9 +176,13 @@ def stop(child: subprocess.Popen) -> None:
     child.stdout.close()
 
 
-def _write(file, value):
+def _packed(value):
     content = pickle.dumps(value)
-    file.write(HEAD.pack(len(content)) + content)
+    return HEAD.pack(len(content)) + content
+
+
+def _write(file, value):
+    file.write(_packed(value))
     file.flush()
 
 
