@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.test_lens import report
+from tests.test_model import LOOP
 from tritonattn import __main__ as cli
-from tritonattn import demo, doctor, gpu, selftest
+from tritonattn import demo, doctor, gpu, lens, selftest
 
 ROOT = Path(__file__).parents[1]
 GOOD = selftest.Result("causal", "float32", "dq", 1e-7, 1e-6)
@@ -133,6 +135,24 @@ def test_the_lens_in_a_new_process(tmp_path):
 def test_what_the_lens_cannot_look_at_is_one_line_and_2(options, words):
     done = run(*LENS, *options)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--compare", "64x64w4s2", "128x64w8s2"]], ids=["table", "compare"])
+def test_what_ptxas_says_stands_below_and_a_report_stands_without_it(options, monkeypatch, compiled_without_a_gpu, capsys):
+    def remarks(kernel, problem, chosen, target):
+        if target.arch == "sm_80":
+            raise ValueError("ptxas: expected PTX that it compiles, got: a newer one")
+        return ["C7510: Potential Performance Loss"]
+
+    monkeypatch.setattr(lens, "inspect", lambda kernel, problem, chosen, target: report(target, chosen, (LOOP,)))
+    monkeypatch.setattr(lens, "remarks", remarks)
+    assert cli.main(["lens", "--target", "h200,a100", "--direction", "forward", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    count = max(1, len(options) - 1)
+    said = [line.split(": ", 1)[1] for line in lines if line.startswith("ptxas on sm_")]
+    of_a100 = "ptxas: expected PTX that it compiles, got: a newer one"
+    assert said == ["C7510: Potential Performance Loss"] * count + [of_a100] * count
+    assert len(lines) > 2 * count, "and the reports above"
 
 
 def test_explain_on_the_command_line(capsys):
