@@ -13,7 +13,7 @@ from tritonattn import tally
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
-# the same examples everywhere, and no bound on their time, which a busy machine would break
+# the same examples in every run, and no bound on their time, which a busy machine would break
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 # what the user has tuned is not what the tests are about; nor is it theirs to change

@@ -162,7 +162,7 @@ def test_the_culprit_among_many_is_found_and_the_others_are_timed(isolated):
 
 
 def test_how_long_a_sample_takes_is_learned_from_one_that_gives_one(monkeypatch):
-    """Not from a launch that is refused in a moment, nor is one that hangs asked again."""
+    """Not from a launch that is refused in a moment, nor from a process that begins; and one that hangs is not asked again."""
     asked, clock = [], [0.0]
 
     def ask(job, timeout):
@@ -174,7 +174,11 @@ def test_how_long_a_sample_takes_is_learned_from_one_that_gives_one(monkeypatch)
         return {config: Failure("launch error", "no") if config == "refused" else (1.0,) * job[2] for config in job[1]}
 
     bench = Isolated("forward", TINY, "cpu")
+    def opened():
+        clock[0] += 40.0
+
     monkeypatch.setattr(bench, "_ask", ask)
+    monkeypatch.setattr(bench, "_open", opened)
     monkeypatch.setattr(bench, "now", lambda: clock[0])
     found = bench.times(["hang", "refused", "a", "b"], 4)
     assert found["hang"].code == "hang" and found["refused"].code == "launch error" and found["a"] == found["b"] == (1.0,) * 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import time
 import timeit
 
 import pytest
@@ -157,7 +158,8 @@ def test_another_precision_asks_again(monkeypatch):
 def test_a_warm_lookup_takes_less_than_5_microseconds():
     config.find("forward", PROBLEM, H200)
     # the best of many, since others use the machine too
-    seconds = min(timeit.repeat(lambda: config.find("forward", PROBLEM, H200), number=1000, repeat=20)) / 1000
+    found = timeit.repeat(lambda: config.find("forward", PROBLEM, H200), number=1000, repeat=20, timer=time.thread_time)
+    seconds = min(found) / 1000
     assert seconds < 5e-6 * slowness(), f"{1e6 * seconds:.1f} us"
 
 

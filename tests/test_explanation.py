@@ -122,6 +122,12 @@ def test_a_pinned_config_that_the_compiler_refuses_is_told(monkeypatch):
     assert "pinned\n         the compiler refuses it: RuntimeError: it said no\n" in str(found)
 
 
+def test_what_is_not_known_of_a_binary_is_left_out():
+    assert explanation._in_words({"registers": 8, "shared_memory": 64}) == "8 registers, 64 bytes of shared memory"
+    assert explanation._in_words({"registers": 8, "shared_memory": 64, "occupancy": 0, "fits": False}) == (
+        "8 registers, 64 bytes of shared memory, 0 blocks per SM: more than this GPU has")
+
+
 def test_heads_that_are_not_served_are_refused_in_one_line(capsys):
     wide = Problem.parse("1x8x8x64x512", torch.float32, False)
     with pytest.raises(RuntimeError, match=r"head size: expected at most 256 in torch.float32 on A10, got 512"):

@@ -137,11 +137,14 @@ def test_what_the_lens_cannot_look_at_is_one_line_and_2(options, words):
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.parametrize("options", [[], ["--compare", "64x64w4s2", "128x64w8s2"]], ids=["table", "compare"])
-def test_what_ptxas_says_stands_below_and_a_report_stands_without_it(options, monkeypatch, compiled_without_a_gpu, capsys):
+@pytest.mark.parametrize("options, error", [
+    ([], ValueError("ptxas: expected PTX")), (["--compare", "64x64w4s2", "128x64w8s2"], RuntimeError("Cannot find ptxas")),
+    ([], subprocess.TimeoutExpired("ptxas", 120)), ([], FileNotFoundError("ptxas")),
+], ids=["refused", "compare", "hangs", "gone"])
+def test_what_ptxas_says_stands_below_the_reports(options, error, monkeypatch, compiled_without_a_gpu, capsys):
     def remarks(kernel, problem, chosen, target):
         if target.arch == "sm_80":
-            raise ValueError("ptxas: expected PTX that it compiles, got: a newer one")
+            raise error
         return ["C7510: Potential Performance Loss"]
 
     monkeypatch.setattr(lens, "inspect", lambda kernel, problem, chosen, target: report(target, chosen, (LOOP,)))
@@ -150,8 +153,7 @@ def test_what_ptxas_says_stands_below_and_a_report_stands_without_it(options, mo
     lines = capsys.readouterr().out.splitlines()
     count = max(1, len(options) - 1)
     said = [line.split(": ", 1)[1] for line in lines if line.startswith("ptxas on sm_")]
-    of_a100 = "ptxas: expected PTX that it compiles, got: a newer one"
-    assert said == ["C7510: Potential Performance Loss"] * count + [of_a100] * count
+    assert said == ["C7510: Potential Performance Loss"] * count + [f"no remarks: {error}"] * count
     assert len(lines) > 2 * count, "and the reports above"
 
 

@@ -102,6 +102,15 @@ def test_products_of_both_kinds_take_as_long_as_each_does():
     assert model.units(found, loop, H200.peaks)["tensor"] == pytest.approx((1 + 1 / 0.63) / 2 * 4 * 128 ** 3 / 4096)
 
 
+def test_one_older_product_beside_blackwells_own_hardly_counts():
+    on = gpu.KNOWN["sm_100"]
+    loop = Loop(("UTCHMMA",) * 16 + ("HMMA.16816",))
+    found = report(loop=loop, on=on)
+    assert found.duplicated == 1.0
+    alone = model.units(found, Loop(("UTCHMMA",) * 16), on.peaks)["tensor"]
+    assert alone < model.units(found, loop, on.peaks)["tensor"] < 1.01 * alone
+
+
 def test_blocks_side_by_side_hide_each_other():
     alone = model.estimate(report())
     two = model.estimate(report(registers=128, shared_memory=80 << 10))

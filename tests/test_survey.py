@@ -212,11 +212,12 @@ def test_nobody_is_ended_twice(monkeypatch):
         assert not workers._all and len(ended) == 3
     with Workers(2, command=child("import time; time.sleep(600)")) as workers:
         def end():
-            while len(workers._all) < 2:
+            deadline = time.monotonic() + 60
+            while len(workers._all) < 2 and time.monotonic() < deadline:
                 time.sleep(0.01)
             workers.__exit__()
 
-        ending = threading.Thread(target=end)
+        ending = threading.Thread(target=end, daemon=True)
         ending.start()
         slow = workers.map([("d",), ("e",), ("f",)])
         assert [next(slow).code, next(slow).code] == ["compile error"] * 2
@@ -252,7 +253,7 @@ def test_a_child_that_is_late_to_begin_is_ended_and_nothing_is_begun_for_what_wa
         assert not pool._all and len(children) == 1 and children[0].poll() is not None
 
 
-def test_a_job_that_cannot_be_sent_is_no_fault_of_the_child():
+def test_a_job_that_cannot_be_sent_is_said():
     with Workers(1, command=child(ANSWER)) as workers:
         with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
             next(workers.map([(lambda: None,)]))
@@ -307,6 +308,25 @@ def test_the_more_a_config_spills_the_less_the_model_is_trusted():
         "32x32w4s1", "64x32w4s2", "16x32w4s2", "32x16w4s2", "32x32w8s1", "64x16w4s2", "16x16w4s1"]
 
 
+@pytest.mark.parametrize("taken, why", [
+    ([10, 0, 1], "slower"), (None, "compile error"), ([H200.shared_memory + 1, 0, 0], "shared memory"),
+    ([10, 600, 0], "tensor memory"),
+], ids=str)
+def test_why_a_config_of_float32_lost(taken, why):
+    cell = ("forward", 4, 64, "edges")
+    builder = table.Builder(H200, Known([{"cell": list(cell), "config": "32x32w4s1", "tf32": taken}]), workers=None)
+    assert builder._why_lost(cell, entry("32x32w4s1", 9.0)) == why
+
+
+def test_what_stood_before_is_a_candidate_as_it_stood():
+    """Also where Hopper would leave the edges out of its pipeline, which makes another binary."""
+    cell = ("forward", 4, 64, "edges")
+    stood = Entry("64x16w4s2", "static-model", 1, 1, 0, 1, "issue")
+    old = tables.Table("old", {}, {}, {cell: tables.Row(*cell, many=stood, few=stood)})
+    builder = table.Builder(H200, Known([]), None, old)
+    assert builder._before(cell, {}) == {Config(64, 16, 4, 2)}
+
+
 @pytest.mark.parametrize("cell, on, stages", [
     (("forward", 2, 128, "full"), H200, ((2,), 3)), (("forward", 2, 128, "full"), MI300X, ((2,), 1)),
     (("forward", 2, 512, "full"), H200, ((1, 2), 3)), (("dq", 4, 512, "edges"), MI300X, ((1, 2), 3)),
@@ -316,7 +336,7 @@ def test_stages_that_are_tried(cell, on, stages):
     assert table.stages_of(cell, on) == stages
 
 
-def test_what_a_table_may_hold():
+def test_what_is_worth_compiling_for_a_table():
     def largest(gpu, *cell):
         tiles = [config for config in survey.candidates(cell[0], table.example(cell, True, gpu), gpu)
                  if table.sensible(cell, config, gpu)]

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from tests.made import versions
 from tritonattn import Config, environment, gpu, tables
 from tritonattn.tables import FILLS, Entry, Row, Table, TableError
 from tritonattn.tuning import table
@@ -29,6 +30,7 @@ def test_a_shipped_table_is_whole(shipped):
             assert entry.source in tables.SOURCES and entry.fits(on), (row.key, entry)
             assert entry.bound and entry.occupancy > 0 and 0 < entry.registers <= 512
             assert max(config.block_m, config.block_n) <= 128, "a map's tiles are no larger"
+            assert config.num_stages > 1 or config.edge_stages is None, "without a pipeline nothing is left out of it"
             if row.itemsize == 2 and row.width <= 128 and row.mask != "pairs":
                 # what is used most has nothing against it; on GPUs whose blocks have 99 KiB heads of 96, and a map, spill a bit
                 for said in filter(None, entry.exception.split("; ")):
@@ -49,6 +51,10 @@ def test_no_tile_has_too_few_queries_for_the_tensor_cores():
             configs = [Config.parse(getattr(row, fill).config) for fill in FILLS]
             owned = [config.block_n if row.kernel == "dkdv" else config.block_m for config in configs]
             assert row.itemsize == 4 or (min(owned) >= 64) != ((arch, row.kernel, row.width) in too_wide), row
+
+
+def test_all_were_made_with_the_same_two_versions_of_triton():
+    assert len(versions("triton")) == len(versions("also")) == 1 and None not in versions("triton") | versions("also")
 
 
 def test_there_is_a_table_for_every_known_architecture():

@@ -187,8 +187,8 @@ def _remarks(*job) -> list[str]:
 
     try:
         return remarks(*job)
-    except (ValueError, OSError) as error:
-        return [str(error)]
+    except (ValueError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return [f"no remarks: {error}"]
 
 
 def _jobs(arguments) -> list[tuple]:

@@ -111,10 +111,8 @@ def units(report: Report, loop: Loop, peaks: Peaks) -> dict[str, float]:
 
 def _reached(report, loop):
     """Part of the peak of products that this loop's instructions can reach."""
-    flop = {name: flops(name) * count for name, count in loop.products.items()}
-    older = sum(flop[name] for name in flop if name.startswith("HMMA"))
-    # Blackwell's own products have no shape in their names: there is nothing to weigh beside them
-    share = older / sum(flop.values()) if older else 0.0
+    older = sum(flops(name) * count for name, count in loop.products.items() if name.startswith("HMMA"))
+    share = min(1.0, older * report.config.num_warps / (report.needed * report.duplicated)) if older else 0.0
     return 1 / (1 - share + share / OLDER.get(family(report.gpu), 1.0))
 
 

@@ -52,6 +52,9 @@ class Isolated:
         """Learn how long a sample takes, from the first config that gives one: those that gave none, and why."""
         failed = {}
         for config in configs if self._sample is None else ():
+            if self._child is None:
+                # which takes long, and is no part of a sample
+                self._open()
             began = self.now()
             found = self._alone(config, FIRST)
             if not isinstance(found, Failure):

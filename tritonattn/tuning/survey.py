@@ -105,7 +105,7 @@ def _against(report):
     if not report.loops:
         return "unclear", "no loop with exponentials"
     spilled = f"{report.loop_spills} in the loop" if report.loop_spills else ""
-    besides = f"; spills {spilled}" if spilled else ""
+    besides = f", and spills {spilled}" if spilled else ""
     if report.path != report.best_path:
         return "wrong tensor path", f"{report.path or 'none'} instead of {report.best_path or 'none'}{besides}"
     # without tensor cores a product has no instruction of its own to count
@@ -113,7 +113,7 @@ def _against(report):
     if duplicated >= DUPLICATE_PRODUCTS or report.redone >= DUPLICATE_EXPONENTIALS:
         return "duplicate work", f"products x {duplicated:.2f}, exponentials x {report.redone:.2f}{besides}"
     if report.serialized:
-        return "serialized", besides.removeprefix("; ")
+        return "serialized", besides.removeprefix(", and ")
     if spilled:
         return "spill", spilled
     if duplicated < WHOLE:

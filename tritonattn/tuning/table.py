@@ -180,7 +180,7 @@ class Builder:
         if mine is not None and cell[1] == 2:
             texts |= set(mine.lost)
         theirs = {*(getattr(like, fill).config for fill in FILLS), *like.lost} if like else set()
-        return {self._here(Config.parse(text)) for text in texts | theirs}
+        return {Config.parse(text) for text in texts} | {self._here(Config.parse(text)) for text in theirs}
 
     def _here(self, config):
         """A config as this GPU would have it: only Hopper leaves the edges out of the pipeline, where there is one."""

@@ -152,16 +152,20 @@ def ask(child: subprocess.Popen, job, timeout: float):
 
 def _answer(child, timeout):
     deadline, content, needed = time.monotonic() + timeout, b"", HEAD.size
-    # unlike select it takes descriptors of any number, and unlike epoll it is woken where another thread closes the pipe
-    pipe = select.poll()
-    pipe.register(child.stdout, select.POLLIN)
-    while len(content) < needed:
-        if not pipe.poll(1000 * max(deadline - time.monotonic(), 0)):
-            raise TimeoutError
-        if not (more := os.read(child.stdout.fileno(), 1 << 20)):
-            raise EOFError
-        content += more
-        needed = HEAD.size + (HEAD.unpack_from(content)[0] if len(content) >= HEAD.size else 0)
+    # a descriptor of its own: another thread may end the child and close its pipe, whose number may be another file's then
+    pipe = os.dup(child.stdout.fileno())
+    try:
+        waiting = select.poll()
+        waiting.register(pipe, select.POLLIN)
+        while len(content) < needed:
+            if not waiting.poll(1000 * max(deadline - time.monotonic(), 0)):
+                raise TimeoutError
+            if not (more := os.read(pipe, 1 << 20)):
+                raise EOFError
+            content += more
+            needed = HEAD.size + (HEAD.unpack_from(content)[0] if len(content) >= HEAD.size else 0)
+    finally:
+        os.close(pipe)
     return content[HEAD.size:]
 
 
