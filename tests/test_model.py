@@ -109,6 +109,9 @@ def test_one_older_product_beside_blackwells_own_hardly_counts():
     assert found.duplicated == 1.0
     alone = model.units(found, Loop(("UTCHMMA",) * 16), on.peaks)["tensor"]
     assert alone < model.units(found, loop, on.peaks)["tensor"] < 1.01 * alone
+    # a loop without products before one that has some
+    found = report(loops=(Loop(("MUFU.EX2",)), loop), on=on)
+    assert model.units(found, loop, on.peaks)["tensor"] == 0
 
 
 def test_blocks_side_by_side_hide_each_other():
@@ -208,5 +211,5 @@ def test_what_others_measured_to_be_fast_stands_high_in_the_ranking(arch, d, win
     assert tried == 64 and 10 < len(left) < tried
     pace = f"{compiled_ones} compiled, read and ranked in {seconds:.0f} s; a bare loop takes {slowness:.2f} times its due"
     print(pace)
-    # 90 in a minute of two cores; compilers that share a core's caches are slowed more than a bare loop
-    assert seconds < 2.5 * slowness * 120 / 90 * compiled_ones, pace
+    # 90 in a minute of two cores that nobody else uses; up to half as much again was seen where a bare loop felt nothing
+    assert seconds < 3 * slowness * 120 / 90 * compiled_ones, pace

@@ -2,10 +2,10 @@
 
 As it comes, it keeps bfloat16 as raw 16-bit integers and multiplies those, rounds to bfloat16 by truncation,
 ignores TF32, and has NumPy multiply matrices, which sums in an order that depends on the processor and on where
-in a tile a row stands; on one GPU all rows are summed alike. Here casts round to the nearest (ties to even), arithmetic of
-bfloat16 goes through float32, TF32 products round their inputs (ties away from zero, as cvt.rna.tf32.f32 does),
-and a product is summed in float64 and rounded before it is added: that is more exact than a GPU's sum, and the order
-hardly ever leaves a trace, once in some 2^29 numbers where nothing cancels.
+in a tile a row stands; on one GPU all rows are summed alike. Here casts round to the nearest (ties to even),
+arithmetic of bfloat16 goes through float32, TF32 products round their inputs (ties away from zero, as
+cvt.rna.tf32.f32 does), and a product is summed in float64 and rounded before it is added: that is more exact than
+a GPU's sum, and the order hardly ever leaves a trace, once in some 2^29 numbers where nothing cancels.
 Only what the kernels of this package use is mended; `tl.sum` of bfloat16 values is not. Calls of device
 functions are also made cheaper, which halves the time.
 """

@@ -112,7 +112,8 @@ def units(report: Report, loop: Loop, peaks: Peaks) -> dict[str, float]:
 def _reached(report, loop):
     """Part of the peak of products that this loop's instructions can reach."""
     older = sum(flops(name) * count for name, count in loop.products.items() if name.startswith("HMMA"))
-    share = min(1.0, older * report.config.num_warps / (report.needed * report.duplicated)) if older else 0.0
+    work = report.needed * report.duplicated
+    share = min(1.0, older * report.config.num_warps / work) if work else 0.0
     return 1 / (1 - share + share / OLDER.get(family(report.gpu), 1.0))
 
 
