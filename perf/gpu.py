@@ -23,10 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from perf import cases, record
-from perf.run import LOST, ended_in_order, ours_is_bad, verdict
-from tritonattn.journal import JournalError
-from tritonattn.tuning import runs
+from tritonattn.autotune import trials
+from tritonattn.measure.journal import JournalError
+
+from . import cases
+from . import results as record
+from .run import LOST, ended_in_order, ours_is_bad, verdict
 
 GRACE = 15          # seconds in which an interrupted step puts its things in order
 LAST = 10           # seconds kept for the table at the end
@@ -151,7 +153,7 @@ def truth(visit: Visit) -> None:
 def baseline(visit: Visit) -> None:
     """Ceilings, then the suite; a device that is lost to one contender is taken up again without it."""
     file = visit.out / "ceilings.json"
-    ended = visit.step("ceilings", [sys.executable, "-m", "perf.ceilings", "--out", str(file)], min(60, visit.left()))
+    ended = visit.step("ceilings", [sys.executable, "-m", "perf.peaks", "--out", str(file)], min(60, visit.left()))
     visit.bad |= ended.bad
     visit.say(*ended.output.splitlines()[-2:])
     results, lost = None, True
@@ -175,7 +177,7 @@ def tuning(visit: Visit) -> None:
     asked = [(size, heads, mask) for size, heads in ((128, 32), (64, 32), (256, 16)) for mask in ("full", "causal")]
     for size, heads, mask in asked:
         folder = visit.out / f"sweep-{size}-{mask}"
-        begun = (folder / runs.PLAN).exists()
+        begun = (folder / trials.PLAN).exists()
         named = [] if begun else ["--shape", f"4x{heads}x{heads}x4096x{size}", *(["--causal"] if mask == "causal" else [])]
         # one after the other: compiling alone takes minutes, and a plan that is not done is not written
         limit = visit.left()

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from perf.cases import Case
-from perf.rivals import Refused, Rival, bottom_right, sdpa_choice
-from tritonattn import Problem, accuracy, clock, config, gpu, reference, timing
+from tritonattn import Problem, config, gpu, reference
+from tritonattn.measure import accuracy, device_timer, timing
+
+from .baselines import Refused, Rival, bottom_right, sdpa_choice
+from .cases import Case
 
 LARGE = 2**31  # pairs above which 16-bit results are held against float32, whose rounding is far finer than theirs
 COPIES = 32    # of small inputs at most, to be rotated
@@ -259,7 +261,7 @@ def as_ok(found: timing.Timing, details: dict) -> dict:
             "throttled": found.mostly_throttled, "details": details}
 
 
-def summary(states: list[clock.State]) -> dict | None:
+def summary(states: list[device_timer.State]) -> dict | None:
     """Clock in MHz, temperature in degrees Celsius, power in watts, and in how many rounds a reason held the clock back."""
     if not states:
         return None

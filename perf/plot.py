@@ -24,14 +24,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from perf import cases, limits, record
-from perf.record import OURS, Job, Run
-from perf.table import DAGGER, DIRECTIONS, Cell, decimals, dtypes, fact, lacking, length, place, ratio, split
 from tritonattn import Problem
 from tritonattn import gpu as gpus
-from tritonattn.drawing import GREY, INK, headline, look
 from tritonattn.gpu import Gpu
-from tritonattn.journal import JournalError
+from tritonattn.measure.drawing import GREY, INK, headline, look
+from tritonattn.measure.journal import JournalError
+
+from . import cases, limits
+from . import results as record
+from .readme_table import DAGGER, DIRECTIONS, Cell, decimals, dtypes, fact, lacking, length, place, ratio, split
+from .results import OURS, Job, Run
 
 # text stays text, and names in it are stable
 LOOK = look({"svg.hashsalt": "tritonattn", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5,

@@ -21,10 +21,13 @@ from pathlib import Path
 
 import torch
 
-from perf import cases, measure, record, rivals
-from perf.cases import Case
-from tritonattn import cache, clock, environment, gpu, journal, timing
-from tritonattn.journal import Journal, JournalError
+from tritonattn import gpu
+from tritonattn.configs import user_cache
+from tritonattn.measure import device_timer, environment, journal, timing
+from tritonattn.measure.journal import Journal, JournalError
+
+from . import baselines, cases, measure, results
+from .cases import Case
 
 LOST = 3       # the exit code that asks to be run again
 ATTEMPTS = 2   # of a job that kills the process; and losses of the device after which a rival is left out for good
@@ -41,7 +44,7 @@ class Plan:
 
     suite: str
     cases: tuple[Case, ...]
-    rivals: list[rivals.Rival]
+    rivals: list[baselines.Rival]
     effort: timing.Effort
     environment: dict
     commit: str | None = None  # no part of what is digested: committing results must not begin them anew
@@ -69,7 +72,7 @@ class Plan:
         return setup + 2 * self.effort.seconds * len(able) + self.effort.settle[0]
 
 
-def run(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("inf")) -> list[record.Job]:
+def run(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("inf")) -> list[results.Job]:
     """Do every job that the file at `path` does not hold yet, until the clock shows `deadline`; all jobs that are done.
 
     Raises measure.DeviceLost when the device is gone, JournalError when the file is not this plan's.
@@ -87,9 +90,9 @@ def run(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("i
                 break
             entry = _job(plan, book, bench, name, case, direction)
             done[name] = entry
-            progress.line(record.job_of(entry))
+            progress.line(results.job_of(entry))
             expected = progress.seconds_each
-        return [record.job_of(done[name]) for name, *_ in plan.jobs() if name in done]
+        return [results.job_of(done[name]) for name, *_ in plan.jobs() if name in done]
 
 
 def _job(plan, book, bench, name, case, direction) -> dict:
@@ -155,7 +158,7 @@ def left_out(entries: list[dict], name: str) -> dict[str, str]:
     lost = [entry for entry in entries if "lost" in entry]
     found = {entry["contender"]: entry["reason"] for entry in lost if entry["lost"] == name}
     for contender, times in Counter(entry["contender"] for entry in lost).items():
-        if times >= ATTEMPTS and not contender.startswith(record.OURS):
+        if times >= ATTEMPTS and not contender.startswith(results.OURS):
             found.setdefault(contender, f"lost the device in {times} other jobs, and is not run again")
     return found
 
@@ -170,17 +173,17 @@ class Progress:
     def seconds_each(self) -> float:
         return (self.now() - self.start) / max(1, self.fresh)
 
-    def line(self, job: record.Job) -> None:
+    def line(self, job: results.Job) -> None:
         self.done, self.fresh = self.done + 1, self.fresh + 1
         left = (self.total - self.done) * self.seconds_each
         print(f"[{self.done}/{self.total}] {job.name}: {verdict(job)}; {left / 60:.0f} min left", flush=True)
 
 
-def verdict(job: record.Job) -> str:
+def verdict(job: results.Job) -> str:
     """Ours beside the best rival, in a few words."""
     ours, best = job.ours, job.best_rival
     if not ours:
-        theirs = job.results.get(record.OURS)
+        theirs = job.results.get(results.OURS)
         return f"ours {theirs.status}: {theirs.reason}" if theirs else "ours is not among the contenders"
     mark = " (throttled)" if ours.throttled else ""
     text = f"ours {ours.seconds * 1e6:.0f} us, {ours.tflops(job):.3g} TFLOP/s{mark}"
@@ -203,7 +206,7 @@ def parser() -> argparse.ArgumentParser:
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--suite", choices=cases.SUITES, default="paper", help="default: %(default)s")
     top.add_argument("--rivals", default="all", metavar="NAMES", help='names with commas between, or "all" (default)')
-    top.add_argument("--out", type=Path, default=record.RESULTS, metavar="DIR", help="default: perf/results")
+    top.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR", help="default: perf/results")
     top.add_argument("--resume-from", type=Path, metavar="DIR",
                      help="begin with what this folder holds of the same plan, if --out holds nothing of it")
     top.add_argument("--dtype", choices=DTYPES, help="default: the suite's own, mostly bfloat16")
@@ -226,14 +229,14 @@ def plan_of(arguments, device: torch.device) -> Plan:
     """The plan that the command line asks for, on this machine."""
     here = environment.of(device)
     commit = here.pop("commit")
-    here["source"] = environment.source(Path(rivals.__file__), Path(measure.__file__))
+    here["source"] = environment.source(Path(baselines.__file__), Path(measure.__file__))
     # what was tuned on this machine is used here too: other configs are other kernels
-    tuned = {path.name: found.config for path, found in cache.current().records()}
+    tuned = {path.name: found.config for path, found in user_cache.current().records()}
     here["tuned"] = journal.digest(tuned) if tuned else None
     effort = timing.Effort() if device.type == "cuda" else ON_HOST
     effort = replace(effort, seconds=arguments.seconds) if arguments.seconds else effort
     dtype = DTYPES.get(arguments.dtype)
-    contenders = rivals.chosen(arguments.rivals, device.type)
+    contenders = baselines.chosen(arguments.rivals, device.type)
     return Plan(arguments.suite, cases.suite(arguments.suite, dtype), contenders, effort, here, arguments.commit or commit)
 
 
@@ -265,10 +268,10 @@ def bring(plan: Plan, source: Path, target: Path) -> None:
         shutil.copyfile(earlier, path)
 
 
-def carry_out(plan: Plan, path: Path, device: torch.device, start: float, minutes: float | None) -> list[record.Job]:
+def carry_out(plan: Plan, path: Path, device: torch.device, start: float, minutes: float | None) -> list[results.Job]:
     """Time what is left to be timed, then name kernels, within so many minutes of the start. Raises what `run` raises."""
     seconds = 60 * minutes if minutes else float("inf")
-    bench = measure.Bench(device, clock.of(device), plan.effort)
+    bench = measure.Bench(device, device_timer.of(device), plan.effort)
     if device.type != "cuda":
         return run(plan, path, bench, start + seconds)
     if plan.environment["sensors"] != "NVML":
@@ -309,9 +312,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if any(map(ours_is_bad, done)) else 0
 
 
-def ours_is_bad(job: record.Job) -> bool:
+def ours_is_bad(job: results.Job) -> bool:
     """Whether a contender of ours is wrong or failed."""
-    return any(name.startswith(record.OURS) and result.status in ("wrong", "failed") for name, result in job.results.items())
+    return any(name.startswith(results.OURS) and result.status in ("wrong", "failed") for name, result in job.results.items())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 import tritonattn
 from tests import COMPILED, DEVICE
-from tritonattn import tally
+from tritonattn.integrations import dispatch_log
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
@@ -21,11 +21,11 @@ _cache = tempfile.TemporaryDirectory(prefix="tritonattn-tests-")
 os.environ["TRITONATTN_CACHE_DIR"] = _cache.name
 
 if not COMPILED:
-    from tests import guard
-    from tritonattn import interpreter
+    from tests.helpers import memory_guard
+    from tritonattn.runtime import interpreter
 
     interpreter.mend()
-    guard.install()
+    memory_guard.install()
 
 
 def pytest_collection_modifyitems(items):
@@ -54,7 +54,7 @@ def unwritten_memory_is_nan():
 def off_and_uncounted():
     """The swap is off before and after, with nothing counted yet."""
     torch._dynamo.reset()
-    tally.report(clear=True)
+    dispatch_log.report(clear=True)
     # a warning is enough: on a GPU torch's own gradients of float32 are not deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

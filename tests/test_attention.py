@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tritonattn
-from tests.cases import CASES, LARGE_TILES, SINGLE, TILES, check, results
-from tests.closeness import agree
+from tests.helpers.cases import CASES, LARGE_TILES, SINGLE, TILES, check, results
+from tests.helpers.tolerance import agree
 from tritonattn import attention, config, reference, scaled_dot_product_attention
 
 

@@ -1,20 +1,20 @@
 """Exact attention in Triton, forward and backward, plugging into PyTorch."""
 
 from . import config, reference
+from .analysis.explain import explain
 from .attention import attention, dropout_mask, scaled_dot_product_attention
+from .autotune import first_call, tune
+from .autotune.record_problems import record_problems
+from .block_mask import BlockMask, block_mask
 from .config import Config
-from .explanation import explain
+from .integrations.dispatch_log import report
+from .integrations.sdpa_patch import disable, enable, swapped
 from .problem import Problem
-from .recording import record_problems
-from .swap import disable, enable, swapped
-from .tally import report
-from .tile_map import TileMap, tile_map
-from .tuning import quick, tune
 from .version import VERSION as __version__
 
 __all__ = [
-    "Config", "Problem", "TileMap", "__version__", "attention", "config", "disable", "dropout_mask", "enable",
-    "explain", "record_problems", "reference", "report", "scaled_dot_product_attention", "swapped", "tile_map", "tune",
+    "BlockMask", "Config", "Problem", "__version__", "attention", "block_mask", "config", "disable", "dropout_mask",
+    "enable", "explain", "record_problems", "reference", "report", "scaled_dot_product_attention", "swapped", "tune",
 ]
 
-quick.install()
+first_call.install()

@@ -7,10 +7,11 @@ import numbers
 import torch
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from . import gpu, ops
+from . import gpu
+from .block_mask import BlockMask, version_of
 from .gpu import INTERPRETED, TRITON
 from .problem import Problem
-from .tile_map import TileMap, version_of
+from .runtime import custom_op
 
 NO_MASK = None, None, None  # no mask, and no lists of its tiles
 LARGEST_SCALE = 2.3e38  # times log2(e) it is still a float32
@@ -41,7 +42,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             float32. -inf hides a pair. It is read through its own strides, and its gradient has its own shape and takes
             no more memory: what is broadcast is summed in the kernel, in the same order every time. Give it in its own
             shape: what `expand` has made larger gets a gradient of that size.
-        mask: booleans, of any shape that broadcasts to [..., H, L, S]; False hides a pair. Or a `tile_map` of them: then
+        mask: booleans, of any shape that broadcasts to [..., H, L, S]; False hides a pair. Or a `block_mask` of them: then
             tiles that hide everything are skipped and those that hide nothing read no mask. A window beside a map hides
             pairs but skips no tile: put it into the mask.
         key_lengths: how many keys each sequence has, integers that broadcast to the leading dimensions; the others, up to
@@ -80,7 +81,7 @@ def posed(q, k, v, **options) -> Problem:
 
 def as_inputs(q, k, v, *, softcap=None, sink=None, return_lse=False, precise_grad=True, **options):
     """The launch.Inputs that `attention` gives to the kernels with these arguments; without a seed dropout's is 0."""
-    from .launch import Inputs  # it needs Triton, and the checks do not
+    from .runtime.launch import Inputs  # it needs Triton, and the checks do not
 
     _refuse(softcap=softcap, sink=sink)
     _check_tensors(q=q, k=k, v=v)
@@ -185,14 +186,14 @@ def dropout_mask(shape, dropout_p, dropout_seed):
     _check_place(dropout_seed=seed)
     if p in (0, 1):
         return torch.full(shape, p == 0, dtype=torch.bool, device=device)
-    return ops.keep_op(list(shape), p, seed)
+    return custom_op.keep_op(list(shape), p, seed)
 
 
 def _attend(q, k, v, bias, masks, seed, key_lengths, scale, *options, precise_grad):
     """Run the kernels on tensors of one rank, and take off what was added to make them so."""
     bare, dv = max(q.dim(), k.dim(), v.dim()) == 2, v.shape[-1]
     *tensors, scale = _shaped(q, k, v, bias, masks, scale)
-    o, lse = ops.attend(*tensors, seed, key_lengths, scale, *options, precise_grad=precise_grad)
+    o, lse = custom_op.attend(*tensors, seed, key_lengths, scale, *options, precise_grad=precise_grad)
     o = o if dv else o.narrow(-1, 0, 0)
     return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
 
@@ -289,7 +290,7 @@ def _with_rank(x, rank):
 
 def _as_masks(mask, q, k, v):
     """The mask as `_as_pairs` has it, and the lists of its tiles for queries and for keys; None where nothing is given."""
-    if not isinstance(mask, TileMap):
+    if not isinstance(mask, BlockMask):
         return _as_pairs("mask", mask, q, k, v), None, None
     sizes = q.shape[-2], k.shape[-2]
     if mask.mask.shape[-2:] != sizes:

@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import cache
-from .cache import Record
+from .block_mask import TILE
+from .configs import user_cache
+from .configs.key import key_of, precision, waves
+from .configs.shipped import FILLS, WIDTHS, Row, Table, shipped
+from .configs.user_cache import Record
 from .gpu import Gpu
-from .keys import key_of, precision, waves
 from .problem import Problem
-from .tables import FILLS, WIDTHS, Row, Table, shipped
-from .tile_map import TILE
 
 KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
 
@@ -157,7 +157,7 @@ def _choose(kernel, problem, gpu, _precision):
     if kernel == "delta":
         width = max(problem.d, problem.dv)
         return Choice(Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1), "formula")
-    if (record := cache.current().get(key_of(kernel, problem, gpu), gpu)) is not None:
+    if (record := user_cache.current().get(key_of(kernel, problem, gpu), gpu)) is not None:
         return Choice(Config.parse(record.config), "cache", record=record)
     return from_tables(kernel, problem, gpu)
 

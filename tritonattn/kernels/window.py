@@ -11,7 +11,7 @@
 A side that is None is unbounded, and no code is compiled for it. Query i stands at position
 i + shift among the keys. Seen from the keys the window is mirrored and the shift is negative.
 
-A map of a mask (tile_map.py) gives the stretches too: as a list of tiles, first those that all see, then the mixed ones.
+A map of a mask (block_mask.py) gives the stretches too: as a list of tiles, first those that all see, then the mixed ones.
 
 A stretch of tiles is walked in one of these modes, which the launch has chosen (None where there is no stretch): "full"
 has no mask; "dense" has none of a window, but scores may be -inf, of a bias or a mask; "edge" asks the window; so does "last",

@@ -1,0 +1,202 @@
+"""What a call would use and why; and reports as tables, JSON and pictures."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from matplotlib.axes import Axes
+
+import tritonattn
+from tests.analysis.test_compile_report import PLAIN, compiled, report
+from tests.analysis.test_cost_model import LOOP
+from tests.helpers.shipped_rows import OWN
+from tritonattn import Config, Problem, attention, block_mask, config, gpu
+from tritonattn.analysis import compile_report, explain
+from tritonattn.analysis.sass import Loop
+from tritonattn.cli import format
+from tritonattn.cli import main as cli
+from tritonattn.configs import shipped
+
+H200, A100 = gpu.KNOWN["sm_90"], gpu.KNOWN["sm_80"]
+GOOD = report(loops=(LOOP,))
+
+
+def tensors(device, *shapes, dtype=torch.float32):
+    return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
+
+
+CALLS = {
+    "plain": ([(2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3)], {}),
+    "without heads": ([(5, 8), (7, 8), (7, 8)], {"scale": -0.1}),
+    "causal": ([(2, 5, 8)] * 3, {"causal": True}),
+    "window": ([(1, 2, 5, 8), (3, 2, 7, 8), (3, 2, 7, 8)], {"window": (2, 1), "align": "bottom_right"}),
+    "bias": ([(2, 2, 5, 8)] * 3, {"bias": torch.zeros(5)}),
+    "mask": ([(2, 2, 5, 8)] * 3, {"mask": torch.ones(5, 5, dtype=torch.bool)}),
+    "map": ([(2, 2, 5, 8)] * 3, {"mask": block_mask(torch.ones(5, 5, dtype=torch.bool))}),
+    "lengths": ([(2, 2, 5, 8)] * 3, {"key_lengths": torch.tensor([3, 5])}),
+    "dropout": ([(2, 2, 5, 8)] * 3, {"dropout_p": 0.5}),
+    "no columns": ([(2, 2, 5, 0), (2, 2, 5, 0), (2, 2, 5, 3)], {}),
+}
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", CALLS)
+def test_the_problem_explained_is_the_problem_run(name, device, monkeypatch):
+    shapes, options = CALLS[name]
+    given, asked = tensors(device, *shapes), []
+    find = config.find
+    monkeypatch.setattr(config, "find", lambda kernel, problem, on: asked.append(problem) or find(kernel, problem, on))
+    attention(*given, **options)
+    state = torch.get_rng_state()
+    explained = tritonattn.explain(*given, **options)
+    assert explained.problem == asked[0] and torch.equal(torch.get_rng_state(), state)
+    assert explained.gpu is gpu.INTERPRETER and str(explained.problem) in str(explained)
+
+
+def test_the_same_errors_as_the_call(device):
+    q, k = tensors(device, (2, 4, 5, 8), (2, 3, 5, 8))
+    with pytest.raises(RuntimeError, match="dividing"):
+        tritonattn.explain(q, k, k)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        tritonattn.explain(q, q, q, softcap=2.0)
+    with pytest.raises(TypeError, match="q: expected a torch.Tensor"):
+        tritonattn.explain(None, q, q, dropout_p=0.5)
+
+
+def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
+    problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, True)
+    assert problem == Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0))
+    found = explain.of_problem(problem, H200)
+    assert [line.kernel for line in found.lines] == ["forward", "delta", "dq", "dkdv"]
+    line, text = found.lines[0], str(found)
+    chosen = config.choose("forward", problem, H200)
+    assert (line.config, line.origin, line.table, line.entry) == (str(chosen.config), "table", "h200", chosen.row.many)
+    assert line.lost == chosen.row.lost and line.lost
+    for word in (line.config, "this very GPU (h200.json)", f"bound by {line.entry.bound}", "static-model", *line.lost,
+                 f"{line.entry.registers} registers"):
+        assert word in text
+    plain = json.loads(json.dumps(found.as_json()))
+    assert plain["kernels"][0]["entry"]["config"] == line.config and plain["arch"] == "sm_90"
+
+
+def test_a_pin_an_exception_and_another_gpu_are_told():
+    problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
+    with config.pinned(dq=Config(32, 32)):
+        lines = {line.kernel: line for line in explain.of_problem(problem, A100).lines}
+    assert (lines["dq"].config, lines["dq"].origin, lines["dq"].entry) == ("32x32w4s2", "pinned", None)
+    assert lines["forward"].origin == "table"
+    other = dataclasses.replace(H200, name="H20", sms=78)
+    assert "a GPU of this architecture (h200.json)" in str(explain.of_problem(problem, other))
+    odd = dataclasses.replace(problem, bias=torch.float32)
+    assert [line.kernel for line in explain.of_problem(odd, A100).lines][-1] == "dbias"
+    wide = explain.of_problem(Problem.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
+    exceptions = [line.entry.exception for line in wide.lines if line.entry and line.entry.exception]
+    assert exceptions and all(f"in spite of {exception}" in str(wide) for exception in exceptions)
+
+
+PINNED = """
+import json, torch
+from tritonattn import Config, Problem, config, gpu
+from tritonattn.analysis import explain
+problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
+with config.pinned(forward=Config(128, 64, 8, 2), dq=Config(128, 128, 8, 4)):
+    found = explain.of_problem(problem, gpu.KNOWN["sm_90"])
+print(json.dumps([str(found), found.as_json()]))
+"""
+
+
+def test_the_binary_of_a_pinned_config_is_looked_at():
+    text, plain = compiled(PINNED)
+    assert "forward  128x64w8s2      pinned\n         bound by tensor; 185 registers, 98304 bytes" in text or not OWN
+    assert "per SM: more than this GPU has" in text, "four stages of 128 keys"
+    forward, _, dq, _ = plain["kernels"]
+    assert forward["pinned"]["fits"] and not dq["pinned"]["fits"] and plain["engine"] == "the portable Triton kernels"
+
+
+def test_a_pinned_config_that_the_compiler_refuses_is_told(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("it said no")
+
+    monkeypatch.setattr(compile_report, "inspect", refuse)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    with config.pinned(forward=Config(32, 32)):
+        found = explain.of_problem(PLAIN, H200)
+    assert found.lines[0].pinned == {"refused": "RuntimeError: it said no"}
+    assert "pinned\n         the compiler refuses it: RuntimeError: it said no\n" in str(found)
+
+
+def test_what_is_not_known_of_a_binary_is_left_out():
+    assert explain._in_words({"registers": 8, "shared_memory": 64}) == "8 registers, 64 bytes of shared memory"
+    assert explain._in_words({"registers": 8, "shared_memory": 64, "occupancy": 0, "fits": False}) == (
+        "8 registers, 64 bytes of shared memory, 0 blocks per SM: more than this GPU has")
+
+
+def test_heads_that_are_not_served_are_refused_in_one_line(capsys):
+    wide = Problem.parse("1x8x8x64x512", torch.float32, False)
+    with pytest.raises(RuntimeError, match=r"head size: expected at most 256 in torch.float32 on A10, got 512"):
+        explain.of_problem(wide, gpu.KNOWN["sm_86"])
+    assert cli.main(["explain", "--shape", "1x8x8x64x512", "--dtype", "fp32", "--gpu", "a100,a10"]) == 2
+    assert capsys.readouterr().err == "head size: expected at most 256 in torch.float32 on A10, got 512\n"
+    assert explain.of_problem(wide, A100).lines
+
+
+@pytest.mark.parametrize("table", shipped.shipped(), ids=lambda each: each.name)
+def test_the_rows_that_nearly_everybody_uses_tell_of_others_that_lost(table):
+    """16 bits and heads of 64, 128 and 256: why not another config is what explain is asked."""
+    rows = [row for row in table.rows.values() if row.itemsize == 2 and row.width in (64, 128, 256)]
+    assert all(row.lost for row in rows), [row.key for row in rows if not row.lost]
+    assert sum(len(row.lost) for row in rows) >= 4 * len(rows)
+
+
+@pytest.mark.parametrize("shape", ["", "2x3", "2x8x3x64x64", "0x8x8x64x64", "2x8x8x64x513", "axbxcxdxe", "2x8x8x64x64x2"])
+def test_a_shape_of_another_form_is_refused(shape):
+    with pytest.raises(ValueError, match="shape: expected"):
+        Problem.parse(shape, torch.bfloat16, False)
+
+
+# --- reports
+
+
+def test_a_table_has_a_line_for_each_report_and_for_each_fault():
+    faulty = report(loops=(Loop((*LOOP.instructions, "STL")),))
+    lines = format.table([GOOD, faulty, dataclasses.replace(GOOD, kernel="delta", loops=())]).splitlines()
+    assert len(lines) == 5 and lines[0].split()[:3] == ["GPU", "kernel", "config"]
+    assert "128x128w8s2" in lines[1] and "HGMMA" in lines[1] and "1.00x" in lines[1] and "1 (registers)" in lines[1]
+    assert "delta" in lines[3] and lines[4].startswith("sm_90 forward 128x128w8s2: spill:")
+
+
+def test_two_reports_side_by_side():
+    other = report(config=Config(128, 128, 8, 3), loops=(Loop((*LOOP.instructions, "LOP3.LUT")),))
+    lines = format.side_by_side([GOOD, other]).splitlines()
+    figures = {" ".join(line.split()[:-2]): line.split()[-2:] for line in lines[1:]}
+    assert lines[0].startswith("forward on H200 (sm_90)") and figures[""] == ["128x128w8s2", "128x128w8s3"]
+    assert figures["integer"] == ["0", "1"] and figures["special"] == ["64", "64"]
+    assert figures["HGMMA.64x128x16"] == ["16", "16"]
+
+
+def test_partitions_and_amds_registers_are_shown():
+    assert format.figures(report(loops=(LOOP,), partitions=(24, 240)))["registers of partition 1"] == 240
+    of_amd = report(on=gpu.KNOWN["gfx942"], loops=(Loop(("v_exp_f32", "v_mfma_f32_32x32x8")),), accumulation=12, scalar=99,
+                    spilled=3)
+    assert format.figures(of_amd)["spilled registers"] == format.as_json(of_amd)["spilled"] == 3
+    assert format.figures(of_amd)["accumulation registers"] == 12 and format.figures(of_amd)["scalar registers"] == 99
+
+
+def test_json_holds_everything_and_is_json():
+    plain = json.loads(json.dumps(format.as_json(GOOD)))
+    assert plain["loops"][0]["products"] == {"HGMMA.64x128x16": 16} and plain["model"]["bound"] == "tensor"
+    assert plain["occupancy"] == 1 and plain["problem"] == json.loads(json.dumps(PLAIN.as_json())) and plain["warnings"] == []
+    assert json.loads(json.dumps(format.as_json(report(loops=None))))["loops"] is None
+
+
+def test_the_picture_stacks_the_units(tmp_path, monkeypatch):
+    path, drawn = tmp_path / "units.png", []
+    barh = Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda self, *args, **kwargs: drawn.append(barh(self, *args, **kwargs)) or drawn[-1])
+    format.plot([GOOD, GOOD, dataclasses.replace(GOOD, kernel="delta", loops=())], str(path))
+    assert path.read_bytes()[:4] == b"\x89PNG" and [len(bars) for bars in drawn] == [2] * len(format.UNITS)
+    tensor, special = (bars[0] for bars in drawn[:2])
+    assert tensor.get_width() == pytest.approx(1000 * 2048 / 128**2) and special.get_x() == pytest.approx(tensor.get_width())
+    first, second = drawn[0]
+    assert first.get_y() != second.get_y(), "two of the same name have bars of their own"

@@ -1,0 +1,177 @@
+"""Reading binaries: made-up ones here, the compiler's in test_lens."""
+
+import struct
+
+import pytest
+
+from tritonattn.analysis import sass
+
+SASS = """
+ .L_x_1:
+        /*0000*/   MUFU.EX2 R1, R2 ;
+        /*0010*/   @!P0 STL [R1], R2 ;
+        /*0020*/   @UP2 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8] ;
+        /*0030*/   MUFU.EX2 R1, R2 ;
+        /*0040*/   @P0 BRA `(.L_x_1) ;
+ .L_x_2:
+ .L_x_3:
+        /*0050*/   MUFU.EX2 R1, R2 ;
+        /*0060*/   LDL R1, [R2] ;
+        /*0070*/   @P0 BRA `(.L_x_3) ;
+        /*0080*/   @P1 BRA `(.L_x_2) ;
+        /*0090*/   STL [R1], R2 ;
+ .L_x_4:
+        /*00a0*/   MUFU.EX2 R1, R2 ;
+        /*00b0*/   MUFU.EX2 R1, R2 ;
+        /*00c0*/   @P0 BRA `(.L_x_4) ;
+"""
+AMDGCN = """
+.LBB0_1:
+	s_add_i32 s13, s13, 64
+	v_exp_f32_e32 v1, v2
+	v_mfma_f32_32x32x8_bf16 v[34:49], v[106:107], v[94:95], 0
+	scratch_store_dwordx2 off, v[2:3], s33
+	s_cbranch_scc1 .LBB0_1
+    .group_segment_fixed_size: 0
+  - .agpr_count:     12
+    .private_segment_fixed_size: 40
+    .sgpr_count:     106
+    .vgpr_count:     255
+    .sgpr_spill_count: 2
+    .vgpr_spill_count: 9
+"""
+
+
+def elf(notes, name=b".nv.info", cut=0):
+    """A cubin with nothing but these notes: (format, note, payload)."""
+    content = b"".join(struct.pack("<BBH", form, note, len(payload) if form == 4 else 0) + (payload if form == 4 else b"")
+                       for form, note, payload in notes)
+    names = b"\0" + name + b"\0.shstrtab\0"
+    at, strings = 64, 64 + len(content)
+    table = strings + len(names)
+    header = bytearray(64)
+    header[:4] = b"\x7fELF"
+    struct.pack_into("<Q", header, 0x28, table)
+    struct.pack_into("<HHH", header, 0x3A, 64, 3, 2)
+    sections = [(0, 0, 0, 0, 0, 0), (1, 0, 0, 0, at, len(content)), (2 + len(name), 3, 0, 0, strings, len(names))]
+    listed = b"".join(struct.pack("<IIQQQQ", *section).ljust(64, b"\0") for section in sections)
+    whole = bytes(header) + content + names + listed
+    return whole[:len(whole) - cut]
+
+
+def pair(function, value):
+    return struct.pack("<II", function, value)
+
+
+NOTES = [(4, 0x2F, pair(7, 168)), (3, 0x11, b""), (4, 0x11, pair(7, 24)), (4, 0x2F, pair(8, 40)), (4, 0x11, pair(8, 0)),
+         (4, 0x05, b"\1\0\0\0")]
+
+
+def test_registers_and_stack_are_those_of_the_largest_function():
+    found = sass.of_cubin(elf(NOTES))
+    assert (found.registers, found.stack) == (168, 24)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "0 bytes that end too early"), (b"no ELF at all" * 9, "does not begin as one"), (elf(NOTES, cut=40), "end too early"),
+    (elf(NOTES)[:30], "end too early"), (elf(NOTES, b".text"), "stripped"), (elf([(4, 0x11, pair(7, 0))]), "stripped"),
+])
+def test_what_is_no_whole_cubin_is_said(content, words):
+    with pytest.raises(ValueError, match=words):
+        sass.of_cubin(content)
+
+
+def test_every_cut_of_a_cubin_is_an_error_or_right():
+    whole = elf(NOTES)
+    for cut in range(1, len(whole)):
+        try:
+            found = sass.of_cubin(whole[:-cut])
+        except ValueError:
+            continue
+        assert (found.registers, found.stack) == (168, 24), f"cut by {cut}"
+
+
+def test_the_notes_of_amd():
+    found = sass.of_amdgcn(AMDGCN)
+    assert found == sass.Resources(255, 40, 12, 106, 11)
+    with pytest.raises(ValueError, match="vgpr_count"):
+        sass.of_amdgcn(AMDGCN.replace(".vgpr_count", ".other"))
+
+
+@pytest.mark.parametrize("opcode, kind", [
+    ("HMMA.16816.F32.BF16", "tensor"), ("HGMMA.64x128x16.F32", "tensor"), ("UTCHMMA", "tensor"), ("IMMA.16832", "tensor"),
+    ("v_mfma_f32_32x32x8_bf16", "tensor"), ("MUFU.EX2", "special"), ("v_exp_f32_e32", "special"), ("STL.64", "spill"),
+    ("LDL", "spill"), ("scratch_load_dwordx4", "spill"), ("F2FP.BF16.F32.PACK_AB", "conversion"), ("I2F.RP", "conversion"),
+    ("v_cvt_f32_i32_e32", "conversion"), ("FFMA", "float"), ("FFMA2", "float"), ("FADD.FTZ", "float"),
+    ("v_pk_fma_f32", "float"),
+    ("v_mul_f32_e32", "float"), ("v_fmac_f32_e32", "float"), ("FMNMX", "select"), ("FMNMX3", "select"), ("FSEL", "select"),
+    ("v_cmp_lt_f32_e32", "select"), ("v_max3_f32", "select"), ("v_cndmask_b32_e32", "select"), ("SHFL.BFLY", "shuffle"),
+    ("ds_bpermute_b32", "shuffle"), ("LDS.128", "shared"), ("LDSM.16.M88.4", "shared"), ("STSM.16", "shared"),
+    ("ds_read2_b64", "shared"), ("LDTM.16dp", "tensor memory"), ("v_accvgpr_read_b32", "tensor memory"), ("UTMALDG.2D", "tma"),
+    ("UBLKCP.S.G", "tma"), ("BAR.SYNC.DEFER", "barrier"), ("WARPGROUP.ARRIVE", "barrier"), ("UTCBAR", "barrier"),
+    ("s_waitcnt", "barrier"), ("LDG.E.128", "global"), ("LDGSTS.E", "global"), ("LDGDEPBAR", "barrier"),
+    ("RED.E.ADD", "global"),
+    ("buffer_load_dwordx4", "global"), ("BRA", "control"), ("NOP", "control"), ("s_cbranch_scc1", "control"),
+    ("UIADD3", "uniform"), ("R2UR", "uniform"), ("s_add_i32", "uniform"), ("IADD3", "integer"), ("LOP3.LUT", "integer"),
+    ("IMAD.MOV.U32", "integer"), ("PRMT", "integer"), ("v_and_b32_e32", "integer"), ("LEA.HI", "integer"), ("VIADD", "integer"),
+])
+def test_every_instruction_has_a_kind(opcode, kind):
+    assert sass.kind(opcode) == kind
+
+
+def test_the_loops_over_tiles_are_the_innermost_without_the_careful_ones_shortest_first():
+    short, long = sass.loops(SASS)
+    assert short.instructions == ("MUFU.EX2", "MUFU.EX2", "BRA") and short.spills == 0
+    assert long.counts == {"special": 2, "spill": 1, "tensor": 1, "control": 1} and long.spills == 1
+    assert long.products == {"HGMMA.64x128x16": 1} and long.exponentials == 2
+    loop, = sass.loops(AMDGCN)
+    assert loop.products == {"v_mfma_f32_32x32x8": 1} and loop.spills == 1 and loop.exponentials == 1
+    assert sass.loops("") == ()
+
+
+COLD = """
+.LBB0_1:
+	v_exp_f32_e32 v1, v2
+	v_mfma_f32_32x32x8_bf16 v[34:49], v[106:107], v[94:95], 0
+	s_cbranch_execz .LBB0_4
+.LBB0_2:
+	v_mfma_f32_32x32x8_bf16 v[34:49], v[106:107], v[94:95], 0
+	v_exp_f32_e32 v1, v2
+	s_cbranch_scc0 .LBB0_1
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+.LBB0_4:
+	buffer_load_dwordx4 v[98:101], v34, s[8:11], 0 offen
+	s_branch .LBB0_2
+"""
+
+
+def test_what_is_moved_behind_a_loop_makes_no_loop():
+    loop, = sass.loops(COLD)
+    assert loop.products == {"v_mfma_f32_32x32x8": 2} and loop.exponentials == 2
+    assert loop.instructions.count("s_cbranch_scc1") == 1, "of two jumps to one head the last ends the loop"
+
+
+def test_no_more_loops_than_there_are_stretches():
+    assert len(sass.loops(SASS, 1)) == 1 and sass.loops(SASS, 1)[0].spills == 1, "the first in the text"
+    assert len(sass.loops(SASS, 5)) == 2
+
+
+def test_the_pipelined_loop_comes_first():
+    copying = SASS.replace("@!P0 STL [R1], R2", "LDGSTS.E [R1], R2")
+    assert [loop.pipelined for loop in sass.loops(copying)] == [True, False]
+
+
+def test_spills_are_counted_inside_of_loops_and_elsewhere():
+    assert sum(loop.spills for loop in sass.loops(SASS)) == 1 and sass.spills(SASS) == 3
+    assert [loop.spills for loop in sass.loops(AMDGCN)] == [1] and sass.spills(AMDGCN) == 1
+
+
+def test_what_stands_in_a_path_does_not_make_sass_of_amdgcn():
+    """AMD's assembly names source files, and a folder may be called anything."""
+    assert sass.loops('\t.file 1 "/home/BRANDON/*0000*/x.py"\n' + AMDGCN) == sass.loops(AMDGCN) != ()
+
+
+def test_the_registers_of_warp_specialised_partitions():
+    text = "/*0010*/ USETMAXREG.DEALLOC.CTAPOOL 0x18 ;\n/*0020*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;\n"
+    assert sass.partitions(text) == (24, 240) and sass.partitions(SASS) == ()

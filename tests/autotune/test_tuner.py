@@ -1,0 +1,383 @@
+"""Tuning from end to end with a virtual GPU: real candidates and keys, made-up binaries and times."""
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import threading
+
+import pytest
+import torch
+
+import tritonattn
+from tests.autotune.test_prune import GOOD, LOOP
+from tests.helpers.fake_bench import FakeBench, bench_of
+from tritonattn import Config, Problem, config, gpu
+from tritonattn.autotune import first_call, tuner
+from tritonattn.autotune.search import STRATEGIES, Budget, Check
+from tritonattn.autotune.tuner import Lab
+from tritonattn.autotune.worker_pool import Failure
+from tritonattn.configs import shipped, user_cache
+from tritonattn.configs.key import key_of
+from tritonattn.configs.user_cache import Cache
+from tritonattn.gpu import KNOWN
+
+H200 = KNOWN["sm_90"]
+PROBLEM = Problem((4,), 32, 32, 4096, 4096, 128, 128, torch.bfloat16)
+
+
+class Compilers:
+    """Has the methods of workers.Workers: a plain report for each, spilling, or refused."""
+
+    def __init__(self, spilling=(), refused=()):
+        self.spilling, self.refused, self.jobs = spilling, refused, []
+
+    def map(self, jobs):
+        for job in jobs:
+            self.jobs.append(job)
+            refused, spilling = (str(job[2]) in names for names in (self.refused, self.spilling))
+            yield Failure("compile error", "no") if refused else made(*job[:4], spilling)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def made(kernel, problem, chosen, on, spills=False, disassembled=True):
+    """A report with as many products and exponentials as the tile needs."""
+    products = problem.d * chosen.block_m * chosen.block_n * 4 // (2 * 64 * 128 * 16) // max(1, chosen.num_warps // 4)
+    exponentials = chosen.block_m * chosen.block_n // (32 * chosen.num_warps)
+    instructions = ("HGMMA.64x128x16",) * products + ("MUFU.EX2",) * exponentials + ("STL",) * spills
+    loop = dataclasses.replace(LOOP, instructions=instructions)
+    return dataclasses.replace(GOOD, kernel=kernel, problem=problem, config=chosen, gpu=on, loops=(loop,), shared_memory=65536)
+
+
+class Surface(dict):
+    """A time for every config, the least for `best`."""
+
+    def __init__(self, best):
+        self.best = Config.parse(best)
+
+    def __missing__(self, name):
+        at = Config.parse(name)
+        pairs = ((at.block_m, self.best.block_m), (at.block_n, self.best.block_n), (at.num_warps, self.best.num_warps),
+                 (at.num_stages, self.best.num_stages))
+        return 1e-3 * (1 + 0.2 * sum(abs(math.log2(x / y)) for x, y in pairs))
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
+    config.forget()
+    yield Lab(H200, bench_of(FakeBench(Surface("64x128w4s2e1"), jitter=0.003)), Compilers(), user_cache.current())
+    config.forget()
+
+
+def test_what_wins_is_kept_and_used_from_the_next_call_on(lab, tmp_path):
+    before = config.choose("forward", PROBLEM, H200)
+    assert before.origin == "table"
+    record = tuner.tune_kernel("forward", PROBLEM, lab)
+    assert record.config == "64x128w4s2e1" and record.default == str(before.config)
+    assert record.default_seconds / record.seconds == pytest.approx(Surface("64x128w4s2e1")[record.default] / 1e-3, rel=0.02)
+    assert record.check == {"o": [1e-3, 2e-3]} and record.static["shared_memory"] == 65536
+    assert record.run["strategy"] == "halving" and record.run["trials"] > 20
+    found = config.choose("forward", PROBLEM, H200)
+    assert found.origin == "cache" and str(found.config) == record.config and found.record == record
+    alike = dataclasses.replace(PROBLEM, n_q=3968, n_k=3968, batch=(5,))
+    assert config.choose("forward", alike, H200).origin == "cache", "the same key"
+    for other in ({"d": 64, "dv": 64}, {"window": (None, 0)}, {"dtype": torch.float16}, {"masked": True}):
+        assert config.choose("forward", dataclasses.replace(PROBLEM, **other), H200).origin == "table", "never fuzzy"
+    assert config.choose("dq", PROBLEM, H200).origin == "table"
+    board = gpu.named("h100")
+    assert config.choose("forward", PROBLEM, board).origin == "architecture", "another board of this architecture"
+    user_cache.current().forget()
+    config.forget()
+    assert config.choose("forward", PROBLEM, H200).origin == "cache", "from the file"
+
+
+def test_explain_says_so(lab):
+    from tritonattn.analysis import explain
+
+    tuner.tune_kernel("forward", PROBLEM, lab)
+    found = explain.of_problem(PROBLEM, H200)
+    assert found.lines[0].origin == "cache" and found.as_json()["kernels"][0]["record"]["config"] == "64x128w4s2e1"
+    for words in ("forward  64x128w4s2e1    tuned: the cache of this user", "measured: 10",
+                  "which a call would have used, took 15", "by halving on 20", "bound by", "65536 bytes of shared memory",
+                  f"slower: {found.lines[0].record.default}"):
+        assert words in str(found), str(found)
+
+
+def test_what_the_lens_is_against_is_not_timed(lab):
+    lab.compilers = Compilers(spilling=["64x128w4s2e1"], refused=["64x128w4s3e1"])
+    bench = FakeBench(Surface("64x128w4s2e1"))
+    lab.bench = bench_of(bench)
+    record = tuner.tune_kernel("forward", PROBLEM, lab)
+    assert record.config not in ("64x128w4s2e1", "64x128w4s3e1")
+    assert not {"64x128w4s2e1", "64x128w4s3e1"} & {*bench.timed, *bench.checked}
+
+
+def test_a_wrong_candidate_never_wins(lab):
+    lab.bench = bench_of(FakeBench(Surface("64x128w4s2e1"), wrong=["64x128w4s2e1"]))
+    assert tuner.tune_kernel("forward", PROBLEM, lab).config != "64x128w4s2e1"
+
+
+def test_where_nothing_can_be_timed_nothing_is_kept(lab):
+    class Broken(FakeBench):
+        def check(self, name):
+            return Check({}, "launch error", "no")
+
+    lab.bench = bench_of(Broken(Surface("64x128w4s2e1")))
+    assert tuner.tune_kernel("forward", PROBLEM, lab) is None
+    assert list(user_cache.current().records()) == [] and config.choose("forward", PROBLEM, H200).origin == "table"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_keeps_a_config_that_fits(lab, strategy):
+    record = tuner.tune_kernel("dkdv", PROBLEM, lab, strategy, Budget(trials=12))
+    assert record.fits(H200) and record.run["strategy"] == strategy and Config.parse(record.config)
+
+
+def test_the_portfolio_is_small_and_from_the_tables():
+    for kernel in ("forward", "dq", "dkdv"):
+        found = tuner.portfolio(kernel, PROBLEM, H200)
+        table, = (each for each in shipped.shipped() if each.name == "h200")
+        known = {getattr(row, fill).config for row in table.rows.values() for fill in shipped.FILLS}
+        assert found[0] == str(config.choose(kernel, PROBLEM, H200).config) and len(found) <= 8 and set(found) <= known
+
+
+def test_keys_that_are_alike_are_tuned_once(lab, capsys):
+    alike = dataclasses.replace(PROBLEM, batch=(8,))
+    kernels = tuner.kernels_of(PROBLEM)
+    assert kernels == ("forward", "dq", "dkdv") and tuner.kernels_of(PROBLEM, False) == ("forward",)
+    assert tuner.kernels_of(dataclasses.replace(PROBLEM, bias=torch.float32))[-1] == "dbias"
+    found, missed = tuner.tune_all([(PROBLEM, kernels), (alike, kernels)], lab, "static")
+    assert not missed and [record.key.kernel for record in found] == list(kernels)
+    assert "times as fast as" in capsys.readouterr().out
+
+
+def test_adding_one_candidate_times_only_that_one(lab, monkeypatch):
+    new, every = Config.parse("64x128w4s2e1"), tuner.candidates
+    monkeypatch.setattr(tuner, "candidates", lambda *arguments: [each for each in every(*arguments) if each != new])
+    first = tuner.tune_kernel("forward", PROBLEM, lab)
+    bench = FakeBench(Surface(str(new)))
+    lab.bench = bench_of(bench)
+    assert tuner.tune_kernel("forward", PROBLEM, lab) == first and not bench.timed, "nothing new"
+    monkeypatch.setattr(tuner, "candidates", every)
+    second = tuner.tune_kernel("forward", PROBLEM, lab)
+    assert set(bench.timed) == {str(new), first.config} and second.config == str(new) and second.default == first.config
+    assert set(second.run["tried"]) == {*first.run["tried"], str(new)}
+    tuner.tune_kernel("forward", PROBLEM, lab, again=True)
+    assert len(set(bench.timed)) > 20
+
+
+def test_what_another_triton_made_is_only_a_candidate(lab):
+    record = tuner.tune_kernel("forward", PROBLEM, lab)
+    stale = dataclasses.replace(record, config="16x16w4s1", versions=record.versions | {"triton": "2.0.0"})
+    lab.store.put(stale, H200)
+    config.forget()
+    assert config.choose("forward", PROBLEM, H200).origin == "table", "what another Triton made is no config for a call"
+    _, verdicts = tuner.job_of("forward", PROBLEM, lab, "halving")
+    assert "16x16w4s1" in verdicts, "but a candidate"
+
+
+def test_the_door_refuses_what_cannot_be_tuned():
+    q = torch.randn(1, 2, 16, 16)
+    with pytest.raises(ValueError, match="strategy: expected one of halving.*got 'fast'"):
+        tritonattn.tune(q, q, q, strategy="fast")
+    with pytest.raises(RuntimeError, match="tune: expected a GPU and compiled kernels, got"):
+        tritonattn.tune(q, q, q)
+    with pytest.raises(ValueError, match="trials: expected a positive integer or None, got 0"):
+        tritonattn.tune(q, q, q, trials=0)
+    with pytest.raises(ValueError, match="seconds: expected a positive number, got nan"):
+        tritonattn.tune(q, q, q, seconds=float("nan"))
+    with pytest.raises(RuntimeError, match="k: expected the head size of q"):
+        tritonattn.tune(q, q[..., :3], q)
+
+
+# --- in calls, where that was asked for
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Without the deterministic algorithms of all tests, under which nothing is timed."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+
+
+class Tuned:
+    def __init__(self):
+        self.jobs = []
+
+    def __call__(self, kernel, problem, on):
+        assert on == H200
+        self.jobs.append((kernel, problem))
+
+
+def test_a_cold_key_is_tuned_once_by_one_of_eight_threads(lab, timed):
+    tuned = Tuned()
+    with config.watched(first_call.Quick(tuned)):
+        def often():
+            for _ in range(20):
+                config.find("forward", PROBLEM, H200)
+
+        threads = [threading.Thread(target=often) for _ in range(8)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        config.find("delta", PROBLEM, H200)
+        config.find("dq", PROBLEM, H200)
+    assert tuned.jobs == [("forward", PROBLEM), ("dq", PROBLEM)]
+
+
+def test_calls_that_tuning_makes_itself_are_not_tuned(lab, timed):
+    inside = []
+
+    def tune(kernel, problem, on):
+        inside.append(config.find("dq", problem, H200))
+        thread = threading.Thread(target=lambda: inside.append(config.find("dkdv", problem, H200)))
+        thread.start()
+        thread.join()
+
+    watch, tuned = first_call.Quick(tune), Tuned()
+    with config.watched(watch):
+        config.find("forward", PROBLEM, H200)
+        assert len(inside) == 2
+        watch._tune = tuned
+        config.find("dq", PROBLEM, H200)
+    assert tuned.jobs == [("dq", PROBLEM)], "what came meanwhile is tuned another time"
+
+
+@pytest.mark.parametrize("how", ["capture", "deterministic", "ranks", "interpreter", "pinned", "tuned before"])
+def test_when_nothing_may_be_timed(lab, timed, how, monkeypatch):
+    tuned, on = Tuned(), H200
+    if how == "capture":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    if how == "deterministic":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    if how == "ranks":
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    if how == "interpreter":
+        on = gpu.INTERPRETER
+    if how == "tuned before":
+        tuner.tune_kernel("forward", PROBLEM, lab)
+    with config.watched(first_call.Quick(tuned)), config.pinned(*([Config(64, 64)] if how == "pinned" else [])):
+        config.find("forward", PROBLEM, on)
+    assert tuned.jobs == []
+
+
+def test_what_fails_while_tuning_does_not_reach_the_call(lab, timed):
+    def tune(kernel, problem, on):
+        raise torch.OutOfMemoryError("no room")
+
+    with config.watched(first_call.Quick(tune)):
+        with pytest.warns(UserWarning, match="TRITONATTN_AUTOTUNE: forward of .* was not tuned: OutOfMemoryError: no room"):
+            first = config.find("forward", PROBLEM, H200)
+        assert config.find("forward", PROBLEM, H200) == first, "and is not tried again"
+
+
+def test_nothing_is_timed_unless_it_is_asked_for():
+    before = config._watchers
+    first_call.install({})
+    first_call.install({"TRITONATTN_AUTOTUNE": "off"})
+    assert config._watchers == before
+    with pytest.warns(UserWarning, match="TRITONATTN_AUTOTUNE: expected quick or off, got 'always'"):
+        first_call.install({"TRITONATTN_AUTOTUNE": "always"})
+    with config.watched(lambda *_: None):
+        first_call.install({"TRITONATTN_AUTOTUNE": "quick"})
+        added = [each for each in config._watchers if isinstance(each, first_call.Quick)]
+        assert len(added) == 1
+        config._watchers = tuple(each for each in config._watchers if each not in added)
+
+
+def test_a_fork_while_another_thread_tunes_can_tune_itself(lab, timed):
+    tuned = Tuned()
+    watch = first_call.Quick(tuned)
+    watch._busy.acquire()
+    child = os.fork()
+    if child == 0:
+        watch("forward", PROBLEM, H200)
+        os._exit(0 if tuned.jobs else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    watch._busy.release()
+
+
+# --- several processes
+
+
+def _rank(rank, size, folder, port, out):
+    os.environ |= {"TRITONATTN_CACHE_DIR": f"{folder}/{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    # each would choose another
+    best = ("64x128w4s2e1", "128x32w8s3e1")[rank]
+    lab = Lab(H200, bench_of(FakeBench(Surface(best))), Compilers(), user_cache.current())
+    found = tuner.agreed(lambda: tuner.tune_all([(PROBLEM, ("forward",))], lab, say=lambda *_, **__: None)[0], lab)
+    out.put((rank, [record.config for record in found], str(config.choose("forward", PROBLEM, H200).config)))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_agree(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    out = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, 2, tmp_path, port, out)) for rank in range(2)]
+    [each.start() for each in ranks]
+    found = sorted(out.get(timeout=240) for _ in ranks)
+    [each.join() for each in ranks]
+    assert found == [(rank, ["64x128w4s2e1"], "64x128w4s2e1") for rank in range(2)]
+
+
+def test_one_kernel_that_cannot_be_tuned_does_not_stop_the_others(lab, capsys):
+    real = lab.bench
+
+    def bench(kernel, problem):
+        if kernel == "dq":
+            raise RuntimeError("bench: expected room")
+        return real(kernel, problem)
+
+    lab.bench = bench
+    found, missed = tuner.tune_all([(PROBLEM, ("forward", "dq", "dkdv"))], lab, "static")
+    assert missed == 1 and [record.key.kernel for record in found] == ["forward", "dkdv"]
+    assert "not tuned: bench: expected room" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tf32():
+    """What switches TF32 on, and is taken back."""
+    before = torch.get_float32_matmul_precision()
+    yield lambda: torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_is_not_tuned_and_finds_nothing_that_ieee_has(lab, tf32):
+    problem = dataclasses.replace(PROBLEM, dtype=torch.float32, d=64, dv=64)
+    tuner.tune_kernel("forward", problem, lab, "table")
+    assert config.choose("forward", problem, H200).origin == "cache"
+    tf32()
+    config.forget()
+    assert key_of("forward", problem, H200).precision == "tf32" and key_of("forward", PROBLEM, H200).precision is None
+    assert config.choose("forward", problem, H200).origin == "table"
+    with pytest.raises(ValueError, match="tune: expected IEEE products of float32.*got TF32"):
+        tuner.tune_kernel("forward", problem, lab)
+
+
+def test_quick_asks_for_the_tensors_own_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu, "of", lambda device: gpu.named("h100"))
+    with pytest.raises(RuntimeError, match="expected the tensors on the current device, cuda:0"):
+        first_call.from_tables("forward", PROBLEM, H200)
+
+
+def test_alone_nothing_is_sent(lab):
+    assert tuner.agreed(lambda: ["mine"], lab) == ["mine"]
+
+
+def test_the_record_has_the_key_of_its_problem(lab):
+    record = tuner.tune_kernel("forward", PROBLEM, lab, "table")
+    assert record.key == key_of("forward", PROBLEM, H200) and isinstance(lab.store, Cache)
+    assert record.static["shared_memory"] == 65536, "the lens looks at what no survey has seen"

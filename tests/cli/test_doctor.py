@@ -1,0 +1,164 @@
+"""The doctor finds what is planted, says how to mend it, and leaves no trace."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy
+import pytest
+import torch
+import triton
+
+from tritonattn.cli import doctor
+from tritonattn.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def sound(monkeypatch, tmp_path):
+    """A machine without a GPU where everything fits, whatever this one is."""
+    monkeypatch.setattr(doctor, "compiles", lambda: False)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(numpy, "__version__", "2.3.5")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    declare(monkeypatch)
+
+
+def declare(monkeypatch, *requirements):
+    """What torch's metadata asks for."""
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["filelock", *requirements])
+
+
+def found(name):
+    return next(finding for finding in doctor.findings() if finding.name == name)
+
+
+def old_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+
+
+def old_triton(monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+
+
+def other_triton_than_pinned(monkeypatch):
+    declare(monkeypatch, 'triton==3.7.1; platform_system == "Linux"')
+
+
+def no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
+def no_numpy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numpy", None)
+
+
+def new_numpy(monkeypatch):
+    monkeypatch.setattr(numpy, "__version__", "2.4.0")
+
+
+def unwritable_cache(monkeypatch):
+    monkeypatch.setattr(doctor, "compiles", lambda: True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+
+def full_disk(monkeypatch):
+    monkeypatch.setattr(doctor, "compiles", lambda: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+
+
+def test_a_sound_machine_is_well(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("all well\n") and "mend" not in out
+
+
+@pytest.mark.parametrize("plant, names, mend", [
+    (old_torch, ["torch"], "pip install --upgrade 'torch>=2.11'"),
+    (old_triton, ["triton"], "pip install 'triton>=3.6'"),
+    (other_triton_than_pinned, ["triton"], "pip install 'triton==3.7.1'"),
+    (no_triton, ["triton", "interpreter"], "pip install 'triton>=3.6'"),
+    (no_numpy, ["interpreter"], "pip install numpy"),
+    (new_numpy, ["interpreter"], "pip install 'numpy<2.4'"),
+    (unwritable_cache, ["cache"], "set TRITON_CACHE_DIR"),
+    (full_disk, ["cache"], "set TRITON_CACHE_DIR"),
+])
+def test_what_will_not_work_is_bad_and_has_a_mend(monkeypatch, capsys, plant, names, mend):
+    plant(monkeypatch)
+    bad = [finding for finding in doctor.findings() if finding.status == "bad"]
+    assert [finding.name for finding in bad] == names
+    assert bad[0].mend.startswith(mend)
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"mend: {mend}" in out and out.endswith(f"will not work: {', '.join(names)}\n")
+
+
+@pytest.mark.parametrize("requirement, pin", [
+    ('triton==3.7.1; platform_system == "Linux"', "triton==3.7.1"),
+    ('triton~=3.9.0; platform_system == "Linux" and python_version < "3.16"', "triton~=3.9.0"),
+    ('triton (==3.6.0) ; platform_system == "Linux"', "triton==3.6.0"),
+    ('triton-rocm==3.6.0; platform_system == "Linux"', "triton-rocm==3.6.0"),
+    ('triton==3.7.1; platform_system == "Windows"', None),
+    ('triton==3.5.1; platform_system == "Linux"', None),  # of a torch that is too old itself
+    ("tritonclient==2.0.0", None),
+])
+def test_the_triton_that_torch_declares(monkeypatch, requirement, pin):
+    declare(monkeypatch, requirement)
+    assert doctor.pinned_by_torch() == pin
+
+
+def test_a_torch_without_metadata_pins_nothing(monkeypatch):
+    def requires(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert doctor.pinned_by_torch() is None and found("triton").status == "ok"
+
+
+def test_a_patch_of_triton_does_not_matter(monkeypatch):
+    declare(monkeypatch, 'triton==3.7.1; platform_system == "Linux"')
+    monkeypatch.setattr(triton, "__version__", "3.7.0+git1234")
+    assert found("triton").status == "ok"
+
+
+def test_with_a_gpu_the_interpreter_is_not_needed(monkeypatch):
+    monkeypatch.setattr(doctor, "compiles", lambda: True)
+    new_numpy(monkeypatch)
+    assert found("interpreter").status == "note" and found("interpreter").mend
+
+
+def test_without_a_gpu_the_cache_is_not_needed(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert found("cache").status == "note" and found("cache").mend
+
+
+def test_a_gpu_is_described(monkeypatch):
+    monkeypatch.setattr(doctor, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(doctor.gpu, "of", lambda device: doctor.gpu.KNOWN["sm_90"])
+    assert found("gpu") == doctor.Finding("gpu", "2 x H200, sm_90, 227 KiB of shared memory")
+
+
+def test_looking_writes_nothing(tmp_path):
+    assert "still to be made" in found("cache").value
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_is_where_triton_keeps_it(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    assert found("cache").value.startswith(str(tmp_path / ".triton" / "cache"))
+
+
+def test_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [set(entry) for entry in listed] == [{"name", "value", "status", "mend"}] * len(listed)
+    names = [entry["name"] for entry in listed]
+    assert names[:5] == ["python", "tritonattn", "torch", "triton", "numpy"] and {"gpu", "interpreter", "cache"} <= {*names}

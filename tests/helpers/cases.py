@@ -1,0 +1,162 @@
+"""Problems with names: every feature alone, and every pair of features that can meet."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+
+from tests.helpers.tolerance import agree
+from tritonattn import Config, attention, config, reference
+
+TILES = Config(16, 32)
+LARGE_TILES = Config(32, 32)  # an interpreted step costs the same whatever its size
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes, arguments of `attention`, and how the tensors lie in memory."""
+
+    name: str = "plain"
+    batch: tuple = (1,)
+    heads: int = 1
+    kv_heads: int = 1
+    n_q: int = 40
+    n_k: int = 40
+    d: int = 16
+    dv: int = 16
+    causal: bool = False
+    window: tuple = (None, None)
+    align: str = "top_left"
+    scale: float | None = None
+    layout: str = "contiguous"
+    pairs: tuple = ()  # names of PAIRS
+
+    @property
+    def options(self):
+        return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale}
+
+    def given(self, dtype, device, seed=1):
+        """Bias and mask, as arguments of attention."""
+        rng = torch.Generator().manual_seed(seed)
+        sizes = {"batch": self.batch, "heads": (self.heads,), "n_q": (self.n_q,), "n_k": (self.n_k,)}
+        found = {}
+        for name in self.pairs:
+            shape = sum((sizes.get(size, (size,)) for size in PAIRS[name]), ())
+            x = torch.randn(shape, generator=rng)
+            found["mask" if "mask" in name else "bias"] = (x > -0.7).to(device) if "mask" in name else x.to(device, dtype)
+        return found
+
+    def tensors(self, dtype, device, seed=0, family="randn"):
+        """q, k, v in this case's layout, and cotangents for o and lse."""
+        rng = torch.Generator().manual_seed(seed)
+        q, k, v, do = (DRAW[family](shape, rng).to(dtype).to(device) for shape in (
+            (*self.batch, self.heads, self.n_q, self.d), (*self.batch, self.kv_heads, self.n_k, self.d),
+            (*self.batch, self.kv_heads, self.n_k, self.dv), (*self.batch, self.heads, self.n_q, self.dv)))
+        q, k, v = (LAYOUT[self.layout](x) for x in (q, k, v))
+        dlse = torch.randn(q.shape[:-1], generator=rng).to(device, torch.promote_types(dtype, torch.float32))
+        return q, k, v, LAYOUT[self.layout](do), dlse
+
+
+DRAW = {
+    "randn": lambda shape, rng: torch.randn(shape, generator=rng),
+    "uniform": lambda shape, rng: torch.rand(shape, generator=rng),
+    "mean-shifted": lambda shape, rng: torch.randn(shape, generator=rng) + 1,
+    "saturated": lambda shape, rng: (torch.randn(shape, generator=rng) * 4).clamp(-9, 9),
+    "outliers": lambda shape, rng: (torch.randn(shape, generator=rng)
+                                    + 10 * torch.randn(shape, generator=rng) * (torch.rand(shape, generator=rng) < 0.001)),
+}
+
+
+def _padded(x, left, right):
+    """x inside a larger tensor whose rows begin at an odd offset; what lies around it is nan."""
+    around = x.new_full((*x.shape[:-1], left + x.shape[-1] + right), torch.nan)
+    around[..., left:left + x.shape[-1]] = x
+    return around[..., left:left + x.shape[-1]]
+
+
+LAYOUT = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(-3, -2).contiguous().transpose(-3, -2),
+    "columns": lambda x: x.mT.contiguous().mT,
+    "offset": lambda x: _padded(x, 1, 2),
+    "expanded": lambda x: x[..., :1, :, :].expand(x.shape),
+    "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2].repeat_interleave(2, -2)[..., ::2, :],
+}
+
+# shapes of what is given for each pair
+PAIRS = {"bias": ("batch", "heads", "n_q", "n_k"), "key-bias": ("n_k",), "head-bias": ("heads", "n_q", "n_k"),
+         "mask": ("n_q", "n_k"), "key-mask": ("batch", 1, 1, "n_k")}
+
+# of each group a case has one feature at most; each feature must differ from the plain case
+FEATURES = {
+    "mask": {
+        "causal": {"causal": True},
+        "bottom-right": {"causal": True, "align": "bottom_right"},
+        "left": {"window": (5, None)},
+        "right": {"window": (None, 3)},
+        "window": {"window": (7, 4)},
+        "window-bottom-right": {"window": (20, 0), "align": "bottom_right"},
+    },
+    "heads": {"two-heads": {"heads": 2, "kv_heads": 2}, "gqa": {"heads": 4, "kv_heads": 2}, "mqa": {"heads": 3}},
+    "lengths": {
+        "ragged": {"n_q": 33, "n_k": 33},
+        "more-keys": {"n_q": 17, "n_k": 50},
+        "more-queries": {"n_q": 50, "n_k": 17},
+        "one-query": {"n_q": 1},
+        "one-key": {"n_k": 1},
+        "whole-tiles": {"n_q": 32, "n_k": 64},
+    },
+    "sizes": {"d24": {"d": 24}, "split": {"d": 40, "dv": 72}, "narrow": {"d": 1, "dv": 3}, "dv": {"dv": 32}},
+    "scale": {"negative": {"scale": -0.7}, "zero": {"scale": 0.0}, "large": {"scale": 3.0}},
+    "layout": {name: {"layout": name} for name in LAYOUT if name not in ("contiguous", "expanded")},
+    "expanded": {"expanded": {"layout": "expanded", "heads": 2, "kv_heads": 2}},
+    "pairs": {"bias": {"pairs": ("bias",)}, "key-bias-mask": {"pairs": ("key-bias", "mask")},
+              "key-mask": {"pairs": ("key-mask",)}},
+    "batch": {"two-batches": {"batch": (2,)}, "batch-of-batches": {"batch": (2, 1, 2)}},
+}
+
+
+def _all():
+    plain = Case()
+    yield plain
+    for features in FEATURES.values():
+        for name, change in features.items():
+            yield replace(plain, name=name, **change)
+    for one, other in itertools.combinations(FEATURES.values(), 2):
+        for (a, first), (b, second) in itertools.product(one.items(), other.items()):
+            if not set(first) & set(second):
+                yield replace(plain, name=f"{a}+{b}", **first, **second)
+
+
+CASES = {case.name: case for case in _all()}
+SINGLE = {name: case for name, case in CASES.items() if "+" not in name}
+
+
+def results(function, q, k, v, do, dlse, **options):
+    """o, lse and the gradients of q, k, v and the bias. Rows that see nothing have no gradient through lse."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    if options.get("bias") is not None:
+        options["bias"] = options["bias"].detach().requires_grad_()
+    o, lse = function(*leaves, return_lse=True, **options)
+    cotangents = do.to(o.dtype), torch.where(lse.isfinite(), dlse, 0).to(lse.dtype)
+    leaves += [options["bias"]] if options.get("bias") is not None else []
+    return o, lse, *torch.autograd.grad((o, lse), leaves, cotangents)
+
+
+def check(case, dtype, device, family="randn", tiles=TILES):
+    """Every result of one case, by the rule of `closeness`; with the config that ships if `tiles` is None."""
+    tensors, given = case.tensors(dtype, device, family=family), case.given(dtype, device)
+
+    def in_dtype(dtype):
+        pairs = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in given.items()}
+        return results(reference.attention, *(x.to(dtype) for x in tensors), **case.options, **pairs)
+
+    with config.pinned(tiles):
+        ours = results(attention, *tensors, **case.options, **given)
+    exact, torchs = in_dtype(torch.float64), in_dtype(dtype)
+    # lse is float32 whatever the inputs are: measure it against float32 arithmetic
+    wide = torch.promote_types(dtype, torch.float32)
+    agree("lse", ours[1], in_dtype(wide)[1], exact[1], wide)
+    for name, mine, theirs, true in zip(("o", "lse", "dq", "dk", "dv", "dbias"), ours, torchs, exact):
+        if name != "lse":
+            agree(name, mine, theirs, true, dtype)

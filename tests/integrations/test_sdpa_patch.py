@@ -1,0 +1,1037 @@
+"""The swap: every known trap of taking torch's place, each held against torch's own result and against the counts."""
+
+import contextlib
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
+from torch.nn.functional import scaled_dot_product_attention as imported_before
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError, checkpoint
+
+import tritonattn
+from tritonattn.gpu import Gpu
+from tritonattn.integrations import dispatch_log, sdpa_patch
+
+pytestmark = [pytest.mark.usefixtures("off_and_uncounted"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
+    ".*torch.jit.script", "There is a performance drop", "The PyTorch API of nested tensors", "Lower right causal bias",
+    ".*Profiler clears events", "`?torch.jit", "tritonattn does not serve"))]
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def kept_by_a_closure():
+    kept = imported_before
+    return lambda *args, **options: kept(*args, **options)
+
+
+CLOSURE = kept_by_a_closure()
+CALLERS = {
+    "attribute": lambda *args, **options: F.scaled_dot_product_attention(*args, **options),
+    "imported": lambda *args, **options: imported_before(*args, **options),
+    "closure": CLOSURE,
+}
+
+
+def torchs(*args, **options):
+    """torch's own; under a name in this module it would be swapped too."""
+    return sdpa_patch.TORCHS(*args, **options)
+
+
+def qkv(device, n_q=6, n_k=6, heads=2, kv_heads=None, d=8, dtype=torch.float32):
+    shapes = (1, heads, n_q, d), (1, kv_heads or heads, n_k, d), (1, kv_heads or heads, n_k, d)
+    return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def with_gradients(function, inputs, *args, **options):
+    out = function(*inputs, *args, **options)
+    return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
+def counts():
+    found = tritonattn.report()
+    return found.served, found.passed
+
+
+def tallied(served=0, **passed):
+    return served, passed
+
+
+def served_alone():
+    return counts()[0] and not counts()[1]
+
+
+# on and off
+
+
+def kernels():
+    """What the dispatcher has for every operator that a route may replace."""
+    names = [f"_scaled_dot_product_{kind}{way}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention",
+             "flash_attention_for_cpu") for way in ("", "_backward")]
+    return [torch._C._dispatch_dump(f"aten::{name}") for name in [*names, "_native_multi_head_attention"]]
+
+
+def test_everything_is_put_back():
+    before = kernels()
+    kept = vars(CausalBias)["__torch_function__"]
+    for fast_path in (False, True):
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        tritonattn.enable()
+        assert F.scaled_dot_product_attention is imported_before is sdpa_patch.scaled_dot_product_attention
+        assert torch.backends.mha.get_fastpath_enabled() == fast_path and kernels() != before
+        tritonattn.enable()
+        tritonattn.disable()
+        assert F.scaled_dot_product_attention is imported_before is torch._C._nn.scaled_dot_product_attention
+        assert vars(CausalBias)["__torch_function__"] is kept and kernels() == before
+        tritonattn.disable()
+        assert torch.backends.mha.get_fastpath_enabled() is fast_path
+
+
+def is_on():
+    assert (imported_before is sdpa_patch.TORCHS) is (F.scaled_dot_product_attention is sdpa_patch.TORCHS)
+    return F.scaled_dot_product_attention is sdpa_patch.scaled_dot_product_attention
+
+
+def test_blocks_nest_and_restore_what_was():
+    with pytest.raises(KeyError), tritonattn.swapped():
+        with tritonattn.swapped():
+            assert is_on()
+        assert is_on()
+        raise KeyError
+    assert not is_on()
+    tritonattn.enable()
+    with tritonattn.swapped():
+        pass
+    assert is_on()
+    with tritonattn.swapped():
+        tritonattn.disable()
+        assert not is_on()
+    assert not is_on()
+    with tritonattn.swapped():
+        tritonattn.enable()
+    assert is_on()
+
+
+def test_blocks_overlap_in_threads():
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with tritonattn.swapped():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with tritonattn.swapped():
+        thread.start()
+        assert entered.wait(10)
+    assert is_on(), "the other thread's block is still open"
+    leave.set()
+    thread.join()
+    assert not is_on()
+
+
+def test_threads_that_call_and_switch():
+    x = torch.empty(1, 1, 4, 8, device="meta")
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            with tritonattn.swapped():
+                F.scaled_dot_product_attention(x, x, x)
+                if not is_on():
+                    wrong.append("off inside a block")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and not is_on()
+    assert counts() == tallied(**{"device meta": 400})
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_child_can_count():
+    holds, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with dispatch_log.LOCK:
+            holds.set()
+            leave.wait(0.2)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert holds.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if dispatch_log.LOCK.acquire(timeout=5) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+
+
+def test_somebody_elses_function_is_left_alone(device, monkeypatch):
+    def theirs(*args, **options):
+        return torchs(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", theirs)
+        with pytest.raises(RuntimeError, match="expected torch's own function, got <function .*theirs"):
+            tritonattn.enable()
+        with pytest.raises(RuntimeError), tritonattn.swapped():
+            pass
+        assert F.scaled_dot_product_attention is theirs and torch.backends.mha.get_fastpath_enabled()
+    tritonattn.enable()
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", theirs)
+        tritonattn.disable()
+        assert F.scaled_dot_product_attention is theirs and imported_before is sdpa_patch.TORCHS
+    assert F.scaled_dot_product_attention is sdpa_patch.scaled_dot_product_attention, "put back by them, after we were gone"
+    q, k, v = qkv(device, 4, 6)
+    bias = causal_lower_right(4, 6)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v, bias), torchs(q, k, v, bias._materialize(device)))
+    assert counts() == tallied()
+    with tritonattn.swapped():
+        assert is_on()
+    assert not is_on()
+
+
+def test_a_name_imported_while_on_goes_back_and_a_kept_function_passes_on(device):
+    q, k, v = qkv(device)
+    module = types.ModuleType("imported_while_on")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        with tritonattn.swapped():
+            exec("from torch.nn.functional import scaled_dot_product_attention as mine", vars(module))
+            kept = module.mine
+            assert pickle.loads(pickle.dumps(kept)) is kept is sdpa_patch.scaled_dot_product_attention
+        assert module.mine is sdpa_patch.TORCHS
+    assert torch.equal(kept(q, k, v), torchs(q, k, v)) and counts() == tallied()
+
+
+# served
+
+
+@pytest.mark.parametrize("caller", ["attribute", "imported"])
+@pytest.mark.parametrize("options", [
+    {}, {"is_causal": True}, {"scale": 0.3}, {"kv_heads": 1}, {"kv_heads": 2, "heads": 4, "enable_gqa": True},
+    {"n_q": 4, "is_causal": True}, {"n_k": 3, "is_causal": True},
+], ids=str)
+def test_served_as_torch_would(caller, options, device):
+    inputs = qkv(device, **{name: options.pop(name) for name in ("heads", "kv_heads", "n_q", "n_k") if name in options})
+    with tritonattn.swapped():
+        ours = with_gradients(CALLERS[caller], inputs, **options)
+    assert counts() == tallied(served=1)
+    close(ours, with_gradients(torchs, inputs, **options))
+
+
+MASKS = {
+    "bool": lambda: torch.rand(6, 6) > 0.3,
+    "padding": lambda: (torch.arange(6) < 4)[None, None, None],
+    "bias": lambda: torch.randn(1, 2, 6, 6),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_are_not_ignored(mask, device):
+    inputs, mask = qkv(device), MASKS[mask]().to(device)
+    if mask.is_floating_point():
+        mask.requires_grad_()
+    with tritonattn.swapped():
+        ours = F.scaled_dot_product_attention(*inputs, mask)
+    assert counts() == tallied(served=1)
+    theirs = torchs(*inputs, mask)
+    close(ours, theirs)
+    inputs = [x for x in (*inputs, mask) if x.requires_grad]
+    close(torch.autograd.grad(ours.square().sum(), inputs), torch.autograd.grad(theirs.square().sum(), inputs))
+
+
+def test_dropout_is_not_ignored(device):
+    inputs = qkv(device)
+    with tritonattn.swapped():
+        assert (F.scaled_dot_product_attention(*inputs, None, 1.0) == 0).all()
+        torch.manual_seed(0)
+        once = F.scaled_dot_product_attention(*inputs, None, 0.5)
+        torch.manual_seed(0)
+        assert torch.equal(F.scaled_dot_product_attention(*inputs, dropout_p=0.5), once)
+    assert counts() == tallied(served=3) and not torch.equal(once, torchs(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype, device):
+    q, k, v = qkv(device)
+    with tritonattn.swapped(), torch.autocast(device.type, dtype):
+        ours = F.scaled_dot_product_attention(q, k.to(dtype), v)
+    assert ours.dtype == dtype and counts() == tallied(served=1)
+    with torch.autocast(device.type, dtype):
+        torch.testing.assert_close(ours, torchs(q, k, v), atol=3e-2, rtol=3e-2)
+    ours.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
+def test_vmap_over_forward_and_backward(device):
+    inputs = [torch.randn(3, 2, n, 8, device=device) for n in (4, 6, 6)]
+
+    def gradients(function):
+        return torch.vmap(torch.func.grad(lambda *qkv: function(*qkv).square().sum(), argnums=(0, 1, 2)))(*inputs)
+
+    with tritonattn.swapped():
+        close(torch.vmap(F.scaled_dot_product_attention)(*inputs), torchs(*inputs))
+        ours = gradients(F.scaled_dot_product_attention)
+    assert counts() == tallied(served=2)
+    close(ours, gradients(torchs))
+
+
+# passed on
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+def plain(device, *lengths, **options):
+    return [x.detach() for x in qkv(device, *lengths, **options)]
+
+
+CALLS = {
+    "type Mine": lambda device: ([x.as_subclass(Mine) for x in plain(device)], {}),
+    "type NestedTensor": lambda device: ([torch.nested.nested_tensor([*x], layout=torch.jagged).transpose(1, 2) for x in (
+        x.transpose(1, 2) for x in plain(device))], {}),
+    "nested": lambda device: ([torch.nested.nested_tensor([*x]) for x in plain(device)], {}),
+    "device meta": lambda device: (plain("meta"), {}),
+    "dtype torch.float64": lambda device: (plain(device, dtype=torch.float64), {}),
+    "head size": lambda device: (plain(device, d=520), {}),
+    "scale": lambda device: (plain(device), {"scale": torch.inf}),
+}
+
+
+@pytest.mark.parametrize("why", CALLS)
+def test_passed_on_with_its_reason(why, device, monkeypatch):
+    monkeypatch.setattr(sdpa_patch, "SERVED_DTYPES", tuple(dtype for dtype in sdpa_patch.SERVED_DTYPES if dtype != torch.float64))
+    inputs, options = CALLS[why](device)
+    with tritonattn.swapped():
+        ours = F.scaled_dot_product_attention(*inputs, **options)
+    theirs = torchs(*inputs, **options)
+    assert counts() == tallied(**{why: 1}) and type(ours) is type(theirs)
+    if not ours.is_meta:
+        for one, other in zip(ours.unbind(), theirs.unbind()):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture
+def mesh():
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_dtensors_are_torchs_with_their_gradients(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def sharded(function):
+        inputs = [distribute_tensor(x, mesh, [Shard(1)]).requires_grad_() for x in given]
+        out = function(*inputs, scale=0.3)
+        assert out.placements == (Shard(1),)
+        return out.to_local(), *(x.to_local() for x in torch.autograd.grad(out.sum(), inputs))
+
+    given = plain("cpu")
+    with tritonattn.swapped(), sdpa_kernel(SDPBackend.MATH):
+        ours = sharded(F.scaled_dot_product_attention)
+    assert counts() == tallied(**{"type DTensor": 1})
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = sharded(torchs)
+    for one, other in zip(ours, theirs):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_tensors_are_torchs_with_their_gradients(layout, device):
+    # the kind of before must be contiguous, the other has its lengths in the second dimension
+    given = [[torch.randn(2, n, 8, device=device) for n in (3, 5)] for _ in range(3)]
+    given = [[x.transpose(0, 1).contiguous() if layout == torch.jagged else x for x in xs] for xs in given]
+
+    def nested(function):
+        inputs = [torch.nested.nested_tensor(x, layout=layout, requires_grad=True) for x in given]
+        out = function(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2) if layout == torch.jagged else function(*inputs)
+        total = sum(x.square().sum() for x in out.unbind())
+        return [*out.unbind(), *(x for gradient in torch.autograd.grad(total, inputs) for x in gradient.unbind())]
+
+    with tritonattn.swapped():
+        ours = nested(F.scaled_dot_product_attention)
+    assert counts() == tallied(**{"type NestedTensor" if layout == torch.jagged else "nested": 1})
+    for one, other in zip(ours, nested(torchs)):
+        assert torch.equal(one, other)
+
+
+def test_devices_are_judged(monkeypatch):
+    x = torch.ones(1, 1, 2, 8)
+    monkeypatch.setattr(sdpa_patch, "SERVED_DEVICES", ("cuda",))
+    with tritonattn.swapped():
+        F.scaled_dot_product_attention(x, x, x)
+    assert counts() == tallied(**{"device cpu": 1})
+    monkeypatch.setattr(sdpa_patch.gpu, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for arch, old in (("sm_75", True), ("sm_80", False), ("sm_120", False), ("gfx942", False)):
+        monkeypatch.setattr(sdpa_patch.gpu, "of", lambda device, arch=arch: Gpu("some", arch, 1, 1))
+        assert sdpa_patch._is_too_old(0) is old
+
+
+def test_sdpa_kernel_is_obeyed(device):
+    inputs = qkv(device)
+    compiled = torch.compile(CALLERS["attribute"], backend="aot_eager", fullgraph=True)
+    with tritonattn.swapped():
+        with sdpa_kernel(SDPBackend.MATH):
+            assert torch.equal(F.scaled_dot_product_attention(*inputs), torchs(*inputs))
+            compiled(*inputs)
+        assert counts() == tallied(sdpa_kernel=2)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            F.scaled_dot_product_attention(*inputs)
+    assert counts() == tallied(served=1, sdpa_kernel=2)
+
+
+def test_derivatives_that_only_torch_has(device):
+    q, k, v = qkv(device)
+    with tritonattn.swapped(), sdpa_kernel(SDPBackend.MATH):
+        out, tangent = torch.func.jvp(lambda q: F.scaled_dot_product_attention(q, k, v), (q,), (q,))
+        first, = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), q, create_graph=True)
+        assert torch.autograd.grad(first.sum(), q)[0].isfinite().all() and tangent.shape == out.shape
+    assert counts() == tallied(**{"sdpa_kernel": 1, "forward-mode derivative": 1})
+    with tritonattn.swapped():
+        first, = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v).square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError, match="at most first derivatives"):
+            first.sum().backward()
+
+
+MALFORMED = {
+    "no dimension": lambda q: ((q[0, 0, 0, 0],) * 3, {}),
+    "one dimension": lambda q: ((q[0, 0, 0],) * 3, {}),
+    "a missing tensor": lambda q: ((q, q, None), {}),
+    "dtypes": lambda q: ((q, q.half(), q), {}),
+    "head sizes": lambda q: ((q, q[..., :4], q), {}),
+    "heads": lambda q: ((q, q.repeat(1, 2, 1, 1), q.repeat(1, 2, 1, 1)), {}),
+    "positions": lambda q: ((q, q, q, None, 0.0, False, 0.5), {}),
+    "a learned scale": lambda q: ((q, q, q), {"scale": torch.tensor(1.0, requires_grad=True)}),
+    "an unknown argument": lambda q: ((q, q, q), {"window": 3}),
+    "mask and is_causal": lambda q: ((q, q, q, torch.ones(6, 6, dtype=torch.bool, device=q.device), 0.0, True), {}),
+    "dtype of the mask": lambda q: ((q, q, q, torch.ones(6, 6, dtype=torch.long, device=q.device)), {}),
+    "dropout": lambda q: ((q, q, q, None, 1.5), {}),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_errors_are_of_torchs_type(name, device):
+    args, options = MALFORMED[name](torch.randn(2, 2, 6, 8, device=device))
+    # torch's kernel for the CPU lets a mask and is_causal pass
+    with pytest.raises(Exception) as theirs, sdpa_kernel(SDPBackend.MATH):
+        torchs(*args, **options)
+    with tritonattn.swapped(), pytest.raises(theirs.type):
+        F.scaled_dot_product_attention(*args, **options)
+    assert counts() == tallied()
+
+
+# torch's own users of the function
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("bias", [causal_lower_right, causal_upper_left])
+@pytest.mark.parametrize("n_q, n_k", [(4, 6), (6, 6), (6, 4)])
+def test_causal_bias(bias, n_q, n_k, caller, device):
+    inputs, bias = qkv(device, n_q, n_k), bias(n_q, n_k)
+    with tritonattn.swapped():
+        ours = with_gradients(CALLERS[caller], inputs, bias)
+    assert counts() == tallied(served=1)
+    close(ours, with_gradients(torchs, inputs, bias._materialize(device)))
+
+
+def test_causal_bias_that_is_no_plain_bottom_right(device):
+    q, k, v = plain(device, 4, 6, heads=4, kv_heads=2)
+    bias = causal_lower_right(4, 6)
+    with tritonattn.swapped():
+        with pytest.raises(ValueError):
+            F.scaled_dot_product_attention(q, k, v, bias, is_causal=True, enable_gqa=True)
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v, bias)
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v, causal_lower_right(3, 6), enable_gqa=True)
+        ours = F.scaled_dot_product_attention(q, k, v, bias, scale=0.3, enable_gqa=True)
+        with sdpa_kernel(SDPBackend.MATH):
+            passed = F.scaled_dot_product_attention(q, k, v, bias, scale=0.3, enable_gqa=True)
+        # to torch the upper-left one is is_causal, whatever its size
+        upper_left = F.scaled_dot_product_attention(q, k, v, causal_upper_left(3, 3), enable_gqa=True)
+        assert (F.scaled_dot_product_attention(q, k, v, bias, 1.0, enable_gqa=True) == 0).all()
+    assert counts() == tallied(served=3, sdpa_kernel=1)
+    for out in (ours, passed):
+        close(out, torchs(q, k, v, bias._materialize(device), scale=0.3, enable_gqa=True))
+    close(upper_left, torchs(q, k, v, is_causal=True, enable_gqa=True))
+
+
+def outputs(module, *args, **options):
+    """A module's first result, and the gradients of its parameters where it has any now."""
+    out = module(*args, **options)
+    out = out[0] if isinstance(out, tuple) else out
+    return (out, *torch.autograd.grad(out.square().sum(), tuple(module.parameters()))) if out.requires_grad else (out,)
+
+
+def make(kind, device):
+    torch.manual_seed(0)
+    options = {"dropout": 0.0, "batch_first": True, "device": device}
+    return nn.MultiheadAttention(16, 2, **options) if kind == "mha" else nn.TransformerEncoderLayer(16, 2, 32, **options)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["mha", "encoder layer"])
+def test_multi_head_attention(kind, training, grad, device):
+    module, x = make(kind, device).train(training), torch.randn(2, 6, 16, device=device)
+    args, options = ((x, x, x), {"need_weights": False}) if kind == "mha" else ((x,), {})
+    with torch.set_grad_enabled(grad):
+        theirs = outputs(module, *args, **options)
+        with tritonattn.swapped():
+            ours = outputs(module, *args, **options)
+    assert counts() == tallied(served=1)
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_attention_weights_are_torchs(training, device):
+    module, x = make("mha", device).train(training), torch.randn(2, 6, 16, device=device)
+    with torch.no_grad():
+        theirs = module(x, x, x, need_weights=True)
+        with tritonattn.swapped():
+            ours = module(x, x, x, need_weights=True)
+    assert counts() == tallied()
+    close(ours, theirs)
+
+
+def test_multi_head_attention_with_masks(device):
+    module, x = make("mha", device).eval(), torch.randn(2, 6, 16, device=device)
+    padding = torch.arange(6, device=device) >= torch.tensor([[4], [6]], device=device)
+    future = torch.ones(6, 6, dtype=torch.bool, device=device).triu(1)
+    options = {"need_weights": False, "key_padding_mask": padding, "attn_mask": future}
+    with torch.no_grad():
+        theirs = module(x, x, x, **options)[0]
+        with tritonattn.swapped():
+            ours = module(x, x, x, **options)[0]
+    assert counts() == tallied(served=1)
+    close(ours, theirs)
+
+
+MASKS_OF_LAYERS = {
+    "none": (False, False), "padding": (True, False), "future": (False, True), "both": (True, True),
+}
+
+
+@pytest.mark.parametrize("masks", MASKS_OF_LAYERS)
+@pytest.mark.parametrize("norm_first, activation", [(False, "relu"), (True, "gelu")])
+def test_the_fast_path_of_a_layer_is_ours(norm_first, activation, masks, device):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation=activation, norm_first=norm_first, batch_first=True, device=device)
+    x, layer = torch.randn(2, 6, 16, device=device), layer.eval()
+    for norm in (layer.norm1, layer.norm2):
+        nn.init.normal_(norm.weight)
+    padded, future = MASKS_OF_LAYERS[masks]
+    padding = torch.arange(6, device=device) >= torch.tensor([[4], [6]], device=device) if padded else None
+    mask = torch.ones(6, 6, dtype=torch.bool, device=device).triu(1) if future else None
+    with torch.no_grad():
+        theirs = layer(x, mask, padding)
+        with tritonattn.swapped():
+            close(layer(x, mask, padding), theirs)
+            assert counts() == tallied(served=1)
+            with sdpa_kernel(SDPBackend.MATH):
+                assert torch.equal(layer(x, mask, padding), theirs)
+    assert counts() == tallied(served=1, sdpa_kernel=1)
+
+
+def test_the_fast_path_without_a_module(device):
+    """Calls of the operators as nn.MultiheadAttention never makes them."""
+    module, x = make("mha", device).eval().requires_grad_(False), torch.randn(2, 6, 16, device=device)
+    weights = module.in_proj_weight, module.in_proj_bias, module.out_proj.weight, module.out_proj.bias
+    future = torch.ones(6, 6, dtype=torch.bool, device=device).triu(1)
+
+    def outcomes():
+        return [torch._native_multi_head_attention(x, x, x, 16, 2, *weights)[1],
+                torch._native_multi_head_attention(x, x.clone(), x, 16, 2, *weights, None, False)[0],
+                torch._native_multi_head_attention(x, x, x, 16, 2, *weights, future, False, True, 0)[0]]
+
+    theirs = outcomes()
+    with tritonattn.swapped():
+        ours = outcomes()
+    assert counts() == tallied(served=1)
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["mha", "encoder layer"])
+def test_modules_take_nested_tensors(kind, device):
+    module = make(kind, device).eval()
+    x = torch.nested.nested_tensor([torch.randn(n, 16, device=device) for n in (3, 5)])
+    args, options = ((x, x, x), {"need_weights": False}) if kind == "mha" else ((x,), {})
+    with torch.no_grad():
+        theirs = outputs(module, *args, **options)[0]
+        with tritonattn.swapped():
+            ours = outputs(module, *args, **options)[0]
+    for one, other in zip(ours.unbind(), theirs.unbind()):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_an_encoder_with_padding(grad, device):
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(make("encoder layer", device), 2, nn.LayerNorm(16, device=device)).eval()
+    x = torch.randn(2, 6, 16, device=device)
+    padding = torch.arange(6, device=device) >= torch.tensor([[4], [6]], device=device)
+    with torch.set_grad_enabled(grad):
+        theirs = outputs(encoder, x, src_key_padding_mask=padding)
+        with tritonattn.swapped():
+            ours = outputs(encoder, x, src_key_padding_mask=padding)
+    # where no gradient is needed torch makes a nested tensor of it
+    assert counts() == tallied(served=2 if grad else 0)
+    close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant, device):
+    inputs = qkv(device)
+    with tritonattn.swapped():
+        out = checkpoint(CALLERS["attribute"], *inputs, use_reentrant=reentrant)
+        out.square().sum().backward()
+    # the other kind leaves the function, by an exception, once it has what it wants
+    assert counts() == tallied(served=2 if reentrant else 1)
+    close([x.grad for x in inputs], with_gradients(torchs, inputs)[1:])
+
+
+def test_a_checkpoint_whose_backward_comes_too_late_is_an_error(device):
+    with tritonattn.swapped():
+        out = checkpoint(CALLERS["attribute"], *qkv(device), use_reentrant=False)
+    with pytest.raises(CheckpointError):
+        out.sum().backward()
+
+
+# compiled
+
+
+@pytest.mark.parametrize("caller, first", [("attribute", "on"), ("attribute", "off"), ("imported", "off")])
+def test_a_compiled_function_follows_the_swap(caller, first, device):
+    inputs, seen = qkv(device), []
+    compiled = torch.compile(CALLERS[caller], backend="aot_eager", fullgraph=True)
+    expected = with_gradients(torchs, inputs)
+    for on in [first == "on", first != "on"] * 2:
+        with tritonattn.swapped() if on else contextlib.nullcontext():
+            seen.append(runs_ours(lambda: close(with_gradients(compiled, inputs), expected)))
+    assert seen == [first == "on", first != "on"] * 2 and counts() == tallied(served=1), "compiled once, then found again"
+
+
+def test_inductor_follows_the_swap(device):
+    inputs, compiled = plain(device), torch.compile(CALLERS["attribute"], fullgraph=True)
+    for on in (False, True, False):
+        with tritonattn.swapped() if on else contextlib.nullcontext():
+            assert runs_ours(lambda: close(compiled(*inputs), torchs(*inputs))) is on
+
+
+def runs_ours(function):
+    """Whether our op runs in it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return any(event.key.startswith("tritonattn::") for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("kind", ["mha", "encoder layer"])
+def test_a_compiled_module_follows_the_swap(kind, device):
+    module, x = make(kind, device).eval(), torch.randn(2, 6, 16, device=device)
+    args, options = ((x, x, x), {"need_weights": False}) if kind == "mha" else ((x,), {})
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.no_grad():
+        expected = outputs(module, *args, **options)
+        for on in (False, True, False, True):
+            with tritonattn.swapped() if on else contextlib.nullcontext():
+                assert runs_ours(lambda: close(outputs(compiled, *args, **options), expected)) is on
+    assert served_alone()
+
+
+def test_compiled_causal_bias(device):
+    inputs = plain(device, 4, 6)
+    compiled = torch.compile(CALLERS["attribute"], backend="aot_eager", fullgraph=True)
+    with tritonattn.swapped():
+        for bias in (causal_lower_right(4, 6), causal_upper_left(4, 6)):
+            close(compiled(*inputs, bias), torchs(*inputs, bias._materialize(device)))
+    assert counts() == tallied(served=2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_keeps_what_it_was_exported_with(strict, device):
+    class Module(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    inputs = plain(device)
+    theirs = torch.export.export(Module(), tuple(inputs), strict=strict)
+    with tritonattn.swapped():
+        ours = torch.export.export(Module(), tuple(inputs), strict=strict)
+        assert not runs_ours(lambda: theirs.module()(*inputs))
+    assert runs_ours(lambda: close(ours.module()(*inputs), torchs(*inputs, is_causal=True)))
+    assert served_alone()
+
+
+def test_make_fx_finds_our_op(device):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    inputs = plain(device)
+    with tritonattn.swapped():
+        graphs = [make_fx(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), tracing_mode=mode)(*inputs)
+                  for mode in ("real", "symbolic")]
+    for graph in graphs:
+        assert torch.ops.tritonattn.forward.default in {node.target for node in graph.graph.nodes}
+        close(graph(*inputs), torchs(*inputs, is_causal=True))
+    assert served_alone()
+
+
+def test_compiled_autograd(device):
+    inputs = qkv(device)
+
+    @torch.compile(backend="aot_eager")
+    def step(*inputs):
+        loss = F.scaled_dot_product_attention(*inputs, is_causal=True).square().sum()
+        loss.backward()
+        return loss
+
+    with tritonattn.swapped(), torch._dynamo.config.patch(compiled_autograd=True):
+        assert runs_ours(lambda: step(*inputs))
+    close([x.grad for x in inputs], with_gradients(torchs, inputs, is_causal=True)[1:])
+
+
+def is_off_and_swaps(queue):
+    start = F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+    with tritonattn.swapped():
+        queue.put((start, F.scaled_dot_product_attention is sdpa_patch.scaled_dot_product_attention))
+
+
+def test_a_spawned_process_starts_with_the_swap_off():
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    with tritonattn.swapped():
+        child = context.Process(target=is_off_and_swaps, args=(queue,))
+        child.start()
+        child.join(120)
+    assert child.exitcode == 0 and queue.get() == (True, True)
+
+
+class Causal(nn.Module):
+    def forward(self, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_package_of_aotinductor(device, tmp_path):
+    inputs = tuple(plain(device))
+    with tritonattn.swapped():
+        exported = torch.export.export(Causal(), inputs)
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "causal.pt2"))
+    packaged = torch._inductor.aoti_load_package(path)
+    assert runs_ours(lambda: close(packaged(*inputs), torchs(*inputs, is_causal=True)))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_forward_and_backward(device):
+    q, k, v = qkv(device, 128, 128, heads=4, d=64, dtype=torch.float16)
+    mask = torch.randn(128, 128, device=device, dtype=torch.float16, requires_grad=True)
+    inputs = q, k, v, mask
+
+    def step():
+        out = F.scaled_dot_product_attention(q, k, v, mask, 0.25)
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    with tritonattn.swapped():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for seed in (0, 1):
+            with torch.no_grad():
+                q.copy_(torch.randn_like(q))
+            torch.manual_seed(seed)
+            graph.replay()
+            found = [x.clone() for x in captured]
+            torch.manual_seed(seed)
+            for one, other in zip(found, step()):
+                assert torch.equal(one, other)
+    assert served_alone()
+
+
+class Zeros(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] * 0 if func is sdpa_patch.TORCHS else func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_function_mode_has_its_say(compiled, device):
+    inputs = plain(device)
+    function = torch.compile(CALLERS["attribute"], backend="aot_eager", fullgraph=True) if compiled else CALLERS["attribute"]
+    with tritonattn.swapped():
+        with torch.device("cpu"):  # a mode too
+            close(function(*inputs), torchs(*inputs))
+        assert counts() == tallied(served=1)
+        with Zeros():
+            assert (function(*inputs) == 0).all()
+    with Zeros():
+        assert (function(*inputs) == 0).all()
+    assert counts() == (tallied(served=1, **{"function mode in compiled code": 1}) if compiled else tallied(served=1))
+
+
+TABLE = {F.scaled_dot_product_attention: "attention"}  # built before the swap, keyed by torch's function
+
+
+class Told(TorchFunctionMode):
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(TABLE.get(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_and_subclasses_are_told_of_torchs_function(device):
+    inputs, outer, inner = plain(device), [], []
+
+    class Handled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return TABLE[func] if func in TABLE else super().__torch_function__(func, types, args, kwargs)
+
+    with tritonattn.swapped():
+        with Told(outer), torch.device(device), Told(inner):
+            close(F.scaled_dot_product_attention(*inputs, is_causal=True), torchs(*inputs, is_causal=True))
+            bias = causal_lower_right(6, 6)
+            close(F.scaled_dot_product_attention(*inputs, bias), torchs(*inputs, is_causal=True))
+            assert torch.overrides._len_torch_function_stack() == 3
+            with pytest.raises(RuntimeError):
+                F.scaled_dot_product_attention(*inputs, is_causal=True, dropout_p=2.0)
+            assert [type(mode) for mode in torch.overrides._get_current_function_mode_stack()][::2] == [Told, Told]
+        assert F.scaled_dot_product_attention(*(x.as_subclass(Handled) for x in inputs)) == "attention"
+    assert outer.count("attention") >= 4 and inner.count("attention") >= 4 and counts()[0] == 2
+
+
+def test_scripting_is_refused_aloud_and_works_when_off():
+    def function(q: torch.Tensor):
+        return F.scaled_dot_product_attention(q, q, q)
+
+    with tritonattn.swapped(), pytest.raises(torch.jit.frontend.NotSupportedError):
+        torch.jit.script(function)
+    torch.jit.script(function)
+
+
+def test_tracing_keeps_torchs_function(tmp_path, device):
+    q, k, v = plain(device)
+    with tritonattn.swapped():
+        traced = torch.jit.trace(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v))
+    torch.jit.save(traced, str(tmp_path / "traced.pt"))
+    assert set(counts()[1]) == {"torch.jit.trace"}
+    close(torch.jit.load(str(tmp_path / "traced.pt"))(q, k, v), torchs(q, k, v, is_causal=True))
+
+
+# what it tells
+
+
+def test_the_report_has_reasons_and_shapes(device):
+    q, k, v = plain(device, 4, 6, heads=4, kv_heads=2)
+    with tritonattn.swapped():
+        for _ in range(2):
+            F.scaled_dot_product_attention(q, k, v, torch.ones(4, 6, dtype=torch.bool, device=device), enable_gqa=True)
+        F.scaled_dot_product_attention(q, k, v, causal_lower_right(4, 6), enable_gqa=True)
+        F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True, scale=torch.inf)
+    found = tritonattn.report()
+    shapes = (1, 4, 4, 8), (1, 2, 6, 8), (1, 2, 6, 8)
+    assert found.served == 3 and sum(found.passed.values()) == 1
+    assert found.calls[0] == (None, dispatch_log.Call(*shapes, (4, 6), "float32", False, True), 2)
+    assert {call.mask for _, call, _ in found.calls} == {(4, 6), "lower right", None}
+    head, columns, first, *_ = str(found).splitlines()
+    assert head == "attention while the swap was on: 3 calls served, 1 passed on to torch"
+    assert columns.split() == ["calls", "done", "by", "query", "key", "value", "mask", "dtype", "causal", "gqa"]
+    assert first.split() == ["2", "ours", "1x4x4x8", "1x2x6x8", "1x2x6x8", "4x6", "float32", "yes"]
+    assert tritonattn.report(clear=True) == found and tritonattn.report() == dispatch_log.Report(0, {}, ())
+    assert "0 calls served" in str(tritonattn.report())
+
+
+def test_the_report_stays_small():
+    with tritonattn.swapped():
+        for n in range(1, dispatch_log.MOST_SHAPES + 20):
+            x = torch.empty(1, n, 8, device="meta")
+            F.scaled_dot_product_attention(x, x, x)
+    found = tritonattn.report()
+    assert len(found.calls) == dispatch_log.MOST_SHAPES + 1 and found.passed == {"device meta": dispatch_log.MOST_SHAPES + 19}
+    assert found.calls[0] == ("device meta", dispatch_log.Call(note="other shapes"), 19) and "other shapes" in str(found)
+    for n in range(2 * dispatch_log.MOST_SHAPES):
+        dispatch_log.count(f"reason {n}", dispatch_log.OTHERS)
+    assert len(tritonattn.report().calls) <= 2 * dispatch_log.MOST_SHAPES + 1
+
+
+@pytest.mark.filterwarnings("error::tritonattn.tally.PassedOn")
+def test_the_first_call_passed_on_for_a_reason_warns():
+    x = torch.empty(1, 4, 8, device="meta")
+    with tritonattn.swapped():
+        with pytest.warns(dispatch_log.PassedOn, match="device meta: .*Got query 1x4x8, key .* float32.*TRITONATTN_STRICT=1") as told:
+            F.scaled_dot_product_attention(x, x, x)
+        assert told[0].filename == __file__
+        F.scaled_dot_product_attention(x, x, x)
+        tritonattn.report(clear=True)
+        with pytest.warns(dispatch_log.PassedOn, match="device meta"):
+            F.scaled_dot_product_attention(x, x, x)
+        with pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(x, x[..., :4], x)
+    assert counts() == tallied(**{"device meta": 1})
+
+
+def test_strictly_nothing_is_passed_on(device, monkeypatch):
+    monkeypatch.setenv("TRITONATTN_STRICT", "1")
+    q, k, v = qkv(device)
+    compiled = torch.compile(CALLERS["attribute"], backend="aot_eager")
+    x = torch.empty(1, 4, 8, device="meta")
+    with tritonattn.swapped():
+        monkeypatch.setattr(sdpa_patch, "TORCHS", lambda *args, **options: pytest.fail("torch's function was called"))
+        with pytest.raises(RuntimeError, match="which is torch's: device meta: "):
+            sdpa_patch.scaled_dot_product_attention(x, x, x)
+        with pytest.raises(RuntimeError, match="which is torch's: scale"):
+            compiled(q, k, v, scale=torch.inf)
+        sdpa_patch.scaled_dot_product_attention(q, k, v)
+        monkeypatch.undo()
+    assert counts() == tallied(served=1)
+
+
+def python(code, **environment):
+    """What a program of its own prints, and its errors."""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_torchs_logs_show_each_call():
+    done = python("import torch, tritonattn, torch.nn.functional as F; x = torch.ones(1, 4, 8)\n"
+                  "with tritonattn.swapped(): [F.scaled_dot_product_attention(y, y, y) for y in (x, x.to('meta'))]",
+                  TORCH_LOGS="+tritonattn", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert "tritonattn/integrations/dispatch_log.py" in done.stderr and "] served: " in done.stderr
+    assert "] passed on to torch, device meta: " in done.stderr
+
+
+def test_switching_on_where_nothing_can_be_served_warns_once():
+    done = python("import tritonattn\nfor _ in range(2):\n  tritonattn.enable(); tritonattn.disable()",
+                  TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
+    assert done.stderr.count("tritonattn is on, but every call will be torch's") == 1 and "<string>:3" in done.stderr
+
+
+# arguments that only torch knows what to make of
+
+ODD = {
+    "dropout nan": ("dropout_p", {"dropout_p": math.nan}),
+    "dropout tensor": ("dropout_p", {"dropout_p": torch.tensor(0.0)}),
+    "learned dropout": ("dropout_p", {"dropout_p": torch.tensor(0.0, requires_grad=True)}),
+    "scale tensor inf": ("scale", {"scale": torch.tensor(torch.inf)}),
+    "scale numpy inf": ("scale", {"scale": np.float32("inf")}),
+    "scale numpy nan": ("scale", {"scale": np.float64("nan")}),
+    "gqa number": ("enable_gqa", {"enable_gqa": 1}),
+    "gqa none": ("enable_gqa", {"enable_gqa": None}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_arguments_are_torchs(name, device):
+    why, options = ODD[name]
+    q, k, v = plain(device)
+
+    def outcome(function):
+        try:
+            return function(q, k, v, **options)
+        except Exception as error:
+            return type(error), str(error).replace(" (position 5)", "")
+
+    theirs = outcome(torchs)
+    with tritonattn.swapped():
+        ours = outcome(F.scaled_dot_product_attention)
+    if isinstance(theirs, tuple):
+        assert ours == theirs and counts() == tallied()
+    else:
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num()) and counts() == tallied(**{why: 1})
+
+
+def test_a_scale_in_a_tensor_is_served(device):
+    q, k, v = plain(device)
+    with tritonattn.swapped():
+        close(F.scaled_dot_product_attention(q, k, v, scale=torch.tensor(0.3)), torchs(q, k, v, scale=0.3))
+    assert counts() == tallied(served=1)
+
+
+# the switch, once more
+
+
+def test_the_flag_of_the_fast_path_is_the_users():
+    tritonattn.enable()
+    torch.backends.mha.set_fastpath_enabled(False)
+    tritonattn.disable()
+    assert torch.backends.mha.get_fastpath_enabled() is False
+    tritonattn.enable()
+    torch.backends.mha.set_fastpath_enabled(True)
+    tritonattn.disable()
+    assert torch.backends.mha.get_fastpath_enabled() is True
+
+
+def test_enabling_twice_notices_that_ours_was_replaced(monkeypatch):
+    tritonattn.enable()
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", sdpa_patch.TORCHS)
+        with pytest.raises(RuntimeError, match="expected ours"):
+            tritonattn.enable()
+    tritonattn.enable()
+
+
+def test_who_attends_while_it_counts_does_not_wait_for_itself(monkeypatch):
+    x = torch.empty(1, 4, 8, device="meta")
+
+    class Interrupting(dict):
+        def __contains__(self, key):
+            if not self:
+                self["once"] = 0
+                F.scaled_dot_product_attention(x, x, x)
+            return super().__contains__(key)
+
+        def __missing__(self, key):
+            return 0
+
+    monkeypatch.setattr(dispatch_log, "_tally", Interrupting())
+    with tritonattn.swapped():
+        thread = threading.Thread(target=lambda: F.scaled_dot_product_attention(x, x, x), daemon=True)
+        thread.start()
+        thread.join(20)
+    assert not thread.is_alive()
+    dispatch_log._tally.pop("once")
+    assert counts() == tallied(**{"device meta": 2})
+
+
+def test_a_route_of_another_name():
+    for call in (tritonattn.enable, tritonattn.swapped("cuda").__enter__):
+        with pytest.raises(ValueError, match="route: expected 'python' or 'aten', got"):
+            call(*["cuda"] * (call is tritonattn.enable))
+    assert not is_on()

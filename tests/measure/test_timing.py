@@ -1,0 +1,305 @@
+"""Timing, on a GPU with a virtual clock: turns, settling, marks, repetition. What a real one does is marked gpu."""
+
+import contextlib
+import statistics
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from tests.helpers.fake_gpu import FakeGpu, steady
+from tritonattn import attention
+from tritonattn.measure import device_timer, timing
+from tritonattn.measure.device_timer import Cuda, Host, State
+from tritonattn.measure.timing import Contender, ContenderError, Effort, measure, quantiles
+
+
+def contenders(gpu, **seconds):
+    return {name: Contender([gpu.kernel(name, true)]) for name, true in seconds.items()}
+
+
+def rounds_of(gpu, names, count):
+    """The last `count` rounds of the log, each a list of names."""
+    log = gpu.log[-count * len(names):]
+    return [log[i:i + len(names)] for i in range(0, len(log), len(names))]
+
+
+def test_contenders_take_turns_in_changing_order():
+    gpu = FakeGpu()
+    found, _ = measure(contenders(gpu, a=1e-3, b=2e-3, c=3e-3), gpu, Effort(seconds=0.04))
+    count = len(found["a"].samples)
+    assert count == 20 and {len(x.samples) for x in found.values()} == {count}
+    rounds = rounds_of(gpu, "abc", count)
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds) and len(set(map(tuple, rounds))) > 3
+    again = FakeGpu()
+    measure(contenders(again, a=1e-3, b=2e-3, c=3e-3), again, Effort(seconds=0.04))
+    assert again.log == gpu.log
+
+
+def test_drift_falls_on_all_alike():
+    def warming(true, gpu):
+        return true * (1 + 0.2 * min(1.0, gpu.time))
+
+    gpu = FakeGpu(warming)
+    found, _ = measure(contenders(gpu, a=5e-3, b=5e-3), gpu, Effort(seconds=0.4, settle=(0, 0)))
+    assert found["a"].seconds == pytest.approx(found["b"].seconds, rel=0.01)
+    # one after the other, the second would have looked slower
+    gpu = FakeGpu(warming)
+    effort = Effort(seconds=0.4, settle=(0, 0))
+    first, second = (measure(contenders(gpu, a=5e-3), gpu, effort)[0]["a"].seconds for _ in range(2))
+    assert second > 1.05 * first
+
+
+def test_throttled_samples_are_marked_and_left_out():
+    hot = {3, 4, 5}
+
+    def states(reads):
+        return State(1980.0, 60.0, 500.0, ("hardware thermal slowdown",) if reads - 1 in hot else ("power cap",))
+
+    gpu = FakeGpu(lambda true, gpu: true * (3 if gpu.reads in hot else 1), states)
+    found, said = measure(contenders(gpu, a=1e-3, b=1e-3), gpu, Effort(seconds=0.01, settle=(0, 0)))
+    for x in found.values():
+        assert x.throttled == (3, 4, 5) and not x.mostly_throttled
+        assert [x.samples[i] for i in x.throttled] == pytest.approx([3e-3] * 3)
+        assert x.seconds == x.q80 == pytest.approx(1e-3)
+    assert len(said) == len(found["a"].samples) and sum(state.throttled for state in said) == 3
+
+
+def test_throttled_most_of_the_time_counts_and_says_so():
+    gpu = FakeGpu(states=lambda reads: State(900.0, 90.0, 300.0, ("power brake",) if reads > 2 else ()))
+    found = measure(contenders(gpu, a=1e-3), gpu, Effort(seconds=0.01, settle=(0, 0)))[0]["a"]
+    assert found.mostly_throttled and found.seconds == pytest.approx(1e-3) and len(found.throttled) == len(found.samples) - 2
+
+
+def settled_after(clock, settle=(0.05, 3.0), refresh=0.1):
+    """How long a GPU is warmed whose sensor shows, anew every `refresh` seconds, the clock at that time."""
+    gpu = FakeGpu()
+    gpu.states = clock and (lambda reads: State(clock(gpu.time // refresh * refresh), 40.0, 200.0))
+    busy = types.SimpleNamespace(around=contextlib.nullcontext, warm=gpu.kernel("busy", 1e-2))
+    timing._settle({"busy": busy}, gpu, Effort(settle=settle))
+    return gpu.time
+
+
+@pytest.mark.parametrize("refresh", [0.02, 0.1])
+def test_it_waits_until_the_clock_has_settled(refresh):
+    # within a refresh every clock looks steady
+    assert 1.3 <= settled_after(lambda now: 345.0 + 1600 * min(now, 1.0), refresh=refresh) <= 1.5
+    assert 0.3 <= settled_after(lambda now: 1980.0, refresh=refresh) <= 0.4
+
+
+def test_patience_ends_where_the_clock_never_settles():
+    assert settled_after(lambda now: 300.0 + 1000 * now, settle=(0.05, 0.5)) == pytest.approx(0.5, abs=0.011)
+
+
+def test_without_sensors_it_warms_for_a_fixed_time():
+    assert settled_after(None, settle=(0.25, 2.0)) == pytest.approx(0.25, abs=0.011)
+
+
+def test_sensors_are_not_asked_all_the_time():
+    gpu = FakeGpu(states=steady)
+    measure(contenders(gpu, a=1e-4), gpu, Effort(seconds=0.01, rounds=(1, 1), settle=(1.0, 1.0)))
+    assert 15 <= gpu.reads <= 22
+
+
+def test_short_calls_are_repeated_in_a_graph_every_copy_equally():
+    gpu = FakeGpu(states=steady)
+    calls = [gpu.kernel(name, 1e-5) for name in "xyz"]
+    found = measure({"short": Contender(calls, 800)}, gpu, Effort(settle=(0, 0)))[0]["short"]
+    assert found.method == "graph" and found.calls % 3 == 0 and found.calls >= 40
+    assert found.seconds == pytest.approx(1e-5) and found.caches == "rotated" and found.note is None
+    sample = gpu.log[-found.calls:]
+    assert {name: sample.count(name) for name in "xyz"} == dict.fromkeys("xyz", found.calls // 3)
+
+
+@pytest.mark.parametrize(("copies", "size", "caches"), [(1, 10, "warm"), (3, 100, "warm"), (3, 700, "rotated")])
+def test_short_calls_say_what_the_cache_held(copies, size, caches):
+    gpu = FakeGpu()
+    calls = [gpu.kernel("x", 1e-5) for _ in range(copies)]
+    assert measure({"x": Contender(calls, size)}, gpu, Effort(settle=(0, 0)))[0]["x"].caches == caches
+
+
+def test_where_a_graph_fails_calls_are_queued_and_the_reason_is_kept():
+    gpu = FakeGpu(graphs=False)
+    found = measure({"x": Contender([gpu.kernel("x", 1e-5)])}, gpu, Effort(settle=(0, 0)))[0]["x"]
+    assert found.method == "events" and found.calls == 40 and found.seconds == pytest.approx(1e-5)
+    # not the error of ending a capture that had failed
+    assert found.note == "no graph: RuntimeError: operation not permitted when stream is capturing"
+    # the device waits until all of them are queued
+    assert gpu.waits[-1] == pytest.approx(2 * 40 * found.host_seconds)
+
+
+@pytest.mark.parametrize(("fastest", "method", "caches"), [(5e-5, "graph", "rotated"), (1.5e-4, "events", "flushed")])
+def test_one_job_is_timed_in_one_way(fastest, method, caches):
+    gpu = FakeGpu()
+    calls = {name: Contender([gpu.kernel(f"{name}{copy}", true) for copy in range(4)], 600)
+             for name, true in (("fast", fastest), ("near", 1.2e-4), ("slow", 2e-3))}
+    if method == "events":
+        calls.pop("near")
+    found, _ = measure(calls, gpu, Effort(settle=(0, 0)))
+    assert {(x.method, x.caches) for x in found.values()} == {(method, caches)}
+    if method == "graph":
+        # even the slow one runs over every copy
+        assert found["slow"].calls == 4 and {name for name in gpu.log[-200:] if name[:4] == "slow"} == {
+            f"slow{copy}" for copy in range(4)}
+    assert found["slow"].seconds == pytest.approx(2e-3)
+
+
+def test_each_use_of_a_contender_is_inside_its_surroundings():
+    gpu, depth, seen = FakeGpu(), [], []
+
+    @contextlib.contextmanager
+    def around():
+        depth.append(gpu.time)
+        yield
+        depth.pop()
+
+    def call():
+        seen.append(len(depth))
+        gpu.time += 1e-5
+
+    measure({"inside": Contender([call], 1, around), "outside": Contender([call])}, gpu, Effort(settle=(0.01, 0.01)))
+    assert set(seen) == {0, 1} and not depth and 0.4 < sum(seen) / len(seen) < 0.6
+
+
+def test_surroundings_are_entered_before_the_clock_starts():
+    gpu = FakeGpu()
+
+    @contextlib.contextmanager
+    def slow_to_enter():
+        gpu.time += 1.0
+        yield
+        gpu.time += 1.0
+
+    found = measure({"x": Contender([gpu.kernel("x", 1e-3)], 0, slow_to_enter)}, gpu, Effort(settle=(0, 0)))[0]["x"]
+    assert found.seconds == pytest.approx(1e-3) and found.host_seconds == pytest.approx(1e-5)
+
+
+def test_long_calls_are_taken_one_by_one_on_a_flushed_cache():
+    gpu = FakeGpu()
+    found = measure(contenders(gpu, x=1e-3), gpu, Effort(settle=(0, 0)))[0]["x"]
+    assert (found.calls, found.caches, found.method) == (1, "flushed", "events") and found.host_seconds == 1e-5
+
+
+@pytest.mark.parametrize(("true", "count"), [(1.0, 7), (1e-3, 100), (2e-2, 25)])
+def test_rounds_follow_the_budget_within_bounds(true, count):
+    gpu = FakeGpu()
+    assert len(measure(contenders(gpu, x=true), gpu, Effort(settle=(0, 0)))[0]["x"].samples) == count
+
+
+@pytest.mark.parametrize("after", [0, 70])
+def test_a_contender_that_fails_is_named(after):
+    gpu, count = FakeGpu(), [0]
+
+    def failing():
+        count[0] += 1
+        if count[0] > after:
+            raise ValueError("out of luck")
+        gpu.time += 1e-3
+
+    with pytest.raises(ContenderError, match="bad: ValueError: out of luck") as caught:
+        measure(contenders(gpu, good=1e-3) | {"bad": Contender([failing])}, gpu, Effort(settle=(0, 0)))
+    assert caught.value.name == "bad" and isinstance(caught.value.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 101])
+def test_quantiles_are_those_of_torch(count):
+    samples = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    expected = torch.quantile(samples, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    assert quantiles(samples.tolist()) == pytest.approx(expected)
+
+
+def test_the_host_has_a_clock_too():
+    found, states = measure({"nap": Contender([lambda: time.sleep(2e-3)])}, Host(), Effort(0.01, (3, 5), (0, 0)))
+    assert 2e-3 <= found["nap"].seconds < 0.2 and found["nap"].method == "host" and not states
+
+
+class FakeNvml:
+    """NVIDIA's sensors, which may fail."""
+
+    NVML_CLOCK_SM = NVML_TEMPERATURE_GPU = 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, fails=""):
+        self.fails = fails
+
+    def __getattr__(self, name):
+        def ask(*_):
+            if name in self.fails:
+                raise self.NVMLError("Not Supported")
+            return 0x48
+
+        return ask
+
+
+def test_sensors_that_fail_once_cost_no_measurement(monkeypatch):
+    nvml = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    sensors, reason = device_timer._Nvml.of(types.SimpleNamespace(uuid="1"))
+    assert reason is None and sensors.state() == State(0x48, 0x48, 0.072, ("hardware slowdown", "hardware thermal slowdown"))
+    nvml.fails = "nvmlDeviceGetPowerUsage"
+    assert sensors.state() is None
+
+
+def test_without_sensors_it_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1"))
+    for module, reason in ((FakeNvml("nvmlDeviceGetTemperature"), "NVML: Not Supported"),
+                           (FakeNvml("nvmlInit"), "NVML: Not Supported"), (None, "nvidia-ml-py is not installed"),
+                           (FakeNvml(), None)):
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        assert device_timer.without_sensors("cuda") == reason
+
+
+@pytest.fixture
+def stopwatch(device):
+    return Cuda(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_a_product_of_twice_the_size_takes_eight_times_as_long(stopwatch, device):
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for n in (4096, 8192))
+    found, _ = measure({"small": Contender([lambda: a @ a]), "large": Contender([lambda: b @ b])}, stopwatch)
+    assert 5 < found["large"].seconds / found["small"].seconds < 11
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_the_cache_is_cold_in_every_sample(stopwatch, device, monkeypatch):
+    x = torch.randn(stopwatch.cache_bytes // 16, device=device)  # a quarter of the cache
+
+    def median():
+        return statistics.median(stopwatch.sample(x.sum, 1e-4) for _ in range(50))
+
+    cold = median()
+    monkeypatch.setattr(stopwatch, "_flush", lambda: None)
+    assert cold > 1.2 * median()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+def test_our_own_kernels_are_captured(stopwatch, device, direction):
+    q, k, v, do = (torch.randn(1, 2, 128, 64, device=device, dtype=torch.bfloat16) for _ in range(4))
+    with stopwatch.context():
+        leaves = [x.requires_grad_(direction != "forward") for x in (q, k, v)]
+        o = attention(*leaves)
+        call = {"forward": lambda: attention(q, k, v),
+                "backward": lambda: torch.autograd.grad(o, leaves, do, retain_graph=True),
+                "both": lambda: torch.autograd.grad(attention(*leaves), leaves, do)}[direction]
+        found = measure({"ours": Contender([call], 1 << 16)}, stopwatch)[0]["ours"]
+    assert found.method == "graph" and found.note is None and 1e-6 < found.seconds < 1e-3
+
+
+@pytest.mark.gpu
+def test_the_peak_of_memory_is_seen(stopwatch, device):
+    assert stopwatch.peak_bytes(lambda: torch.empty(50 << 20, dtype=torch.int8, device=device)) == 50 << 20
+
+
+@pytest.mark.gpu
+def test_sensors_are_read(stopwatch):
+    pytest.importorskip("pynvml", reason="reading clocks needs nvidia-ml-py")
+    state = stopwatch.state()
+    assert 100 < state.clock < 5000 and 0 < state.temperature < 120 and state.power > 10

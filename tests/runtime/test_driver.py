@@ -1,0 +1,98 @@
+"""The real path from a launch to the driver, without a GPU: a driver that loads nothing and remembers what it is given.
+
+What Triton specializes, compiles and checks at a launch is all its own; only the last step, onto the device, is missing.
+"""
+
+import re
+
+from tests.analysis.test_compile_report import compiled
+
+FAKE = """
+import json, torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+
+launched = []
+
+
+class Utils:
+    def get_device_properties(self, device):
+        return dict(max_shared_mem=227 << 10, multiprocessor_count=132, sm_clock_rate=1, mem_clock_rate=1, mem_bus_width=1,
+                    max_num_regs=65536, warpSize=32)
+
+    def load_binary(self, name, binary, shared, device, *_):
+        return 1, 2, 128, 0, 1024  # module, function, registers, spills, threads at the most
+
+
+class Driver(DriverBase):
+    utils = Utils()
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments, **_: launched.append(arguments[:3]))
+
+    def __init__(self):
+        pass
+
+    is_active = classmethod(lambda cls: True)
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_active_torch_device = lambda self: torch.device("cpu")
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device=None: 0
+    get_device_interface = lambda self: None
+    get_benchmarker = lambda self: None
+    get_empty_cache_for_benchmark = lambda self: None
+    clear_cache = lambda self, cache: None
+    map_python_to_cpp_type = lambda self, ty: ty
+    assemble_tensormap_to_arg = lambda self, *_: None
+
+
+driver.set_active(Driver())
+from tritonattn import Config, Problem, config, gpu
+from tritonattn.analysis import compile_report
+from tritonattn.runtime import launch
+on = gpu.KNOWN["sm_90"]
+"""
+LAUNCHES = FAKE + """
+found = {}
+for name, options in dict(plain={}, causal=dict(window=(None, 0)), bias=dict(bias=torch.float32)).items():
+    for kernel in ("forward", "delta", "dq", "dkdv", "dbias"):
+        if kernel == "dbias" and name != "bias":
+            continue
+        problem = Problem((2,), 4, 2, 1000, 1000, 64, 64, torch.bfloat16, **options)
+        chosen = config.find(kernel, problem, on)
+        call = launch.example_call(kernel, problem, chosen)
+        launched.clear()
+        launch.run(call, torch.device("cpu"))
+        (cache, *_), = call.kernel.device_caches.values()
+        binaries = {each.asm["cubin"] for each in cache.values()}
+        seen = compile_report.compile(kernel, problem, chosen, on).asm["cubin"]
+        found[f"{kernel} {name}"] = [list(map(list, launched)), call.programs, seen in binaries, len(binaries)]
+print(json.dumps(found))
+"""
+TOO_LARGE = FAKE + """
+from tritonattn.runtime import custom_op
+custom_op.of = lambda device: on
+q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
+try:
+    with config.pinned(Config(128, 128, 8, 6)):
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 6, 1.0, None, None, False, 0.0, False)
+    print(json.dumps("nothing was raised"))
+except RuntimeError as error:
+    print(json.dumps([str(error), type(error.__cause__) is OutOfResources, launched]))
+"""
+
+
+def test_every_kernel_is_launched_as_the_lens_compiled_it():
+    """Records as arguments go through Triton's own launch path; the binary that it makes is the one that lens reads."""
+    found = compiled(LAUNCHES)
+    assert len(found) == 13
+    for name, (launched, programs, same, binaries) in found.items():
+        assert launched == [[programs, 1, 1]] and programs > 0, name
+        assert same, f"{name}: {binaries} binaries were launched, none is what the lens looked at"
+
+
+def test_what_needs_too_much_is_refused_before_it_is_launched():
+    said, caused, launched = compiled(TOO_LARGE)
+    assert re.fullmatch(r"forward: expected a config that fits .+, got 128x128w8s6, which takes \d+ of 232448 "
+                        r"\(shared memory\), for .+x1024x128.*", said), said
+    assert caused and not launched

@@ -1,0 +1,118 @@
+"""From tensors to kernel arguments: batch dimensions, long strides, tensors beyond 2^31 elements."""
+
+import pytest
+import torch
+
+from tests.helpers.cases import Case
+from tritonattn import Config, Problem, attention, config, reference
+from tritonattn.runtime import launch
+
+TILES = Config(16, 16)
+
+
+def views(*tensors, batch):
+    problem = Problem(batch, 1, 1, *tensors[0].shape[-2:], 1, 1, torch.float32)
+    *records, shape = launch.arguments(problem, TILES, *tensors)
+    return records, shape.batches
+
+
+def test_dense_batch_dimensions_become_one():
+    x = torch.empty(2, 3, 4, 1, 5, 8)
+    (first, _, missing), batches = views(x, x, None, batch=(2, 3, 4))
+    assert batches == (24,) and first.strides.batch == (40,) and missing is None
+
+
+def test_dimensions_merge_only_where_every_tensor_allows_it():
+    dense, spread = torch.empty(2, 3, 4, 1, 5, 8), torch.empty(1, 3, 4, 1, 5, 8).expand(2, -1, -1, -1, -1, -1)
+    records, batches = views(dense, spread, batch=(2, 3, 4))
+    assert batches == (12, 2) and [x.strides.batch for x in records] == [(40, 480), (40, 0)]
+
+
+def test_no_batch_is_one_batch():
+    (x,), batches = views(torch.empty(1, 5, 8), batch=())
+    assert batches == (1,) and x.strides.batch == (0,)
+
+
+def test_a_permuted_batch(device):
+    q, k, v = (torch.randn(3, 2, 1, 20, 8, device=device).transpose(0, 1) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v), reference.attention(q, k, v))
+
+
+def huge(shape, strides, dtype=torch.float16):
+    """A tensor over lazily committed memory: only the pages that are touched exist."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    x = torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(span * dtype.itemsize), 0, shape, strides)
+    return x.copy_(torch.randn(shape))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("shape, strides", [
+    ((3, 1, 5, 8), (2**30, 8, 8, 1)),       # a stride fits into 32 bits, its multiple does not
+    ((1, 3, 5, 8), (8, 2**30, 8, 1)),
+    ((1, 1, 40, 8), (8, 8, 2**26, 1)),      # from tile to tile
+    ((1, 1, 24, 8), (8, 8, 2**28 + 8, 1)),  # within a tile
+    ((1, 1, 5, 16), (8, 8, 1, 2**28 + 64)),
+    ((2, 1, 5, 8), (2**31 + 8, 8, 8, 1)),
+], ids=["batch", "head", "tile", "row", "column", "stride"])
+def test_strides_beyond_32_bits(shape, strides, device):
+    q, k, v = (huge(shape, strides).requires_grad_() for _ in range(3))
+    with config.pinned(Config(16, 16)):
+        o = attention(q, k, v, causal=True)
+        gradients = torch.autograd.grad(o.sum(), (q, k, v))
+    near = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    exact = reference.attention(*near, causal=True)
+    torch.testing.assert_close(o, exact, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(gradients, torch.autograd.grad(exact.sum(), near), atol=5e-3, rtol=5e-3)
+
+
+def test_only_a_tensor_whose_tile_is_too_wide_pays_for_it():
+    near, far = torch.empty(1, 1, 5, 8), torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, 5, 8), (8, 8, 2**28, 1))
+    assert [x.wide.value for x in views(near, far, batch=(1,))[0]] == [False, True]
+
+
+@pytest.mark.parametrize("scale, unit, factor", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
+def test_the_largest_score_stays_the_largest_whatever_the_scale(scale, unit, factor):
+    scoring = launch._scoring(launch.Inputs(None, None, None, scale=scale), (None, None), launch.Pairs())
+    assert scoring.unit == pytest.approx(unit * 1.4426950408889634) and scoring.factor == factor
+
+
+def test_a_mask_is_wide_where_a_block_of_it_is():
+    near, far = (torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, n, n), (0, 0, n, 1)) for n in (2**18, 2**27))
+    problem = Problem((1,), 1, 1, 5, 8, 1, 1, torch.float32)
+    for x, wide in ((near, False), (far, True)):
+        for seen in (x, x.mT):
+            pairs, _ = launch.arguments(problem, TILES, launch.Pairs((seen,)))
+            assert pairs.bias[0].wide.value == wide
+
+
+@pytest.mark.parametrize("set_up, dtype, expected", [
+    (lambda: None, torch.float32, "ieee"), (lambda: torch.set_float32_matmul_precision("high"), torch.float32, "tf32"),
+    (lambda: torch.set_float32_matmul_precision("high"), torch.bfloat16, "ieee"),
+], ids=["highest", "high", "high-bf16"])
+def test_tf32_only_where_torch_allows_it(set_up, dtype, expected):
+    try:
+        set_up()
+        call = launch.example_call("forward", Problem((1,), 1, 1, 16, 16, 16, 16, dtype), TILES)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert call.arguments[-1].PRECISION.value == expected
+
+
+@pytest.mark.interpreted
+def test_float32_products_are_not_rounded_to_tf32_by_default(device):
+    """The mended interpreter rounds as TF32 does, so a product without a stated precision would show."""
+    q, k, v, *_ = Case().tensors(torch.float32, device)
+    exact = reference.attention(q.double(), k.double(), v.double())
+    ieee = (attention(q, k, v) - exact).abs().max()
+    try:
+        torch.set_float32_matmul_precision("high")
+        tf32 = (attention(q, k, v) - exact).abs().max()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert ieee < 2e-6 < 1e-5 < tf32 < 1e-2
+
+
+def test_nothing_is_launched_for_nothing():
+    call = launch.example_call("forward", Problem((0,), 1, 1, 16, 16, 16, 16, torch.float16), TILES)
+    assert call.programs == 0
+    launch.run(call._replace(kernel=None), torch.device("cpu"))

@@ -1,0 +1,223 @@
+"""A mask whose tiles are known: the same numbers, from fewer tiles."""
+
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl  # noqa: F401  what the interpreter runs must see it
+
+from tests.kernels.test_score_mods import tensors
+from tritonattn import Config, Problem, attention, block_mask, config, reference
+from tritonattn.block_mask import TILE
+from tritonattn.kernels import backward, forward, window
+from tritonattn.runtime import launch
+
+N_Q, N_K = 300, 330
+TILES = Config(128, 128, edge_stages=1)  # a step takes long to interpret, whatever its size
+
+
+VISITS = []
+SCORES = forward.scores.fn
+
+
+@triton.jit
+def counted(a, b, row, col, n, scoring, static, MODE):
+    """scores, which notes where it was asked. At the level of the file, since the interpreter rewrites it."""
+    VISITS.append((int(row.handle.data.item()) // TILE, int(col.handle.data.item()) // TILE, getattr(MODE, "value", MODE)))
+    return SCORES(a, b, row, col, n, scoring, static, MODE)
+
+
+def documents(n_q=N_Q, n_k=N_K, ends=(130, 260), device="cpu"):
+    """Booleans: queries and keys of one document see each other."""
+    rows, cols = torch.arange(n_q, device=device), torch.arange(n_k, device=device)
+    of = torch.tensor(ends, device=device)
+    return torch.bucketize(rows, of, right=True)[:, None] == torch.bucketize(cols, of, right=True)[None, :]
+
+
+def masks(device):
+    """Masks of every kind: with empty, whole and mixed tiles; one for each head; broadcast; of one kind of tile alone."""
+    block = torch.ones(N_Q, N_K, dtype=torch.bool, device=device)
+    block[:, :TILE], block[:TILE, 200:] = False, False
+    random = torch.rand(2, 2, N_Q, N_K, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.5
+    random[0, :, TILE:2 * TILE, :2 * TILE], random[1, 0, :, TILE:] = True, False
+    return {
+        "documents": documents(device=device), "block": block, "heads": random, "batches": random[:, :1],
+        "columns": block[-1].expand(N_Q, N_K), "none": torch.zeros_like(block), "all": torch.ones_like(block),
+    }
+
+
+def test_the_kernels_have_the_same_tiles():
+    assert window.TILE.value == TILE
+
+
+@pytest.mark.parametrize("name", masks("cpu"))
+def test_the_same_numbers_as_from_the_definition(name, device):
+    mask = masks(device)[name]
+    leaves = tensors(device, batch=(2 if mask.dim() == 4 else 1,), n_q=N_Q, n_k=N_K)
+    with config.pinned(Config(64, 32) if name == "documents" else TILES):
+        o, lse = attention(*leaves, mask=block_mask(mask), return_lse=True)
+        ours = torch.autograd.grad((o, lse), leaves, (torch.ones_like(o), lse.isfinite().float()))
+        plain = attention(*leaves, mask=mask)
+    torch.testing.assert_close(o, plain, atol=1e-5, rtol=1e-5)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    o, lse = reference.attention(*exact, mask=mask, return_lse=True)
+    true = torch.autograd.grad((o, lse), exact, (torch.ones_like(o), lse.isfinite().double()))
+    for name, a, b in zip("qkv", ours, true):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4, msg=lambda text, of=name: f"d{of}: {text}")
+
+
+@pytest.mark.parametrize("given", ["window", "lengths", "bias", "dropout"])
+def test_beside_everything_else(given, device):
+    leaves = tensors(device, n_q=N_Q, n_k=N_K)
+    others = {"window": {"window": (150, 20), "align": "top_left"}, "bias": {}, "dropout": {},
+              "lengths": {"key_lengths": torch.tensor([0, 201], device=device), "causal": True, "align": "bottom_right"}}[given]
+    if given == "bias":
+        leaves.append(torch.randn(2, 1, N_K, device=device, requires_grad=True))
+    if given == "dropout":
+        others = {"dropout_p": 0.3, "dropout_seed": torch.tensor([5], device=device)}
+    mask = masks(device)["heads"]
+    with config.pinned(TILES):
+        found, plain = ([*torch.autograd.grad(attention(*leaves[:3], mask=given_mask, bias=(leaves[3:] or [None])[0],
+                                                        **others).square().sum(), leaves)]
+                        for given_mask in (block_mask(mask), mask))
+    for mine, its in zip(found, plain):
+        torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)
+
+
+def test_grouped_heads_have_lists_of_their_own(device):
+    leaves = tensors(device, batch=(1,), heads=4, kv_heads=2, n_q=N_Q, n_k=N_K)
+    mask = torch.stack([documents(ends=ends, device=device) for ends in ((1, 2), (130, 260), (299,), ())])
+    with config.pinned(TILES):
+        ours, plain = (torch.autograd.grad(attention(*leaves, mask=given).square().sum(), leaves)
+                       for given in (block_mask(mask), mask))
+    for mine, its in zip(ours, plain):
+        torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_hidden_cannot_leak(value, device):
+    # care goes by a few rows at a time, which takes long to interpret
+    q, k, v = tensors(device, batch=(1,), heads=1, n_q=132, n_k=140)
+    mask = documents(132, 140, (130,), device=device)
+    with torch.no_grad():
+        k[..., 130:, :], v[..., 130:, :] = value, value
+    with config.pinned(TILES):
+        o = attention(q, k, v, mask=block_mask(mask))
+        gradients = torch.autograd.grad(o[:, :, :130].square().sum(), (q, k, v))
+    first = reference.attention(*(x[:, :, :130] for x in (q, k, v)))
+    torch.testing.assert_close(o[:, :, :130], first, atol=1e-5, rtol=1e-4)
+    assert all(x[:, :, :130].isfinite().all() for x in gradients)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["documents", "block"])
+def test_no_tile_is_visited_in_vain(name, monkeypatch):
+    """Forward, dQ and dK/dV walk whole tiles without a mask, mixed ones with it, and empty ones never."""
+    mask = masks("cpu")[name]
+    given = block_mask(mask)
+    q, k, v = tensors("cpu", batch=(1,), heads=1, n_q=N_Q, n_k=N_K, grad=False)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "scores", counted)
+    found = {}
+    with config.pinned(TILES):
+        for kernel, leaf in (("dq", q), ("dkdv", k)):
+            VISITS.clear()
+            leaf.requires_grad_()
+            o = attention(q, k, v, mask=given)
+            found["forward"] = sorted(VISITS)
+            VISITS.clear()
+            torch.autograd.grad(o.sum(), leaf)
+            found[kernel] = sorted(VISITS)
+            leaf.requires_grad_(False)
+
+    def expected(ragged_rows, ragged_cols):
+        for i, rows in enumerate(mask.split(TILE, 0)):
+            for j, tile in enumerate(rows.split(TILE, 1)):
+                short = (ragged_rows and tile.shape[0] < TILE) or (ragged_cols and tile.shape[1] < TILE)
+                if tile.any():
+                    yield i, j, "full" if tile.all() and not short else "last"
+
+    assert found["forward"] == found["dq"] == list(expected(False, True))
+    assert [(col, row, mode) for row, col, mode in found["dkdv"]] == sorted(expected(True, False), key=lambda at: at[1::-1])
+    counts, modes = given.counts(), [mode for *_, mode in found["forward"]]
+    assert counts == {"whole": modes.count("full"), "mixed": modes.count("last"), "empty": 9 - len(modes)}
+    assert counts["empty"] > 0
+
+
+def test_sizes_of_nothing(device):
+    for n_q, n_k in ((0, 5), (5, 0), (0, 0)):
+        given = block_mask(torch.ones(n_q, n_k, dtype=torch.bool, device=device))
+        q, k, v = tensors(device, n_q=n_q, n_k=n_k)
+        o = attention(q, k, v, mask=given)
+        assert o.shape == q.shape and not o.any() and sum(given.counts().values()) == 0
+        assert all(not x.any() for x in torch.autograd.grad(o.sum(), (q, k, v)))
+
+
+def test_the_lists_are_exact():
+    whole, mixed, *tiles = block_mask(documents()).query_lists[1].tolist()
+    # queries 128 and 129 are of the first document, the others up to 255 of the second, which ends with key 259
+    assert (whole, mixed, tiles) == (0, 3, [0, 1, 2])
+    # its last tile of keys, 256 to 329, sees a whole tile of queries nowhere: their last tile is short
+    assert block_mask(documents(ends=(128, 256))).key_lists.tolist() == [[1, 0, 0, 1, 2], [1, 0, 1, 0, 2], [0, 1, 2, 0, 1]]
+
+
+def test_compiled_and_under_vmap(device):
+    mask = documents(device=device)
+    given = block_mask(mask)
+    q, k, v = tensors(device, n_q=N_Q, n_k=N_K, heads=1, grad=False)
+    plain = attention(q, k, v, mask=mask)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, mask=given), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), plain, atol=1e-5, rtol=1e-5)
+    mapped = torch.vmap(lambda q, k, v: attention(q, k, v, mask=given))(q, k, v)
+    torch.testing.assert_close(mapped, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_refused(device):
+    q, k, v = tensors(device, n_q=20, n_k=36)
+    mask = torch.ones(20, 36, dtype=torch.bool, device=device)
+    given = block_mask(mask)
+    with pytest.raises(TypeError, match="mask: expected a tensor, got None"):
+        block_mask(None)
+    with pytest.raises(RuntimeError, match=r"expected booleans .*, got torch.float32 of shape \(20, 36\)"):
+        block_mask(mask.float())
+    with pytest.raises(RuntimeError, match="mask: expected a dense .* tensor, got torch.sparse_coo"):
+        block_mask(mask.to_sparse())
+    with pytest.raises(RuntimeError, match="a tile map of 20 queries and 36 keys, both written out, got one of shape"):
+        attention(q, k, v, mask=block_mask(mask[:1]))
+    with pytest.raises(RuntimeError, match="that broadcasts to"):
+        attention(q, k, v, mask=block_mask(mask.expand(3, 1, 20, 36)))
+    with config.pinned(Config(256, 64)), pytest.raises(ValueError, match="blocks of at most 128.*got 256x64w4s2"):
+        attention(q, k, v, mask=given)
+    mask[0] = False
+    with pytest.raises(RuntimeError, match="got one that was changed since"):
+        attention(q, k, v, mask=given)
+    with torch.inference_mode():
+        made_here = block_mask(torch.ones(20, 36, dtype=torch.bool, device=device))
+        assert attention(q, k, v, mask=made_here).shape == q.shape
+
+
+def test_a_map_made_in_compiled_code_and_one_that_moves(device):
+    q, k, v = tensors(device, batch=(1,), heads=1, n_q=N_Q, n_k=N_K, grad=False)
+    mask = torch.zeros(N_Q, N_K, dtype=torch.bool, device=device)
+    mask |= documents(device=device)
+    step = torch.compile(lambda mask, *x: attention(*x, mask=block_mask(mask)), backend="aot_eager", fullgraph=True)
+    expected = attention(q, k, v, mask=mask)
+    torch.testing.assert_close(step(mask, q, k, v), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(q, k, v, mask=block_mask(mask).to("cpu").to(device)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_how_stretches_are_walked():
+    def problem(**given):
+        return Problem((1,), 1, 1, 8, 8, 8, 8, torch.float16, **given)
+
+    free = None, None
+    assert launch.modes(problem(), TILES, free, False) == (None, "full", None)
+    assert launch.modes(problem(), TILES, (3, None), True) == ("edge", "full", "last")
+    assert launch.modes(problem(masked=True), TILES, free, False) == (None, "dense", None)
+    listed = {"masked": True, "mapped": True}
+    assert launch.modes(problem(**listed), TILES, free, False) == (None, "full", "last")
+    assert launch.modes(problem(bias=torch.float16, **listed), TILES, free, False) == (None, "dense", "last")
+    assert launch.modes(problem(lengths=True, **listed), TILES, free, False) == (None, "edge", "last")
+    assert launch.modes(problem(**listed), TILES, (None, 0), False) == (None, "edge", "last")
+    assert launch.modes(problem(), Config(64, 64), (3, 0), False) == ("edge", "full", "edge")

@@ -1,0 +1,241 @@
+"""What the compiler made of a kernel, on any machine: no GPU is needed to compile for one.
+
+    problem + config + GPU -> binary -> registers, spills, memory, blocks per SM, instructions of the loops over tiles
+"""
+
+import functools
+import math
+import re
+import tempfile
+from dataclasses import dataclass
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from ..config import Config, family
+from ..configs.key import precision
+from ..gpu import Gpu
+from ..kernels.tile import in_two, main_width, tail_width
+from ..problem import Problem
+from ..runtime import launch
+from . import sass
+from .sass import Loop
+
+# what tells the paths through the tensor cores apart, best first
+PATHS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # elsewhere HMMA
+TENSOR_ROWS, TENSOR_COLUMNS = 128, 256  # of one product of Blackwell's, whose shape is not in its text
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel takes. Registers are per thread, memory in bytes per block."""
+
+    kernel: str
+    problem: Problem
+    gpu: Gpu
+    config: Config
+    registers: int
+    stack: int           # local memory of a thread: spilled registers, mostly
+    shared_memory: int
+    tensor_memory: int   # columns
+    accumulation: int = 0              # AMD: registers that only the matrix cores use, counted in `registers` too
+    scalar: int = 0                    # AMD: registers of a wave
+    spilled: int = 0                   # AMD: registers kept elsewhere, in memory or in lanes of others
+    spills: int | None = None          # instructions that spill or refill, anywhere; None: not disassembled
+    precision: str | None = None       # of float32 products: "ieee" or "tf32"
+    partitions: tuple[int, ...] = ()   # registers of each warp-specialised partition, where there are any
+    loops: tuple[Loop, ...] | None = None  # over tiles, the one without a mask first; None: not disassembled
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.config.num_warps * self.gpu.multiprocessor.lanes
+
+    @property
+    def fits(self) -> bool:
+        return self.shared_memory <= self.gpu.shared_memory and self.tensor_memory <= self.gpu.tensor_memory
+
+    @property
+    def loop_spills(self) -> int | None:
+        """Instructions that spill or refill inside a loop over tiles: the most that one loop has. None: not disassembled."""
+        return None if self.loops is None else max((loop.spills for loop in self.loops), default=0)
+
+    @property
+    def serialized(self) -> bool | None:
+        """On Hopper: each warp-group product of a loop waits by itself (ptxas' remarks C7510 to C7515). None: not disassembled.
+
+        As it should be, all instructions of one product of tiles share one wait; a product is often several instructions.
+        """
+        return None if self.loops is None else any(self._waits_for_each(loop) for loop in self.loops)
+
+    def _waits_for_each(self, loop):
+        issued = sum(count for name, count in loop.products.items() if name.startswith("HGMMA"))
+        return issued > len(self.products) and loop.waits >= issued
+
+    @functools.cached_property
+    def resident(self) -> dict[str, int]:
+        """How many blocks of this kernel each resource of an SM has room for."""
+        sm, warps = self.gpu.multiprocessor, self.config.num_warps
+        rooms = {"warps": sm.warps // warps, "blocks": sm.blocks, "registers": sm.warps_with(self.registers) // warps}
+        if self.shared_memory:
+            rooms["shared memory"] = sm.shared_memory // (self.shared_memory + sm.reserved)
+        if self.tensor_memory:
+            rooms["tensor memory"] = self.gpu.tensor_memory // self.tensor_memory
+        return rooms
+
+    @property
+    def occupancy(self) -> int:
+        """Blocks of this kernel that one SM holds at a time."""
+        return min(self.resident.values())
+
+    @property
+    def limit(self) -> str:
+        """The resource that allows no more blocks."""
+        return min(self.resident, key=self.resident.get)
+
+    @property
+    def path(self) -> str | None:
+        """The instructions that make products in the loops ("HGMMA"); "" where none of the tensor cores' is among them.
+
+        None: not disassembled.
+        """
+        if self.loops is None:
+            return None
+        return "+".join(sorted({re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops for name in loop.products}))
+
+    @property
+    def best_path(self) -> str:
+        """The one that this GPU has for this dtype."""
+        if self.precision == "ieee" and not self.gpu.is_amd:
+            return ""
+        return PATHS.get(family(self.gpu), "HMMA")
+
+    @property
+    def duplicated(self) -> float:
+        """Work of the tensor cores in one round of the loop, as a multiple of what the tile needs; 1 is as it should be."""
+        loop, warps = self.loops[0], self.config.num_warps
+        if "UTCHMMA" in loop.products:
+            # one goes through 32 bytes of K
+            depth = 32 // self.problem.dtype.itemsize
+            needed = sum(math.ceil(m / TENSOR_ROWS) * math.ceil(n / TENSOR_COLUMNS) * k // depth for m, n, k in self.products)
+            return loop.products["UTCHMMA"] / needed
+        return sum(flops(name) * count for name, count in loop.products.items()) * warps / self.needed
+
+    @property
+    def redone(self) -> float:
+        """Exponentials in one round of the loop, as a multiple of the scores of the tile."""
+        tile = self.config.block_m * self.config.block_n
+        return self.loops[0].exponentials * self.threads / tile
+
+    @property
+    def products(self) -> tuple[tuple[int, int, int], ...]:
+        """The products of tiles [M, K] by [K, N] in one round of the loop, as (M, N, K); heads as they are padded."""
+        return self._products(parts(self.problem.d), parts(self.problem.dv))
+
+    def _products(self, ds, dvs):
+        m, n = self.config.block_m, self.config.block_n
+        scores = tuple((m, n, d) for d in ds)
+        return {
+            "forward": (*scores, *((m, dv, n) for dv in dvs)),
+            "dq": (*scores, *((m, n, dv) for dv in dvs), *((m, d, n) for d in ds)),
+            "dkdv": (*((n, m, d) for d in ds + dvs), *((n, d, m) for d in dvs + ds)),
+            "dbias": (*scores, *((m, n, dv) for dv in dvs)),
+            "delta": (),
+        }[self.kernel]
+
+    @property
+    def needed(self) -> int:
+        """Floating-point operations of these products."""
+        return sum(2 * m * n * k for m, n, k in self.products)
+
+    @property
+    def useful(self) -> int:
+        """The same without what heads are padded with."""
+        return sum(2 * m * n * k for m, n, k in self._products((self.problem.d,), (self.problem.dv,)))
+
+
+def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassembled: bool = True) -> Report:
+    """Compile one kernel ("forward", "delta", "dq", "dkdv", "dbias") for a GPU and read its binary.
+
+    disassembled=False leaves out the loops, which take a quarter of a second. Raises ValueError for a binary that cannot be
+    read, RuntimeError where the kernels are interpreted, and what Triton raises for what it cannot compile.
+    """
+    compiled = compile(kernel, problem, config, gpu)
+    stretches = len([mode for mode in _static_of(kernel, problem, config).MODES.value if mode is not None]) or None
+    text = ""
+    if gpu.is_amd:
+        text = compiled.asm["amdgcn"]
+        found = sass.of_amdgcn(text)
+    else:
+        found = sass.of_cubin(compiled.asm["cubin"])
+        text = sass.disassemble(compiled.asm["cubin"]) if disassembled else ""
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Report(kernel, problem, gpu, config, found.registers, found.stack, compiled.metadata.shared, tensor_memory,
+                  found.accumulation, found.scalar, found.spilled, sass.spills(text) if disassembled else None,
+                  precision(problem), sass.partitions(text), sass.loops(text, stretches) if disassembled else None)
+
+
+def compile(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
+    """Triton's compiled kernel, with every intermediate form in `.asm`; the arguments are those of a real launch."""
+    return _compile(kernel, problem, config, gpu, residual, precision(problem))
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(kernel, problem, config, gpu, residual, _precision):
+    """`_precision` decides about float32 products, by way of the launch."""
+    call = launch.example_call(kernel, problem, config, residual)
+    if not isinstance(call.kernel, JITFunction):
+        raise RuntimeError("lens: expected compilable kernels, got interpreted ones; start Python without TRITON_INTERPRET")
+    target = GPUTarget("hip", gpu.arch, 64) if gpu.is_amd else GPUTarget("cuda", gpu.capability, 32)
+    backend = make_backend(target)
+    options = launch.options(config) | {"debug": False}
+    bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
+    bound, specialization, _ = bind(*call.arguments, **options)
+    options, signature, constants, attributes = call.kernel._pack_args(backend, options, bound, specialization, None)
+    return triton.compile(ASTSource(call.kernel, signature, constants, attributes), target=target, options=options.__dict__)
+
+
+def remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[str]:
+    """What ptxas says of a kernel's performance ("C7510: Potential Performance Loss: wgmma ... serialized ..."), a line each.
+
+    It says so while it compiles, where Triton drops it: ptxas runs once more.
+    """
+    if gpu.is_amd:
+        return []
+    from triton.backends.nvidia.compiler import get_ptxas  # which of the two is Triton's own choice
+
+    ptx = compile(kernel, problem, config, gpu).asm["ptx"]
+    arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        done = sass.run(get_ptxas(gpu.capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null")
+    if done.returncode:
+        raise ValueError(f"ptxas: expected PTX that it compiles, got: {done.stderr.strip()[-300:]}")
+    return [line.split(": ", 1)[-1] for line in done.stderr.splitlines() if "Performance" in line]
+
+
+def flops(product: str) -> int:
+    """Floating-point operations that each warp contributes to one product: "HMMA.16816" has 16 x 8 x 16 of them, twice."""
+    numbers = re.search(r"(\d+)x(\d+)x(\d+)", product)
+    if numbers:
+        # a warp-group product is made by four warps together
+        return 2 * math.prod(map(int, numbers.groups())) // (4 if product.startswith("HGMMA") else 1)
+    return {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8, "1684": 2 * 16 * 8 * 4}.get(product.split(".")[-1], 0)
+
+
+def parts(size: int) -> tuple[int, ...]:
+    """The widths in which a tile holds a head of this size."""
+    return (main_width(size), tail_width(size)) if in_two(size) else (main_width(size),)
+
+
+def padded(size: int) -> int:
+    """The columns that a head of this size takes in a tile."""
+    return sum(parts(size))
+
+
+@functools.lru_cache(maxsize=1024)
+def _static_of(kernel, problem, config):
+    return launch.example_call(kernel, problem, config).arguments[-1]

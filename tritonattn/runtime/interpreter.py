@@ -1,0 +1,123 @@
+"""Triton's interpreter, mended: the numbers it computes are those that a GPU would.
+
+As it comes, it keeps bfloat16 as raw 16-bit integers and multiplies those, rounds to bfloat16 by truncation,
+ignores TF32, and has NumPy multiply matrices, which sums in an order that depends on the processor and on where
+in a tile a row stands; on one GPU all rows are summed alike. Here casts round to the nearest (ties to even),
+arithmetic of bfloat16 goes through float32, TF32 products round their inputs (ties away from zero, as
+cvt.rna.tf32.f32 does), and a product is summed in float64 and rounded before it is added: that is more exact than
+a GPU's sum, and the order hardly ever leaves a trace, once in some 2^29 numbers where nothing cancels.
+Only what the kernels of this package use is mended; `tl.sum` of bfloat16 values is not. Calls of device
+functions are also made cheaper, which halves the time.
+"""
+
+import contextlib
+import functools
+import threading
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+Handle = interpreter.TensorHandle
+# the package whose functions need no further patching of Triton's language
+KERNELS = f"{__package__.rpartition('.')[0]}.kernels"
+one_at_a_time = threading.RLock()  # the interpreter's state is the process's
+
+
+def to_float32(bits):
+    """bfloat16, as the interpreter stores it, to float32."""
+    return (np.asarray(bits, np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_bfloat16(x):
+    """float32 to the bits of the nearest bfloat16; nan stays nan."""
+    x = np.asarray(x, np.float32)
+    bits = x.view(np.uint32)
+    half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    with np.errstate(over="ignore"):
+        rounded = ((bits + half) >> np.uint32(16)).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
+
+
+def to_tf32(x):
+    """float32 to the nearest number of 10 mantissa bits."""
+    x = np.ascontiguousarray(x, np.float32)
+    with np.errstate(over="ignore"):
+        rounded = ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def trouble() -> str | None:
+    """What keeps the interpreter from working here, with the mend; None if nothing does."""
+    if _version(triton) < (3, 7) and _version(np) >= (2, 4):
+        return (f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, found {np.__version__}: "
+                "pip install 'numpy<2.4', or a newer Triton")
+    return None
+
+
+def _version(module):
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+@contextlib.contextmanager
+def quiet():
+    """Mended, and without numpy's warnings about what is no error on a GPU: overflow to inf, nan in lanes not kept."""
+    mend()
+    with one_at_a_time, np.errstate(all="ignore"):
+        yield
+
+
+class Builder(interpreter.InterpreterBuilder):
+    """The interpreter's arithmetic, with bfloat16 and TF32 as a GPU has them."""
+
+    def cast_impl(self, src, dst_type):
+        have, want = src.dtype.scalar, dst_type.scalar
+        if have == want or tl.bfloat16 not in (have, want):
+            return super().cast_impl(src, dst_type)
+        if have == tl.bfloat16:
+            return Handle(to_float32(src.data).astype(interpreter._get_np_dtype(want)), want)
+        return Handle(to_bfloat16(src.data), want)
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
+            return self.cast_impl(src, dst_type)
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs, rhs, op):
+        if lhs.dtype.scalar != tl.bfloat16 or op in (np.bitwise_and, np.bitwise_or, np.bitwise_xor):
+            return super().binary_op(lhs, rhs, op)
+        out = op(to_float32(lhs.data), to_float32(rhs.data))
+        return Handle(out, tl.int1) if out.dtype == bool else Handle(to_bfloat16(out), tl.bfloat16)
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if d.dtype.scalar != tl.float32 or a.dtype.scalar not in (tl.float16, tl.bfloat16, tl.float32):
+            return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
+        x, y = (to_float32(t.data) if t.dtype.scalar == tl.bfloat16 else t.data for t in (a, b))
+        if a.dtype.scalar == tl.float32 and str(input_precision).endswith("TF32"):
+            x, y = to_tf32(x), to_tf32(y)
+        return Handle(np.matmul(x, y, dtype=np.float64).astype(np.float32) + d.data, d.dtype.scalar)
+
+    def get_bf16(self, value):
+        return Handle(to_bfloat16([value]), tl.bfloat16)
+
+
+def call(function, *args, **kwargs):
+    """Call a device function. As it comes, every call patches Triton's language anew, once more than is needed here."""
+    if not function.fn.__module__.startswith(KERNELS):
+        interpreter._patch_lang(function.fn)
+    try:
+        return function.rewrite()(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
+@functools.cache
+def mend() -> None:
+    """Mend the interpreter of this process, once."""
+    if trouble():
+        raise RuntimeError(trouble())
+    if isinstance(tl.max, triton.runtime.JITFunction):
+        raise RuntimeError("Triton was imported before TRITON_INTERPRET was set: set it before Python starts")
+    interpreter.InterpreterBuilder = interpreter.interpreter_builder.__class__ = Builder
+    interpreter.InterpretedFunction.__call__ = call
