@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from tritonattn import Problem, config, gpu, reference
+from tritonattn import Problem, gpu, reference
+from tritonattn.configs import lookup
 from tritonattn.measure import accuracy, device_timer, timing
 
 from .baselines import Refused, Rival, bottom_right, sdpa_choice
@@ -54,7 +55,7 @@ class Bench:
 
     device: torch.device
     stopwatch: object  # of tritonattn.clock
-    effort: timing.Effort = field(default_factory=timing.Effort)
+    effort: timing.TimingBudget = field(default_factory=timing.TimingBudget)
     _truth: tuple = (None, None)
 
     def truth(self, case: Case, inputs) -> Truth:
@@ -153,7 +154,7 @@ def prepare(bench: Bench, rival: Rival, case: Case, direction: str, inputs, trut
         return {"status": "refused", "reason": str(refusal)}
     except Exception as error:
         return failure(bench, rival.name, error)
-    ready[rival.name] = timing.Contender(calls, case.problem.bytes(), rival.around)
+    ready[rival.name] = timing.Timed(calls, case.problem.bytes(), rival.around)
     return {"status": "ok", "details": details}
 
 
@@ -231,7 +232,7 @@ def _choices(rival: Rival, problem: Problem, direction, inputs, device) -> dict:
     """What a contender that chooses for itself has chosen: our configs, torch's backend."""
     if rival.name.startswith("tritonattn"):
         here = gpu.of(device)
-        return {"configs": {kernel: str(config.find(kernel, problem, here)) for kernel in KERNELS[direction]}}
+        return {"configs": {kernel: str(lookup.get_config(kernel, problem, here)) for kernel in KERNELS[direction]}}
     if rival.name == "torch" and device.type == "cuda":
         q, k, v = (x.detach().requires_grad_(direction != "forward") for x in inputs[:3])
         return {"backend": sdpa_choice(problem, q, k, v)}
@@ -244,7 +245,7 @@ def _time(bench, ready, results):
     while ready:
         try:
             return timing.measure(ready, bench.stopwatch, bench.effort)
-        except timing.ContenderError as failed:
+        except timing.TimedError as failed:
             results[failed.name] = failure(bench, failed.name, failed.__cause__)
             del ready[failed.name]
     return {}, []

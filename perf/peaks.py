@@ -27,8 +27,8 @@ def ceilings(stopwatch, device: torch.device, size: int = MATMUL, count: int = C
         a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
         source = torch.randn(count, dtype=torch.bfloat16, device=device)
         target = torch.empty_like(source)
-        found, _ = timing.measure({"matmul": timing.Contender([lambda: a @ b]),
-                                   "copy": timing.Contender([lambda: target.copy_(source)])}, stopwatch)
+        found, _ = timing.measure({"matmul": timing.Timed([lambda: a @ b]),
+                                   "copy": timing.Timed([lambda: target.copy_(source)])}, stopwatch)
     amounts = {"matmul": (2 * size**3 / 1e12, "TFLOP/s"), "copy": (4 * count / 1e12, "TB/s")}
     return {name: {"seconds": x.seconds, "q20": x.q20, "q80": x.q80, "rate": amounts[name][0] / x.seconds,
                    "unit": amounts[name][1], "throttled": x.mostly_throttled} for name, x in found.items()}
@@ -54,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         top.error("expected a GPU that torch sees, got none")
     device = torch.device("cuda")
-    found = {"environment": environment.of(device), "date": journal.now(),
-             "ceilings": ceilings(device_timer.of(device), device), "backends": backends(device)}
+    found = {"environment": environment.environment_of(device), "date": journal.now(),
+             "ceilings": ceilings(device_timer.timer_of(device), device), "backends": backends(device)}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(found, indent=1))
     for name, ceiling in found["ceilings"].items():

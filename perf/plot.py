@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from tritonattn import Problem
 from tritonattn import gpu as gpus
 from tritonattn.gpu import Gpu
-from tritonattn.measure.drawing import GREY, INK, headline, look
+from tritonattn.measure.drawing import GREY, INK, headline, rc_params
 from tritonattn.measure.journal import JournalError
 
 from . import cases, limits
@@ -36,7 +36,7 @@ from .readme_table import DAGGER, DIRECTIONS, Cell, decimals, dtypes, fact, lack
 from .results import OURS, Job, Run
 
 # text stays text, and names in it are stable
-LOOK = look({"svg.hashsalt": "tritonattn", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5,
+LOOK = rc_params({"svg.hashsalt": "tritonattn", "svg.fonttype": "none", "font.size": 9, "axes.titlesize": 9.5,
              "figure.constrained_layout.h_pad": 0.06, "figure.constrained_layout.w_pad": 0.06})
 SIZES = 12.5, 8.5  # of letters, in points: of the headline and of what stands below it
 

@@ -33,7 +33,7 @@ LOST = 3       # the exit code that asks to be run again
 ATTEMPTS = 2   # of a job that kills the process; and losses of the device after which a rival is left out for good
 NAMING = 0.1   # of the minutes, kept for naming kernels
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-ON_HOST = timing.Effort(seconds=1.0, rounds=(3, 5), settle=(0.0, 0.0))
+ON_HOST = timing.TimingBudget(seconds=1.0, rounds=(3, 5), settle=(0.0, 0.0))
 # rough: seconds that one contender takes before it is timed, mostly compiling; FlexAttention compiles its own way
 SETUP, SETUP_FLEX = 2.5, 20.0
 
@@ -45,7 +45,7 @@ class Plan:
     suite: str
     cases: tuple[Case, ...]
     rivals: list[baselines.Rival]
-    effort: timing.Effort
+    effort: timing.TimingBudget
     environment: dict
     commit: str | None = None  # no part of what is digested: committing results must not begin them anew
 
@@ -227,13 +227,13 @@ def _positive(text: str) -> float:
 
 def plan_of(arguments, device: torch.device) -> Plan:
     """The plan that the command line asks for, on this machine."""
-    here = environment.of(device)
+    here = environment.environment_of(device)
     commit = here.pop("commit")
-    here["source"] = environment.source(Path(baselines.__file__), Path(measure.__file__))
+    here["source"] = environment.source_digest(Path(baselines.__file__), Path(measure.__file__))
     # what was tuned on this machine is used here too: other configs are other kernels
-    tuned = {path.name: found.config for path, found in user_cache.current().records()}
+    tuned = {path.name: found.config for path, found in user_cache.current_cache().records()}
     here["tuned"] = journal.digest(tuned) if tuned else None
-    effort = timing.Effort() if device.type == "cuda" else ON_HOST
+    effort = timing.TimingBudget() if device.type == "cuda" else ON_HOST
     effort = replace(effort, seconds=arguments.seconds) if arguments.seconds else effort
     dtype = DTYPES.get(arguments.dtype)
     contenders = baselines.chosen(arguments.rivals, device.type)
@@ -271,7 +271,7 @@ def bring(plan: Plan, source: Path, target: Path) -> None:
 def carry_out(plan: Plan, path: Path, device: torch.device, start: float, minutes: float | None) -> list[results.Job]:
     """Time what is left to be timed, then name kernels, within so many minutes of the start. Raises what `run` raises."""
     seconds = 60 * minutes if minutes else float("inf")
-    bench = measure.Bench(device, device_timer.of(device), plan.effort)
+    bench = measure.Bench(device, device_timer.timer_of(device), plan.effort)
     if device.type != "cuda":
         return run(plan, path, bench, start + seconds)
     if plan.environment["sensors"] != "NVML":

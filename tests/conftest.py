@@ -24,7 +24,7 @@ if not COMPILED:
     from tests.helpers import memory_guard
     from tritonattn.runtime import interpreter
 
-    interpreter.mend()
+    interpreter.patch()
     memory_guard.install()
 
 
@@ -54,7 +54,7 @@ def unwritten_memory_is_nan():
 def off_and_uncounted():
     """The swap is off before and after, with nothing counted yet."""
     torch._dynamo.reset()
-    dispatch_log.report(clear=True)
+    dispatch_log.fallback_report(clear=True)
     # a warning is enough: on a GPU torch's own gradients of float32 are not deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

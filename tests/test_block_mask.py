@@ -136,12 +136,12 @@ def test_no_tile_is_visited_in_vain(name, monkeypatch):
             for j, tile in enumerate(rows.split(TILE, 1)):
                 short = (ragged_rows and tile.shape[0] < TILE) or (ragged_cols and tile.shape[1] < TILE)
                 if tile.any():
-                    yield i, j, "full" if tile.all() and not short else "last"
+                    yield i, j, "unmasked" if tile.all() and not short else "masked_tail"
 
     assert found["forward"] == found["dq"] == list(expected(False, True))
     assert [(col, row, mode) for row, col, mode in found["dkdv"]] == sorted(expected(True, False), key=lambda at: at[1::-1])
     counts, modes = given.counts(), [mode for *_, mode in found["forward"]]
-    assert counts == {"whole": modes.count("full"), "mixed": modes.count("last"), "empty": 9 - len(modes)}
+    assert counts == {"whole": modes.count("unmasked"), "mixed": modes.count("masked_tail"), "empty": 9 - len(modes)}
     assert counts["empty"] > 0
 
 
@@ -212,12 +212,12 @@ def test_how_stretches_are_walked():
         return Problem((1,), 1, 1, 8, 8, 8, 8, torch.float16, **given)
 
     free = None, None
-    assert launch.modes(problem(), TILES, free, False) == (None, "full", None)
-    assert launch.modes(problem(), TILES, (3, None), True) == ("edge", "full", "last")
-    assert launch.modes(problem(masked=True), TILES, free, False) == (None, "dense", None)
+    assert launch.loop_modes(problem(), TILES, free, False) == (None, "unmasked", None)
+    assert launch.loop_modes(problem(), TILES, (3, None), True) == ("masked", "unmasked", "masked_tail")
+    assert launch.loop_modes(problem(masked=True), TILES, free, False) == (None, "neg_inf", None)
     listed = {"masked": True, "mapped": True}
-    assert launch.modes(problem(**listed), TILES, free, False) == (None, "full", "last")
-    assert launch.modes(problem(bias=torch.float16, **listed), TILES, free, False) == (None, "dense", "last")
-    assert launch.modes(problem(lengths=True, **listed), TILES, free, False) == (None, "edge", "last")
-    assert launch.modes(problem(**listed), TILES, (None, 0), False) == (None, "edge", "last")
-    assert launch.modes(problem(), Config(64, 64), (3, 0), False) == ("edge", "full", "edge")
+    assert launch.loop_modes(problem(**listed), TILES, free, False) == (None, "unmasked", "masked_tail")
+    assert launch.loop_modes(problem(bias=torch.float16, **listed), TILES, free, False) == (None, "neg_inf", "masked_tail")
+    assert launch.loop_modes(problem(lengths=True, **listed), TILES, free, False) == (None, "masked", "masked_tail")
+    assert launch.loop_modes(problem(**listed), TILES, (None, 0), False) == (None, "masked", "masked_tail")
+    assert launch.loop_modes(problem(), Config(64, 64), (3, 0), False) == ("masked", "unmasked", "masked")

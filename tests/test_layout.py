@@ -11,15 +11,15 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 # one whole number for each folder; files at the root have their own
 FLOORS = {
-    "version": 0, "reference": 0, "kernels": 0, "problem": 1, "config": 1, "gpu": 1, "block_mask": 1, "measure": 1,
+    "version": 0, "reference": 0, "kernels": 0, "problem": 1, "config": 1, "gpu": 1, "block_mask": 1, "measure": 2,
     "configs": 2, "runtime": 3, "attention": 4, "analysis": 5, "integrations": 5, "autotune": 6, "cli": 7,
 }
 # inside a folder, a file imports only files that stand before it
 ORDER = {
     "kernels": ["tile", "window", "dropout", "scores", "softmax", "forward", "backward"],
     "measure": ["journal", "accuracy", "drawing", "device_timer", "timing", "environment"],
-    "configs": ["shipped", "key", "user_cache", "lookup"],
-    "runtime": ["interpreter", "arguments", "launch", "custom_op"],
+    "configs": ["kernel_hash", "shipped", "key", "user_cache", "lookup"],
+    "runtime": ["interpreter", "launch", "custom_op"],
     "analysis": ["sass", "compile_report", "cost_model", "explain"],
     "integrations": ["dispatch_log", "aten_overrides", "sdpa_patch", "transformers"],
     "autotune": ["worker_pool", "prune", "config_table", "trials", "record_problems", "search", "bench", "isolation", "tuner",
@@ -48,7 +48,8 @@ def place(dotted: str):
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
-SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() not in ("__init__.py", "__main__.py"))
+ENTRY = {"__init__.py", "__main__.py"}
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() not in ENTRY)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
@@ -74,7 +75,8 @@ def test_every_file_and_folder_has_its_place():
     assert folders | files == set(FLOORS) and folders <= set(ORDER)
     for folder in (*sorted(folders), "perf"):
         root = PACKAGE.parent if folder == "perf" else PACKAGE
-        found = {path.stem for path in (root / folder).glob("*.py")} | {path.parent.name for path in (root / folder).glob("*/__init__.py")}
+        found = {path.stem for path in (root / folder).glob("*.py")}
+        found |= {path.parent.name for path in (root / folder).glob("*/__init__.py")}
         assert found - {"__init__"} == set(ORDER[folder]), folder
 
 

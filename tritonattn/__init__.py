@@ -7,14 +7,14 @@ from .autotune import first_call, tune
 from .autotune.record_problems import record_problems
 from .block_mask import BlockMask, block_mask
 from .config import Config
-from .integrations.dispatch_log import report
+from .integrations.dispatch_log import fallback_report
 from .integrations.sdpa_patch import disable, enable, swapped
 from .problem import Problem
 from .version import VERSION as __version__
 
 __all__ = [
     "BlockMask", "Config", "Problem", "__version__", "attention", "block_mask", "config", "disable", "dropout_mask",
-    "enable", "explain", "record_problems", "reference", "report", "scaled_dot_product_attention", "swapped", "tune",
+    "enable", "explain", "fallback_report", "record_problems", "reference", "scaled_dot_product_attention", "swapped", "tune",
 ]
 
 first_call.install()

@@ -67,29 +67,29 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
-    _refuse(softcap=softcap, sink=sink)
+    _reject_unsupported(softcap=softcap, sink=sink)
     arguments = _as_given(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
                           key_lengths=key_lengths, dropout_p=dropout_p, dropout_seed=dropout_seed)
     o, lse = _attend(*arguments, precise_grad=bool(precise_grad))
     return (o, lse) if return_lse else o
 
 
-def posed(q, k, v, **options) -> Problem:
+def problem_of(q, k, v, **options) -> Problem:
     """The problem that `attention` poses to the kernels with these arguments; nothing runs, no random number is drawn."""
-    return as_inputs(q, k, v, **options).problem
+    return prepare(q, k, v, **options).problem
 
 
-def as_inputs(q, k, v, *, softcap=None, sink=None, return_lse=False, precise_grad=True, **options):
+def prepare(q, k, v, *, softcap=None, sink=None, return_lse=False, precise_grad=True, **options):
     """The launch.Inputs that `attention` gives to the kernels with these arguments; without a seed dropout's is 0."""
-    from .runtime.launch import Inputs  # it needs Triton, and the checks do not
+    from .runtime.launch import AttentionInputs  # it needs Triton, and the checks do not
 
-    _refuse(softcap=softcap, sink=sink)
+    _reject_unsupported(softcap=softcap, sink=sink)
     _check_tensors(q=q, k=k, v=v)
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
     q, k, v, bias, masks, seed, key_lengths, scale, *others = _as_given(q, k, v, **options)
     *tensors, scale = _shaped(q, k, v, bias, masks, scale)
-    return Inputs(*tensors, seed, key_lengths, scale, *others)
+    return AttentionInputs(*tensors, seed, key_lengths, scale, *others)
 
 
 def _as_given(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
@@ -120,21 +120,21 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     See `attention` for gradients, errors and source.
     """
     try:
-        arguments = _as_torch_takes_them(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        arguments = _prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     except Exception as ours:
         options = {"scale": scale, "enable_gqa": enable_gqa}
-        raise _in_torchs_words(ours, (query, key, value, attn_mask, dropout_p, is_causal), options) from None
+        raise _as_torch_error(ours, (query, key, value, attn_mask, dropout_p, is_causal), options) from None
     o = _attend(*arguments, precise_grad=True)[0]
     # four dimensions keep the query's order, as in torch's fused kernels; others are contiguous, as in its plain ones
     return o if query.dim() == 4 else o.contiguous()
 
 
-def _as_torch_takes_them(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+def _prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     """The arguments of `_attend`."""
     _check_tensors(query=query, key=key, value=value)
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected True or False, got {_brief(flag)}")
+            raise TypeError(f"{name}: expected True or False, got {_describe(flag)}")
     query, key, value = _autocast(query, key, value)
     _check_kind(query=query, key=key, value=value)
     dropout_p, scale = (x.item() if isinstance(x, torch.Tensor) and x.dim() == 0 and not x.requires_grad else x
@@ -150,7 +150,7 @@ def _as_torch_takes_them(query, key, value, attn_mask, dropout_p, is_causal, sca
     return query, key, value, bias, masks, seed, None, scale, None, 0 if causal else None, bottom_right, dropout_p
 
 
-def _in_torchs_words(ours, arguments, options):
+def _as_torch_error(ours, arguments, options):
     """The error that torch raises where ours is raised, ours below it; ours alone where torch has nothing against the call."""
     if any(isinstance(x, torch.Tensor) and (x.layout != torch.strided or x.is_nested or isinstance(x, CausalBias))
            for x in arguments):
@@ -193,7 +193,7 @@ def _attend(q, k, v, bias, masks, seed, key_lengths, scale, *options, precise_gr
     """Run the kernels on tensors of one rank, and take off what was added to make them so."""
     bare, dv = max(q.dim(), k.dim(), v.dim()) == 2, v.shape[-1]
     *tensors, scale = _shaped(q, k, v, bias, masks, scale)
-    o, lse = custom_op.attend(*tensors, seed, key_lengths, scale, *options, precise_grad=precise_grad)
+    o, lse = custom_op.attention_op(*tensors, seed, key_lengths, scale, *options, precise_grad=precise_grad)
     o = o if dv else o.narrow(-1, 0, 0)
     return (o.squeeze(-3), lse.squeeze(-2)) if bare else (o, lse)
 
@@ -253,7 +253,7 @@ def _as_pairs(name, x, q, k, v):
     if x is None:
         return None
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {_brief(x)}")
+        raise TypeError(f"{name}: expected a tensor or None, got {_describe(x)}")
     kinds = {"mask": (torch.bool,), "bias": (torch.float32, q.dtype), "attn_mask": (torch.bool, torch.float32, q.dtype)}[name]
     if torch.is_autocast_enabled(q.device.type) and x.dtype in (torch.float16, torch.bfloat16):
         x = x.to(q.dtype)
@@ -307,7 +307,7 @@ def _as_lengths(lengths, q, k, v):
     if lengths is None:
         return None
     if not isinstance(lengths, torch.Tensor) or lengths.dtype not in (torch.int32, torch.int64):
-        got = lengths.dtype if isinstance(lengths, torch.Tensor) else _brief(lengths)
+        got = lengths.dtype if isinstance(lengths, torch.Tensor) else _describe(lengths)
         raise TypeError(f"key_lengths: expected a tensor of int32 or int64, got {got}")
     if lengths.device != q.device:
         raise RuntimeError(f"key_lengths: expected {q.device}, where the queries are, got {lengths.device}")
@@ -338,7 +338,7 @@ def _torchs_mask(attn_mask, is_causal, query, key, value):
         raise RuntimeError("_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True\n"
                            "attn_mask: expected None where is_causal=True, got a mask")
     if not isinstance(attn_mask, torch.Tensor):
-        raise TypeError(f"attn_mask: expected a tensor or None, got {_brief(attn_mask)}")
+        raise TypeError(f"attn_mask: expected a tensor or None, got {_describe(attn_mask)}")
     if attn_mask.dtype == torch.bool:
         return None, (_as_pairs("attn_mask", attn_mask, query, key, value), None, None), False, False
     return _as_pairs("attn_mask", attn_mask, query, key, value), NO_MASK, False, False
@@ -346,7 +346,7 @@ def _torchs_mask(attn_mask, is_causal, query, key, value):
 
 def _check_probability(p):
     if isinstance(p, torch.Tensor) or not isinstance(p, numbers.Real):
-        raise TypeError(f"dropout_p: expected a number, got {_brief(p)}")
+        raise TypeError(f"dropout_p: expected a number, got {_describe(p)}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p: expected a probability, between 0 and 1, got {p}")
     return float(p)
@@ -364,13 +364,13 @@ def _seed(p, seed, device):
     return seed.reshape(1).clone() if p else None
 
 
-def _refuse(**arguments):
+def _reject_unsupported(**arguments):
     for name, value in arguments.items():
         if value is not None:
-            raise NotImplementedError(f"{name}: not served yet, expected it left out, got {_brief(value)}")
+            raise NotImplementedError(f"{name}: not served yet, expected it left out, got {_describe(value)}")
 
 
-def _brief(value):
+def _describe(value):
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
@@ -439,7 +439,7 @@ def _check_scale(scale, d):
     if scale is None:
         return 1.0 / math.sqrt(d) if d else 1.0
     if isinstance(scale, torch.Tensor) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"scale: expected a number or None, got {_brief(scale) if scale is not None else None}; a learned "
+        raise TypeError(f"scale: expected a number or None, got {_describe(scale) if scale is not None else None}; a learned "
                         "scale goes into q, where it gets its gradient")
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {str(scale)[:24]}")
@@ -448,12 +448,12 @@ def _check_scale(scale, d):
 
 def _check_window(causal, window):
     if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected True or False, got {_brief(causal)}")
+        raise TypeError(f"causal: expected True or False, got {_describe(causal)}")
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise TypeError(f"window: expected a pair (left, right), got {_brief(window)}")
+        raise TypeError(f"window: expected a pair (left, right), got {_describe(window)}")
     for side, name in zip(window, ("left", "right")):
         if side is not None and (isinstance(side, bool) or not isinstance(side, (int, torch.SymInt))):
-            raise TypeError(f"window: expected {name} to be an integer or None, got {_brief(side)}")
+            raise TypeError(f"window: expected {name} to be an integer or None, got {_describe(side)}")
         if side is not None and side < 0:
             raise ValueError(f"window: expected {name} to be at least 0, got {side}")
     left, right = window

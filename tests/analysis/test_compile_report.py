@@ -13,7 +13,7 @@ import triton
 
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import compile_report
-from tritonattn.analysis.compile_report import Report
+from tritonattn.analysis.compile_report import KernelReport
 from tritonattn.analysis.sass import Loop
 
 
@@ -34,14 +34,14 @@ SQUARE = Config(128, 128, 8, 2)
 
 
 def report(on=H200, config=SQUARE, loops=(), **fields):
-    return Report("forward", PLAIN, on, config, **{"registers": 168, "stack": 0, "shared_memory": 40 << 10, "tensor_memory": 0,
+    return KernelReport("forward", PLAIN, on, config, **{"registers": 168, "stack": 0, "shared_memory": 40 << 10, "tensor_memory": 0,
                                                    "loops": loops} | fields)
 
 
 @pytest.mark.interpreted
 def test_interpreted_kernels_cannot_be_compiled():
     with pytest.raises(RuntimeError, match="without TRITON_INTERPRET"):
-        compile_report.inspect("forward", PLAIN, Config(64, 64), H200)
+        compile_report.inspect_kernel("forward", PLAIN, Config(64, 64), H200)
 
 
 @pytest.mark.parametrize("fields, blocks, limit", [
@@ -118,7 +118,7 @@ from tritonattn.cli import format
 problem = Problem((1,), 8, 8, 1024, 1024, 128, 128, torch.bfloat16)
 def look(text, arch, kernel="forward", d=128, window=(None, None)):
     asked = dataclasses.replace(problem, d=d, dv=d, window=window)
-    return compile_report.inspect(kernel, asked, Config.parse(text), gpu.KNOWN[arch])
+    return compile_report.inspect_kernel(kernel, asked, Config.parse(text), gpu.KNOWN[arch])
 """
 GOLDEN = LOOK + """
 found = [look(*cell) for cell in {cells}]
@@ -158,8 +158,8 @@ def row(each):
     return dict(fits=each.fits, spills=each.loop_spills, stack=each.stack, registers=each.registers, shared=each.shared_memory)
 serial = problem, Config.parse("64x64w4s2"), gpu.KNOWN["sm_90"]
 causal = dataclasses.replace(problem, window=(None, 0)), *serial[1:]
-said = [compile_report.inspect("forward", *each).serialized for each in (serial, causal)]
-remarks = [compile_report.remarks("forward", *each) for each in (serial, causal)]
+said = [compile_report.inspect_kernel("forward", *each).serialized for each in (serial, causal)]
+remarks = [compile_report.ptxas_remarks("forward", *each) for each in (serial, causal)]
 print(json.dumps([row(good), row(spilling), row(oversized), said, remarks]))
 """
 
@@ -180,14 +180,14 @@ BROKEN = LOOK + """
 import tempfile, triton
 from tritonattn.analysis import sass
 config, on = Config.parse("64x64w4s2"), gpu.KNOWN["sm_90"]
-whole = compile_report.compile("forward", problem, config, on).asm["cubin"]
+whole = compile_report.compile_kernel("forward", problem, config, on).asm["cubin"]
 def said(read, content):
     try:
         return f"nothing: {read(content)!s:.60}"
     except ValueError as error:
         return str(error)
 cuts = [0, 3, 40, 64, len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4]
-amdgcn = compile_report.compile("forward", problem, config, gpu.KNOWN["gfx942"]).asm["amdgcn"]
+amdgcn = compile_report.compile_kernel("forward", problem, config, gpu.KNOWN["gfx942"]).asm["amdgcn"]
 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(whole)
     file.flush()
@@ -213,7 +213,7 @@ sys.path.append("tests")  # the package would interpret
 from pace import slowness
 cell = "128x64w8s2", "sm_90"
 look(*cell)
-warm = lambda: compile_report.inspect("forward", problem, Config.parse(cell[0]), gpu.KNOWN[cell[1]], disassembled=False)
+warm = lambda: compile_report.inspect_kernel("forward", problem, Config.parse(cell[0]), gpu.KNOWN[cell[1]], disassembled=False)
 def of_the_processor():
     # its time and that of the disassembler, whoever else is at work
     before = sum(os.times()[:4])

@@ -11,7 +11,7 @@ from tests.analysis.test_compile_report import compiled
 from tests.helpers.shipped_rows import OWN, versions
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import cost_model
-from tritonattn.analysis.compile_report import Report
+from tritonattn.analysis.compile_report import KernelReport
 from tritonattn.analysis.sass import Loop
 
 H200, MI300X = gpu.KNOWN["sm_90"], gpu.KNOWN["gfx942"]
@@ -22,7 +22,7 @@ SQUARE = Config(128, 128, 8, 2)
 
 
 def report(problem=PLAIN, config=SQUARE, loop=LOOP, on=H200, **fields):
-    return Report("forward", problem, on, config, **{"registers": 255, "stack": 0, "shared_memory": 160 << 10,
+    return KernelReport("forward", problem, on, config, **{"registers": 255, "stack": 0, "shared_memory": 160 << 10,
                                                      "tensor_memory": 0, "loops": (loop,)} | fields)
 
 

@@ -16,7 +16,7 @@ from tritonattn.analysis import compile_report, explain
 from tritonattn.analysis.sass import Loop
 from tritonattn.cli import format
 from tritonattn.cli import main as cli
-from tritonattn.configs import shipped
+from tritonattn.configs import lookup, shipped
 
 H200, A100 = gpu.KNOWN["sm_90"], gpu.KNOWN["sm_80"]
 GOOD = report(loops=(LOOP,))
@@ -45,8 +45,8 @@ CALLS = {
 def test_the_problem_explained_is_the_problem_run(name, device, monkeypatch):
     shapes, options = CALLS[name]
     given, asked = tensors(device, *shapes), []
-    find = config.find
-    monkeypatch.setattr(config, "find", lambda kernel, problem, on: asked.append(problem) or find(kernel, problem, on))
+    find = lookup.get_config
+    monkeypatch.setattr(lookup, "get_config", lambda kernel, problem, on: asked.append(problem) or find(kernel, problem, on))
     attention(*given, **options)
     state = torch.get_rng_state()
     explained = tritonattn.explain(*given, **options)
@@ -67,10 +67,10 @@ def test_the_same_errors_as_the_call(device):
 def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
     problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, True)
     assert problem == Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0))
-    found = explain.of_problem(problem, H200)
+    found = explain.explain_problem(problem, H200)
     assert [line.kernel for line in found.lines] == ["forward", "delta", "dq", "dkdv"]
     line, text = found.lines[0], str(found)
-    chosen = config.choose("forward", problem, H200)
+    chosen = lookup.lookup_config("forward", problem, H200)
     assert (line.config, line.origin, line.table, line.entry) == (str(chosen.config), "table", "h200", chosen.row.many)
     assert line.lost == chosen.row.lost and line.lost
     for word in (line.config, "this very GPU (h200.json)", f"bound by {line.entry.bound}", "static-model", *line.lost,
@@ -83,14 +83,14 @@ def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
 def test_a_pin_an_exception_and_another_gpu_are_told():
     problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
     with config.pinned(dq=Config(32, 32)):
-        lines = {line.kernel: line for line in explain.of_problem(problem, A100).lines}
+        lines = {line.kernel: line for line in explain.explain_problem(problem, A100).lines}
     assert (lines["dq"].config, lines["dq"].origin, lines["dq"].entry) == ("32x32w4s2", "pinned", None)
     assert lines["forward"].origin == "table"
     other = dataclasses.replace(H200, name="H20", sms=78)
-    assert "a GPU of this architecture (h200.json)" in str(explain.of_problem(problem, other))
+    assert "a GPU of this architecture (h200.json)" in str(explain.explain_problem(problem, other))
     odd = dataclasses.replace(problem, bias=torch.float32)
-    assert [line.kernel for line in explain.of_problem(odd, A100).lines][-1] == "dbias"
-    wide = explain.of_problem(Problem.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
+    assert [line.kernel for line in explain.explain_problem(odd, A100).lines][-1] == "dbias"
+    wide = explain.explain_problem(Problem.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
     exceptions = [line.entry.exception for line in wide.lines if line.entry and line.entry.exception]
     assert exceptions and all(f"in spite of {exception}" in str(wide) for exception in exceptions)
 
@@ -101,7 +101,7 @@ from tritonattn import Config, Problem, config, gpu
 from tritonattn.analysis import explain
 problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
 with config.pinned(forward=Config(128, 64, 8, 2), dq=Config(128, 128, 8, 4)):
-    found = explain.of_problem(problem, gpu.KNOWN["sm_90"])
+    found = explain.explain_problem(problem, gpu.KNOWN["sm_90"])
 print(json.dumps([str(found), found.as_json()]))
 """
 
@@ -118,10 +118,10 @@ def test_a_pinned_config_that_the_compiler_refuses_is_told(monkeypatch):
     def refuse(*_):
         raise RuntimeError("it said no")
 
-    monkeypatch.setattr(compile_report, "inspect", refuse)
+    monkeypatch.setattr(compile_report, "inspect_kernel", refuse)
     monkeypatch.setattr(gpu, "INTERPRETED", False)
     with config.pinned(forward=Config(32, 32)):
-        found = explain.of_problem(PLAIN, H200)
+        found = explain.explain_problem(PLAIN, H200)
     assert found.lines[0].pinned == {"refused": "RuntimeError: it said no"}
     assert "pinned\n         the compiler refuses it: RuntimeError: it said no\n" in str(found)
 
@@ -135,13 +135,13 @@ def test_what_is_not_known_of_a_binary_is_left_out():
 def test_heads_that_are_not_served_are_refused_in_one_line(capsys):
     wide = Problem.parse("1x8x8x64x512", torch.float32, False)
     with pytest.raises(RuntimeError, match=r"head size: expected at most 256 in torch.float32 on A10, got 512"):
-        explain.of_problem(wide, gpu.KNOWN["sm_86"])
+        explain.explain_problem(wide, gpu.KNOWN["sm_86"])
     assert cli.main(["explain", "--shape", "1x8x8x64x512", "--dtype", "fp32", "--gpu", "a100,a10"]) == 2
     assert capsys.readouterr().err == "head size: expected at most 256 in torch.float32 on A10, got 512\n"
-    assert explain.of_problem(wide, A100).lines
+    assert explain.explain_problem(wide, A100).lines
 
 
-@pytest.mark.parametrize("table", shipped.shipped(), ids=lambda each: each.name)
+@pytest.mark.parametrize("table", shipped.shipped_tables(), ids=lambda each: each.name)
 def test_the_rows_that_nearly_everybody_uses_tell_of_others_that_lost(table):
     """16 bits and heads of 64, 128 and 256: why not another config is what explain is asked."""
     rows = [row for row in table.rows.values() if row.itemsize == 2 and row.width in (64, 128, 256)]

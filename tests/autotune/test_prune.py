@@ -12,19 +12,19 @@ import torch
 import triton
 
 from tests.analysis.test_compile_report import compiled
-from tritonattn import Config, Problem, config, gpu
-from tritonattn.analysis.compile_report import Report
+from tritonattn import Config, Problem, gpu
+from tritonattn.analysis.compile_report import KernelReport
 from tritonattn.analysis.sass import Loop
 from tritonattn.autotune import config_table, prune, worker_pool
 from tritonattn.autotune.worker_pool import Failure, Workers
-from tritonattn.configs import shipped
+from tritonattn.configs import lookup, shipped
 from tritonattn.configs.shipped import Entry
 
 H200, MI300X = gpu.KNOWN["sm_90"], gpu.KNOWN["gfx942"]
 PROBLEM = Problem((2,), 8, 8, 4096, 4096, 128, 128, torch.bfloat16)
 EXACT = dataclasses.replace(PROBLEM, dtype=torch.float32)
 LOOP = Loop(("HGMMA.64x128x16",) * 16 + ("MUFU.EX2",) * 64 + ("WARPGROUP.DEPBAR",))
-GOOD = Report("forward", PROBLEM, H200, Config(128, 128, 8, 2), 240, 0, 160 << 10, 0, loops=(LOOP,))
+GOOD = KernelReport("forward", PROBLEM, H200, Config(128, 128, 8, 2), 240, 0, 160 << 10, 0, loops=(LOOP,))
 
 
 def with_loop(*instructions):
@@ -46,7 +46,7 @@ def with_loop(*instructions):
     (with_loop(*("HGMMA.64x128x16", "WARPGROUP.DEPBAR") * 16, *("MUFU.EX2",) * 64), "serialized"),
 ], ids=str)
 def test_each_reason(change, reason):
-    verdict = prune.judge(dataclasses.replace(GOOD, **change))
+    verdict = prune.check_report(dataclasses.replace(GOOD, **change))
     assert verdict.reason == reason and (reason is None or reason in prune.REASONS)
     assert (verdict.estimate is None) == (reason in ("shared memory", "tensor memory") or not change.get("loops", True))
 
@@ -60,7 +60,7 @@ def test_each_reason(change, reason):
     ("forward", "32x32w8s1", EXACT, None), ("forward", "16x32w4s1", EXACT, None), ("forward", "16x16w8s1", EXACT, "constraint"),
 ])
 def test_what_is_out_before_compiling(kernel, text, problem, reason):
-    verdict = prune.before_compiling(kernel, problem, Config.parse(text), H200)
+    verdict = prune.check_config(kernel, problem, Config.parse(text), H200)
     assert (verdict and verdict.reason) == reason
 
 
@@ -70,22 +70,22 @@ def test_what_is_out_before_compiling(kernel, text, problem, reason):
                          ids=["good", "wrong path", "duplicate", "serialized"])
 def test_a_spill_more_never_helps(loop):
     def expected(spills):
-        verdict = prune.judge(dataclasses.replace(GOOD, **with_loop(*loop, *("STL",) * spills)))
+        verdict = prune.check_report(dataclasses.replace(GOOD, **with_loop(*loop, *("STL",) * spills)))
         assert ("spills" in verdict.note) == (spills > 0 and verdict.reason != "spill")
-        return verdict.estimate.cycles * prune.doubt(verdict.reason, spills)
+        return verdict.estimate.cycles * prune.time_penalty(verdict.reason, spills)
 
     found = [expected(spills) for spills in (0, 1, 2, 8, 64, 512)]
     assert found == sorted(found) and found[0] < found[-1]
 
 
 def test_the_order_is_by_time_then_memory_then_name_and_what_is_out_stands_behind():
-    fast, slow = prune.judge(GOOD), prune.judge(dataclasses.replace(GOOD, **with_loop(*LOOP.instructions, *("FFMA",) * 4000)))
-    larger = prune.judge(dataclasses.replace(GOOD, shared_memory=161 << 10))
-    spilling = prune.judge(dataclasses.replace(GOOD, **with_loop(*LOOP.instructions, "STL")))
+    fast, slow = prune.check_report(GOOD), prune.check_report(dataclasses.replace(GOOD, **with_loop(*LOOP.instructions, *("FFMA",) * 4000)))
+    larger = prune.check_report(dataclasses.replace(GOOD, shared_memory=161 << 10))
+    spilling = prune.check_report(dataclasses.replace(GOOD, **with_loop(*LOOP.instructions, "STL")))
     out = prune.Verdict(Config(16, 16), "compile error", "it said so")
     # expected to take as long as the fastest one, but the model is not to be trusted there
-    twice = prune.judge(dataclasses.replace(GOOD, **with_loop(*LOOP.instructions, *("STL",) * 2)))
-    collapsed = prune.judge(dataclasses.replace(GOOD, registers=32, stack=5000))
+    twice = prune.check_report(dataclasses.replace(GOOD, **with_loop(*LOOP.instructions, *("STL",) * 2)))
+    collapsed = prune.check_report(dataclasses.replace(GOOD, registers=32, stack=5000))
     assert twice.estimate.cycles == spilling.estimate.cycles and collapsed.estimate.cycles <= spilling.estimate.cycles
     assert prune.ranked([out, collapsed, twice, spilling, slow, larger, fast]) == [
         fast, larger, slow, spilling, twice, collapsed, out]
@@ -109,7 +109,7 @@ with Workers(2) as workers:
     for kernel, window, arch, text in {planted}:
         problem = Problem((2,), 8, 8, 4096, 4096, 128, 128, torch.bfloat16, window)
         config, on = Config.parse(text), gpu.KNOWN[arch]
-        verdict = prune.judge(*workers.map([(kernel, problem, config, on)]))
+        verdict = prune.check_report(*workers.map([(kernel, problem, config, on)]))
         found.append([verdict.reason, verdict.note])
 print(json.dumps(found))
 """
@@ -441,7 +441,7 @@ def test_a_row_is_proved_on_what_it_serves_and_by_both_compilers():
     assert "spill: 1 in the loop, with a mask" in said and "spill: 17 in the loop, by another Triton" in said and len(said) == 7
     for mask, count in (("full", 0), ("edges", 1), ("window", 0), ("pairs", 3)):
         found = config_table.others(("forward", 2, 128, mask))
-        assert len(found) == count and all(config.mask_class("forward", each) == mask for each in found.values())
+        assert len(found) == count and all(lookup.mask_class("forward", each) == mask for each in found.values())
     assert len(config_table.others(("forward", 2, 64, "edges"))) == 2, "a map at small head sizes"
     assert config_table.others(("forward", 4, 64, "pairs")) == config_table.others(("forward", 2, 256, "pairs")) == {}
 
@@ -489,8 +489,8 @@ def test_another_python_is_asked_for_its_triton():
 def test_what_stands_for_a_cell_fills_the_gpu_or_half_of_it():
     for cell in config_table.cells(H200):
         many, few = (config_table.example(cell, fills, H200) for fills in (True, False))
-        assert (config.fill(cell[0], many, H200), config.fill(cell[0], few, H200)) == ("many", "few")
-        assert config.mask_class(cell[0], many) == config.mask_class(cell[0], few) == cell[3]
+        assert (lookup.gpu_fill(cell[0], many, H200), lookup.gpu_fill(cell[0], few, H200)) == ("many", "few")
+        assert lookup.mask_class(cell[0], many) == lookup.mask_class(cell[0], few) == cell[3]
         assert many.d == cell[2] and min(many.dtype.itemsize, 4) == cell[1]
 
 
@@ -506,7 +506,7 @@ with tempfile.TemporaryDirectory() as folder:
     path = config_table.build(on, [cell], folder, folder, say=lambda line, flush: said.append(line))
     first, journal = path.read_text(), next(folder.glob("*.jsonl")).read_text()
     config_table.build(on, [cell], folder, folder, say=lambda line, flush: said.append(line))
-    row = tables.read(path).rows[cell]
+    row = tables.read_table(path).rows[cell]
     print(json.dumps([first == path.read_text(), journal == next(folder.glob("*.jsonl")).read_text(), row.many.config,
                       row.many.registers, sorted(row.lost) + [row.few.config], said]))
 """

@@ -9,6 +9,7 @@ import torch
 import tritonattn
 from tritonattn import Config, Problem, config, gpu
 from tritonattn.autotune import record_problems
+from tritonattn.configs import lookup
 
 H200 = gpu.KNOWN["sm_90"]
 A = Problem((1,), 2, 2, 64, 64, 32, 32, torch.float16)
@@ -19,9 +20,9 @@ def test_problems_and_how_often_their_kernels_ran(tmp_path):
     path = tmp_path / "shapes.jsonl"
     with tritonattn.record_problems(path):
         for kernel, problem in (("forward", A), ("forward", B), ("forward", A), ("dq", A)):
-            config.find(kernel, problem, H200)
+            lookup.get_config(kernel, problem, H200)
         assert len(record_problems.read(path)) == 2, "what came for the first time is there at once"
-    config.find("forward", dataclass_of(A), H200)
+    lookup.get_config("forward", dataclass_of(A), H200)
     assert record_problems.read(path) == [(A, {"forward": 2, "dq": 1}), (B, {"forward": 1})]
     assert [each.name for each in tmp_path.iterdir()] == ["shapes.jsonl"]
 
@@ -42,16 +43,16 @@ def test_a_real_call_forward_and_backward(device, tmp_path):
 def test_an_error_in_the_block_loses_nothing_and_blocks_may_overlap(tmp_path):
     with pytest.raises(KeyError), tritonattn.record_problems(tmp_path / "outer"):
         with tritonattn.record_problems(tmp_path / "inner"):
-            config.find("forward", A, H200)
-        config.find("forward", B, H200)
+            lookup.get_config("forward", A, H200)
+        lookup.get_config("forward", B, H200)
         raise KeyError
     assert [problem for problem, _ in record_problems.read(tmp_path / "outer")] == [A, B]
-    assert [problem for problem, _ in record_problems.read(tmp_path / "inner")] == [A] and not config._watchers
+    assert [problem for problem, _ in record_problems.read(tmp_path / "inner")] == [A] and not lookup._observers
 
 
 def test_threads_are_all_counted(tmp_path):
     with tritonattn.record_problems(tmp_path / "x"):
-        threads = [threading.Thread(target=lambda: [config.find("forward", A, H200) for _ in range(50)]) for _ in range(8)]
+        threads = [threading.Thread(target=lambda: [lookup.get_config("forward", A, H200) for _ in range(50)]) for _ in range(8)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     assert record_problems.read(tmp_path / "x") == [(A, {"forward": 400})]
@@ -68,7 +69,7 @@ def test_a_disk_that_fails_later_is_warned_of_and_stops_nobody(tmp_path):
         with tritonattn.record_problems(tmp_path / "folder" / "x"):
             (tmp_path / "folder" / "x").unlink()
             (tmp_path / "folder").rmdir()
-            assert config.find("forward", A, H200)
+            assert lookup.get_config("forward", A, H200)
 
 
 @pytest.mark.parametrize("line", [json.dumps({"problem": A.as_json(), "kernels": {"forward": "many"}}),

@@ -11,7 +11,7 @@ import torch
 from tests.helpers.fake_bench import FakeBench
 from tritonattn import Problem
 from tritonattn.autotune import search
-from tritonattn.autotune.search import Budget, Check, Race, run, spread
+from tritonattn.autotune.search import Budget, Check, Search, run_search, spread
 from tritonattn.autotune.trials import Job
 
 PROBLEM = Problem((4,), 32, 32, 4096, 4096, 128, 128, torch.bfloat16)
@@ -21,13 +21,13 @@ TEN = {f"c{i}": 1e-3 * (1 + 0.1 * i) for i in range(10)}
 
 
 def race_of(bench, incumbent="c9", names=None, **options):
-    return Race(Job("forward", PROBLEM, tuple(names or bench.true), incumbent), bench, **options)
+    return Search(Job("forward", PROBLEM, tuple(names or bench.true), incumbent), bench, **options)
 
 
 @pytest.mark.parametrize("strategy", search.STRATEGIES)
 def test_every_strategy_finds_the_fastest_of_ten_and_times_the_incumbent_beside_it(strategy):
     bench = FakeBench(TEN, jitter=0.001)
-    found = run(race_of(bench, "c4"), strategy)
+    found = run_search(race_of(bench, "c4"), strategy)
     # two of them look at the first eight alone, in the order of the job
     assert found.winner() == "c0"
     trial = found.trials["c0"]
@@ -38,7 +38,7 @@ def test_every_strategy_finds_the_fastest_of_ten_and_times_the_incumbent_beside_
 def test_the_same_seed_gives_the_same_race():
     ends = []
     for _ in range(2):
-        found = run(race_of(FakeBench(TEN, jitter=0.01)), "random", seed=3)
+        found = run_search(race_of(FakeBench(TEN, jitter=0.01)), "random", seed=3)
         ends.append([(trial.config, trial.samples) for trial in found.trials.values()])
     assert ends[0] == ends[1]
 
@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_race():
 @pytest.mark.parametrize("strategy", search.STRATEGIES)
 def test_what_is_wrong_hangs_or_loses_the_device_never_wins_and_stops_nobody(strategy):
     bench = FakeBench(TEN, wrong=["c0"], torn=["c1"], hangs=["c2"], poison=["c3"])
-    found = run(race_of(bench, "c5"), strategy)
+    found = run_search(race_of(bench, "c5"), strategy)
     assert found.winner() == "c4"
     assert {name: trial.status for name, trial in found.trials.items() if trial.status != "ok"} == {
         "c0": "incorrect", "c1": "not repeatable", "c2": "hang", "c3": "device lost"}
@@ -57,13 +57,13 @@ def test_what_is_wrong_hangs_or_loses_the_device_never_wins_and_stops_nobody(str
 
 def test_each_config_is_checked_once_and_a_failed_one_not_timed_again():
     bench = FakeBench(TEN, hangs=["c0"])
-    run(race_of(bench), "halving")
+    run_search(race_of(bench), "halving")
     assert sorted(bench.checked) == sorted(TEN) and bench.timed.count("c0") == 1
 
 
 def test_where_everything_fails_there_is_no_winner():
-    assert run(race_of(FakeBench(TEN, wrong=list(TEN))), "halving").winner() is None
-    assert run(race_of(FakeBench(TEN, hangs=list(TEN))), "halving").winner() is None
+    assert run_search(race_of(FakeBench(TEN, wrong=list(TEN))), "halving").winner() is None
+    assert run_search(race_of(FakeBench(TEN, hangs=list(TEN))), "halving").winner() is None
 
 
 def test_an_incumbent_that_fails_on_the_way_loses_its_place_to_nobody():
@@ -74,36 +74,36 @@ def test_an_incumbent_that_fails_on_the_way_loses_its_place_to_nobody():
             found = super().times(configs, rounds)
             return found if rounds < search.FINAL else dict.fromkeys(found, search.Failure("hang", "no answer"))
 
-    assert run(race_of(Tired(TEN), "c5"), "halving").winner() is None
+    assert run_search(race_of(Tired(TEN), "c5"), "halving").winner() is None
 
 
 def test_an_incumbent_that_fails_leaves_the_others_without_one_beside():
-    found = run(race_of(FakeBench(TEN, wrong=["c9"])), "halving")
+    found = run_search(race_of(FakeBench(TEN, wrong=["c9"])), "halving")
     assert found.winner() == "c0" and found.trials["c0"].beside == () and found.trials["c0"].ratio is None
 
 
 def test_the_incumbent_stays_unless_it_is_slower_by_more_than_a_percent():
     close = {"new": 1.0e-3, "old": 1.009e-3}
-    assert run(race_of(FakeBench(close), "old"), "halving").winner() == "old"
-    assert run(race_of(FakeBench(close | {"old": 1.011e-3}), "old"), "halving").winner() == "new"
+    assert run_search(race_of(FakeBench(close), "old"), "halving").winner() == "old"
+    assert run_search(race_of(FakeBench(close | {"old": 1.011e-3}), "old"), "halving").winner() == "new"
 
 
 def test_of_those_that_cannot_be_told_apart_the_one_with_less_shared_memory_wins():
     bench = FakeBench({"a": 1e-3, "b": 1e-3, "slow": 2e-3}, jitter=0.01, seed=1)
-    found = run(race_of(bench, "slow"), "exhaustive")
+    found = run_search(race_of(bench, "slow"), "exhaustive")
     assert found.winner({"a": 2, "b": 1, "slow": 0}.get) == "b" and found.winner({"a": 1, "b": 2, "slow": 0}.get) == "a"
 
 
 def test_a_budget_of_trials_and_of_seconds_ends_a_race_with_what_there_is():
     bench = FakeBench(TEN)
-    found = run(race_of(bench, budget=Budget(trials=4)), "exhaustive")
+    found = run_search(race_of(bench, budget=Budget(trials=4)), "exhaustive")
     assert len(found.trials) == 4 and found.winner() == "c0"
     # a check takes 0.01 s: the first six are tried, and timed once though it is late
     bench = FakeBench(TEN)
-    found = run(race_of(bench, budget=Budget(seconds=0.055)), "halving")
+    found = run_search(race_of(bench, budget=Budget(seconds=0.055)), "halving")
     assert len(bench.checked) == 6 and found.winner() == "c0" and len(found.trials["c0"].samples) == 1
     bench = FakeBench(TEN)
-    found = run(race_of(bench, budget=Budget(seconds=0.13)), "halving")
+    found = run_search(race_of(bench, budget=Budget(seconds=0.13)), "halving")
     assert len(bench.checked) == 10 and found.winner() == "c0" and 3 <= len(found.trials["c0"].samples) < 60
 
 
@@ -112,7 +112,7 @@ def test_a_budget_of_trials_and_of_seconds_ends_a_race_with_what_there_is():
 def test_whatever_the_clock_says_the_pick_is_right_and_was_offered(distort):
     for strategy in search.STRATEGIES:
         bench = FakeBench(TEN, wrong=["c0", "c7"], distort=distort)
-        assert run(race_of(bench), strategy).winner() in set(TEN) - {"c0", "c7"}
+        assert run_search(race_of(bench), strategy).winner() in set(TEN) - {"c0", "c7"}
 
 
 def test_the_spread_is_that_of_a_median():
@@ -145,7 +145,7 @@ def test_the_default_strategy_is_nearly_never_wrong_for_a_quarter_of_the_time(in
         names = list(TRUE)
         random.Random(seed).shuffle(names)
         bench = FakeBench(TRUE, seed, **NOISE)
-        winner = run(race_of(bench, incumbent, names), "halving", seed).winner(lambda name: SURFACE[name][1])
+        winner = run_search(race_of(bench, incumbent, names), "halving", seed).winner(lambda name: SURFACE[name][1])
         regrets.append(TRUE[winner] / min(TRUE.values()) - 1)
         seconds.append(bench.device_seconds)
     others = [sequential(TRUE, seed) for seed in range(30)]

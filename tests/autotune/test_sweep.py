@@ -12,9 +12,10 @@ from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import gpu
 from tritonattn.autotune import measured, prune, replay, search, sweep
 from tritonattn.autotune import trials as runs
-from tritonattn.autotune.tuner import Lab
+from tritonattn.autotune.tuner import TuningSetup
 from tritonattn.configs import shipped as tables
 from tritonattn.configs import user_cache
+from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.user_cache import Cache
 from tritonattn.measure.journal import JournalError
 
@@ -33,7 +34,7 @@ class Steady(FakeBench):
 
 def lab_of(tmp_path, bench=None, on=H200):
     bench = bench or Steady(Surface("64x128w4s2e1"), hangs=["32x64w4s2e1"], wrong=["64x128w4s4e1"])
-    return Lab(on, bench_of(bench), Compilers(spilling=SPILLING), Cache(tmp_path / "cache"), {"gpu": "made up"})
+    return TuningSetup(on, bench_of(bench), Compilers(spilling=SPILLING), Cache(tmp_path / "cache"), {"gpu": "made up"})
 
 
 def quiet(*_, **__):
@@ -130,7 +131,7 @@ def test_it_goes_on_only_where_it_began(change, words, tmp_path, monkeypatch):
     if "versions" in change:
         monkeypatch.setattr(sweep, "versions", lambda: change["versions"])
     if "source" in change:
-        monkeypatch.setattr(user_cache, "source", lambda: change["source"])
+        monkeypatch.setattr(sweep, "kernel_hash", lambda: change["source"])
     with pytest.raises(JournalError, match=words):
         sweep.carry_on(folder, lab, say=quiet)
 
@@ -198,9 +199,9 @@ def test_what_was_not_tried_cannot_be_asked_for(recorded):
 def test_a_table_takes_what_was_measured(tmp_path):
     folder, lab = begun(tmp_path)
     sweep.carry_on(folder, lab, say=quiet)
-    shipped, = (each for each in tables.shipped() if each.name == "h200")
-    path = tables.write(dataclasses.replace(shipped, made=shipped.made | {"source": user_cache.source()}), tmp_path)
-    new = tables.read(measured.build([runs.read(folder)], H200, path, tmp_path / "."))
+    shipped, = (each for each in tables.shipped_tables() if each.name == "h200")
+    path = tables.write_table(dataclasses.replace(shipped, made=shipped.made | {"source": kernel_hash()}), tmp_path)
+    new = tables.read_table(measured.build([runs.read(folder)], H200, path, tmp_path / "."))
     entry = new.rows["forward", 2, 128, "full"].many
     assert (entry.config, entry.source, entry.shared_memory) == ("64x128w4s2e1", "measured", 65536)
     assert new.rows["dkdv", 2, 128, "edges"].many.source == "measured"

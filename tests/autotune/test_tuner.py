@@ -15,9 +15,9 @@ from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import Config, Problem, config, gpu
 from tritonattn.autotune import first_call, tuner
 from tritonattn.autotune.search import STRATEGIES, Budget, Check
-from tritonattn.autotune.tuner import Lab
+from tritonattn.autotune.tuner import TuningSetup
 from tritonattn.autotune.worker_pool import Failure
-from tritonattn.configs import shipped, user_cache
+from tritonattn.configs import lookup, shipped, user_cache
 from tritonattn.configs.key import key_of
 from tritonattn.configs.user_cache import Cache
 from tritonattn.gpu import KNOWN
@@ -70,38 +70,38 @@ class Surface(dict):
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
-    config.forget()
-    yield Lab(H200, bench_of(FakeBench(Surface("64x128w4s2e1"), jitter=0.003)), Compilers(), user_cache.current())
-    config.forget()
+    lookup.clear_lookup_cache()
+    yield TuningSetup(H200, bench_of(FakeBench(Surface("64x128w4s2e1"), jitter=0.003)), Compilers(), user_cache.current_cache())
+    lookup.clear_lookup_cache()
 
 
 def test_what_wins_is_kept_and_used_from_the_next_call_on(lab, tmp_path):
-    before = config.choose("forward", PROBLEM, H200)
+    before = lookup.lookup_config("forward", PROBLEM, H200)
     assert before.origin == "table"
     record = tuner.tune_kernel("forward", PROBLEM, lab)
     assert record.config == "64x128w4s2e1" and record.default == str(before.config)
     assert record.default_seconds / record.seconds == pytest.approx(Surface("64x128w4s2e1")[record.default] / 1e-3, rel=0.02)
     assert record.check == {"o": [1e-3, 2e-3]} and record.static["shared_memory"] == 65536
     assert record.run["strategy"] == "halving" and record.run["trials"] > 20
-    found = config.choose("forward", PROBLEM, H200)
+    found = lookup.lookup_config("forward", PROBLEM, H200)
     assert found.origin == "cache" and str(found.config) == record.config and found.record == record
     alike = dataclasses.replace(PROBLEM, n_q=3968, n_k=3968, batch=(5,))
-    assert config.choose("forward", alike, H200).origin == "cache", "the same key"
+    assert lookup.lookup_config("forward", alike, H200).origin == "cache", "the same key"
     for other in ({"d": 64, "dv": 64}, {"window": (None, 0)}, {"dtype": torch.float16}, {"masked": True}):
-        assert config.choose("forward", dataclasses.replace(PROBLEM, **other), H200).origin == "table", "never fuzzy"
-    assert config.choose("dq", PROBLEM, H200).origin == "table"
+        assert lookup.lookup_config("forward", dataclasses.replace(PROBLEM, **other), H200).origin == "table", "never fuzzy"
+    assert lookup.lookup_config("dq", PROBLEM, H200).origin == "table"
     board = gpu.named("h100")
-    assert config.choose("forward", PROBLEM, board).origin == "architecture", "another board of this architecture"
-    user_cache.current().forget()
-    config.forget()
-    assert config.choose("forward", PROBLEM, H200).origin == "cache", "from the file"
+    assert lookup.lookup_config("forward", PROBLEM, board).origin == "architecture", "another board of this architecture"
+    user_cache.current_cache().forget()
+    lookup.clear_lookup_cache()
+    assert lookup.lookup_config("forward", PROBLEM, H200).origin == "cache", "from the file"
 
 
 def test_explain_says_so(lab):
     from tritonattn.analysis import explain
 
     tuner.tune_kernel("forward", PROBLEM, lab)
-    found = explain.of_problem(PROBLEM, H200)
+    found = explain.explain_problem(PROBLEM, H200)
     assert found.lines[0].origin == "cache" and found.as_json()["kernels"][0]["record"]["config"] == "64x128w4s2e1"
     for words in ("forward  64x128w4s2e1    tuned: the cache of this user", "measured: 10",
                   "which a call would have used, took 15", "by halving on 20", "bound by", "65536 bytes of shared memory",
@@ -130,7 +130,7 @@ def test_where_nothing_can_be_timed_nothing_is_kept(lab):
 
     lab.bench = bench_of(Broken(Surface("64x128w4s2e1")))
     assert tuner.tune_kernel("forward", PROBLEM, lab) is None
-    assert list(user_cache.current().records()) == [] and config.choose("forward", PROBLEM, H200).origin == "table"
+    assert list(user_cache.current_cache().records()) == [] and lookup.lookup_config("forward", PROBLEM, H200).origin == "table"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -141,10 +141,10 @@ def test_every_strategy_keeps_a_config_that_fits(lab, strategy):
 
 def test_the_portfolio_is_small_and_from_the_tables():
     for kernel in ("forward", "dq", "dkdv"):
-        found = tuner.portfolio(kernel, PROBLEM, H200)
-        table, = (each for each in shipped.shipped() if each.name == "h200")
+        found = tuner.candidate_configs(kernel, PROBLEM, H200)
+        table, = (each for each in shipped.shipped_tables() if each.name == "h200")
         known = {getattr(row, fill).config for row in table.rows.values() for fill in shipped.FILLS}
-        assert found[0] == str(config.choose(kernel, PROBLEM, H200).config) and len(found) <= 8 and set(found) <= known
+        assert found[0] == str(lookup.lookup_config(kernel, PROBLEM, H200).config) and len(found) <= 8 and set(found) <= known
 
 
 def test_keys_that_are_alike_are_tuned_once(lab, capsys):
@@ -176,8 +176,8 @@ def test_what_another_triton_made_is_only_a_candidate(lab):
     record = tuner.tune_kernel("forward", PROBLEM, lab)
     stale = dataclasses.replace(record, config="16x16w4s1", versions=record.versions | {"triton": "2.0.0"})
     lab.store.put(stale, H200)
-    config.forget()
-    assert config.choose("forward", PROBLEM, H200).origin == "table", "what another Triton made is no config for a call"
+    lookup.clear_lookup_cache()
+    assert lookup.lookup_config("forward", PROBLEM, H200).origin == "table", "what another Triton made is no config for a call"
     _, verdicts = tuner.job_of("forward", PROBLEM, lab, "halving")
     assert "16x16w4s1" in verdicts, "but a candidate"
 
@@ -216,16 +216,16 @@ class Tuned:
 
 def test_a_cold_key_is_tuned_once_by_one_of_eight_threads(lab, timed):
     tuned = Tuned()
-    with config.watched(first_call.Quick(tuned)):
+    with lookup.observed(first_call.Quick(tuned)):
         def often():
             for _ in range(20):
-                config.find("forward", PROBLEM, H200)
+                lookup.get_config("forward", PROBLEM, H200)
 
         threads = [threading.Thread(target=often) for _ in range(8)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
-        config.find("delta", PROBLEM, H200)
-        config.find("dq", PROBLEM, H200)
+        lookup.get_config("delta", PROBLEM, H200)
+        lookup.get_config("dq", PROBLEM, H200)
     assert tuned.jobs == [("forward", PROBLEM), ("dq", PROBLEM)]
 
 
@@ -233,17 +233,17 @@ def test_calls_that_tuning_makes_itself_are_not_tuned(lab, timed):
     inside = []
 
     def tune(kernel, problem, on):
-        inside.append(config.find("dq", problem, H200))
-        thread = threading.Thread(target=lambda: inside.append(config.find("dkdv", problem, H200)))
+        inside.append(lookup.get_config("dq", problem, H200))
+        thread = threading.Thread(target=lambda: inside.append(lookup.get_config("dkdv", problem, H200)))
         thread.start()
         thread.join()
 
     watch, tuned = first_call.Quick(tune), Tuned()
-    with config.watched(watch):
-        config.find("forward", PROBLEM, H200)
+    with lookup.observed(watch):
+        lookup.get_config("forward", PROBLEM, H200)
         assert len(inside) == 2
         watch._tune = tuned
-        config.find("dq", PROBLEM, H200)
+        lookup.get_config("dq", PROBLEM, H200)
     assert tuned.jobs == [("dq", PROBLEM)], "what came meanwhile is tuned another time"
 
 
@@ -262,8 +262,8 @@ def test_when_nothing_may_be_timed(lab, timed, how, monkeypatch):
         on = gpu.INTERPRETER
     if how == "tuned before":
         tuner.tune_kernel("forward", PROBLEM, lab)
-    with config.watched(first_call.Quick(tuned)), config.pinned(*([Config(64, 64)] if how == "pinned" else [])):
-        config.find("forward", PROBLEM, on)
+    with lookup.observed(first_call.Quick(tuned)), config.pinned(*([Config(64, 64)] if how == "pinned" else [])):
+        lookup.get_config("forward", PROBLEM, on)
     assert tuned.jobs == []
 
 
@@ -271,24 +271,24 @@ def test_what_fails_while_tuning_does_not_reach_the_call(lab, timed):
     def tune(kernel, problem, on):
         raise torch.OutOfMemoryError("no room")
 
-    with config.watched(first_call.Quick(tune)):
+    with lookup.observed(first_call.Quick(tune)):
         with pytest.warns(UserWarning, match="TRITONATTN_AUTOTUNE: forward of .* was not tuned: OutOfMemoryError: no room"):
-            first = config.find("forward", PROBLEM, H200)
-        assert config.find("forward", PROBLEM, H200) == first, "and is not tried again"
+            first = lookup.get_config("forward", PROBLEM, H200)
+        assert lookup.get_config("forward", PROBLEM, H200) == first, "and is not tried again"
 
 
 def test_nothing_is_timed_unless_it_is_asked_for():
-    before = config._watchers
+    before = lookup._observers
     first_call.install({})
     first_call.install({"TRITONATTN_AUTOTUNE": "off"})
-    assert config._watchers == before
+    assert lookup._observers == before
     with pytest.warns(UserWarning, match="TRITONATTN_AUTOTUNE: expected quick or off, got 'always'"):
         first_call.install({"TRITONATTN_AUTOTUNE": "always"})
-    with config.watched(lambda *_: None):
+    with lookup.observed(lambda *_: None):
         first_call.install({"TRITONATTN_AUTOTUNE": "quick"})
-        added = [each for each in config._watchers if isinstance(each, first_call.Quick)]
+        added = [each for each in lookup._observers if isinstance(each, first_call.Quick)]
         assert len(added) == 1
-        config._watchers = tuple(each for each in config._watchers if each not in added)
+        lookup._observers = tuple(each for each in lookup._observers if each not in added)
 
 
 def test_a_fork_while_another_thread_tunes_can_tune_itself(lab, timed):
@@ -311,9 +311,9 @@ def _rank(rank, size, folder, port, out):
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
     # each would choose another
     best = ("64x128w4s2e1", "128x32w8s3e1")[rank]
-    lab = Lab(H200, bench_of(FakeBench(Surface(best))), Compilers(), user_cache.current())
-    found = tuner.agreed(lambda: tuner.tune_all([(PROBLEM, ("forward",))], lab, say=lambda *_, **__: None)[0], lab)
-    out.put((rank, [record.config for record in found], str(config.choose("forward", PROBLEM, H200).config)))
+    lab = TuningSetup(H200, bench_of(FakeBench(Surface(best))), Compilers(), user_cache.current_cache())
+    found = tuner.on_rank0(lambda: tuner.tune_all([(PROBLEM, ("forward",))], lab, say=lambda *_, **__: None)[0], lab)
+    out.put((rank, [record.config for record in found], str(lookup.lookup_config("forward", PROBLEM, H200).config)))
     torch.distributed.destroy_process_group()
 
 
@@ -357,11 +357,11 @@ def tf32():
 def test_tf32_is_not_tuned_and_finds_nothing_that_ieee_has(lab, tf32):
     problem = dataclasses.replace(PROBLEM, dtype=torch.float32, d=64, dv=64)
     tuner.tune_kernel("forward", problem, lab, "table")
-    assert config.choose("forward", problem, H200).origin == "cache"
+    assert lookup.lookup_config("forward", problem, H200).origin == "cache"
     tf32()
-    config.forget()
+    lookup.clear_lookup_cache()
     assert key_of("forward", problem, H200).precision == "tf32" and key_of("forward", PROBLEM, H200).precision is None
-    assert config.choose("forward", problem, H200).origin == "table"
+    assert lookup.lookup_config("forward", problem, H200).origin == "table"
     with pytest.raises(ValueError, match="tune: expected IEEE products of float32.*got TF32"):
         tuner.tune_kernel("forward", problem, lab)
 
@@ -374,7 +374,7 @@ def test_quick_asks_for_the_tensors_own_device(monkeypatch):
 
 
 def test_alone_nothing_is_sent(lab):
-    assert tuner.agreed(lambda: ["mine"], lab) == ["mine"]
+    assert tuner.on_rank0(lambda: ["mine"], lab) == ["mine"]
 
 
 def test_the_record_has_the_key_of_its_problem(lab):

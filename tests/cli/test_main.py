@@ -150,8 +150,8 @@ def test_what_ptxas_says_stands_below_the_reports(options, error, monkeypatch, c
             raise error
         return ["C7510: Potential Performance Loss"]
 
-    monkeypatch.setattr(compile_report, "inspect", lambda kernel, problem, chosen, target: report(target, chosen, (LOOP,)))
-    monkeypatch.setattr(compile_report, "remarks", remarks)
+    monkeypatch.setattr(compile_report, "inspect_kernel", lambda kernel, problem, chosen, target: report(target, chosen, (LOOP,)))
+    monkeypatch.setattr(compile_report, "ptxas_remarks", remarks)
     assert cli.main(["lens", "--target", "h200,a100", "--direction", "forward", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     count = max(1, len(options) - 1)
@@ -221,17 +221,16 @@ def kept(tmp_path, monkeypatch):
     """A cache with one record in it."""
     from tests.autotune.test_tuner import H200, PROBLEM, Compilers, Surface
     from tests.helpers.fake_bench import FakeBench, bench_of
-    from tritonattn import config
     from tritonattn.autotune import tuner
-    from tritonattn.configs import user_cache
+    from tritonattn.configs import lookup, user_cache
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "cache"))
-    config.forget()
-    lab = tuner.Lab(H200, bench_of(FakeBench(Surface("64x128w4s2e1"))), Compilers(), user_cache.current())
-    monkeypatch.setattr(tuner, "here", lambda *_, **__: lab)
+    lookup.clear_lookup_cache()
+    lab = tuner.TuningSetup(H200, bench_of(FakeBench(Surface("64x128w4s2e1"))), Compilers(), user_cache.current_cache())
+    monkeypatch.setattr(tuner, "local_setup", lambda *_, **__: lab)
     tuner.tune_kernel("forward", PROBLEM, lab)
     yield lab
-    config.forget()
+    lookup.clear_lookup_cache()
 
 
 def said(capsys, *argv, code=0):
@@ -256,12 +255,12 @@ def test_the_cache_is_listed_shown_exported_merged_and_cleared(kept, capsys, tmp
 
 def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_gpu):
     from tritonattn import Problem, record_problems
-    from tritonattn.config import find
+    from tritonattn.configs.lookup import get_config
 
     said_ = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--causal", "--strategy", "static")
     assert said_.count("times as fast as") == 6 and f"kept in {tmp_path / 'cache'}" in said_
     with record_problems(tmp_path / "shapes"):
-        find("forward", Problem.parse("1x8x8x2048x96", torch.float16), kept.gpu)
+        get_config("forward", Problem.parse("1x8x8x2048x96", torch.float16), kept.gpu)
     lines = said(capsys, "tune", "--from", str(tmp_path / "shapes"), "--trials", "4").splitlines()
     assert len(lines) == 2 and lines[0].startswith("forward  1x8x2048x96 float16 full: ") and "4 tried" in lines[0]
     assert cli.main(["tune", "--shape", "4x32"]) == 2 and "shape: expected BATCH" in capsys.readouterr().err
@@ -291,10 +290,10 @@ def test_tables_are_compared_and_checked(capsys, tmp_path):
 
     from tritonattn.configs import shipped as tables
 
-    shipped = next(table for table in tables.shipped() if table.name == "h200")
+    shipped = next(table for table in tables.shipped_tables() if table.name == "h200")
     key, row = next(iter(shipped.rows.items()))
     changed = replace(row, many=replace(row.many, config="32x32w4s1", shared_memory=1 << 20))
-    path = tables.write(replace(shipped, rows=shipped.rows | {key: changed}), tmp_path)
+    path = tables.write_table(replace(shipped, rows=shipped.rows | {key: changed}), tmp_path)
     same = str(tables.FOLDER / "h200.json")
     assert said(capsys, "table", "diff", same, same) == "the same configs everywhere\n"
     line, = said(capsys, "table", "diff", same, str(path), code=1).splitlines()

@@ -20,7 +20,7 @@ from tritonattn.configs import shipped as tables
 from tritonattn.autotune import prune, config_table
 from tritonattn.autotune.worker_pool import Failure, Workers
 on = gpu.KNOWN[{arch!r}]
-shipped = next(each for each in tables.shipped() if each.gpu["arch"] == on.arch)
+shipped = next(each for each in tables.shipped_tables() if each.gpu["arch"] == on.arch)
 rows = {{cell: row for cell, row in shipped.rows.items() if {every} or (cell[1] == 2 and cell[2] in (64, 128))}}
 entries = sorted({{(cell, entry) for cell, row in rows.items() for entry in (row.many, row.few)}}, key=str)
 jobs = [(cell[0], config_table.example(cell, True, on), Config.parse(entry.config), on) for cell, entry in entries]
@@ -34,7 +34,7 @@ with Workers(2) as workers:
             found.append(dict(cell=cell, config=entry.config, failure=report.message))
             continue
         memory = [(each.shared_memory, each.tensor_memory) for each in (report, *workers.map(tf32(job)))]
-        reason, note = prune.judge(report).reason, prune.judge(report).note
+        reason, note = prune.check_report(report).reason, prune.check_report(report).note
         found.append(dict(cell=cell, config=entry.config, reason=reason, note=note, fits=report.fits, exception=entry.exception,
                           spills=report.loop_spills, seen=[report.registers, *map(max, *memory, (0, 0))],
                           said=[entry.registers, entry.shared_memory, entry.tensor_memory]))
@@ -56,7 +56,7 @@ def test_every_shipped_row_is_what_it_says(arch):
     """
     rows = compiled(ROWS.format(arch=arch, every=EVERY))
     assert len(rows) >= 20
-    shipped = next(table for table in tables.shipped() if table.gpu["arch"] == arch)
+    shipped = next(table for table in tables.shipped_tables() if table.gpu["arch"] == arch)
     assert {(row["cell"][0], row["cell"][3]) for row in rows} == {(cell[0], cell[3]) for cell in shipped.rows}
     for row in rows:
         assert "failure" not in row and row["fits"], row
@@ -76,13 +76,14 @@ def test_every_shipped_row_is_what_it_says(arch):
 
 ODD = """
 import json, torch
-from tritonattn import Problem, config, gpu
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
 found = []
 for kernel in ("forward", "delta", "dq", "dkdv"):
     for dtype, d, dv, group in (("float16", 17, 1, 1), ("bfloat16", 129, 33, 4), ("float32", 40, 64, 2)):
         problem = Problem((2,), 8, 8 // group, 1000, 1000, d, dv, getattr(torch, dtype), (100, 0))
-        report = compile_report.inspect(kernel, problem, config.find(kernel, problem, gpu.KNOWN[{arch!r}]), gpu.KNOWN[{arch!r}])
+        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN[{arch!r}]), gpu.KNOWN[{arch!r}])
         found.append([str(problem), str(report.config), report.fits, report.registers])
 print(json.dumps(found))
 """
@@ -98,7 +99,8 @@ def test_odd_sizes_and_grouped_heads_fit_where_the_tables_send_them(arch):
 
 WAITS = """
 import json, torch
-from tritonattn import Problem, config, gpu
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
 windows = {"full": (None, None), "causal": (None, 0), "window": (100, 0)}
 found = []
@@ -106,7 +108,7 @@ for kernel in ("forward", "dq", "dkdv"):
     for dtype, d in (("bfloat16", 64), ("float16", 128)):
         for window, n in (("full", 1000), ("window", 1024), ("window", 1000)):
             problem = Problem((64,), 8, 8, n, n, d, d, getattr(torch, dtype), windows[window])
-            report = compile_report.inspect(kernel, problem, config.find(kernel, problem, gpu.KNOWN["sm_90"]), gpu.KNOWN["sm_90"])
+            report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN["sm_90"]), gpu.KNOWN["sm_90"])
             found.append([kernel, d, window, n, str(report.config), report.serialized, report.fits])
 print(json.dumps(found))
 """
@@ -120,15 +122,16 @@ def test_no_product_waits_for_another_on_hopper():
 
 MASKS = r"""
 import json, re, torch
-from tritonattn import Problem, config, gpu
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
 hopper = gpu.KNOWN["sm_90"]
 def selects(window, n):
     found = {}
     for kernel in ("forward", "dq", "dkdv"):
         problem = Problem((2,), 8, 8, n, n, 64, 64, torch.bfloat16, window)
-        chosen = config.find(kernel, problem, hopper)
-        text = compile_report.compile(kernel, problem, chosen, hopper).asm["ttir"]
+        chosen = lookup.get_config(kernel, problem, hopper)
+        text = compile_report.compile_kernel(kernel, problem, chosen, hopper).asm["ttir"]
         tile = {f"{chosen.block_m}x{chosen.block_n}", f"{chosen.block_n}x{chosen.block_m}"}
         loops = re.findall(r"scf\.for.*?scf\.yield", text, re.S)
         mask = re.compile(rf"arith\.(?:select|cmp[if]).*tensor<(?:{'|'.join(tile)})x")
@@ -156,7 +159,7 @@ from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import sass, compile_report
 def work(d):
     problem = Problem((2,), 8, 8, 1024, 1024, d, d, torch.bfloat16)
-    compiled = compile_report.compile("forward", problem, Config(128, 64, 8, 2), gpu.KNOWN["sm_90"])
+    compiled = compile_report.compile_kernel("forward", problem, Config(128, 64, 8, 2), gpu.KNOWN["sm_90"])
     loop, = sass.loops(sass.disassemble(compiled.asm["cubin"]))
     return sum(compile_report.flops(name) * count for name, count in loop.products.items()), compiled.metadata.shared
 print(json.dumps([work(d) for d in (64, 72, 96, 128)]))
@@ -172,7 +175,8 @@ def test_a_head_of_96_is_not_computed_as_128():
 
 PAIRS = """
 import dataclasses, itertools, json, torch
-from tritonattn import Problem, config, gpu
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
 gpu = gpu.KNOWN[{arch!r}]
 given = dict(bias=dict(bias=torch.float32), mask=dict(masked=True), dropout=dict(dropout=True), lengths=dict(lengths=True))
@@ -184,7 +188,7 @@ found = []
 for kernel, d, name in itertools.product({kernels}, {sizes}, {names}):
     if kernel != "dbias" or "bias" in given[name]:
         problem = Problem((2,), 8, 2, 1000, 1000, d, d, torch.bfloat16, **given[name])
-        report = compile_report.inspect(kernel, problem, config.find(kernel, problem, gpu), gpu)
+        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu), gpu)
         found.append(dict(cell=[kernel, d, name], fits=report.fits, spills=report.loop_spills, redone=report.redone,
                           report=str(report)))
 print(json.dumps(found))

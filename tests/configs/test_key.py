@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tritonattn import Problem, gpu
-from tritonattn.config import KERNELS, fill
-from tritonattn.configs.key import FILLS, Key, key_of, waves
+from tritonattn.config import KERNELS
+from tritonattn.configs.key import FILL_BUCKETS, Key, key_of, waves
+from tritonattn.configs.lookup import gpu_fill
 
 H200 = gpu.KNOWN["sm_90"]
 PROBLEM = Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0))
@@ -47,14 +48,14 @@ def test_what_hardly_matters_has_not(change):
 def test_a_key_reads_back_and_goes_with_the_tables_fill(kernel, problem):
     key = key_of(kernel, problem, H200)
     assert Key.from_json(key.as_json()) == key and hash(key) == hash(Key.from_json(key.as_json()))
-    assert (FILLS.index(key.fill) >= 2) == (fill(kernel, problem, H200) == "many") == (waves(kernel, problem, H200) >= 1)
+    assert (FILL_BUCKETS.index(key.fill) >= 2) == (gpu_fill(kernel, problem, H200) == "many") == (waves(kernel, problem, H200) >= 1)
 
 
 @given(st.integers(1, 200000), st.integers(1, 200000))
 def test_longer_problems_never_fall_into_an_earlier_bucket(a, b):
     def ends(n):
         key = key_of("forward", dataclasses.replace(PROBLEM, n_q=n, n_k=n), H200)
-        return (key.queries or 1 << 20), key.keys, FILLS.index(key.fill)
+        return (key.queries or 1 << 20), key.keys, FILL_BUCKETS.index(key.fill)
 
     shorter, longer = ends(min(a, b)), ends(max(a, b))
     assert all(x <= y for x, y in zip(shorter, longer))

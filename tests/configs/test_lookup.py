@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.helpers.cpu_speed import slowness
 from tritonattn import Config, Problem, config, gpu
-from tritonattn.configs import shipped
+from tritonattn.configs import lookup, shipped
 
 PROBLEM = Problem((2,), 8, 8, 1000, 1000, 64, 64, torch.bfloat16)
 H200 = gpu.KNOWN["sm_90"]
@@ -41,9 +41,9 @@ def test_the_innermost_pin_wins():
     outer, inner = Config(16, 16), Config(32, 32)
     with config.pinned(outer):
         with config.pinned(dq=inner):
-            assert config.find("dq", PROBLEM, H200) == inner and config.find("forward", PROBLEM, H200) == outer
-        assert config.find("dq", PROBLEM, H200) == outer
-    assert config.find("dq", PROBLEM, H200) == config.choose("dq", PROBLEM, H200).config
+            assert lookup.get_config("dq", PROBLEM, H200) == inner and lookup.get_config("forward", PROBLEM, H200) == outer
+        assert lookup.get_config("dq", PROBLEM, H200) == outer
+    assert lookup.get_config("dq", PROBLEM, H200) == lookup.lookup_config("dq", PROBLEM, H200).config
 
 
 def test_pins_of_different_threads_may_overlap():
@@ -51,9 +51,9 @@ def test_pins_of_different_threads_may_overlap():
     one.__enter__()
     other.__enter__()
     one.__exit__(None, None, None)
-    assert config.find("forward", PROBLEM, H200) == Config(32, 32)
+    assert lookup.get_config("forward", PROBLEM, H200) == Config(32, 32)
     other.__exit__(None, None, None)
-    assert config.find("forward", PROBLEM, H200) == config.choose("forward", PROBLEM, H200).config
+    assert lookup.get_config("forward", PROBLEM, H200) == lookup.lookup_config("forward", PROBLEM, H200).config
 
 
 @pytest.mark.parametrize("arguments, message", [({"backward": Config(16, 16)}, "expected kernels among .*got backward"),
@@ -78,8 +78,8 @@ def test_every_problem_has_a_config_from_the_gpus_own_table(arch, kernel):
             (torch.float16, torch.float32, torch.float64), (1, 64, 65, 200, 512), ((1,), (64,)), VARIANTS.items()):
         d = min(d, on.largest_head(dtype))
         problem = dataclasses.replace(PROBLEM, d=d, dtype=dtype, batch=batch, **variant)
-        found = config.choose(kernel, problem, on)
-        assert found == config.choose(kernel, dataclasses.replace(problem, dv=1), on)
+        found = lookup.lookup_config(kernel, problem, on)
+        assert found == lookup.lookup_config(kernel, dataclasses.replace(problem, dv=1), on)
         if kernel == "delta":
             assert found.origin == "formula"
             continue
@@ -93,11 +93,11 @@ def test_every_problem_has_a_config_from_the_gpus_own_table(arch, kernel):
 @pytest.mark.parametrize("arch", gpu.KNOWN)
 def test_wide_heads_of_float32_are_served_where_they_fit(arch):
     """As far as the tables tell: those of A100 and later have what the smallest tiles take, and who has less serves 256."""
-    on, rows = gpu.KNOWN[arch], next(each.rows for each in shipped.shipped() if each.gpu["arch"] == arch)
+    on, rows = gpu.KNOWN[arch], next(each.rows for each in shipped.shipped_tables() if each.gpu["arch"] == arch)
     widths = {width: [row for row in rows.values() if (row.itemsize, row.width) == (4, width)] for width in (256, 512)}
     assert on.largest_head(torch.bfloat16) == 512 and widths[256]
     assert on.largest_head(torch.float32) == (512 if widths[512] else 256)
-    needed = max(row.many.shared_memory for each in shipped.shipped() if each.gpu["arch"] == "sm_80"
+    needed = max(row.many.shared_memory for each in shipped.shipped_tables() if each.gpu["arch"] == "sm_80"
                  for row in each.rows.values() if (row.itemsize, row.width) == (4, 512))
     assert bool(widths[512]) == (on.shared_memory >= needed or on.is_amd)
 
@@ -108,22 +108,22 @@ def test_wide_heads_of_float32_are_served_where_they_fit(arch):
     ("lengths", "forward", "edges"), ("lengths", "dkdv", "pairs"), ("full", "dbias", "pairs"),
 ])
 def test_the_class_of_a_mask(name, kernel, mask):
-    assert config.mask_class(kernel, dataclasses.replace(PROBLEM, **VARIANTS[name])) == mask
+    assert lookup.mask_class(kernel, dataclasses.replace(PROBLEM, **VARIANTS[name])) == mask
 
 
 def test_a_gpu_of_a_known_architecture_takes_its_table_and_another_that_of_the_one_it_is_like():
     problem = dataclasses.replace(PROBLEM, batch=(64,))
     small = dataclasses.replace(H200, name="H100 PCIe", sms=114)
-    assert config.choose("forward", problem, H200).origin == "table"
-    assert config.choose("forward", problem, gpu.named("h100")).origin == "architecture", "it has less memory"
-    assert config.choose("forward", problem, dataclasses.replace(H200, name="any")).origin == "table", "its name is no matter"
-    found = config.choose("forward", problem, small)
+    assert lookup.lookup_config("forward", problem, H200).origin == "table"
+    assert lookup.lookup_config("forward", problem, gpu.named("h100")).origin == "architecture", "it has less memory"
+    assert lookup.lookup_config("forward", problem, dataclasses.replace(H200, name="any")).origin == "table", "its name is no matter"
+    found = lookup.lookup_config("forward", problem, small)
     assert (found.origin, found.table) == ("architecture", "h200")
-    assert found.config == config.choose("forward", problem, H200).config
+    assert found.config == lookup.lookup_config("forward", problem, H200).config
     like = {"sm_87": "sm_80", "sm_103": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
     for arch, known in like.items():
-        found = config.choose("forward", problem, dataclasses.replace(gpu.KNOWN[known], arch=arch))
-        assert found.origin == "family" and found.config == config.choose("forward", problem, gpu.KNOWN[known]).config
+        found = lookup.lookup_config("forward", problem, dataclasses.replace(gpu.KNOWN[known], arch=arch))
+        assert found.origin == "family" and found.config == lookup.lookup_config("forward", problem, gpu.KNOWN[known]).config
 
 
 @given(st.sampled_from(sorted(gpu.KNOWN)), st.integers(8 << 10, 228 << 10), st.integers(0, 512), st.integers(1, 200),
@@ -131,8 +131,8 @@ def test_a_gpu_of_a_known_architecture_takes_its_table_and_another_that_of_the_o
        st.sampled_from(sorted(VARIANTS)))
 def test_never_a_config_that_does_not_fit(arch, shared_memory, tensor_memory, sms, kernel, d, dtype, name):
     on = gpu.Gpu("another", arch, sms, shared_memory, tensor_memory)
-    found = config.choose(kernel, dataclasses.replace(PROBLEM, d=d, dtype=dtype, **VARIANTS[name]), on)
-    assert found.origin in config.ORIGINS
+    found = lookup.lookup_config(kernel, dataclasses.replace(PROBLEM, d=d, dtype=dtype, **VARIANTS[name]), on)
+    assert found.origin in lookup.ORIGINS
     if found.row is not None:
         entry = getattr(found.row, found.fill)
         assert entry.shared_memory <= shared_memory and entry.tensor_memory <= tensor_memory
@@ -142,24 +142,24 @@ def test_never_a_config_that_does_not_fit(arch, shared_memory, tensor_memory, sm
 
 def test_another_precision_asks_again(monkeypatch):
     """Of float32 alone: a record of the user's is for one of them."""
-    asked, key_of, before = [], config.key_of, torch.get_float32_matmul_precision()
-    monkeypatch.setattr(config, "key_of", lambda *of: (asked.append(key_of(*of).precision), key_of(*of))[1])
-    config.forget()
+    asked, key_of, before = [], lookup.key_of, torch.get_float32_matmul_precision()
+    monkeypatch.setattr(lookup, "key_of", lambda *of: (asked.append(key_of(*of).precision), key_of(*of))[1])
+    lookup.clear_lookup_cache()
     try:
         for dtype, expected in ((torch.float32, ["ieee", "tf32"]), (torch.bfloat16, [None])):
             asked.clear()
             for precision in ("highest", "high", "highest"):
                 torch.set_float32_matmul_precision(precision)
-                config.choose("forward", dataclasses.replace(PROBLEM, dtype=dtype), H200)
+                lookup.lookup_config("forward", dataclasses.replace(PROBLEM, dtype=dtype), H200)
             assert asked == expected
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 def test_a_warm_lookup_takes_less_than_5_microseconds():
-    config.find("forward", PROBLEM, H200)
+    lookup.get_config("forward", PROBLEM, H200)
     # the best of many, since others use the machine too
-    found = timeit.repeat(lambda: config.find("forward", PROBLEM, H200), number=1000, repeat=20, timer=time.thread_time)
+    found = timeit.repeat(lambda: lookup.get_config("forward", PROBLEM, H200), number=1000, repeat=20, timer=time.thread_time)
     seconds = min(found) / 1000
     assert seconds < 5e-6 * slowness(), f"{1e6 * seconds:.1f} us"
 
@@ -167,9 +167,9 @@ def test_a_warm_lookup_takes_less_than_5_microseconds():
 @pytest.mark.parametrize("arch", ["sm_75", "gfx1100"])
 def test_a_gpu_that_is_not_served_is_refused_by_name(arch):
     with pytest.raises(RuntimeError, match=f"GPU: expected NVIDIA from sm_80 on or AMD CDNA 3.*{arch}"):
-        config.find("forward", PROBLEM, gpu.Gpu("old", arch, 1, 99 * 1024))
+        lookup.get_config("forward", PROBLEM, gpu.Gpu("old", arch, 1, 99 * 1024))
 
 
 @pytest.mark.interpreted
 def test_interpreted_kernels_have_a_gpu_of_their_own(device):
-    assert gpu.of(device) is gpu.INTERPRETER and config.find("forward", PROBLEM, gpu.of(device)) == Config(64, 64)
+    assert gpu.of(device) is gpu.INTERPRETER and lookup.get_config("forward", PROBLEM, gpu.of(device)) == Config(64, 64)

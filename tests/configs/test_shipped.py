@@ -10,6 +10,7 @@ from tests.helpers.shipped_rows import versions
 from tritonattn import Config, gpu
 from tritonattn.autotune import config_table
 from tritonattn.configs import shipped as tables
+from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.shipped import FILLS, Entry, Row, Table, TableError
 from tritonattn.measure import environment
 
@@ -20,7 +21,7 @@ TABLE = Table("any", {"name": "Any", "arch": "sm_90", "sms": 132, "shared_memory
               {"triton": "3.6.0"}, {ROW.key: ROW})
 
 
-@pytest.mark.parametrize("shipped", tables.shipped(), ids=lambda each: each.name)
+@pytest.mark.parametrize("shipped", tables.shipped_tables(), ids=lambda each: each.name)
 def test_a_shipped_table_is_whole(shipped):
     on = next(known for known in gpu.KNOWN.values() if known.name == shipped.gpu["name"])
     assert shipped.is_of(on) and shipped.name == environment.slug(on.name)
@@ -47,7 +48,7 @@ def test_no_tile_has_too_few_queries_for_the_tensor_cores():
     Heads of 512 are too wide for so many keys in dK/dV on Hopper and Blackwell, and for dbias on Blackwell.
     """
     too_wide = {("sm_90", "dkdv", 512), ("sm_100", "dkdv", 512), ("sm_100", "dbias", 512)}
-    for shipped in tables.shipped():
+    for shipped in tables.shipped_tables():
         arch = shipped.gpu["arch"]
         for row in shipped.rows.values() if arch in ("sm_90", "sm_100", "gfx942") else ():
             configs = [Config.parse(getattr(row, fill).config) for fill in FILLS]
@@ -60,18 +61,18 @@ def test_all_were_made_with_the_same_two_versions_of_triton():
 
 
 def test_there_is_a_table_for_every_known_architecture():
-    assert sorted(each.gpu["arch"] for each in tables.shipped()) == sorted(gpu.KNOWN)
+    assert sorted(each.gpu["arch"] for each in tables.shipped_tables()) == sorted(gpu.KNOWN)
 
 
 def test_the_tables_were_made_from_the_kernels_as_they_are():
-    source = environment.source(patterns=config_table.BINARIES)
-    stale = [each.name for each in tables.shipped() if each.made["source"] != source]
+    source = kernel_hash()
+    stale = [each.name for each in tables.shipped_tables() if each.made["source"] != source]
     assert not stale, f"{', '.join(stale)}: run python -m tritonattn table build {','.join(gpu.KNOWN)}"
 
 
 def test_what_is_written_is_read(tmp_path):
-    path = tables.write(TABLE, tmp_path)
-    assert path == tmp_path / "any.json" and tables.read(path) == TABLE and list(tmp_path.iterdir()) == [path]
+    path = tables.write_table(TABLE, tmp_path)
+    assert path == tmp_path / "any.json" and tables.read_table(path) == TABLE and list(tmp_path.iterdir()) == [path]
     assert len(path.read_text().splitlines()) == 2 + len(TABLE.rows) + 1, "a row a line"
 
 
@@ -84,15 +85,15 @@ def test_what_is_no_table_is_said(content, words, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(content)
     with pytest.raises(TableError, match=words):
-        tables.read(path)
+        tables.read_table(path)
 
 
 def test_a_torn_file_never_passes(tmp_path):
-    text = tables.write(TABLE, tmp_path).read_text()
+    text = tables.write_table(TABLE, tmp_path).read_text()
     for end in range(0, len(text) - 2, 7):
         (tmp_path / "torn.json").write_text(text[:end])
         with pytest.raises(TableError):
-            tables.read(tmp_path / "torn.json")
+            tables.read_table(tmp_path / "torn.json")
 
 
 @pytest.mark.parametrize("change, same", [
@@ -111,7 +112,7 @@ def test_memory_and_cache_tell_gpus_apart_where_both_are_known():
     assert not mine.is_of(gpu.named("h100")) and not mine.is_of(dataclasses.replace(h200, memory=96 << 30))
     assert not mine.is_of(dataclasses.replace(h200, l2=60 << 20))
     amd = gpu.KNOWN["gfx942"]
-    of_amd = Table("of amd", {"name": amd.name} | tables.fingerprint(amd), {}, {})
+    of_amd = Table("of amd", {"name": amd.name} | tables.gpu_fingerprint(amd), {}, {})
     assert of_amd.is_of(dataclasses.replace(amd, l2=4 << 20)), "its driver tells of one die's cache, its vendor of all"
 
 

@@ -38,9 +38,9 @@ def record_of(key=KEY, on=H200, triton=None, taking=(160 * 1024, 0), time="2026-
               "bound": "tensor", "cycles": 1234.5}
     record = Record(
         key, "128x64w8s3e1", 0.1 + 0.2, 0.29, 0.32, 30, "128x128w8s2", 0.4, {"o": [0.001, 0.002], "lse": [0.0, 1e-7]}, static,
-        shipped.fingerprint(on) | {"name": on.name},
+        shipped.gpu_fingerprint(on) | {"name": on.name},
         {"tritonattn": "0.1.0", "torch": "2.11.0", "triton": triton or user_cache.triton_version(), "cuda": "13.0"},
-        user_cache.source(), {"id": "a", "time": time, "strategy": "all", "trials": 40, "seconds": 60.5, "seed": 0})
+        user_cache.kernel_hash(), {"id": "a", "time": time, "strategy": "all", "trials": 40, "seconds": 60.5, "seed": 0})
     return dataclasses.replace(record, **changes)
 
 
@@ -89,7 +89,7 @@ some_keys = st.builds(
     keys.Key, words, words, sizes, sizes, st.sampled_from([None, "ieee", "tf32"]),
     st.sampled_from(["full", "causal", "window"]), st.sampled_from([(None, None), (None, 0), (256, 0)]), st.booleans(),
     st.lists(st.text(max_size=9)).map(tuple), st.integers(1, 64), st.none() | st.sampled_from(keys.QUERIES),
-    st.sampled_from(keys.KEYS), st.sampled_from(keys.FILLS))
+    st.sampled_from(keys.KEYS), st.sampled_from(keys.FILL_BUCKETS))
 some_configs = st.builds(Config, st.sampled_from([16, 32, 64, 128, 256]), st.sampled_from([16, 32, 64, 128, 256]),
                          st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 9), st.sampled_from([None, 1])).map(str)
 some_changes = st.fixed_dictionaries({
@@ -128,7 +128,7 @@ def test_what_is_put_again_takes_its_place(store, tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"seconds": float("nan")}, "JSON"), ({"seconds": 0.0}, "seconds"), ({"config": "7x64w4s2"}, "config"),
     ({"static": {"tensor_memory": 0}}, "shared_memory"), ({"default_seconds": "fast"}, "default_seconds"),
-    ({"gpu": shipped.fingerprint(H100) | {"name": "H100"}}, f"expected one of {BOARD}, got one of sm_90-132sm-227k-50m-80g"),
+    ({"gpu": shipped.gpu_fingerprint(H100) | {"name": "H100"}}, f"expected one of {BOARD}, got one of sm_90-132sm-227k-50m-80g"),
 ])
 def test_what_could_not_be_read_back_is_refused_at_once(changes, words, store, tmp_path):
     with pytest.raises((ValueError, TypeError, KeyError), match=words):
@@ -153,7 +153,7 @@ def test_misses_are_remembered_until_forget(store, tmp_path):
 # who may use what
 
 def test_boards_have_folders_of_their_own():
-    boards = [user_cache.board(shipped.fingerprint(gpu.named(name))) for name in NAMES]
+    boards = [user_cache.gpu_dirname(shipped.gpu_fingerprint(gpu.named(name))) for name in NAMES]
     assert len(set(boards)) == len(NAMES) and boards[NAMES.index("H200")] == BOARD
 
 
@@ -162,12 +162,12 @@ def test_boards_have_folders_of_their_own():
 def test_what_drivers_keep_for_themselves_changes_no_folder(name, left):
     model = gpu.named(name)
     device = dataclasses.replace(model, name="any other", l2=model.peaks.l2, memory=int(model.peaks.memory * left))
-    assert user_cache.board(shipped.fingerprint(device)) == user_cache.board(shipped.fingerprint(model))
+    assert user_cache.gpu_dirname(shipped.gpu_fingerprint(device)) == user_cache.gpu_dirname(shipped.gpu_fingerprint(model))
 
 
 def test_what_is_not_known_of_a_board_is_x():
-    known = shipped.fingerprint(dataclasses.replace(H200, name="none that is known"))
-    assert user_cache.board(known) == "sm_90-132sm-227k-x-x"
+    known = shipped.gpu_fingerprint(dataclasses.replace(H200, name="none that is known"))
+    assert user_cache.gpu_dirname(known) == "sm_90-132sm-227k-x-x"
 
 
 def test_two_boards_of_one_architecture_share_nothing(store, tmp_path):
@@ -196,7 +196,7 @@ def test_another_minor_version_of_triton_is_a_hint_and_no_more(store, tmp_path):
 def test_after_an_edit_of_the_kernels_nothing_old_is_found(store, tmp_path, monkeypatch):
     old = record_of()
     path = store.put(old, H200)
-    monkeypatch.setattr(user_cache, "source", lambda: "0" * 12)
+    monkeypatch.setattr(user_cache, "kernel_hash", lambda: "0" * 12)
     edited = Cache(tmp_path)
     assert edited.get(KEY, H200) is None and edited.hint(KEY, H200) is None
     new = record_of(config="64x64w4s2")
@@ -204,10 +204,6 @@ def test_after_an_edit_of_the_kernels_nothing_old_is_found(store, tmp_path, monk
     # nor is it found by way of memory
     edited.put(old, H200)
     assert edited.get(KEY, H200) == new and Cache(tmp_path).get(KEY, H200) == new and len(files(tmp_path)) == 2
-
-
-def test_the_source_is_that_of_the_kernels():
-    assert user_cache.source() == user_cache.environment.source(patterns=("kernels/**/*.py", "launch.py"))
 
 
 @pytest.mark.parametrize("taking, fits", [((227 * 1024, 0), True), ((227 * 1024 + 1, 0), False), ((0, 1), False)])
@@ -408,7 +404,7 @@ def raising(error):
 @pytest.mark.parametrize("where", ["cache.open", "cache.os.replace", "cache.os.fsync", "cache.Path.mkdir"])
 @pytest.mark.parametrize("error", [PermissionError(13, "denied"), OSError(28, "no space left")])
 def test_where_nothing_can_be_written_memory_holds_it_with_one_warning(where, error, store, tmp_path, monkeypatch, heard):
-    monkeypatch.setattr(f"tritonattn.{where}", raising(error), raising=False)
+    monkeypatch.setattr(f"tritonattn.configs.user_{where}", raising(error), raising=False)
     for i in range(3):
         assert store.put(record_of(numbered(i)), H200) is None
         assert store.get(numbered(i), H200) == record_of(numbered(i))
@@ -465,25 +461,25 @@ def test_where_the_cache_is(named, caches, expected, monkeypatch):
     for name, value in {"TRITONATTN_CACHE_DIR": named, "XDG_CACHE_HOME": caches}.items():
         monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
     monkeypatch.setenv("HOME", "/home/me")
-    assert user_cache.folder() == Path(expected)
+    assert user_cache.cache_folder() == Path(expected)
 
 
 def test_a_home_that_cannot_be_found_is_none(monkeypatch):
     monkeypatch.delenv("TRITONATTN_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", raising(RuntimeError("Could not determine home directory.")))
-    assert user_cache.folder() is None and user_cache.current().folder is None
+    assert user_cache.cache_folder() is None and user_cache.current_cache().folder is None
 
 
 def test_the_current_cache_follows_the_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "a"))
-    first = user_cache.current()
+    first = user_cache.current_cache()
     first.put(record_of(), H200)
-    assert user_cache.current() is first and first.folder == tmp_path / "a"
+    assert user_cache.current_cache() is first and first.folder == tmp_path / "a"
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "b"))
-    assert user_cache.current().folder == tmp_path / "b" and user_cache.current().get(KEY, H200) is None
+    assert user_cache.current_cache().folder == tmp_path / "b" and user_cache.current_cache().get(KEY, H200) is None
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "a"))
-    assert user_cache.current() is not first and user_cache.current().get(KEY, H200) == record_of()
+    assert user_cache.current_cache() is not first and user_cache.current_cache().get(KEY, H200) == record_of()
 
 
 # moving and cleaning
@@ -575,7 +571,7 @@ def test_verify_has_a_line_for_each_file_that_is_of_no_use(store, tmp_path, sile
     before = {path: (tmp_path / path).read_bytes() for path in files(tmp_path)}
     lines = store.verify()
     words = {stale: f"expected to be made by Triton {user_cache.triton_version()}, got 1.0.0", torn: "JSONDecodeError",
-             edited: f"expected to be made from the kernels {user_cache.source()}, got 000000000000",
+             edited: f"expected to be made from the kernels {user_cache.kernel_hash()}, got 000000000000",
              moved: f"expected what belongs there, got the record of {BOARD}/{good.name}", aside: "set aside"}
     assert len(lines) == len(words) and all("\n" not in line for line in lines)
     for path, said in words.items():
@@ -705,7 +701,7 @@ def test_a_child_reads_though_a_thread_held_the_lock_at_the_fork(store):
         if not (child := os.fork()):
             # a child that waits for the lock is ended by this
             signal.alarm(20)
-            os._exit(0 if store.get(KEY, H200) == record_of() and user_cache.current() else 1)
+            os._exit(0 if store.get(KEY, H200) == record_of() and user_cache.current_cache() else 1)
         assert os.waitpid(child, 0)[1] == 0
     finally:
         done.set()

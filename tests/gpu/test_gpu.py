@@ -10,7 +10,7 @@ from tests.helpers.cases import Case, check, results
 from tests.helpers.tolerance import agree
 from tritonattn import Config, Problem, attention, config, gpu, reference
 from tritonattn.analysis import compile_report
-from tritonattn.configs import shipped
+from tritonattn.configs import lookup, shipped
 from tritonattn.runtime import launch
 
 pytestmark = pytest.mark.gpu
@@ -41,7 +41,7 @@ def test_real_sizes_with_the_configs_that_ship(name, dtype, device):
 @pytest.mark.parametrize("width", shipped.WIDTHS)
 def test_every_shipped_config_is_right(width, mask, fill, dtype, device):
     """Whatever a problem's size would choose: each row of this GPU's table, on a small one."""
-    rows = next(config.sources(gpu.of(device)))[1].rows
+    rows = next(lookup.table_sources(gpu.of(device)))[1].rows
     found = {kernel: rows.get((kernel, dtype.itemsize, width, mask)) for kernel in ("forward", "dq", "dkdv", "dbias")}
     if found["forward"] is None:
         pytest.skip(f"the tables have no rows for {dtype} and {width} {mask}: wider ones serve")
@@ -138,12 +138,12 @@ def test_another_device_than_the_current_one():
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 def test_the_lens_reads_what_the_driver_loads(kernel, device):
     problem, here = Problem((1,), 2, 2, 512, 512, 64, 64, torch.bfloat16), gpu.of(device)
-    chosen = config.find(kernel, problem, here)
-    report = compile_report.inspect(kernel, problem, chosen, here)
-    binary = compile_report.compile(kernel, problem, chosen, here)
+    chosen = lookup.get_config(kernel, problem, here)
+    report = compile_report.inspect_kernel(kernel, problem, chosen, here)
+    binary = compile_report.compile_kernel(kernel, problem, chosen, here)
     binary._init_handles()
     assert report.fits and binary.n_regs == report.registers
-    assert launch.example_call(kernel, problem, chosen).config == chosen
+    assert launch.example_launch(kernel, problem, chosen).config == chosen
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
@@ -152,14 +152,14 @@ def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path,
     from tritonattn.autotune import tuner
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
-    config.forget()
-    problem, lab = Problem((2,), 8, 2, 1000, 1000, 64, 64, torch.bfloat16, (None, 0)), tuner.here(device)
+    lookup.clear_lookup_cache()
+    problem, lab = Problem((2,), 8, 2, 1000, 1000, 64, 64, torch.bfloat16, (None, 0)), tuner.local_setup(device)
     with lab.compilers:
         record = tuner.tune_kernel(kernel, problem, lab, "table")
     assert record.seconds <= record.default_seconds * 1.05 and all(error <= allowed for error, allowed in record.check.values())
-    assert str(config.find(kernel, problem, gpu.of(device))) == record.config
-    assert config.choose(kernel, problem, gpu.of(device)).origin == "cache"
-    config.forget()
+    assert str(lookup.get_config(kernel, problem, gpu.of(device))) == record.config
+    assert lookup.lookup_config(kernel, problem, gpu.of(device)).origin == "cache"
+    lookup.clear_lookup_cache()
 
 
 def test_a_config_that_needs_too_much_is_told_and_the_bench_goes_on(device):

@@ -7,50 +7,51 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from tritonattn import Problem, config, gpu
+from tritonattn import Problem, gpu
 from tritonattn.analysis import compile_report, sass
+from tritonattn.configs import lookup
 from tritonattn.kernels import backward, forward, softmax
-from tritonattn.kernels.scores import Pairs
-from tritonattn.kernels.tile import inner
-from tritonattn.kernels.window import bounded, spans, visible
+from tritonattn.kernels.scores import ScoreMods
+from tritonattn.kernels.tile import dot_t
+from tritonattn.kernels.window import needs_mask, window_bounds, window_mask
 
 
 @triton.jit
 def bare_scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
-    s = inner(a, b, static)
-    if bounded(MODE):
+    s = dot_t(a, b, static)
+    if needs_mask(MODE):
         rows, cols = row + tl.arange(0, s.shape[0]), col + tl.arange(0, s.shape[1])
-        s = tl.where(visible(scoring.window, rows, cols, n), s, float("-inf"))
+        s = tl.where(window_mask(scoring.window, rows, cols, n), s, float("-inf"))
     return s
 
 
 @triton.jit
-def bare_at_head(pairs, batches, batch, head, first, rows, shift):
-    return Pairs((), (), (), ())
+def bare_select_head(pairs, batches, batch, head, first, rows, shift):
+    return ScoreMods((), (), (), ())
 
 
 @triton.jit
-def bare_stretches(listing, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
-    return spans(window, first, n, ROWS, COLS)
+def bare_loop_bounds(block_list, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return window_bounds(window, first, n, ROWS, COLS)
 
 
 @triton.jit
-def bare_place(listing, step):
+def bare_block_start(block_list, step):
     return step
 
 
 @triton.jit
-def bare_dropped(x, row, col, scoring, TRANSPOSED: tl.constexpr):
+def bare_apply_keep_mask(x, row, col, scoring, TRANSPOSED: tl.constexpr):
     return x
 
 
 @triton.jit
-def bare_gained(tile, scoring):
+def bare_apply_keep_scale(tile, scoring):
     return tile
 
 
 @triton.jit
-def bare_shape_of(shape, batch):
+def bare_sizes_of_batch(shape, batch):
     return shape
 
 
@@ -61,7 +62,7 @@ def binaries() -> dict:
         for kernel in ("forward", "dq", "dkdv"):
             for mask, window in (("full", (None, None)), ("causal", (None, 0))):
                 problem = Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16, window)
-                compiled = compile_report.compile(kernel, problem, config.find(kernel, problem, gpu.KNOWN[arch]), gpu.KNOWN[arch])
+                compiled = compile_report.compile_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN[arch]), gpu.KNOWN[arch])
                 code = sass.disassemble(compiled.asm["cubin"])
                 found[f"{arch} {kernel} {mask}"] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code)
     return found
@@ -82,6 +83,6 @@ def compare() -> dict:
                 value.hash = None
                 value.used_global_vals.clear()
     assert replaced == bare.keys(), f"nobody calls {bare.keys() - replaced}"
-    compile_report._compile.cache_clear()
+    compile_report._compile_cached.cache_clear()
     again = binaries()
     return {name: (shipped[name] == again[name], len(shipped[name]), len(again[name])) for name in shipped}

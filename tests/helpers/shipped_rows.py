@@ -7,7 +7,7 @@ from tritonattn.configs import shipped
 
 def versions(name):
     """Of the tables, the versions of Triton that they were made with ("triton"), or proved with besides ("also")."""
-    return {table.made.get(name) for table in shipped.shipped()}
+    return {table.made.get(name) for table in shipped.shipped_tables()}
 
 
 OWN = {triton.__version__} == versions("triton")

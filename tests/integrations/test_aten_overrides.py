@@ -129,7 +129,7 @@ def test_a_compiled_function_follows_the_route(backend, device):
 def test_what_torch_gives_to_no_fused_kernel_is_not_reached(device):
     inputs = qkv(device)
     with tritonattn.swapped(route="aten"), sdpa_kernel(SDPBackend.MATH):
-        assert torch.equal(attend(*inputs), sdpa_patch.TORCHS(*inputs))
+        assert torch.equal(attend(*inputs), sdpa_patch.TORCH_SDPA(*inputs))
     assert counts() == tallied()
 
 
@@ -140,7 +140,7 @@ def test_passed_on_from_beneath(device, monkeypatch):
         ours, theirs = with_gradients(attend, inputs, scale=1e39), torchs_with_gradients(inputs, scale=1e39)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
         monkeypatch.setattr(sdpa_patch, "SERVED_DTYPES", (torch.float16,))
-        assert torch.equal(attend(*inputs), sdpa_patch.TORCHS(*inputs))
+        assert torch.equal(attend(*inputs), sdpa_patch.TORCH_SDPA(*inputs))
         monkeypatch.setenv("TRITONATTN_STRICT", "1")
         with pytest.raises(RuntimeError, match="which is torch's: dtype torch.float32"):
             attend(*inputs)

@@ -147,13 +147,13 @@ def test_errors_are_torchs_while_the_swap_is_on_too(strict, device, monkeypatch)
     if strict:
         monkeypatch.setenv("TRITONATTN_STRICT", "1")
     q, k, v = (draw(1, 2, 4, E).to(device) for _ in range(3))
-    tritonattn.report(clear=True)
+    tritonattn.fallback_report(clear=True)
     with tritonattn.swapped():
         with pytest.raises(RuntimeError, match="^The size of tensor a|^Attempting to broadcast") as ours:
             scaled_dot_product_attention(q, k, v, draw(5, 5).to(device))
         with pytest.raises(ValueError, match="scale"):
             scaled_dot_product_attention(q, k, v, scale=math.inf)
-    assert "does not serve" not in str(ours.value) and not tritonattn.report(clear=True).calls
+    assert "does not serve" not in str(ours.value) and not tritonattn.fallback_report(clear=True).calls
 
 
 def test_errors_under_autocast_name_the_right_fault(device):

@@ -49,7 +49,7 @@ CALLERS = {
 
 def torchs(*args, **options):
     """torch's own; under a name in this module it would be swapped too."""
-    return sdpa_patch.TORCHS(*args, **options)
+    return sdpa_patch.TORCH_SDPA(*args, **options)
 
 
 def qkv(device, n_q=6, n_k=6, heads=2, kv_heads=None, d=8, dtype=torch.float32):
@@ -67,7 +67,7 @@ def close(ours, theirs):
 
 
 def counts():
-    found = tritonattn.report()
+    found = tritonattn.fallback_report()
     return found.served, found.passed
 
 
@@ -106,7 +106,7 @@ def test_everything_is_put_back():
 
 
 def is_on():
-    assert (imported_before is sdpa_patch.TORCHS) is (F.scaled_dot_product_attention is sdpa_patch.TORCHS)
+    assert (imported_before is sdpa_patch.TORCH_SDPA) is (F.scaled_dot_product_attention is sdpa_patch.TORCH_SDPA)
     return F.scaled_dot_product_attention is sdpa_patch.scaled_dot_product_attention
 
 
@@ -202,7 +202,7 @@ def test_somebody_elses_function_is_left_alone(device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", theirs)
         tritonattn.disable()
-        assert F.scaled_dot_product_attention is theirs and imported_before is sdpa_patch.TORCHS
+        assert F.scaled_dot_product_attention is theirs and imported_before is sdpa_patch.TORCH_SDPA
     assert F.scaled_dot_product_attention is sdpa_patch.scaled_dot_product_attention, "put back by them, after we were gone"
     q, k, v = qkv(device, 4, 6)
     bias = causal_lower_right(4, 6)
@@ -222,7 +222,7 @@ def test_a_name_imported_while_on_goes_back_and_a_kept_function_passes_on(device
             exec("from torch.nn.functional import scaled_dot_product_attention as mine", vars(module))
             kept = module.mine
             assert pickle.loads(pickle.dumps(kept)) is kept is sdpa_patch.scaled_dot_product_attention
-        assert module.mine is sdpa_patch.TORCHS
+        assert module.mine is sdpa_patch.TORCH_SDPA
     assert torch.equal(kept(q, k, v), torchs(q, k, v)) and counts() == tallied()
 
 
@@ -784,7 +784,7 @@ def test_a_cuda_graph_of_forward_and_backward(device):
 
 class Zeros(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return args[0] * 0 if func is sdpa_patch.TORCHS else func(*args, **(kwargs or {}))
+        return args[0] * 0 if func is sdpa_patch.TORCH_SDPA else func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -864,7 +864,7 @@ def test_the_report_has_reasons_and_shapes(device):
             F.scaled_dot_product_attention(q, k, v, torch.ones(4, 6, dtype=torch.bool, device=device), enable_gqa=True)
         F.scaled_dot_product_attention(q, k, v, causal_lower_right(4, 6), enable_gqa=True)
         F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True, scale=torch.inf)
-    found = tritonattn.report()
+    found = tritonattn.fallback_report()
     shapes = (1, 4, 4, 8), (1, 2, 6, 8), (1, 2, 6, 8)
     assert found.served == 3 and sum(found.passed.values()) == 1
     assert found.calls[0] == (None, dispatch_log.Call(*shapes, (4, 6), "float32", False, True), 2)
@@ -873,8 +873,8 @@ def test_the_report_has_reasons_and_shapes(device):
     assert head == "attention while the swap was on: 3 calls served, 1 passed on to torch"
     assert columns.split() == ["calls", "done", "by", "query", "key", "value", "mask", "dtype", "causal", "gqa"]
     assert first.split() == ["2", "ours", "1x4x4x8", "1x2x6x8", "1x2x6x8", "4x6", "float32", "yes"]
-    assert tritonattn.report(clear=True) == found and tritonattn.report() == dispatch_log.Report(0, {}, ())
-    assert "0 calls served" in str(tritonattn.report())
+    assert tritonattn.fallback_report(clear=True) == found and tritonattn.fallback_report() == dispatch_log.FallbackReport(0, {}, ())
+    assert "0 calls served" in str(tritonattn.fallback_report())
 
 
 def test_the_report_stays_small():
@@ -882,24 +882,24 @@ def test_the_report_stays_small():
         for n in range(1, dispatch_log.MOST_SHAPES + 20):
             x = torch.empty(1, n, 8, device="meta")
             F.scaled_dot_product_attention(x, x, x)
-    found = tritonattn.report()
+    found = tritonattn.fallback_report()
     assert len(found.calls) == dispatch_log.MOST_SHAPES + 1 and found.passed == {"device meta": dispatch_log.MOST_SHAPES + 19}
     assert found.calls[0] == ("device meta", dispatch_log.Call(note="other shapes"), 19) and "other shapes" in str(found)
     for n in range(2 * dispatch_log.MOST_SHAPES):
-        dispatch_log.count(f"reason {n}", dispatch_log.OTHERS)
-    assert len(tritonattn.report().calls) <= 2 * dispatch_log.MOST_SHAPES + 1
+        dispatch_log.record_call(f"reason {n}", dispatch_log.OTHERS)
+    assert len(tritonattn.fallback_report().calls) <= 2 * dispatch_log.MOST_SHAPES + 1
 
 
-@pytest.mark.filterwarnings("error::tritonattn.tally.PassedOn")
+@pytest.mark.filterwarnings("error::tritonattn.integrations.dispatch_log.FallbackWarning")
 def test_the_first_call_passed_on_for_a_reason_warns():
     x = torch.empty(1, 4, 8, device="meta")
     with tritonattn.swapped():
-        with pytest.warns(dispatch_log.PassedOn, match="device meta: .*Got query 1x4x8, key .* float32.*TRITONATTN_STRICT=1") as told:
+        with pytest.warns(dispatch_log.FallbackWarning, match="device meta: .*Got query 1x4x8, key .* float32.*TRITONATTN_STRICT=1") as told:
             F.scaled_dot_product_attention(x, x, x)
         assert told[0].filename == __file__
         F.scaled_dot_product_attention(x, x, x)
-        tritonattn.report(clear=True)
-        with pytest.warns(dispatch_log.PassedOn, match="device meta"):
+        tritonattn.fallback_report(clear=True)
+        with pytest.warns(dispatch_log.FallbackWarning, match="device meta"):
             F.scaled_dot_product_attention(x, x, x)
         with pytest.raises(RuntimeError):
             F.scaled_dot_product_attention(x, x[..., :4], x)
@@ -912,7 +912,7 @@ def test_strictly_nothing_is_passed_on(device, monkeypatch):
     compiled = torch.compile(CALLERS["attribute"], backend="aot_eager")
     x = torch.empty(1, 4, 8, device="meta")
     with tritonattn.swapped():
-        monkeypatch.setattr(sdpa_patch, "TORCHS", lambda *args, **options: pytest.fail("torch's function was called"))
+        monkeypatch.setattr(sdpa_patch, "TORCH_SDPA", lambda *args, **options: pytest.fail("torch's function was called"))
         with pytest.raises(RuntimeError, match="which is torch's: device meta: "):
             sdpa_patch.scaled_dot_product_attention(x, x, x)
         with pytest.raises(RuntimeError, match="which is torch's: scale"):
@@ -1001,7 +1001,7 @@ def test_the_flag_of_the_fast_path_is_the_users():
 def test_enabling_twice_notices_that_ours_was_replaced(monkeypatch):
     tritonattn.enable()
     with monkeypatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", sdpa_patch.TORCHS)
+        patch.setattr(F, "scaled_dot_product_attention", sdpa_patch.TORCH_SDPA)
         with pytest.raises(RuntimeError, match="expected ours"):
             tritonattn.enable()
     tritonattn.enable()
@@ -1020,13 +1020,13 @@ def test_who_attends_while_it_counts_does_not_wait_for_itself(monkeypatch):
         def __missing__(self, key):
             return 0
 
-    monkeypatch.setattr(dispatch_log, "_tally", Interrupting())
+    monkeypatch.setattr(dispatch_log, "_calls", Interrupting())
     with tritonattn.swapped():
         thread = threading.Thread(target=lambda: F.scaled_dot_product_attention(x, x, x), daemon=True)
         thread.start()
         thread.join(20)
     assert not thread.is_alive()
-    dispatch_log._tally.pop("once")
+    dispatch_log._calls.pop("once")
     assert counts() == tallied(**{"device meta": 2})
 
 

@@ -344,8 +344,8 @@ def test_a_seed_may_be_counted_on_before_the_backward_pass(device):
 def test_what_nearly_always_drops_keeps_the_mean(device):
     """The gain makes up for what is really drawn, in steps of 2^-32; always is always."""
     p = 1 - 3.4 * 2**-32
-    given = launch.dropping(p, None)
-    assert given.gain * (2**32 - given.threshold) == 2**32
+    given = launch.dropout_record(p, None)
+    assert given.keep_scale * (2**32 - given.threshold) == 2**32
     seed = torch.tensor([1], device=device)
     assert not dropout_mask((1, 1, 64, 64), 1.0, seed).any() and dropout_mask((1, 1, 2, 2), 0.0, seed).all()
 

@@ -7,9 +7,9 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tritonattn.kernels.scores import Pairs, Scoring
+from tritonattn.kernels.scores import ScoreMods, ScoreParams
 from tritonattn.kernels.softmax import softmax_finish, softmax_start, softmax_step
-from tritonattn.kernels.tile import Static
+from tritonattn.kernels.tile import Constexprs
 from tritonattn.kernels.window import Window
 
 pytestmark = pytest.mark.interpreted
@@ -23,16 +23,16 @@ def probe(s, v, o, lse, scoring, static, STEPS: tl.constexpr, PRECISE: tl.conste
         cols = i * static.BLOCK_N + tl.arange(0, static.BLOCK_N)
         s_tile = tl.load(s + rows[:, None] * (STEPS * static.BLOCK_N) + cols[None, :])
         v_tile = tl.load(v + cols[:, None] * static.DV + dims[None, :])
-        state = softmax_step(state, s_tile, (v_tile,), 0, i * static.BLOCK_N, scoring, static, PRECISE, "edge")
+        state = softmax_step(state, s_tile, (v_tile,), 0, i * static.BLOCK_N, scoring, static, PRECISE, "masked")
     o_tile, lse_tile, _ = softmax_finish(state, scoring)
     tl.store(o + rows[:, None] * static.DV + dims[None, :], o_tile[0])
     tl.store(lse + rows, lse_tile)
 
 
 def in_pieces(s, v, unit, size, precise=False, biased=False):
-    static = Static(*map(tl.constexpr, (16, 16, 1, 16, size, False, (), tl.float64, "ieee")))
+    static = Constexprs(*map(tl.constexpr, (16, 16, 1, 16, size, False, (), tl.float64, "ieee")))
     o, lse = torch.full((16, 16), torch.nan, dtype=torch.float64), torch.full((16,), torch.nan, dtype=torch.float64)
-    scoring = Scoring(unit, None, Window(), Pairs((0,) if biased else ()))
+    scoring = ScoreParams(unit, None, Window(), ScoreMods((0,) if biased else ()))
     probe[(1,)](s, v, o, lse, scoring, static, s.shape[1] // size, precise)
     return o, lse
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonattn import Config, Problem
-from tritonattn.kernels.window import Window, mirror, spans, visible
+from tritonattn.kernels.window import Window, transpose_window, window_bounds, window_mask
 from tritonattn.runtime import launch
 
 pytestmark = pytest.mark.interpreted
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.interpreted
 
 @triton.jit
 def probe(bounds_out, seen_out, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr):
-    bounds = spans(window, first, n, ROWS, COLS)
+    bounds = window_bounds(window, first, n, ROWS, COLS)
     for i in tl.static_range(4):
         tl.store(bounds_out + i, bounds[i])
     rows, cols = tl.arange(0, ROWS), tl.arange(0, WIDE)
-    seen = visible(window, first + rows, cols, n)
+    seen = window_mask(window, first + rows, cols, n)
     tl.store(seen_out + rows[:, None] * WIDE + cols[None, :], seen.to(tl.int8))
 
 
@@ -46,7 +46,7 @@ def test_spans_cover_exactly_what_is_visible(left, right, first, n, rows, cols):
     assert torch.equal(seen, expected)
 
     problem = Problem((1,), 1, 1, rows, n, 16, 16, torch.float32)
-    modes = launch.modes(problem, Config(16, 16, edge_stages=1), (left, right), n % cols != 0)
+    modes = launch.loop_modes(problem, Config(16, 16, edge_stages=1), (left, right), n % cols != 0)
     visits = torch.zeros(64 + cols, dtype=torch.int32)
     for part, (begin, end) in enumerate(((start, inner), (inner, outer), (outer, stop))):
         if modes[part] is None:
@@ -55,7 +55,7 @@ def test_spans_cover_exactly_what_is_visible(left, right, first, n, rows, cols):
         for tile in range(begin, end, cols):
             assert tile % cols == 0
             visits[tile:tile + cols] += 1
-            assert modes[part] == ("edge", "full", "last")[part]
+            assert modes[part] == ("masked", "unmasked", "masked_tail")[part]
             if part == 1:
                 assert tile + cols <= n and seen[:, tile:tile + cols].all(), "a mask is missing in the full stretch"
     assert visits.max() <= 1, "a tile is visited twice"
@@ -68,5 +68,5 @@ def test_spans_cover_exactly_what_is_visible(left, right, first, n, rows, cols):
 
 def test_a_mirrored_window_is_the_same_pairs():
     _, seen = walk((5, 2), 3, 16, 16, 4)
-    _, mirrored = walk(mirror(Window(5, 2)), -3, 16, 16, 4)
+    _, mirrored = walk(transpose_window(Window(5, 2)), -3, 16, 16, 4)
     assert torch.equal(seen[:, :16], mirrored[:, :16].T)

@@ -21,7 +21,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_versions_and_names(device):
-    found = environment.of(device)
+    found = environment.environment_of(device)
     assert found["torch"] == torch.__version__ and found["tritonattn"] == tritonattn.__version__
     assert (found["sensors"] is None) == (not COMPILED)
     assert (found["arch"] == "interpreter") == (not COMPILED) and (found["driver"] is None) == (not COMPILED)
@@ -31,11 +31,11 @@ def test_versions_and_names(device):
 def edited(path, action):
     """The digest of the source after something is done to a file."""
     action(path)
-    return environment.source()
+    return environment.source_digest()
 
 
 def test_the_source_is_known_wherever_it_lies(package):
-    digests = [environment.source()]
+    digests = [environment.source_digest()]
     for name in ("kernels/forward.py", "launch.py", "ops.py", "attention.py", "config.py", "timing.py", "clock.py"):
         digests.append(edited(package / name, lambda path: path.write_text(path.read_text() + "# another line\n")))
     digests.append(edited(package / "kernels" / "forward.py", lambda path: path.rename(path.with_name("forwards.py"))))
@@ -43,7 +43,7 @@ def test_the_source_is_known_wherever_it_lies(package):
 
 
 def test_what_does_not_run_is_no_part_of_the_source(package):
-    before = environment.source()
+    before = environment.source_digest()
     for name in ("doctor.py", "demo.py", "selftest.py", "__main__.py"):
         assert edited(package / name, lambda path: path.write_text("")) == before
     assert edited(package / "new.py", lambda path: path.write_text("")) == before
@@ -51,9 +51,9 @@ def test_what_does_not_run_is_no_part_of_the_source(package):
 
 def test_files_beside_the_package_that_run_too(package, tmp_path):
     (tmp_path / "rivals.py").write_text("1")
-    first = environment.source(tmp_path / "rivals.py")
+    first = environment.source_digest(tmp_path / "rivals.py")
     (tmp_path / "rivals.py").write_text("2")
-    assert len({environment.source(), first, environment.source(tmp_path / "rivals.py")}) == 3
+    assert len({environment.source_digest(), first, environment.source_digest(tmp_path / "rivals.py")}) == 3
 
 
 def test_the_commit_is_of_the_packages_own_repository(package, tmp_path):

@@ -13,11 +13,11 @@ from tests.helpers.fake_gpu import FakeGpu, steady
 from tritonattn import attention
 from tritonattn.measure import device_timer, timing
 from tritonattn.measure.device_timer import Cuda, Host, State
-from tritonattn.measure.timing import Contender, ContenderError, Effort, measure, quantiles
+from tritonattn.measure.timing import Timed, TimedError, TimingBudget, measure, quantiles
 
 
 def contenders(gpu, **seconds):
-    return {name: Contender([gpu.kernel(name, true)]) for name, true in seconds.items()}
+    return {name: Timed([gpu.kernel(name, true)]) for name, true in seconds.items()}
 
 
 def rounds_of(gpu, names, count):
@@ -28,13 +28,13 @@ def rounds_of(gpu, names, count):
 
 def test_contenders_take_turns_in_changing_order():
     gpu = FakeGpu()
-    found, _ = measure(contenders(gpu, a=1e-3, b=2e-3, c=3e-3), gpu, Effort(seconds=0.04))
+    found, _ = measure(contenders(gpu, a=1e-3, b=2e-3, c=3e-3), gpu, TimingBudget(seconds=0.04))
     count = len(found["a"].samples)
     assert count == 20 and {len(x.samples) for x in found.values()} == {count}
     rounds = rounds_of(gpu, "abc", count)
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds) and len(set(map(tuple, rounds))) > 3
     again = FakeGpu()
-    measure(contenders(again, a=1e-3, b=2e-3, c=3e-3), again, Effort(seconds=0.04))
+    measure(contenders(again, a=1e-3, b=2e-3, c=3e-3), again, TimingBudget(seconds=0.04))
     assert again.log == gpu.log
 
 
@@ -43,11 +43,11 @@ def test_drift_falls_on_all_alike():
         return true * (1 + 0.2 * min(1.0, gpu.time))
 
     gpu = FakeGpu(warming)
-    found, _ = measure(contenders(gpu, a=5e-3, b=5e-3), gpu, Effort(seconds=0.4, settle=(0, 0)))
+    found, _ = measure(contenders(gpu, a=5e-3, b=5e-3), gpu, TimingBudget(seconds=0.4, settle=(0, 0)))
     assert found["a"].seconds == pytest.approx(found["b"].seconds, rel=0.01)
     # one after the other, the second would have looked slower
     gpu = FakeGpu(warming)
-    effort = Effort(seconds=0.4, settle=(0, 0))
+    effort = TimingBudget(seconds=0.4, settle=(0, 0))
     first, second = (measure(contenders(gpu, a=5e-3), gpu, effort)[0]["a"].seconds for _ in range(2))
     assert second > 1.05 * first
 
@@ -59,7 +59,7 @@ def test_throttled_samples_are_marked_and_left_out():
         return State(1980.0, 60.0, 500.0, ("hardware thermal slowdown",) if reads - 1 in hot else ("power cap",))
 
     gpu = FakeGpu(lambda true, gpu: true * (3 if gpu.reads in hot else 1), states)
-    found, said = measure(contenders(gpu, a=1e-3, b=1e-3), gpu, Effort(seconds=0.01, settle=(0, 0)))
+    found, said = measure(contenders(gpu, a=1e-3, b=1e-3), gpu, TimingBudget(seconds=0.01, settle=(0, 0)))
     for x in found.values():
         assert x.throttled == (3, 4, 5) and not x.mostly_throttled
         assert [x.samples[i] for i in x.throttled] == pytest.approx([3e-3] * 3)
@@ -69,7 +69,7 @@ def test_throttled_samples_are_marked_and_left_out():
 
 def test_throttled_most_of_the_time_counts_and_says_so():
     gpu = FakeGpu(states=lambda reads: State(900.0, 90.0, 300.0, ("power brake",) if reads > 2 else ()))
-    found = measure(contenders(gpu, a=1e-3), gpu, Effort(seconds=0.01, settle=(0, 0)))[0]["a"]
+    found = measure(contenders(gpu, a=1e-3), gpu, TimingBudget(seconds=0.01, settle=(0, 0)))[0]["a"]
     assert found.mostly_throttled and found.seconds == pytest.approx(1e-3) and len(found.throttled) == len(found.samples) - 2
 
 
@@ -78,7 +78,7 @@ def settled_after(clock, settle=(0.05, 3.0), refresh=0.1):
     gpu = FakeGpu()
     gpu.states = clock and (lambda reads: State(clock(gpu.time // refresh * refresh), 40.0, 200.0))
     busy = types.SimpleNamespace(around=contextlib.nullcontext, warm=gpu.kernel("busy", 1e-2))
-    timing._settle({"busy": busy}, gpu, Effort(settle=settle))
+    timing._settle({"busy": busy}, gpu, TimingBudget(settle=settle))
     return gpu.time
 
 
@@ -99,14 +99,14 @@ def test_without_sensors_it_warms_for_a_fixed_time():
 
 def test_sensors_are_not_asked_all_the_time():
     gpu = FakeGpu(states=steady)
-    measure(contenders(gpu, a=1e-4), gpu, Effort(seconds=0.01, rounds=(1, 1), settle=(1.0, 1.0)))
+    measure(contenders(gpu, a=1e-4), gpu, TimingBudget(seconds=0.01, rounds=(1, 1), settle=(1.0, 1.0)))
     assert 15 <= gpu.reads <= 22
 
 
 def test_short_calls_are_repeated_in_a_graph_every_copy_equally():
     gpu = FakeGpu(states=steady)
     calls = [gpu.kernel(name, 1e-5) for name in "xyz"]
-    found = measure({"short": Contender(calls, 800)}, gpu, Effort(settle=(0, 0)))[0]["short"]
+    found = measure({"short": Timed(calls, 800)}, gpu, TimingBudget(settle=(0, 0)))[0]["short"]
     assert found.method == "graph" and found.calls % 3 == 0 and found.calls >= 40
     assert found.seconds == pytest.approx(1e-5) and found.caches == "rotated" and found.note is None
     sample = gpu.log[-found.calls:]
@@ -117,12 +117,12 @@ def test_short_calls_are_repeated_in_a_graph_every_copy_equally():
 def test_short_calls_say_what_the_cache_held(copies, size, caches):
     gpu = FakeGpu()
     calls = [gpu.kernel("x", 1e-5) for _ in range(copies)]
-    assert measure({"x": Contender(calls, size)}, gpu, Effort(settle=(0, 0)))[0]["x"].caches == caches
+    assert measure({"x": Timed(calls, size)}, gpu, TimingBudget(settle=(0, 0)))[0]["x"].caches == caches
 
 
 def test_where_a_graph_fails_calls_are_queued_and_the_reason_is_kept():
     gpu = FakeGpu(graphs=False)
-    found = measure({"x": Contender([gpu.kernel("x", 1e-5)])}, gpu, Effort(settle=(0, 0)))[0]["x"]
+    found = measure({"x": Timed([gpu.kernel("x", 1e-5)])}, gpu, TimingBudget(settle=(0, 0)))[0]["x"]
     assert found.method == "events" and found.calls == 40 and found.seconds == pytest.approx(1e-5)
     # not the error of ending a capture that had failed
     assert found.note == "no graph: RuntimeError: operation not permitted when stream is capturing"
@@ -133,11 +133,11 @@ def test_where_a_graph_fails_calls_are_queued_and_the_reason_is_kept():
 @pytest.mark.parametrize(("fastest", "method", "caches"), [(5e-5, "graph", "rotated"), (1.5e-4, "events", "flushed")])
 def test_one_job_is_timed_in_one_way(fastest, method, caches):
     gpu = FakeGpu()
-    calls = {name: Contender([gpu.kernel(f"{name}{copy}", true) for copy in range(4)], 600)
+    calls = {name: Timed([gpu.kernel(f"{name}{copy}", true) for copy in range(4)], 600)
              for name, true in (("fast", fastest), ("near", 1.2e-4), ("slow", 2e-3))}
     if method == "events":
         calls.pop("near")
-    found, _ = measure(calls, gpu, Effort(settle=(0, 0)))
+    found, _ = measure(calls, gpu, TimingBudget(settle=(0, 0)))
     assert {(x.method, x.caches) for x in found.values()} == {(method, caches)}
     if method == "graph":
         # even the slow one runs over every copy
@@ -159,7 +159,7 @@ def test_each_use_of_a_contender_is_inside_its_surroundings():
         seen.append(len(depth))
         gpu.time += 1e-5
 
-    measure({"inside": Contender([call], 1, around), "outside": Contender([call])}, gpu, Effort(settle=(0.01, 0.01)))
+    measure({"inside": Timed([call], 1, around), "outside": Timed([call])}, gpu, TimingBudget(settle=(0.01, 0.01)))
     assert set(seen) == {0, 1} and not depth and 0.4 < sum(seen) / len(seen) < 0.6
 
 
@@ -172,20 +172,20 @@ def test_surroundings_are_entered_before_the_clock_starts():
         yield
         gpu.time += 1.0
 
-    found = measure({"x": Contender([gpu.kernel("x", 1e-3)], 0, slow_to_enter)}, gpu, Effort(settle=(0, 0)))[0]["x"]
+    found = measure({"x": Timed([gpu.kernel("x", 1e-3)], 0, slow_to_enter)}, gpu, TimingBudget(settle=(0, 0)))[0]["x"]
     assert found.seconds == pytest.approx(1e-3) and found.host_seconds == pytest.approx(1e-5)
 
 
 def test_long_calls_are_taken_one_by_one_on_a_flushed_cache():
     gpu = FakeGpu()
-    found = measure(contenders(gpu, x=1e-3), gpu, Effort(settle=(0, 0)))[0]["x"]
+    found = measure(contenders(gpu, x=1e-3), gpu, TimingBudget(settle=(0, 0)))[0]["x"]
     assert (found.calls, found.caches, found.method) == (1, "flushed", "events") and found.host_seconds == 1e-5
 
 
 @pytest.mark.parametrize(("true", "count"), [(1.0, 7), (1e-3, 100), (2e-2, 25)])
 def test_rounds_follow_the_budget_within_bounds(true, count):
     gpu = FakeGpu()
-    assert len(measure(contenders(gpu, x=true), gpu, Effort(settle=(0, 0)))[0]["x"].samples) == count
+    assert len(measure(contenders(gpu, x=true), gpu, TimingBudget(settle=(0, 0)))[0]["x"].samples) == count
 
 
 @pytest.mark.parametrize("after", [0, 70])
@@ -198,8 +198,8 @@ def test_a_contender_that_fails_is_named(after):
             raise ValueError("out of luck")
         gpu.time += 1e-3
 
-    with pytest.raises(ContenderError, match="bad: ValueError: out of luck") as caught:
-        measure(contenders(gpu, good=1e-3) | {"bad": Contender([failing])}, gpu, Effort(settle=(0, 0)))
+    with pytest.raises(TimedError, match="bad: ValueError: out of luck") as caught:
+        measure(contenders(gpu, good=1e-3) | {"bad": Timed([failing])}, gpu, TimingBudget(settle=(0, 0)))
     assert caught.value.name == "bad" and isinstance(caught.value.__cause__, ValueError)
 
 
@@ -211,7 +211,7 @@ def test_quantiles_are_those_of_torch(count):
 
 
 def test_the_host_has_a_clock_too():
-    found, states = measure({"nap": Contender([lambda: time.sleep(2e-3)])}, Host(), Effort(0.01, (3, 5), (0, 0)))
+    found, states = measure({"nap": Timed([lambda: time.sleep(2e-3)])}, Host(), TimingBudget(0.01, (3, 5), (0, 0)))
     assert 2e-3 <= found["nap"].seconds < 0.2 and found["nap"].method == "host" and not states
 
 
@@ -250,7 +250,7 @@ def test_without_sensors_it_says_why(monkeypatch):
                            (FakeNvml("nvmlInit"), "NVML: Not Supported"), (None, "nvidia-ml-py is not installed"),
                            (FakeNvml(), None)):
         monkeypatch.setitem(sys.modules, "pynvml", module)
-        assert device_timer.without_sensors("cuda") == reason
+        assert device_timer.missing_sensors("cuda") == reason
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def stopwatch(device):
 @pytest.mark.alone
 def test_a_product_of_twice_the_size_takes_eight_times_as_long(stopwatch, device):
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for n in (4096, 8192))
-    found, _ = measure({"small": Contender([lambda: a @ a]), "large": Contender([lambda: b @ b])}, stopwatch)
+    found, _ = measure({"small": Timed([lambda: a @ a]), "large": Timed([lambda: b @ b])}, stopwatch)
     assert 5 < found["large"].seconds / found["small"].seconds < 11
 
 
@@ -289,7 +289,7 @@ def test_our_own_kernels_are_captured(stopwatch, device, direction):
         call = {"forward": lambda: attention(q, k, v),
                 "backward": lambda: torch.autograd.grad(o, leaves, do, retain_graph=True),
                 "both": lambda: torch.autograd.grad(attention(*leaves), leaves, do)}[direction]
-        found = measure({"ours": Contender([call], 1 << 16)}, stopwatch)[0]["ours"]
+        found = measure({"ours": Timed([call], 1 << 16)}, stopwatch)[0]["ours"]
     assert found.method == "graph" and found.note is None and 1e-6 < found.seconds < 1e-3
 
 

@@ -235,7 +235,7 @@ def widths():
     from tritonattn.kernels import tile
 
     for size in range(1, 513):
-        parts = [tile.main_width(size)] + [tile.tail_width(size)] * tile.in_two(size)
+        parts = [tile.main_width(size)] + [tile.tail_width(size)] * tile.has_two_parts(size)
         powers = [2**i for i in range(4, 10)]
         assert sum(parts) == min(x for x in (*powers, *map(sum, itertools.combinations(powers, 2))) if x >= size), size
         assert set(parts) <= set(powers) and parts == sorted(parts, reverse=True), size

@@ -254,7 +254,7 @@ def test_the_short_suite_begins_with_what_tells_most():
 def test_ceilings_are_rates_of_what_was_done(monkeypatch):
     fake = FakeGpu()
     monkeypatch.setattr(timing, "measure", lambda contenders, stopwatch, real=timing.measure: real(
-        {name: timing.Contender([fake.kernel(name, 0.5)]) for name in contenders}, stopwatch))
+        {name: timing.Timed([fake.kernel(name, 0.5)]) for name in contenders}, stopwatch))
     found = peaks.ceilings(fake, "cpu", size=8, count=100)
     assert found["matmul"]["rate"] == pytest.approx(2 * 8**3 / 0.5 / 1e12) and found["matmul"]["unit"] == "TFLOP/s"
     assert found["copy"]["rate"] == pytest.approx(400 / 0.5 / 1e12) and found["copy"]["seconds"] == pytest.approx(0.5)

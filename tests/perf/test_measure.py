@@ -16,7 +16,7 @@ from tritonattn.measure import device_timer, timing
 
 CPU = torch.device("cpu")
 CASE = Case("small", problem(2, (4, 2), 16, 8, CAUSAL, dtype=torch.float32), ("forward", "backward", "both"))
-EFFORT = timing.Effort(seconds=0.01, settle=(0, 0))
+EFFORT = timing.TimingBudget(seconds=0.01, settle=(0, 0))
 
 
 def correct(q, k, v):
@@ -285,7 +285,7 @@ def as_users_run(unwritten_memory_is_nan):
 @pytest.mark.usefixtures("as_users_run")
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 def test_rivals_are_right_and_timed_in_every_direction(direction, device):
-    here, stopwatch = baselines.everyone("cuda"), device_timer.of(device)
+    here, stopwatch = baselines.everyone("cuda"), device_timer.timer_of(device)
     case = Case("causal 512", problem(2, 4, 512, 64, CAUSAL), ("forward", "backward", "both"))
     contenders = [here[name] for name in ("tritonattn", "torch", "cudnn", "flash", "efficient", "flex", "eager")]
     found = measure.job(measure.Bench(torch.device(device), stopwatch, EFFORT), case, direction, contenders)["results"]

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 F32 = torch.float32
 CASES = (Case("full 16", problem(1, 1, 16, 8, dtype=F32), ("forward", "both")),
          Case("causal 16", problem(1, 1, 16, 8, CAUSAL, dtype=F32), ("forward",)))
-EFFORT = timing.Effort(seconds=0.01, rounds=(3, 3), settle=(0, 0))
+EFFORT = timing.TimingBudget(seconds=0.01, rounds=(3, 3), settle=(0, 0))
 HERE = {"gpu": "NVIDIA Fake 1", "arch": "sm_90", "driver": "1", "torch": "2", "triton": "3", "sensors": "NVML"}
 
 

@@ -45,9 +45,9 @@ def test_opcheck(form, given, grad, device):
 
 def test_the_ops_take_what_launch_calls_its_inputs():
     names = [argument.name for argument in custom_op.forward_op._schema.arguments]
-    assert names == [*launch.Inputs._fields, "keep_residual"]
+    assert names == [*launch.AttentionInputs._fields, "keep_residual"]
     names = [argument.name for argument in custom_op.backward_op._schema.arguments]
-    assert names[2:11] + names[15:-1] == list(launch.Inputs._fields) and names[-1] == "wanted"
+    assert names[2:11] + names[15:-1] == list(launch.AttentionInputs._fields) and names[-1] == "wanted"
 
 
 @pytest.mark.parametrize("layout", LAYOUT)
@@ -190,7 +190,7 @@ def test_only_the_gradients_asked_for_are_computed(asked, device, monkeypatch):
     assert kernels == expected + ["dkdv_kernel"] * (asked != "q")
     if asked != "q":
         static = launched[-1].arguments[-1]
-        assert static.OUT.value == {"k": "dk", "v": "dv"}.get(asked.removeprefix("q"), "both")
+        assert static.GRADS.value == {"k": "dk", "v": "dv"}.get(asked.removeprefix("q"), "both")
 
 
 @pytest.mark.interpreted
@@ -342,7 +342,7 @@ def test_every_launch_is_on_the_tensors_device(device, monkeypatch):
         yield
         entered.append("left")
 
-    monkeypatch.setattr(launch, "on", on)
+    monkeypatch.setattr(launch, "device_guard", on)
     q, k, v = qkv(device, grad=True)
     attention(q, k, v).sum().backward()
     assert entered == [q.device, "left"] * 4  # forward, delta, dq, dkdv
@@ -358,11 +358,11 @@ def test_the_device_guard_makes_the_device_current(monkeypatch):
             return contextlib.nullcontext()
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: Cuda)
-    with launch.on(torch.device("cuda", 3)):
+    with launch.device_guard(torch.device("cuda", 3)):
         assert asked == [torch.device("cuda", 3)]
 
 
 def test_the_grid_has_one_dimension_however_many_heads():
     problem = Problem((70_000,), 2, 1, 100, 100, 16, 16, torch.float16)
-    call = launch.example_call("forward", problem, launch.Config(64, 64))
+    call = launch.example_launch("forward", problem, launch.Config(64, 64))
     assert call.programs == 70_000 * 2 * 2

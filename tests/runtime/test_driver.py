@@ -53,19 +53,20 @@ from tritonattn.runtime import launch
 on = gpu.KNOWN["sm_90"]
 """
 LAUNCHES = FAKE + """
+from tritonattn.configs import lookup
 found = {}
 for name, options in dict(plain={}, causal=dict(window=(None, 0)), bias=dict(bias=torch.float32)).items():
     for kernel in ("forward", "delta", "dq", "dkdv", "dbias"):
         if kernel == "dbias" and name != "bias":
             continue
         problem = Problem((2,), 4, 2, 1000, 1000, 64, 64, torch.bfloat16, **options)
-        chosen = config.find(kernel, problem, on)
-        call = launch.example_call(kernel, problem, chosen)
+        chosen = lookup.get_config(kernel, problem, on)
+        call = launch.example_launch(kernel, problem, chosen)
         launched.clear()
         launch.run(call, torch.device("cpu"))
         (cache, *_), = call.kernel.device_caches.values()
         binaries = {each.asm["cubin"] for each in cache.values()}
-        seen = compile_report.compile(kernel, problem, chosen, on).asm["cubin"]
+        seen = compile_report.compile_kernel(kernel, problem, chosen, on).asm["cubin"]
         found[f"{kernel} {name}"] = [list(map(list, launched)), call.programs, seen in binaries, len(binaries)]
 print(json.dumps(found))
 """

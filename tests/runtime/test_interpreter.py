@@ -74,11 +74,11 @@ def test_a_row_of_a_product_is_the_same_wherever_it_stands(dtype):
 def test_an_old_triton_with_a_new_numpy_is_refused(monkeypatch):
     monkeypatch.setattr(interpreter.triton, "__version__", "3.6.0")
     monkeypatch.setattr(interpreter.np, "__version__", "2.4.1")
-    assert "needs NumPy below 2.4, found 2.4.1" in interpreter.trouble()
+    assert "needs NumPy below 2.4, found 2.4.1" in interpreter.problem()
     with pytest.raises(RuntimeError, match="numpy<2.4"):
-        interpreter.mend.__wrapped__()
+        interpreter.patch.__wrapped__()
     monkeypatch.setattr(interpreter.triton, "__version__", "3.7.0")
-    assert interpreter.trouble() is None
+    assert interpreter.problem() is None
 
 
 def test_the_guard_catches_a_lane_out_of_bounds():

@@ -12,7 +12,7 @@ TILES = Config(16, 16)
 
 def views(*tensors, batch):
     problem = Problem(batch, 1, 1, *tensors[0].shape[-2:], 1, 1, torch.float32)
-    *records, shape = launch.arguments(problem, TILES, *tensors)
+    *records, shape = launch.kernel_arguments(problem, TILES, *tensors)
     return records, shape.batches
 
 
@@ -72,8 +72,8 @@ def test_only_a_tensor_whose_tile_is_too_wide_pays_for_it():
 
 @pytest.mark.parametrize("scale, unit, factor", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
 def test_the_largest_score_stays_the_largest_whatever_the_scale(scale, unit, factor):
-    scoring = launch._scoring(launch.Inputs(None, None, None, scale=scale), (None, None), launch.Pairs())
-    assert scoring.unit == pytest.approx(unit * 1.4426950408889634) and scoring.factor == factor
+    scoring = launch._score_params(launch.AttentionInputs(None, None, None, scale=scale), (None, None), launch.ScoreMods())
+    assert scoring.exp2_scale == pytest.approx(unit * 1.4426950408889634) and scoring.qk_scale == factor
 
 
 def test_a_mask_is_wide_where_a_block_of_it_is():
@@ -81,7 +81,7 @@ def test_a_mask_is_wide_where_a_block_of_it_is():
     problem = Problem((1,), 1, 1, 5, 8, 1, 1, torch.float32)
     for x, wide in ((near, False), (far, True)):
         for seen in (x, x.mT):
-            pairs, _ = launch.arguments(problem, TILES, launch.Pairs((seen,)))
+            pairs, _ = launch.kernel_arguments(problem, TILES, launch.ScoreMods((seen,)))
             assert pairs.bias[0].wide.value == wide
 
 
@@ -92,7 +92,7 @@ def test_a_mask_is_wide_where_a_block_of_it_is():
 def test_tf32_only_where_torch_allows_it(set_up, dtype, expected):
     try:
         set_up()
-        call = launch.example_call("forward", Problem((1,), 1, 1, 16, 16, 16, 16, dtype), TILES)
+        call = launch.example_launch("forward", Problem((1,), 1, 1, 16, 16, 16, 16, dtype), TILES)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert call.arguments[-1].PRECISION.value == expected
@@ -113,6 +113,6 @@ def test_float32_products_are_not_rounded_to_tf32_by_default(device):
 
 
 def test_nothing_is_launched_for_nothing():
-    call = launch.example_call("forward", Problem((0,), 1, 1, 16, 16, 16, 16, torch.float16), TILES)
+    call = launch.example_launch("forward", Problem((0,), 1, 1, 16, 16, 16, 16, torch.float16), TILES)
     assert call.programs == 0
     launch.run(call._replace(kernel=None), torch.device("cpu"))

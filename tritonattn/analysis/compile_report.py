@@ -14,22 +14,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ..config import Config, family
+from ..config import Config
 from ..configs.key import precision
+from ..configs.lookup import closest_architecture
 from ..gpu import Gpu
-from ..kernels.tile import in_two, main_width, tail_width
+from ..kernels.tile import has_two_parts, main_width, tail_width
 from ..problem import Problem
 from ..runtime import launch
 from . import sass
 from .sass import Loop
 
 # what tells the paths through the tensor cores apart, best first
-PATHS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # elsewhere HMMA
+MMA_INSTRUCTIONS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # elsewhere HMMA
 TENSOR_ROWS, TENSOR_COLUMNS = 128, 256  # of one product of Blackwell's, whose shape is not in its text
 
 
 @dataclass(frozen=True)
-class Report:
+class KernelReport:
     """What one compiled kernel takes. Registers are per thread, memory in bytes per block."""
 
     kernel: str
@@ -110,7 +111,7 @@ class Report:
         """The one that this GPU has for this dtype."""
         if self.precision == "ieee" and not self.gpu.is_amd:
             return ""
-        return PATHS.get(family(self.gpu), "HMMA")
+        return MMA_INSTRUCTIONS.get(closest_architecture(self.gpu), "HMMA")
 
     @property
     def duplicated(self) -> float:
@@ -156,14 +157,14 @@ class Report:
         return sum(2 * m * n * k for m, n, k in self._products((self.problem.d,), (self.problem.dv,)))
 
 
-def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassembled: bool = True) -> Report:
+def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassembled: bool = True) -> KernelReport:
     """Compile one kernel ("forward", "delta", "dq", "dkdv", "dbias") for a GPU and read its binary.
 
     disassembled=False leaves out the loops, which take a quarter of a second. Raises ValueError for a binary that cannot be
     read, RuntimeError where the kernels are interpreted, and what Triton raises for what it cannot compile.
     """
-    compiled = compile(kernel, problem, config, gpu)
-    stretches = len([mode for mode in _static_of(kernel, problem, config).MODES.value if mode is not None]) or None
+    compiled = compile_kernel(kernel, problem, config, gpu)
+    stretches = len([mode for mode in _constexprs_of(kernel, problem, config).LOOP_MODES.value if mode is not None]) or None
     text = ""
     if gpu.is_amd:
         text = compiled.asm["amdgcn"]
@@ -172,32 +173,32 @@ def inspect(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassemble
         found = sass.of_cubin(compiled.asm["cubin"])
         text = sass.disassemble(compiled.asm["cubin"]) if disassembled else ""
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Report(kernel, problem, gpu, config, found.registers, found.stack, compiled.metadata.shared, tensor_memory,
+    return KernelReport(kernel, problem, gpu, config, found.registers, found.stack, compiled.metadata.shared, tensor_memory,
                   found.accumulation, found.scalar, found.spilled, sass.spills(text) if disassembled else None,
                   precision(problem), sass.partitions(text), sass.loops(text, stretches) if disassembled else None)
 
 
-def compile(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
+def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
     """Triton's compiled kernel, with every intermediate form in `.asm`; the arguments are those of a real launch."""
-    return _compile(kernel, problem, config, gpu, residual, precision(problem))
+    return _compile_cached(kernel, problem, config, gpu, residual, precision(problem))
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(kernel, problem, config, gpu, residual, _precision):
+def _compile_cached(kernel, problem, config, gpu, residual, _precision):
     """`_precision` decides about float32 products, by way of the launch."""
-    call = launch.example_call(kernel, problem, config, residual)
+    call = launch.example_launch(kernel, problem, config, residual)
     if not isinstance(call.kernel, JITFunction):
         raise RuntimeError("lens: expected compilable kernels, got interpreted ones; start Python without TRITON_INTERPRET")
     target = GPUTarget("hip", gpu.arch, 64) if gpu.is_amd else GPUTarget("cuda", gpu.capability, 32)
     backend = make_backend(target)
-    options = launch.options(config) | {"debug": False}
+    options = launch.compile_options(config) | {"debug": False}
     bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
     bound, specialization, _ = bind(*call.arguments, **options)
     options, signature, constants, attributes = call.kernel._pack_args(backend, options, bound, specialization, None)
     return triton.compile(ASTSource(call.kernel, signature, constants, attributes), target=target, options=options.__dict__)
 
 
-def remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[str]:
+def ptxas_remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[str]:
     """What ptxas says of a kernel's performance ("C7510: Potential Performance Loss: wgmma ... serialized ..."), a line each.
 
     It says so while it compiles, where Triton drops it: ptxas runs once more.
@@ -206,7 +207,7 @@ def remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[str
         return []
     from triton.backends.nvidia.compiler import get_ptxas  # which of the two is Triton's own choice
 
-    ptx = compile(kernel, problem, config, gpu).asm["ptx"]
+    ptx = compile_kernel(kernel, problem, config, gpu).asm["ptx"]
     arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -228,7 +229,7 @@ def flops(product: str) -> int:
 
 def parts(size: int) -> tuple[int, ...]:
     """The widths in which a tile holds a head of this size."""
-    return (main_width(size), tail_width(size)) if in_two(size) else (main_width(size),)
+    return (main_width(size), tail_width(size)) if has_two_parts(size) else (main_width(size),)
 
 
 def padded(size: int) -> int:
@@ -237,5 +238,5 @@ def padded(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _static_of(kernel, problem, config):
-    return launch.example_call(kernel, problem, config).arguments[-1]
+def _constexprs_of(kernel, problem, config):
+    return launch.example_launch(kernel, problem, config).arguments[-1]

@@ -15,10 +15,11 @@ import math
 import re
 from dataclasses import dataclass
 
-from ..config import Config, family
+from ..config import Config
+from ..configs.lookup import closest_architecture
 from ..gpu import KNOWN, Gpu, Peaks
 from ..problem import Problem
-from .compile_report import Report, flops
+from .compile_report import KernelReport, flops
 from .sass import Loop, kind
 
 # part of the softmax that other warps' products hide, by the groups of four warps on an SM
@@ -59,7 +60,7 @@ class Estimate:
         return max(self.rounds[0], key=self.rounds[0].get)
 
 
-def estimate(report: Report) -> Estimate | None:
+def estimate(report: KernelReport) -> Estimate | None:
     """The model's view of a report; None where there is no loop over tiles (delta) or it was not disassembled."""
     if not report.loops or not report.occupancy:
         return None
@@ -83,7 +84,7 @@ def estimate(report: Report) -> Estimate | None:
                     useful / (cycles * report.gpu.sms * rate(report, peaks)))
 
 
-def units(report: Report, loop: Loop, peaks: Peaks) -> dict[str, float]:
+def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:
     """Cycles of an SM that each of its units needs for one round of this loop by one block."""
     counts, warps, lanes = loop.counts, report.config.num_warps, report.gpu.multiprocessor.lanes
     threads = warps * lanes
@@ -114,7 +115,7 @@ def _reached(report, loop):
     older = sum(flops(name) * count for name, count in loop.products.items() if name.startswith("HMMA"))
     work = report.needed * report.duplicated
     share = min(1.0, older * report.config.num_warps / work) if work else 0.0
-    return 1 / (1 - share + share / OLDER.get(family(report.gpu), 1.0))
+    return 1 / (1 - share + share / OLDER.get(closest_architecture(report.gpu), 1.0))
 
 
 def _words(name):
@@ -171,7 +172,7 @@ def peaks_of(gpu: Gpu) -> Peaks:
     return known[max((capability for capability in known if capability <= gpu.capability), default=min(known))].peaks
 
 
-def rate(report: Report, peaks: Peaks) -> float:
+def rate(report: KernelReport, peaks: Peaks) -> float:
     """Floating-point operations of products a clock and SM, in this dtype: TF32 has half the rate of 16 bits, AMD's float32
     an eighth; without tensor cores a lane does two."""
     if report.problem.dtype.itemsize == 2:

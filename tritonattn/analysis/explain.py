@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 
 from .. import config, gpu
-from ..attention import posed
+from ..attention import problem_of
+from ..configs import lookup
 from ..configs.shipped import SOURCES, Entry
 from ..configs.user_cache import Record
 from ..gpu import Gpu
@@ -13,7 +14,7 @@ ENGINE = "the portable Triton kernels"
 
 
 @dataclass(frozen=True)
-class Line:
+class KernelChoice:
     """One kernel of a call."""
 
     kernel: str
@@ -37,7 +38,7 @@ class Explanation:
 
     problem: Problem
     gpu: Gpu
-    lines: tuple[Line, ...]
+    lines: tuple[KernelChoice, ...]
 
     def as_json(self) -> dict:
         return {"problem": self.problem.as_json(), "gpu": self.gpu.name, "arch": self.gpu.arch, "engine": ENGINE,
@@ -46,7 +47,7 @@ class Explanation:
     def __str__(self):
         text = [f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: {ENGINE}"]
         for line in self.lines:
-            origin = "pinned" if line.origin == "pinned" else config.ORIGINS[line.origin]
+            origin = "pinned" if line.origin == "pinned" else lookup.ORIGINS[line.origin]
             text.append(f"\n{line.kernel:9}{line.config:16}{origin}" + (f" ({line.table}.json)" if line.table else ""))
             if line.record:
                 text += [f"{'':9}{told}" for told in _told(line.record)]
@@ -84,10 +85,10 @@ def _told(record: Record) -> list[str]:
 
 def explain(q, k, v, **options) -> Explanation:
     """What `attention(q, k, v, **options)` would run, and why; nothing runs. The same options, and the same errors."""
-    return of_problem(posed(q, k, v, **options), gpu.of(q.device))
+    return explain_problem(problem_of(q, k, v, **options), gpu.of(q.device))
 
 
-def of_problem(problem: Problem, on: Gpu) -> Explanation:
+def explain_problem(problem: Problem, on: Gpu) -> Explanation:
     """The same for a problem without tensors. RuntimeError for a GPU that the kernels do not run on, or not with such heads."""
     most = on.largest_head(problem.dtype)
     if max(problem.d, problem.dv) > most:
@@ -98,14 +99,14 @@ def of_problem(problem: Problem, on: Gpu) -> Explanation:
 
 
 def _line(kernel, problem, on):
-    if (pinned := config.pin(kernel)) is not None:
-        return Line(kernel, str(pinned), "pinned", None, None, {}, pinned=_compiled(kernel, problem, pinned, on))
-    found = config.choose(kernel, problem, on)
+    if (pinned := config.pinned_config(kernel)) is not None:
+        return KernelChoice(kernel, str(pinned), "pinned", None, None, {}, pinned=_compiled(kernel, problem, pinned, on))
+    found = lookup.lookup_config(kernel, problem, on)
     entry = getattr(found.row, found.fill) if found.row else None
     lost = found.row.lost if found.row else {}
     if found.record and found.record.default != found.record.config:
         lost = {found.record.default: "slower" if found.record.default_seconds else "it could not be timed"}
-    return Line(kernel, str(found.config), found.origin, found.table, entry, lost, found.record)
+    return KernelChoice(kernel, str(found.config), found.origin, found.table, entry, lost, found.record)
 
 
 def _compiled(kernel, problem, pinned, on) -> dict | None:
@@ -115,7 +116,7 @@ def _compiled(kernel, problem, pinned, on) -> dict | None:
     from . import compile_report, cost_model  # they need Triton
 
     try:
-        report = compile_report.inspect(kernel, problem, pinned, on)
+        report = compile_report.inspect_kernel(kernel, problem, pinned, on)
     except Exception as error:  # whatever the compiler raises is told
         return {"refused": f"{type(error).__name__}: {str(error)[:200]}"}
     estimate = cost_model.estimate(report)

@@ -122,7 +122,7 @@ _LABEL = re.compile(r"\s*(\.L_x_\d+|\.LBB\d+_\d+):")
 _JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)|\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
 
 
-CAREFUL = 0.6  # of the first loop's exponentials: what has fewer is careful
+NAN_SAFE_RATIO = 0.6  # of the first loop's exponentials: what has fewer is careful
 
 
 @functools.cache
@@ -191,7 +191,7 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     found = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
              for part in (lines[start:end + 1] for start, end in innermost)]
     found = [loop for loop in found if loop.exponentials]
-    chosen = [loop for loop in found if loop.exponentials > CAREFUL * found[0].exponentials][:stretches]
+    chosen = [loop for loop in found if loop.exponentials > NAN_SAFE_RATIO * found[0].exponentials][:stretches]
     return tuple(sorted(chosen, key=lambda loop: (not loop.pipelined, len(loop.instructions))))
 
 

@@ -24,7 +24,7 @@ def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: i
     Raises:
         RuntimeError: no GPU, or kernels are interpreted. ValueError: an unknown strategy, or no budget at all.
     """
-    from ..attention import posed
+    from ..attention import problem_of
     from . import tuner
     from .search import STRATEGIES, Budget
 
@@ -34,7 +34,7 @@ def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: i
         raise ValueError(f"trials: expected a positive integer or None, got {trials!r}")
     if not seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
-    problem, lab = posed(q, k, v, **options), tuner.here(q.device)
+    problem, lab = problem_of(q, k, v, **options), tuner.local_setup(q.device)
     asked = [(problem, tuner.kernels_of(problem, backward))]
     with lab.compilers:
-        return tuner.agreed(lambda: tuner.tune_all(asked, lab, strategy, Budget(trials, seconds), again)[0], lab)
+        return tuner.on_rank0(lambda: tuner.tune_all(asked, lab, strategy, Budget(trials, seconds), again)[0], lab)

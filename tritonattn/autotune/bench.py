@@ -12,22 +12,23 @@ import math
 import torch
 
 from .. import gpu, reference
-from ..attention import as_inputs, attention, dropout_mask
+from ..attention import attention, dropout_mask, prepare
 from ..block_mask import block_mask
-from ..config import Config, choose, pinned
+from ..config import Config, pinned
+from ..configs.lookup import lookup_config
 from ..kernels.backward import Queries
-from ..kernels.forward import Results
+from ..kernels.forward import Outputs
 from ..measure import accuracy, device_timer, timing
 from ..problem import Problem
 from ..runtime import launch
-from ..runtime.custom_op import empty_results
+from ..runtime.custom_op import empty_outputs
 from .search import Check
 from .worker_pool import Failure
 
 # of each kernel's trials: the tensors it makes
 MAKES = {"forward": ("o", "lse"), "delta": ("dq",), "dq": ("dq",), "dkdv": ("dk", "dv"), "dbias": ("dbias",)}
 # each config is tried once before it is timed: there are many
-EFFORT = timing.Effort(settle=(0.2, 1.0), long=0.0)
+EFFORT = timing.TimingBudget(settle=(0.2, 1.0), long=0.0)
 LARGEST = 2**27  # scores of the definition at the problem's own size; beyond that it is not formed
 DROPPED = 0.5         # as the lens compiles it
 FLOOR = 3e-5          # that anything may be off: what is exactly 0 may come of float32 sums that are rounded
@@ -41,9 +42,9 @@ class DeviceLost(RuntimeError):
 class Bench:
     """A kernel of a problem, ready to be run with any config."""
 
-    def __init__(self, kernel: str, problem: Problem, device, stopwatch=None, effort: timing.Effort = EFFORT, seed: int = 0):
+    def __init__(self, kernel: str, problem: Problem, device, stopwatch=None, effort: timing.TimingBudget = EFFORT, seed: int = 0):
         self.kernel, self.problem, self.device = kernel, problem, torch.device(device)
-        self.stopwatch = stopwatch or device_timer.of(self.device)
+        self.stopwatch = stopwatch or device_timer.timer_of(self.device)
         self._effort, self._seed, self._truths, self._call = effort, seed, None, None
 
     def now(self) -> float:
@@ -88,13 +89,13 @@ class Bench:
         with self.stopwatch.context():
             while configs:
                 try:
-                    contenders = {config: timing.Contender([self._launch(config)]) for config in configs}
-                    turns = timing.Turns(contenders, self.stopwatch, self._effort)
+                    contenders = {config: timing.Timed([self._launch(config)]) for config in configs}
+                    turns = timing.InterleavedTimer(contenders, self.stopwatch, self._effort)
                     turns.settle()
                     for _ in range(rounds):
                         turns.take()
                     return found | {config: turns.timing(config).samples for config in configs}
-                except timing.ContenderError as failed:
+                except timing.TimedError as failed:
                     found[failed.name] = Failure(*self._reason(failed.__cause__))
                     configs.remove(failed.name)
         return found
@@ -226,23 +227,23 @@ def blinded(problem: Problem, device, seed: int) -> tuple | None:
 
 
 def launches(kernel: str, problem: Problem, device, seed: int):
-    """What makes of a config the launch.Call of this kernel, on inputs that are drawn once; what it needs has run."""
+    """What makes of a config the launch.KernelLaunch of this kernel, on inputs that are drawn once; what it needs has run."""
     tensors, options = draw(problem, device, seed)
-    inputs = as_inputs(*tensors[:3], bias=tensors[4], **options)
+    inputs = prepare(*tensors[:3], bias=tensors[4], **options)
     here, do = gpu.of(inputs.q.device), tensors[3]
-    o, lse, residual, excess = empty_results(inputs.q, inputs.v, inputs.bias, problem.dtype.itemsize == 2)
+    o, lse, residual, excess = empty_outputs(inputs.q, inputs.v, inputs.bias, problem.dtype.itemsize == 2)
     kept, over = (residual,) if residual.numel() else (), () if inputs.bias is None else (excess,)
     delta = torch.empty_like(lse)
     queries = Queries(inputs.q, do, lse, delta, over)
     into = {name: torch.empty_like(x) for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))}
     dbias = None if inputs.bias is None else torch.empty_like(inputs.bias)
     calls = {
-        "forward": lambda config: launch.forward_call(problem, config, inputs, Results(o, lse, kept, over)),
-        "delta": lambda config: launch.delta_call(problem, config, o, kept[0] if kept else None, do, None, delta),
-        "dq": lambda config: launch.dq_call(problem, config, inputs, queries, into["q"]),
-        "dkdv": lambda config: launch.dkdv_call(problem, config, inputs, queries, into["k"], into["v"]),
-        "dbias": lambda config: launch.dbias_call(problem, config, inputs, queries, dbias),
+        "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, kept, over)),
+        "delta": lambda config: launch.delta_launch(problem, config, o, kept[0] if kept else None, do, None, delta),
+        "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, into["q"]),
+        "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, into["k"], into["v"]),
+        "dbias": lambda config: launch.dbias_launch(problem, config, inputs, queries, dbias),
     }
     for before in ("forward", "delta")[: 0 if kernel == "forward" else 1 if kernel == "delta" else 2]:
-        launch.run(calls[before](choose(before, problem, here).config), inputs.q.device)
+        launch.run(calls[before](lookup_config(before, problem, here).config), inputs.q.device)
     return calls[kernel]

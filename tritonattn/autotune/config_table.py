@@ -27,21 +27,34 @@ import triton
 
 from ..analysis.cost_model import estimate
 from ..block_mask import TILE
-from ..config import Config, mask_class
-from ..configs.shipped import FILLS, FOLDER, MASKS, WIDTHS, Entry, Row, Table, fingerprint, read, shipped, write
+from ..config import Config
+from ..configs.lookup import mask_class
+from ..configs.kernel_hash import SOURCES, kernel_hash
+from ..configs.shipped import (
+    FILLS,
+    FOLDER,
+    MASKS,
+    WIDTHS,
+    Entry,
+    Row,
+    Table,
+    gpu_fingerprint,
+    read_table,
+    shipped_tables,
+    write_table,
+)
 from ..gpu import Gpu
 from ..measure import environment
 from ..measure.journal import Journal, digest
 from ..problem import Problem
 from ..version import VERSION
-from .prune import before_compiling, candidates, doubt, judge
+from .prune import candidates, check_config, check_report, time_penalty
 from .worker_pool import Failure, Workers
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # what decides about the binaries, and what about all that a journal holds: after an edit of these it begins anew
-BINARIES = ("kernels/**/*.py", "runtime/launch.py")
-SEEN = (*BINARIES, "analysis/compile_report.py", "analysis/sass.py", "analysis/cost_model.py", "gpu.py", "configs/key.py",
+SEEN = (*SOURCES, "analysis/compile_report.py", "analysis/sass.py", "analysis/cost_model.py", "gpu.py", "configs/key.py",
         "problem.py", "autotune/prune.py", "autotune/config_table.py", "autotune/worker_pool.py")
 PROVED = (64, 128)  # head sizes whose rows are proved on other problems
 ATTEMPTS = 12       # of the best configs of a row, how many are proved until one holds
@@ -120,10 +133,10 @@ USUAL, EVERYTHING = Look(usual), Look(lambda cell: True)
 
 def shipped_like(gpu: Gpu) -> Look:
     """At the rows of this GPU's table, and at more only where these do not do. ValueError: it has none."""
-    for table in shipped():
+    for table in shipped_tables():
         if table.is_of(gpu):
             return Look(lambda cell: False, table.rows)
-    raise ValueError(f"expected a GPU with a table out of {', '.join(table.name for table in shipped())}; got {gpu.name}")
+    raise ValueError(f"expected a GPU with a table out of {', '.join(table.name for table in shipped_tables())}; got {gpu.name}")
 
 
 class Builder:
@@ -193,7 +206,7 @@ class Builder:
         for config in sorted(configs, key=str):
             if (*cell, str(config)) in self._seen:
                 continue
-            out = before_compiling(cell[0], problem, config, self._gpu)
+            out = check_config(cell[0], problem, config, self._gpu)
             if out is not None and not whatever:
                 self._keep(cell, {"config": str(config), "reason": out.reason, "note": out.note})
             else:
@@ -215,7 +228,7 @@ class Builder:
     def _order(self, found, fill):
         """Those that fit, by the expected time; what something speaks against stands behind."""
         def key(entry):
-            cycles = entry[fill] * doubt(entry["reason"], entry["spills"])
+            cycles = entry[fill] * time_penalty(entry["reason"], entry["spills"])
             return entry["reason"] is not None, cycles, entry["shared_memory"], entry["config"]
 
         return sorted((entry for entry in found if entry.get(fill)), key=key)
@@ -309,7 +322,7 @@ def complaint(found, spills: int) -> str:
     """What speaks against a compiled config, but for so many spills in its loop; "" if nothing does."""
     if isinstance(found, Failure):
         return f"{found.code}: {found.message}"
-    verdict = judge(found)
+    verdict = check_report(found)
     light = verdict.reason == "spill" and found.loop_spills <= spills
     return "" if verdict.reason is None or light else f"{verdict.reason}: {verdict.note}".rstrip(": ")
 
@@ -353,7 +366,7 @@ def _entry(config, found, few: Problem) -> dict:
     """What the journal keeps of one compiled config."""
     if isinstance(found, Failure):
         return {"config": str(config), "reason": found.code, "note": found.message}
-    verdict = judge(found)
+    verdict = check_report(found)
     entry = {"config": str(config), "reason": verdict.reason, "note": verdict.note, "registers": found.registers,
              "spills": found.loop_spills, "shared_memory": found.shared_memory,
              "tensor_memory": found.tensor_memory, "occupancy": found.occupancy}
@@ -379,11 +392,11 @@ def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path =
     name = environment.slug(gpu.name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    old = read(path) if path.exists() else None
+    old = read_table(path) if path.exists() else None
     tritons = {"triton": triton.__version__} | ({"also": version_in(also)} if also else {})
-    plan = {"gpu": gpu.name, "source": environment.source(patterns=SEEN)} | tritons
+    plan = {"gpu": gpu.name, "source": environment.source_digest(patterns=SEEN)} | tritons
     rows, done, chosen = dict(old.rows) if old else {}, {}, list(chosen)
-    source = environment.source(patterns=BINARIES)
+    source = kernel_hash()
     if old and old.made["source"] != source and not rows.keys() & set(cells(gpu)) <= set(chosen):
         raise ValueError(f"{path}: expected all cells to be chosen, since the kernels have changed; got {len(chosen)}")
     compilers = Workers(jobs, python=also) if also else contextlib.nullcontext()
@@ -398,7 +411,7 @@ def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path =
                 f"few {row.few.config:14} {row.many.exception}", flush=True)
     made = {"tritonattn": VERSION, "source": source} | tritons
     ordered = {cell: rows[cell] for cell in cells(gpu) if cell in rows}
-    return write(Table(name, {"name": gpu.name} | fingerprint(gpu), made, ordered), folder)
+    return write_table(Table(name, {"name": gpu.name} | gpu_fingerprint(gpu), made, ordered), folder)
 
 
 def version_in(python: str) -> str:

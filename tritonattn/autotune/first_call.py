@@ -14,7 +14,7 @@ import warnings
 import torch
 
 from .. import config, gpu
-from ..configs import user_cache
+from ..configs import lookup, user_cache
 from ..configs.key import key_of
 from ..gpu import Gpu
 from ..problem import Problem
@@ -34,7 +34,7 @@ class Quick:
         self._busy = threading.Lock()
 
     def __call__(self, kernel: str, problem: Problem, on: Gpu) -> None:
-        if kernel == "delta" or on is gpu.INTERPRETER or config.pin(kernel) is not None:
+        if kernel == "delta" or on is gpu.INTERPRETER or config.pinned_config(kernel) is not None:
             return
         key = key_of(kernel, problem, on)
         # whoever comes while a key is being timed does not wait
@@ -44,7 +44,7 @@ class Quick:
             if key in self._seen:
                 return
             self._seen.add(key)
-            if config.choose(kernel, problem, on).origin != "cache":
+            if lookup.lookup_config(kernel, problem, on).origin != "cache":
                 self._tune(kernel, problem, on)
         except Exception as error:  # a training run is worth more than a tuned config
             warnings.warn(f"{VARIABLE}: {kernel} of {problem} was not tuned: {type(error).__name__}: {error}", stacklevel=2)
@@ -71,21 +71,21 @@ def from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if gpu.of(device) != on:
         raise RuntimeError(f"expected the tensors on the current device, {device}, got them on another GPU")
-    tune_kernel(kernel, problem, dataclasses.replace(_lab(device), store=user_cache.current()), "table")
+    tune_kernel(kernel, problem, dataclasses.replace(_lab(device), store=user_cache.current_cache()), "table")
 
 
 @functools.cache
 def _lab(device):
     """Once for each device: asking for its driver takes a second."""
-    from .tuner import here
+    from .tuner import local_setup
 
-    return here(device)
+    return local_setup(device)
 
 
 def install(environment=os.environ) -> None:
     """Begin to watch, if the environment asks for it; what it asks for wrongly is warned of."""
     asked = environment.get(VARIABLE, "off").lower()
     if asked == "quick":
-        config.watch(Quick(from_tables))
+        lookup.add_observer(Quick(from_tables))
     elif asked not in ("off", "0", ""):
         warnings.warn(f"{VARIABLE}: expected quick or off, got {asked!r}; nothing is tuned", stacklevel=2)

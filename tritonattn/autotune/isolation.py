@@ -130,6 +130,6 @@ def attend_jobs() -> None:
 
 if __name__ == "__main__":
     # under its real name, so that the parent knows the classes of the answers
-    from tritonattn.autotune.isolation import attend_jobs as attend_by_name
+    from .isolation import attend_jobs as attend_by_name
 
     attend_by_name()

@@ -8,9 +8,10 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import Config, fill, keys
-from ..configs import user_cache
-from ..configs.shipped import Entry, Row, Table, read, write
+from ..config import Config
+from ..configs.kernel_hash import kernel_hash
+from ..configs.lookup import gpu_fill, row_keys
+from ..configs.shipped import Entry, Row, Table, read_table, write_table
 from ..gpu import Gpu
 from .config_table import allowed
 from .replay import comparable
@@ -23,7 +24,7 @@ def slowdowns(runs: list[Run], gpu: Gpu) -> dict:
     for run in runs:
         for job in run.jobs:
             # the narrowest row that serves it; others have their own
-            key, which = next(iter(keys(job.kernel, job.problem))), fill(job.kernel, job.problem, gpu)
+            key, which = next(iter(row_keys(job.kernel, job.problem))), gpu_fill(job.kernel, job.problem, gpu)
             timed = {name: trial for name, trial in comparable(run.of(job)).items()
                      if (trial.status == "ok" or name == job.incumbent) and allowed(Config.parse(name))}
             if not timed:
@@ -39,12 +40,12 @@ def build(runs: list[Run], gpu: Gpu, path: Path, folder: Path) -> Path:
 
     Raises ValueError: a run is synthetic, of another GPU, or of other kernels than the table.
     """
-    table = read(path)
+    table = read_table(path)
     for run in runs:
         if run.synthetic:
             raise ValueError("table: expected sweeps that were timed, got a synthetic one")
         there = Gpu(tensor_memory=0, **run.plan["gpu"])
-        if run.plan["source"] != user_cache.source() or not table.is_of(gpu) or not table.is_of(there):
+        if run.plan["source"] != kernel_hash() or not table.is_of(gpu) or not table.is_of(there):
             raise ValueError(f"{path}: expected a sweep of the kernels and the GPU of this table, got one of {run.plan['gpu']}")
     rows = dict(table.rows)
     for (key, which), by_config in slowdowns(runs, gpu).items():
@@ -55,7 +56,7 @@ def build(runs: list[Run], gpu: Gpu, path: Path, folder: Path) -> Path:
         row = rows.get(key) or Row(*key, many=entry, few=entry)
         lost = {name: reason for name, reason in row.lost.items() if name != best}
         rows[key] = replace(row, **{which: entry}, lost=lost)
-    return write(Table(table.name, table.gpu, table.made, rows), folder)
+    return write_table(Table(table.name, table.gpu, table.made, rows), folder)
 
 
 def _best(by_config: dict) -> str:
@@ -69,5 +70,5 @@ def _best(by_config: dict) -> str:
 def _seen(runs, key, config) -> Trial:
     """A trial of this config for this row, for what its binary takes: the one that takes the most shared memory."""
     trials = [run.of(job)[config] for run in runs for job in run.jobs
-              if next(iter(keys(job.kernel, job.problem))) == key and config in run.of(job)]
+              if next(iter(row_keys(job.kernel, job.problem))) == key and config in run.of(job)]
     return max(trials, key=lambda trial: trial.static.get("shared_memory", 0))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..analysis.compile_report import Report, padded
+from ..analysis.compile_report import KernelReport, padded
 from ..analysis.cost_model import Estimate, estimate
 from ..block_mask import TILE
 from ..config import Config
@@ -41,8 +41,8 @@ ROOM = {"sm_90": 176, "sm_100": 288, "gfx942": 400}
 ROOM_ELSEWHERE = 160
 DUPLICATE_PRODUCTS, DUPLICATE_EXPONENTIALS, WHOLE = 1.3, 1.6, 0.95
 COLLAPSED_REGISTERS, COLLAPSED_STACK = 40, 1024
-DOUBT = 1.5  # what something else than spills speaks against may take so much longer than the model expects: judgement
-DOUBT_OF_SPILLS = 0.1  # added to 1 for each doubling of the instructions that spill, whose waits it does not know: judgement
+PENALTIES = 1.5  # what something else than spills speaks against may take so much longer than the model expects: judgement
+SPILL_PENALTY = 0.1  # added to 1 for each doubling of the instructions that spill, whose waits it does not know: judgement
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Verdict:
     config: Config
     reason: str | None
     note: str = ""
-    report: Report | None = None
+    report: KernelReport | None = None
     estimate: Estimate | None = None
 
 
@@ -67,7 +67,7 @@ def candidates(kernel: str, problem: Problem, gpu: Gpu, stages: Iterable[int] = 
     return found
 
 
-def before_compiling(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Verdict | None:
+def check_config(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Verdict | None:
     """Out by arithmetic alone, or None."""
     owner, other = (config.block_n, config.block_m) if kernel == "dkdv" else (config.block_m, config.block_n)
     # warps share the rows of a tile for the tensor cores; without these, for NVIDIA's float32, they share its columns as well
@@ -86,7 +86,7 @@ def before_compiling(kernel: str, problem: Problem, config: Config, gpu: Gpu) ->
     return None
 
 
-def judge(report: Report) -> Verdict:
+def check_report(report: KernelReport) -> Verdict:
     """What speaks against a config that was compiled."""
     reason, note = _against(report) or (None, "")
     return Verdict(report.config, reason, note, report, estimate(report) if report.fits else None)
@@ -125,12 +125,12 @@ def survey(kernel: str, problem: Problem, gpu: Gpu, configs: Iterable[Config], w
     """A verdict on each config: those to run first, the fastest expected one at the head; then those that are out."""
     verdicts, jobs = [], []
     for config in configs:
-        if (verdict := before_compiling(kernel, problem, config, gpu)) is not None:
+        if (verdict := check_config(kernel, problem, config, gpu)) is not None:
             verdicts.append(verdict)
         else:
             jobs.append((kernel, problem, config, gpu, precision(problem) or "ieee"))
     for found, job in zip(workers.map(jobs), jobs):
-        verdicts.append(Verdict(job[2], found.code, found.message) if isinstance(found, Failure) else judge(found))
+        verdicts.append(Verdict(job[2], found.code, found.message) if isinstance(found, Failure) else check_report(found))
     return ranked(verdicts)
 
 
@@ -142,17 +142,17 @@ def ranked(verdicts: Iterable[Verdict]) -> list[Verdict]:
     def key(verdict):
         if verdict.estimate is None:
             return 2, 0.0, 0, str(verdict.config)
-        cycles = verdict.estimate.cycles * doubt(verdict.reason, verdict.report.loop_spills)
+        cycles = verdict.estimate.cycles * time_penalty(verdict.reason, verdict.report.loop_spills)
         return int(verdict.reason is not None), cycles, verdict.report.shared_memory, str(verdict.config)
 
     return sorted(verdicts, key=key)
 
 
-def doubt(reason: str | None, spills: int) -> float:
+def time_penalty(reason: str | None, spills: int) -> float:
     """How many times as long as the model expects a config may take: 1 where nothing speaks against it."""
     if reason is None:
         return 1.0
     if reason == "register collapse":
         return math.inf
-    of_spills = 1 + DOUBT_OF_SPILLS * math.log2(1 + spills)
-    return of_spills if reason == "spill" else max(of_spills, DOUBT)
+    of_spills = 1 + SPILL_PENALTY * math.log2(1 + spills)
+    return of_spills if reason == "spill" else max(of_spills, PENALTIES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .. import config
+from ..configs import lookup
 from ..problem import Problem
 
 
@@ -52,7 +52,7 @@ def record_problems(path):
                 try_to_write()
 
     write()
-    with config.watched(watch):
+    with lookup.observed(watch):
         try:
             yield
         finally:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .search import FAILURES, STRATEGIES, Budget, Check, Race, run
+from .search import FAILURES, STRATEGIES, Budget, Check, Search, run_search
 from .trials import Job, Run, Trial
 from .worker_pool import Failure
 
@@ -86,7 +86,7 @@ def replay(recorded: Run, strategy: str, seeds: Iterable[int] = range(5), budget
         best = min(trial.ratio for trial in right.values())
         for seed in seeds:
             bench = Recorded(trials, seed)
-            race = run(Race(offered, bench, budget or Budget()), strategy, seed)
+            race = run_search(Search(offered, bench, budget or Budget()), strategy, seed)
             pick = race.winner(lambda name, trials=trials: trials[name].static.get("shared_memory", 0))
             if pick is not None:
                 found.append(Outcome(job.name, strategy, seed, pick, right[pick].ratio / best - 1, len(race.trials),

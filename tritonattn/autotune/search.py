@@ -34,7 +34,7 @@ HOPELESS = 1.5               # halving: slower than this many times the best, af
 FIRST, KEPT, LAST = 3, 3, 4  # then samples at first; one of so many goes on; so many are left at last
 FINAL = 60                   # samples of those
 SHORT, LONG = 10, 30         # samples where there is one rung alone
-FEW, DRAWN = 8, 30           # configs of "static" and "random"
+FEW, RANDOM = 8, 30           # configs of "static" and "random"
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Budget:
     seconds: float = math.inf       # on the bench's clock; who was found right by then is timed once at least
 
 
-class Spent(Exception):
+class BudgetExhausted(Exception):
     """The budget is."""
 
 
@@ -67,7 +67,7 @@ class Bench(Protocol):
 
 
 @dataclass
-class Race:
+class Search:
     """One job on a bench. `trials` has what came of each config that was tried, in that order."""
 
     job: Job
@@ -88,7 +88,7 @@ class Race:
         """Time these and the incumbent in turns; those that came through, the fastest first. Raises Spent."""
         able = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self._right(name)]
         if self._late and any(trial.samples for trial in self.trials.values()):
-            raise Spent
+            raise BudgetExhausted
         found = self.bench.times(able, rounds) if able else {}
         beside = found.get(self.job.incumbent, ())
         # without an incumbent to compare with, nobody takes its place
@@ -147,10 +147,10 @@ def spread(samples: Sequence[float]) -> float:
     return 1.48 * 1.25 * deviation / math.sqrt(len(samples)) / middle
 
 
-Strategy = Callable[[Race, random.Random], None]
+Strategy = Callable[[Search, random.Random], None]
 
 
-def halving(race: Race, rng: random.Random) -> None:
+def halving(race: Search, rng: random.Random) -> None:
     left = race.take(race.alive, 1)
     limit = HOPELESS * race.trials[left[0]].seconds if left else 0.0
     left, rounds = [name for name in left if race.trials[name].seconds <= limit], FIRST
@@ -160,30 +160,30 @@ def halving(race: Race, rng: random.Random) -> None:
     race.take(left, FINAL)
 
 
-def static(race: Race, rng: random.Random) -> None:
+def static(race: Search, rng: random.Random) -> None:
     race.take(race.alive[:FEW], SHORT)
 
 
-def table(race: Race, rng: random.Random) -> None:
+def table(race: Search, rng: random.Random) -> None:
     race.take(race.alive, SHORT)
 
 
-def drawn(race: Race, rng: random.Random) -> None:
+def randomly(race: Search, rng: random.Random) -> None:
     names = race.alive
-    race.take(rng.sample(names, min(DRAWN, len(names))), SHORT)
+    race.take(rng.sample(names, min(RANDOM, len(names))), SHORT)
 
 
-def exhaustive(race: Race, rng: random.Random) -> None:
+def exhaustive(race: Search, rng: random.Random) -> None:
     race.take(race.alive, LONG)
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "halving": halving, "static": static, "table": table, "random": drawn, "exhaustive": exhaustive,
+    "halving": halving, "static": static, "table": table, "random": randomly, "exhaustive": exhaustive,
 }
 
 
-def run(race: Race, strategy: str, seed: int = 0) -> Race:
+def run_search(race: Search, strategy: str, seed: int = 0) -> Search:
     """Let a strategy have its way with a race until it is done or the budget is spent; what was timed until then counts."""
-    with contextlib.suppress(Spent):
+    with contextlib.suppress(BudgetExhausted):
         STRATEGIES[strategy](race, random.Random(seed))
     return race

@@ -17,22 +17,22 @@ from pathlib import Path
 import torch
 import triton
 
-from ..configs import user_cache
-from ..configs.shipped import fingerprint
+from ..configs.kernel_hash import kernel_hash
+from ..configs.shipped import gpu_fingerprint
 from ..measure import journal
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
 from ..version import VERSION
-from .search import FAILURES, LONG, Race
+from .search import FAILURES, LONG, Search
 from .trials import ENVIRONMENT, PLAN, RESULTS, SCHEMA, Job, Trial
-from .tuner import Lab, job_of, static_of
+from .tuner import TuningSetup, job_of, static_of
 
 GROUP = 8      # configs that are timed together
 DOUBTED = 0.1  # of those that the lens is against, the share that is timed all the same
 DOUBTFUL = ("spill", "duplicate work", "serialized", "wrong tensor path", "unclear")
 
 
-def plan_of(problems: Iterable[tuple[Problem, Iterable[str]]], lab: Lab, rounds: int = LONG, say: Callable = print) -> dict:
+def plan_of(problems: Iterable[tuple[Problem, Iterable[str]]], lab: TuningSetup, rounds: int = LONG, say: Callable = print) -> dict:
     """What is to be done: it takes the compilers a minute for each job."""
     jobs, static, doubted, rng = [], {}, {}, random.Random(lab.seed)
     for problem, kernels in problems:
@@ -46,8 +46,8 @@ def plan_of(problems: Iterable[tuple[Problem, Iterable[str]]], lab: Lab, rounds:
             # the static order, of those that are out too
             jobs.append(replace(job, configs=tuple(dict.fromkeys([*job.configs, *verdicts]))))
     return {"schema": SCHEMA, "jobs": [job.as_json() for job in jobs], "static": static, "doubted": doubted, "rounds": rounds,
-            "seed": lab.seed, "gpu": {"name": lab.gpu.name} | fingerprint(lab.gpu), "versions": versions(),
-            "source": user_cache.source()}
+            "seed": lab.seed, "gpu": {"name": lab.gpu.name} | gpu_fingerprint(lab.gpu), "versions": versions(),
+            "source": kernel_hash()}
 
 
 def versions() -> dict:
@@ -73,7 +73,7 @@ def expect_new(folder: Path) -> None:
                               "it goes on")
 
 
-def carry_on(folder: Path, lab: Lab, seconds: float = float("inf"), say: Callable = print) -> bool:
+def carry_on(folder: Path, lab: TuningSetup, seconds: float = float("inf"), say: Callable = print) -> bool:
     """Do what a folder's plan has left to do, for so long at most; whether all is done. JournalError: it cannot go on here."""
     try:
         plan = json.loads((folder / PLAN).read_text())
@@ -83,8 +83,8 @@ def carry_on(folder: Path, lab: Lab, seconds: float = float("inf"), say: Callabl
             raise ValueError("jobs without what the lens saw of them")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise JournalError(f"{folder}: expected a sweep's plan, got {type(error).__name__}: {error}") from error
-    mine = {"schema": SCHEMA, "gpu": {"name": lab.gpu.name} | fingerprint(lab.gpu), "versions": versions(),
-            "source": user_cache.source()}
+    mine = {"schema": SCHEMA, "gpu": {"name": lab.gpu.name} | gpu_fingerprint(lab.gpu), "versions": versions(),
+            "source": kernel_hash()}
     for name, value in mine.items():
         if expected[name] != value:
             raise JournalError(f"{folder}: expected to go on with {name} {expected[name]}, got {value}; "
@@ -116,7 +116,7 @@ def _job(job, plan, book, lab, progress, seconds) -> bool:
     if not any(groups):
         return True
     with lab.bench(job.kernel, job.problem) as bench:
-        race = Race(job, bench)
+        race = Search(job, bench)
         for group in filter(None, groups):
             if progress.spent > seconds:
                 return False

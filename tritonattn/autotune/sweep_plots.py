@@ -24,10 +24,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from ..config import Config
-from ..measure.drawing import GREY, INK, PALE, headline, look
+from ..measure.drawing import GREY, INK, PALE, headline, rc_params
 
 PAGE, COLUMNS = 8, 4  # jobs of a figure; panels in a row of it
-LOOK = look({"font.size": 10, "axes.titlesize": 10,
+LOOK = rc_params({"font.size": 10, "axes.titlesize": 10,
              "figure.constrained_layout.h_pad": 0.08, "figure.constrained_layout.w_pad": 0.08})
 # color, dashes and marker of the lines of a figure; the color alone tells them apart, and so does the marker
 LINES = tuple(zip(("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#6b6b6b"),

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 import triton
 
-from .. import config, gpu
-from ..config import Config, choose, forget
+from .. import gpu
+from ..config import Config
+from ..configs import lookup, user_cache
 from ..configs import shipped as tables
-from ..configs import user_cache
+from ..configs.kernel_hash import kernel_hash
 from ..configs.key import key_of, precision
+from ..configs.lookup import clear_lookup_cache, lookup_config
 from ..configs.shipped import FILLS
 from ..configs.user_cache import Cache, Record
 from ..gpu import Gpu
@@ -25,8 +27,8 @@ from ..measure import environment, journal
 from ..measure.timing import quantiles
 from ..problem import Problem
 from .isolation import Isolated
-from .prune import Verdict, candidates, judge, survey
-from .search import Bench, Budget, Race, run
+from .prune import Verdict, candidates, check_report, survey
+from .search import Bench, Budget, Search, run_search
 from .trials import Job
 from .worker_pool import Failure, Workers
 
@@ -37,7 +39,7 @@ PATIENCE = datetime.timedelta(hours=12)
 
 
 @dataclass
-class Lab:
+class TuningSetup:
     """Everything that tuning needs from outside, so that tests can bring their own."""
 
     gpu: Gpu
@@ -48,14 +50,14 @@ class Lab:
     seed: int = 0
 
 
-def here(device=None, store: Cache | None = None, seed: int = 0) -> Lab:
+def local_setup(device=None, store: Cache | None = None, seed: int = 0) -> TuningSetup:
     """The lab on this machine. RuntimeError: kernels are interpreted, or there is no GPU."""
     if gpu.INTERPRETED or not torch.cuda.is_available():
         raise RuntimeError("tune: expected a GPU and compiled kernels, got "
                            + ("Triton's interpreter" if gpu.INTERPRETED else "no GPU that torch sees"))
     device = torch.device(device or torch.device("cuda", torch.cuda.current_device()))
-    return Lab(gpu.of(device), lambda kernel, problem: Isolated(kernel, problem, device, seed=seed), Workers(),
-               store or user_cache.current(), environment.of(device), seed)
+    return TuningSetup(gpu.of(device), lambda kernel, problem: Isolated(kernel, problem, device, seed=seed), Workers(),
+               store or user_cache.current_cache(), environment.environment_of(device), seed)
 
 
 def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:
@@ -63,12 +65,12 @@ def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:
     return FORWARD + (BACKWARD + (("dbias",) if problem.bias is not None else ()) if backward else ())
 
 
-def portfolio(kernel: str, problem: Problem, on: Gpu) -> list[str]:
+def candidate_configs(kernel: str, problem: Problem, on: Gpu) -> list[str]:
     """The incumbent, and what the tables of this GPU's like have for this dtype and mask: known to compile and to be right."""
-    incumbent = choose(kernel, problem, on)
+    incumbent = lookup_config(kernel, problem, on)
     found = {str(incumbent.config): None}
-    shipped = incumbent.row or config.from_tables(kernel, problem, on).row
-    for table in tables.shipped() if shipped else ():
+    shipped = incumbent.row or lookup.lookup_shipped(kernel, problem, on).row
+    for table in tables.shipped_tables() if shipped else ():
         alike = [row for row in table.rows.values() if row.kernel == kernel and row.itemsize == shipped.itemsize
                  and row.mask == shipped.mask and row.width >= shipped.width] if table.gpu["arch"] == on.arch else []
         # what fits a wider head fits a narrower one; the other way round it may not
@@ -77,14 +79,14 @@ def portfolio(kernel: str, problem: Problem, on: Gpu) -> list[str]:
     return list(found)[:NEAR]
 
 
-def job_of(kernel: str, problem: Problem, lab: Lab, strategy: str) -> tuple[Job, dict[str, Verdict]]:
+def job_of(kernel: str, problem: Problem, lab: TuningSetup, strategy: str) -> tuple[Job, dict[str, Verdict]]:
     """Who is to be timed, in the static order, and what the lens saw of everyone."""
     if precision(problem) == "tf32":
         raise ValueError("tune: expected IEEE products of float32, since the compilers and the bench use them, got TF32 "
                          "(torch.set_float32_matmul_precision)")
-    incumbent = str(choose(kernel, problem, lab.gpu).config)
+    incumbent = str(lookup_config(kernel, problem, lab.gpu).config)
     if strategy == "table":
-        return Job(kernel, problem, tuple(portfolio(kernel, problem, lab.gpu)), incumbent), {}
+        return Job(kernel, problem, tuple(candidate_configs(kernel, problem, lab.gpu)), incumbent), {}
     hint = lab.store.hint(key_of(kernel, problem, lab.gpu), lab.gpu)
     configs = dict.fromkeys([*candidates(kernel, problem, lab.gpu), Config.parse(incumbent),
                              *([Config.parse(hint.config)] if hint else [])])
@@ -103,7 +105,7 @@ def static_of(verdict: Verdict | None) -> dict:
             "bound": estimate and estimate.bound, "cycles": estimate and estimate.cycles}
 
 
-def tune_kernel(kernel: str, problem: Problem, lab: Lab, strategy: str = "halving",
+def tune_kernel(kernel: str, problem: Problem, lab: TuningSetup, strategy: str = "halving",
                 budget: Budget = NO_BUDGET, again: bool = False) -> Record | None:
     """Tune one kernel of one problem and keep what wins. None: nothing could be timed.
 
@@ -118,11 +120,11 @@ def tune_kernel(kernel: str, problem: Problem, lab: Lab, strategy: str = "halvin
         return known
     job = replace(job, configs=tuple(name for name in job.configs if name not in tried))
     with lab.bench(kernel, problem) as bench:
-        race = run(Race(job, bench, budget), strategy, lab.seed)
+        race = run_search(Search(job, bench, budget), strategy, lab.seed)
     winner = race.winner(lambda name: static_of(verdicts.get(name)).get("shared_memory", 0))
     if winner is None:
         return None
-    static = static_of(verdicts.get(winner)) or _seen(kernel, problem, winner, lab)
+    static = static_of(verdicts.get(winner)) or _measured_before(kernel, problem, winner, lab)
     if not static:
         return None
     about = {"id": uuid.uuid4().hex[:12], "time": journal.now(), "strategy": strategy, "trials": len(race.trials),
@@ -132,19 +134,19 @@ def tune_kernel(kernel: str, problem: Problem, lab: Lab, strategy: str = "halvin
     return record
 
 
-def _seen(kernel, problem, config, lab) -> dict:
+def _measured_before(kernel, problem, config, lab) -> dict:
     """What the lens sees of a config that no survey looked at; nothing where it cannot."""
     found, = lab.compilers.map([(kernel, problem, Config.parse(config), lab.gpu)])
-    return {} if isinstance(found, Failure) else static_of(judge(found))
+    return {} if isinstance(found, Failure) else static_of(check_report(found))
 
 
-def keep(record: Record, lab: Lab) -> None:
+def keep(record: Record, lab: TuningSetup) -> None:
     """In the cache, and for the next call in this process."""
     lab.store.put(record, lab.gpu)
-    forget()
+    clear_lookup_cache()
 
 
-def record_of(race: Race, winner: str, static: dict, lab: Lab, about: dict) -> Record:
+def record_of(race: Search, winner: str, static: dict, lab: TuningSetup, about: dict) -> Record:
     """What the cache keeps of a winner."""
     job, trial = race.job, race.trials[winner]
     incumbent = race.trials.get(job.incumbent)
@@ -152,11 +154,11 @@ def record_of(race: Race, winner: str, static: dict, lab: Lab, about: dict) -> R
     versions = {name: lab.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
     return Record(key_of(job.kernel, job.problem, lab.gpu), trial.config, median, q20, q80, len(trial.samples), job.incumbent,
                   incumbent and incumbent.seconds, {name: list(pair) for name, pair in trial.check.items()}, static,
-                  {"name": lab.gpu.name} | tables.fingerprint(lab.gpu), versions | {"triton": triton.__version__},
-                  user_cache.source(), about)
+                  {"name": lab.gpu.name} | tables.gpu_fingerprint(lab.gpu), versions | {"triton": triton.__version__},
+                  kernel_hash(), about)
 
 
-def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], lab: Lab, strategy: str = "halving",
+def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], lab: TuningSetup, strategy: str = "halving",
              budget: Budget = NO_BUDGET, again: bool = False, say: Callable = print) -> tuple[list[Record], int]:
     """Tune the kernels of each problem, one after the other; the budget is for each. Keys that are alike are tuned once.
 
@@ -171,7 +173,7 @@ def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], lab: Lab, strate
             seen.add(key)
             try:
                 record = tune_kernel(kernel, problem, lab, strategy, budget, again)
-                said = told(record)
+                said = summarize(record)
             except (RuntimeError, ValueError, OSError) as error:
                 record, said = None, f"not tuned: {error}"
             say(f"{kernel:8} {problem}: {said}", flush=True)
@@ -179,7 +181,7 @@ def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], lab: Lab, strate
     return found, missed
 
 
-def told(record: Record | None) -> str:
+def summarize(record: Record | None) -> str:
     """A record in a few words."""
     if record is None:
         return "nothing could be timed"
@@ -189,7 +191,7 @@ def told(record: Record | None) -> str:
     return f"{record.config}, {record.seconds * 1e6:.0f} us{than}; {run['trials']} tried in {run['seconds']:.0f} s"
 
 
-def agreed(tuned: Callable[[], list[Record]], lab: Lab) -> list[Record]:
+def on_rank0(tuned: Callable[[], list[Record]], lab: TuningSetup) -> list[Record]:
     """What `tuned` gives, the same in every process: of several under torch.distributed the first tunes, the others take it.
 
     Every process must come here. A record of another kind of GPU than a process's own is not kept there.
@@ -209,6 +211,6 @@ def agreed(tuned: Callable[[], list[Record]], lab: Lab) -> list[Record]:
     dist.broadcast_object_list(sent, src=0, group=group)
     found = [Record.from_json(content) for content in sent[0]]
     for record in found if not first else ():
-        if user_cache.board(record.gpu) == user_cache.board(tables.fingerprint(lab.gpu)):
+        if user_cache.gpu_dirname(record.gpu) == user_cache.gpu_dirname(tables.gpu_fingerprint(lab.gpu)):
             keep(record, lab)
     return found

@@ -224,7 +224,7 @@ def look(kernel: str, problem, config, gpu, precision: str = "ieee"):
     from ..analysis import compile_report
 
     torch.backends.cuda.matmul.fp32_precision = precision
-    return compile_report.inspect(kernel, problem, config, gpu)
+    return compile_report.inspect_kernel(kernel, problem, config, gpu)
 
 
 def compile_jobs() -> None:
@@ -234,6 +234,6 @@ def compile_jobs() -> None:
 
 if __name__ == "__main__":
     # under its real name, so that the parent knows the classes of the answers
-    from tritonattn.autotune.worker_pool import compile_jobs as compile_by_name
+    from .worker_pool import compile_jobs as compile_by_name
 
     compile_by_name()

@@ -133,9 +133,9 @@ def _interpreter_trouble() -> tuple[str, str] | tuple[None, None]:
         return "it needs triton, which is missing", of_triton().mend
     if _version("numpy") is None:
         return "it needs numpy, which is missing", "pip install numpy"
-    from ..runtime.interpreter import trouble
+    from ..runtime.interpreter import problem
 
-    text, _, mend = (trouble() or "").partition(": ")
+    text, _, mend = (problem() or "").partition(": ")
     return (text, mend) if text else (None, None)
 
 

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ..analysis import sass
-from ..analysis.compile_report import Report
+from ..analysis.compile_report import KernelReport
 from ..analysis.cost_model import Estimate, estimate
-from ..autotune.prune import REASONS, judge
+from ..autotune.prune import REASONS, check_report
 
 UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
 SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
 
 
-def table(reports: Sequence[Report]) -> str:
+def table(reports: Sequence[KernelReport]) -> str:
     """A line for each report; the model's columns are cycles of an SM for one round of the loop without a mask."""
     head = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "products", "work",
             *UNITS, "bound", "share"]
@@ -35,14 +35,14 @@ def _row(report):
     return [*first, report.path or "none", work, *cycles, found.bound, f"{found.share:.0%}"]
 
 
-def warnings(reports: Sequence[Report]) -> list[str]:
+def warnings(reports: Sequence[KernelReport]) -> list[str]:
     """What speaks against these kernels, a line each."""
-    found = [(report, judge(report)) for report in reports if report.kernel != "delta"]
+    found = [(report, check_report(report)) for report in reports if report.kernel != "delta"]
     return [f"{report.gpu.arch} {report.kernel} {report.config}: {verdict.reason}: {REASONS[verdict.reason]}"
             + (f" ({verdict.note})" if verdict.note else "") for report, verdict in found if verdict.reason]
 
 
-def side_by_side(reports: Sequence[Report]) -> str:
+def side_by_side(reports: Sequence[KernelReport]) -> str:
     """A column for each report, a line for each figure; instructions are those of the loop without a mask, of a warp."""
     columns = [figures(report) for report in reports]
     names = list(dict.fromkeys(name for column in columns for name in column))
@@ -55,7 +55,7 @@ def side_by_side(reports: Sequence[Report]) -> str:
     return "\n".join([title, *lines, *warnings(reports)])
 
 
-def figures(report: Report) -> dict:
+def figures(report: KernelReport) -> dict:
     """Everything there is to say of one report, by name."""
     found = {"registers": report.registers, "stack": report.stack, "spills": report.spills, "loop spills": report.loop_spills,
              "shared memory": report.shared_memory, "tensor memory": report.tensor_memory, "threads": report.threads,
@@ -74,7 +74,7 @@ def figures(report: Report) -> dict:
     return found
 
 
-def as_json(report: Report) -> dict:
+def as_json(report: KernelReport) -> dict:
     """A report and its estimate as JSON knows them; without the text of the loops."""
     loops = None if report.loops is None else [{"instructions": len(loop.instructions), "kinds": loop.counts,
                                                 "products": loop.products} for loop in report.loops]
@@ -93,15 +93,15 @@ def as_json(report: Report) -> dict:
     }
 
 
-def plot(reports: Sequence[Report], path: str) -> None:
+def plot(reports: Sequence[KernelReport], path: str) -> None:
     """A bar for each report, stacked of its units' cycles in one round of the loop without a mask, per score of the tile."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    from ..measure.drawing import look
+    from ..measure.drawing import rc_params
 
-    shown: list[tuple[Report, Estimate]] = [(report, found) for report in reports if (found := estimate(report)) is not None]
-    with style.context(look({})):
+    shown: list[tuple[KernelReport, Estimate]] = [(report, found) for report in reports if (found := estimate(report)) is not None]
+    with style.context(rc_params({})):
         figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
         labels = [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown]

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from .. import config, gpu
+from .. import gpu
 from ..config import Config
+from ..configs import lookup
 from ..gpu import INTERPRETED
 from ..problem import Problem
 from ..version import VERSION
@@ -152,13 +153,13 @@ def _doctor(arguments) -> int:
 
 
 def _lens(arguments) -> int:
-    from ..analysis.compile_report import inspect
+    from ..analysis.compile_report import inspect_kernel
     from . import format
 
     try:
         jobs = _jobs(arguments)
         with ThreadPoolExecutor() as pool:
-            reports = list(pool.map(lambda job: inspect(*job), jobs))
+            reports = list(pool.map(lambda job: inspect_kernel(*job), jobs))
             said = list(pool.map(lambda job: _remarks(*job), jobs))
         if arguments.plot:
             format.plot(reports, arguments.plot)
@@ -183,10 +184,10 @@ def _lens(arguments) -> int:
 
 def _remarks(*job) -> list[str]:
     """What ptxas has to say, or why it has nothing: a report stands without it."""
-    from ..analysis.compile_report import remarks
+    from ..analysis.compile_report import ptxas_remarks
 
     try:
-        return remarks(*job)
+        return ptxas_remarks(*job)
     except (ValueError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         return [f"no remarks: {error}"]
 
@@ -201,7 +202,7 @@ def _jobs(arguments) -> list[tuple]:
     return [(kernel, problem, chosen, target)
             for target in arguments.target
             for kernel in (DIRECTIONS.get(arguments.direction) or [kernel for both in DIRECTIONS.values() for kernel in both])
-            for chosen in named or [config.find(kernel, problem, target)]]
+            for chosen in named or [lookup.get_config(kernel, problem, target)]]
 
 
 def _explain(arguments) -> int:
@@ -209,7 +210,7 @@ def _explain(arguments) -> int:
 
     try:
         problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
-        found = [explanation.of_problem(problem, target) for target in arguments.gpu]
+        found = [explanation.explain_problem(problem, target) for target in arguments.gpu]
     except (ValueError, RuntimeError) as error:
         return _complain(str(error), 2)
     print(json.dumps([each.as_json() for each in found], indent=1) if arguments.json else "\n\n".join(map(str, found)))

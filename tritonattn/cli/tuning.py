@@ -14,6 +14,7 @@ from ..autotune import record_problems, replay, search, trials
 from ..autotune.record_problems import RecordingError
 from ..config import Config
 from ..configs import shipped, user_cache
+from ..configs.kernel_hash import kernel_hash
 from ..configs.shipped import FILLS, FOLDER, TableError
 from ..measure.journal import JournalError
 from ..problem import Problem
@@ -156,7 +157,7 @@ def _problems(arguments) -> list[tuple]:
 def _lab(arguments):
     from ..autotune import tuner
 
-    return tuner.here(seed=arguments.seed)
+    return tuner.local_setup(seed=arguments.seed)
 
 
 def _tune(arguments) -> int:
@@ -235,7 +236,7 @@ def _table_build(arguments) -> None:
     for target in arguments.gpus:
         if arguments.sweeps:
             found = [trials.read(folder) for folder in arguments.sweeps]
-            path = next((FOLDER / f"{each.name}.json" for each in shipped.shipped() if each.is_of(target)), None)
+            path = next((FOLDER / f"{each.name}.json" for each in shipped.shipped_tables() if each.is_of(target)), None)
             if path is None:
                 raise ValueError(f"table: expected a GPU with a shipped table, got {target.name}")
             print(f"wrote {measured.build(found, target, path, out)}")
@@ -244,7 +245,7 @@ def _table_build(arguments) -> None:
 
 
 def _table_diff(arguments) -> int:
-    old, new = map(shipped.read, arguments.paths)
+    old, new = map(shipped.read_table, arguments.paths)
     lines = []
     for key in dict.fromkeys([*old.rows, *new.rows]):
         for fill in FILLS:
@@ -259,10 +260,10 @@ def _table_diff(arguments) -> int:
 def _table_validate(arguments) -> int:
     wrong = []
     for path in arguments.paths or sorted(FOLDER.glob("*.json")):
-        table = shipped.read(path)
+        table = shipped.read_table(path)
         on = next((known for known in gpu.KNOWN.values() if table.is_of(known)), None)
-        if table.made.get("source") != user_cache.source():
-            wrong.append(f"{path}: expected to be made from the kernels {user_cache.source()}, got {table.made.get('source')}")
+        if table.made.get("source") != kernel_hash():
+            wrong.append(f"{path}: expected to be made from the kernels {kernel_hash()}, got {table.made.get('source')}")
         for row in table.rows.values():
             for fill in FILLS:
                 entry = getattr(row, fill)
@@ -277,39 +278,39 @@ def _table_validate(arguments) -> int:
 
 
 def _cache_path(arguments) -> int:
-    print(user_cache.current().folder or "none: no home was found; set TRITONATTN_CACHE_DIR")
-    return 0 if user_cache.current().folder else 1
+    print(user_cache.current_cache().folder or "none: no home was found; set TRITONATTN_CACHE_DIR")
+    return 0 if user_cache.current_cache().folder else 1
 
 
 def _cache_ls(arguments) -> None:
-    for path, record in user_cache.current().records():
-        state = "stale" if record.stale else "old kernels" if record.source != user_cache.source() else ""
+    for path, record in user_cache.current_cache().records():
+        state = "stale" if record.stale else "old kernels" if record.source != kernel_hash() else ""
         told = f"{record.config}  {record.seconds * 1e6:.0f} us  {state}".rstrip()
         print(f"{path.stem}  {record.gpu['name']}  {record.key}  {told}")
 
 
 def _cache_show(arguments) -> None:
-    found = [record for path, record in user_cache.current().records() if path.name.startswith(arguments.name)]
+    found = [record for path, record in user_cache.current_cache().records() if path.name.startswith(arguments.name)]
     if len(found) != 1:
         raise ValueError(f"cache: expected the name of one record, got {arguments.name!r}, which {len(found)} have")
     print(json.dumps(found[0].as_json(), indent=1))
 
 
 def _cache_verify(arguments) -> int:
-    lines = user_cache.current().verify()
+    lines = user_cache.current_cache().verify()
     print("\n".join(lines) or "all is well")
     return 1 if lines else 0
 
 
 def _cache_merge(arguments) -> None:
-    taken, kept = user_cache.current().merge(arguments.path)
+    taken, kept = user_cache.current_cache().merge(arguments.path)
     print(f"{taken} taken over, {kept} kept")
 
 
 def _cache_export(arguments) -> None:
-    user_cache.current().export(arguments.path)
+    user_cache.current_cache().export(arguments.path)
     print(f"wrote {arguments.path}")
 
 
 def _cache_clear(arguments) -> None:
-    print(f"{user_cache.current().clear()} removed")
+    print(f"{user_cache.current_cache().clear()} removed")

@@ -16,7 +16,7 @@ from ..problem import Problem
 QUERIES = (1, 16, 64, 256, 1024, 4096)              # upper ends of the buckets; what is longer has one of its own
 KEYS = tuple(128 << i for i in range(10))           # 128 to 65536; what is longer falls into the last
 WAVES = (0.5, 1.0, 4.0)                             # of blocks of TILE rows, one on each SM
-FILLS = ("under half", "under one", "under four", "more")
+FILL_BUCKETS = ("under half", "under one", "under four", "more")
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> Key:
     bias = () if problem.bias is None else (f"bias {_name(problem.bias)}",)
     queries = bisect.bisect_left(QUERIES, problem.n_q)
     return Key(kernel, _name(problem.dtype), problem.d, problem.dv, precision(problem), problem.mask,
-               tuple(map(_reach, problem.window)), bool(problem.lengths or walked % TILE),
+               tuple(map(_window_bucket, problem.window)), bool(problem.lengths or walked % TILE),
                (*bias, *(name for name, there in given.items() if there)), problem.group,
                QUERIES[queries] if queries < len(QUERIES) else None,
                KEYS[min(bisect.bisect_left(KEYS, problem.n_k), len(KEYS) - 1)],
-               FILLS[bisect.bisect_right(WAVES, waves(kernel, problem, gpu))])
+               FILL_BUCKETS[bisect.bisect_right(WAVES, waves(kernel, problem, gpu))])
 
 
 def precision(problem: Problem) -> str | None:
@@ -78,7 +78,7 @@ def precision(problem: Problem) -> str | None:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _reach(side):
+def _window_bucket(side):
     return side if side in (None, 0) else KEYS[min(bisect.bisect_left(KEYS, side), len(KEYS) - 1)]
 
 

@@ -20,7 +20,7 @@ SOURCES = {
     "measured": "timed on this GPU",
 }
 MASKS = ("full", "edges", "window", "pairs")
-ALIKE = 0.1  # sizes of memory and cache that differ by less are the same: drivers keep some for themselves
+SIZE_TOLERANCE = 0.1  # sizes of memory and cache that differ by less are the same: drivers keep some for themselves
 # a row serves head sizes up to its own
 WIDTHS = (64, 96, 128, 192, 256, 512)
 
@@ -74,13 +74,13 @@ class Table:
 
     def is_of(self, gpu: Gpu) -> bool:
         """Whether it was made for just this GPU: its fingerprint, not its name."""
-        mine = fingerprint(gpu)
+        mine = gpu_fingerprint(gpu)
         sizes = [(self.gpu[name], mine[name]) for name in ("l2", "memory")]
         return (all(self.gpu[name] == mine[name] for name in ("arch", "sms", "shared_memory"))
-                and all(None in pair or abs(pair[0] - pair[1]) <= ALIKE * pair[0] for pair in sizes))
+                and all(None in pair or abs(pair[0] - pair[1]) <= SIZE_TOLERANCE * pair[0] for pair in sizes))
 
 
-def fingerprint(gpu: Gpu) -> dict:
+def gpu_fingerprint(gpu: Gpu) -> dict:
     """What tells GPUs apart that run the same config at another speed; as its vendor says where no device was asked.
 
     AMD's drivers tell of one die's cache, its vendor of all: there it is left out.
@@ -92,12 +92,12 @@ def fingerprint(gpu: Gpu) -> dict:
 
 
 @functools.cache
-def shipped() -> tuple[Table, ...]:
+def shipped_tables() -> tuple[Table, ...]:
     """Every table that comes with the package."""
-    return tuple(read(path) for path in sorted(FOLDER.glob("*.json")))
+    return tuple(read_table(path) for path in sorted(FOLDER.glob("*.json")))
 
 
-def read(path: Path) -> Table:
+def read_table(path: Path) -> Table:
     """The table in a file. Raises TableError."""
     try:
         content = json.loads(path.read_text())
@@ -109,7 +109,7 @@ def read(path: Path) -> Table:
         raise TableError(f"{path}: expected a table of configs, got {type(error).__name__}: {error}") from error
 
 
-def write(table: Table, folder: Path = FOLDER) -> Path:
+def write_table(table: Table, folder: Path = FOLDER) -> Path:
     """The file of a table, whole or not at all; a row a line, so that a change can be read."""
     rows = [json.dumps(asdict(row) | {fill: _as_json(getattr(row, fill)) for fill in FILLS}) for row in table.rows.values()]
     head = json.dumps({"schema": SCHEMA, "gpu": table.gpu, "made": table.made})[:-1]

@@ -20,13 +20,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..gpu import TRITON, Gpu
-from ..measure import environment
+from .kernel_hash import kernel_hash
 from .key import Key
-from .shipped import fingerprint
+from .shipped import gpu_fingerprint
 
 SCHEMA = 1
 LAYOUT = ("tuned", f"v{SCHEMA}")
-BINARIES = ("kernels/**/*.py", "runtime/launch.py")  # what decides about a kernel's binary
 LIMIT = 1 << 20                              # bytes: of a longer file no more is read, and it holds no record
 LONGEST = 1e6                                # seconds: no kernel takes so long
 
@@ -157,12 +156,6 @@ def _digest(text: str) -> str:
 
 
 @functools.cache
-def source() -> str:
-    """Twelve hexadecimal digits of the kernels as they are here."""
-    return environment.source(patterns=BINARIES)
-
-
-@functools.cache
 def triton_version() -> str | None:
     """The version of Triton that compiles here. Its packages have several names, so it is asked itself."""
     if not TRITON:
@@ -178,7 +171,7 @@ def _minor(version: str | None) -> tuple[int, ...]:
     return tuple(map(int, found.groups())) if found else ()
 
 
-def folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Where this user's cache is: TRITONATTN_CACHE_DIR, or beside other caches; None if no home can be found."""
     if named := os.environ.get("TRITONATTN_CACHE_DIR"):
         return Path(named).expanduser().absolute()
@@ -192,7 +185,7 @@ def folder() -> Path | None:
         return None
 
 
-def board(gpu: dict) -> str:
+def gpu_dirname(gpu: dict) -> str:
     """The folder of a GPU with this fingerprint: "sm_90-132sm-227k-50m-144g"; what is not known is "x".
 
     Memory is in steps of 16 GiB, upwards: drivers keep some for themselves.
@@ -202,18 +195,18 @@ def board(gpu: dict) -> str:
     return "-".join([gpu["arch"], f"{gpu['sms']}sm", *parts])
 
 
-def place(key: Key, made_from: str, gpu: dict) -> Path:
+def record_path(key: Key, made_from: str, gpu: dict) -> Path:
     """The file of a key, of the kernels with this source, on a GPU with this fingerprint, within the cache's folder."""
     name = f"{key.kernel}-{_digest(_dump([key.as_json(), made_from]))}.json"
-    return Path(*LAYOUT, board(gpu), name)
+    return Path(*LAYOUT, gpu_dirname(gpu), name)
 
 
-def read(path: Path) -> Record:
+def read_record(path: Path) -> Record:
     """The record in a file of a cache. OSError; TypeError, KeyError, ValueError, RecursionError: none that belongs there."""
     with open(path, "rb") as file:
         content = file.read(LIMIT)
     record = Record.from_json(json.loads(content.decode()))
-    at = place(record.key, record.source, record.gpu)
+    at = record_path(record.key, record.source, record.gpu)
     if at.parts[-2:] != path.parts[-2:]:
         raise ValueError(f"expected what belongs there, got the record of {'/'.join(at.parts[-2:])}")
     return record
@@ -222,7 +215,7 @@ def read(path: Path) -> Record:
 def _attempt(path: Path) -> Record | Exception:
     """The record in a file, or what is wrong with it."""
     try:
-        return read(path)
+        return read_record(path)
     except (OSError, TypeError, KeyError, ValueError, RecursionError) as error:
         return error
 
@@ -286,7 +279,7 @@ class Cache:
     def _look(self, key, gpu):
         if self.folder is None:
             return None
-        path = self.folder / place(key, source(), fingerprint(gpu))
+        path = self.folder / record_path(key, kernel_hash(), gpu_fingerprint(gpu))
         found = _attempt(path)
         if isinstance(found, Record):
             return found
@@ -303,16 +296,16 @@ class Cache:
         content = record.as_json()
         # as it will be read
         record = Record.from_json(content)
-        if board(record.gpu) != board(fingerprint(gpu)):
-            raise ValueError(f"record: expected one of {board(fingerprint(gpu))}, got one of {board(record.gpu)}")
-        if record.source == source():
+        if gpu_dirname(record.gpu) != gpu_dirname(gpu_fingerprint(gpu)):
+            raise ValueError(f"record: expected one of {gpu_dirname(gpu_fingerprint(gpu))}, got one of {gpu_dirname(record.gpu)}")
+        if record.source == kernel_hash():
             with _lock:
                 self._memory[record.key, gpu] = _judged(record, gpu)
         if self.folder is None:
             self._tell("writing", "cache: expected a home for tuned configs, found none; they last as long as this process. "
                                   "TRITONATTN_CACHE_DIR names a folder")
             return None
-        path = self.folder / place(record.key, record.source, record.gpu)
+        path = self.folder / record_path(record.key, record.source, record.gpu)
         try:
             _write(path, content)
         except OSError as error:
@@ -335,8 +328,8 @@ class Cache:
         for path, found in _all(self.folder):
             if not isinstance(found, Record):
                 lines.append(f"{path}: expected a tuned config, got {_said(found)}")
-            elif found.source != source():
-                lines.append(f"{path}: expected to be made from the kernels {source()}, got {found.source}")
+            elif found.source != kernel_hash():
+                lines.append(f"{path}: expected to be made from the kernels {kernel_hash()}, got {found.source}")
             elif found.stale:
                 made = found.versions["triton"]
                 lines.append(f"{path}: expected to be made by Triton {triton_version()}, got {made}: a hint for a tuner only")
@@ -355,7 +348,7 @@ class Cache:
             raise ValueError(f"{other}: expected a cache, with {'/'.join(LAYOUT)} in it, got another folder")
         taken = kept = 0
         for record in self._of_folder(other) if other.is_dir() else _exported(other):
-            path = self.folder / place(record.key, record.source, record.gpu)
+            path = self.folder / record_path(record.key, record.source, record.gpu)
             mine = _attempt(path)
             if isinstance(mine, Record) and not _supersedes(record, mine):
                 kept += 1
@@ -382,7 +375,7 @@ class Cache:
 
         OSError: one cannot be removed.
         """
-        boards = "*" if gpu is None else board(fingerprint(gpu))
+        boards = "*" if gpu is None else gpu_dirname(gpu_fingerprint(gpu))
         found = list(self.folder.joinpath(*LAYOUT).glob(f"{boards}/*.json*")) if self.folder else []
         for path in found:
             path.unlink(missing_ok=True)
@@ -449,10 +442,10 @@ def _said(error):
 _current: Cache | None = None
 
 
-def current() -> Cache:
+def current_cache() -> Cache:
     """The cache of this process, at `folder()` as it is now."""
     global _current
-    at = folder()
+    at = cache_folder()
     with _lock:
         if _current is None or _current.folder != at:
             _current = Cache(at)

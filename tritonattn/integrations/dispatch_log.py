@@ -20,7 +20,7 @@ MOST_SHAPES = 256  # as many are told apart in a report
 _log = logging.getLogger(__name__)
 # also of the switch itself; a signal handler or a finalizer may attend while its thread counts
 LOCK = threading.RLock()
-_tally = Counter()  # calls by what sent them to torch, None if served, and by their kind
+_calls = Counter()  # calls by what sent them to torch, None if served, and by their kind
 _warned = set()     # the reasons that were told aloud
 
 if hasattr(os, "register_at_fork"):
@@ -28,7 +28,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=LOCK.acquire, after_in_parent=LOCK.release, after_in_child=LOCK.release)
 
 
-class PassedOn(UserWarning):
+class FallbackWarning(UserWarning):
     """A call that ours does not serve went to torch while the swap was on; told once for each reason."""
 
 
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Report:
+class FallbackReport:
     """Calls that came while the swap was on. One in a compiled function counts whenever it is traced, not when it runs."""
 
     served: int
@@ -65,22 +65,22 @@ class Report:
         return "\n".join([sums, *table] if self.calls else [sums])
 
 
-def report(clear: bool = False) -> Report:
+def fallback_report(clear: bool = False) -> FallbackReport:
     """How many calls came while the swap was on: those ours served, those passed on to torch and why, all by shape.
 
     At most some hundred kinds of calls are told apart, the rest is counted together. With clear=True counting starts from
     nothing afterwards, and the first call passed on for a reason warns anew.
     """
     with LOCK:
-        tally = dict(_tally)
+        tally = dict(_calls)
         if clear:
-            _tally.clear()
+            _calls.clear()
             _warned.clear()
     reasons = Counter()
     for (why, _), count in tally.items():
         reasons[why] += count
     calls = sorted(((why, _call(kind), count) for (why, kind), count in tally.items()), key=lambda line: -line[2])
-    return Report(reasons.pop(None, 0), dict(reasons), tuple(calls))
+    return FallbackReport(reasons.pop(None, 0), dict(reasons), tuple(calls))
 
 
 def _written(shape):
@@ -102,7 +102,7 @@ _TO_DO = {
 }
 
 
-def telling(why, kind):
+def fallback_message(why, kind):
     """The reason of a call passed on, its shapes, and what helps."""
     call = _call(kind)
     helps = next((f": {todo}" for word, todo in _TO_DO.items() if why.startswith(word)), "")
@@ -111,7 +111,7 @@ def telling(why, kind):
     return f"tritonattn does not serve this call of scaled_dot_product_attention, which is torch's: {why}{helps}. Got {shapes}"
 
 
-def kind_of(query, key, value, attn_mask, is_causal, enable_gqa):
+def call_signature(query, key, value, attn_mask, is_causal, enable_gqa):
     """The fields of the Call that this call is, whatever its arguments are; made for every call, so made fast."""
     mask = attn_mask if attn_mask is None else _shape(attn_mask)
     return _shape(query), _shape(key), _shape(value), mask, getattr(query, "dtype", ""), is_causal is True, enable_gqa is True
@@ -146,20 +146,20 @@ def first(why):
 
 
 @torch.compiler.assume_constant_result
-def count(why, kind):
+def record_call(why, kind):
     """One more call of this kind was served (why is None), or passed on for this reason: then the first one warns."""
     with LOCK:
         line = why, kind
-        if line not in _tally and len(_tally) >= MOST_SHAPES:
+        if line not in _calls and len(_calls) >= MOST_SHAPES:
             line = why, OTHERS
-            if line not in _tally and len(_tally) >= 2 * MOST_SHAPES:
+            if line not in _calls and len(_calls) >= 2 * MOST_SHAPES:
                 line = "other", OTHERS
-        _tally[line] += 1
+        _calls[line] += 1
     if _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s", "served" if why is None else f"passed on to torch, {why}", _call(kind))
     if why is not None and first(why):
         advice = "Told once for each reason; tritonattn.report() counts, TRITONATTN_STRICT=1 makes it an error."
-        warnings.warn(f"{telling(why, kind)}. {advice}", PassedOn, stacklevel=3)
+        warnings.warn(f"{fallback_message(why, kind)}. {advice}", FallbackWarning, stacklevel=3)
 
 
 @torch.compiler.assume_constant_result

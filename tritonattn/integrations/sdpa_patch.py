@@ -43,9 +43,9 @@ from .. import gpu
 from ..attention import DTYPES, LARGEST_SCALE, _largest_head
 from ..attention import scaled_dot_product_attention as serve
 from . import aten_overrides
-from .dispatch_log import LOCK, TRACED, PassedOn, count, first, kind_of, strict, telling
+from .dispatch_log import LOCK, TRACED, FallbackWarning, call_signature, fallback_message, first, record_call, strict
 
-TORCHS = torch._C._nn.scaled_dot_product_attention
+TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
 # the types of plain tensors, and of those that stand for plain ones while a program is traced or exported
 PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 SERVED_DEVICES = ("cuda", "cpu") if gpu.INTERPRETED else ("cuda",)
@@ -124,7 +124,7 @@ def _claim(who, route):
         raise ValueError(f"route: expected 'python' or 'aten', got {route!r}")
     with LOCK:
         found = F.scaled_dot_product_attention
-        if route == "python" and found is not scaled_dot_product_attention and (_on or found is not TORCHS):
+        if route == "python" and found is not scaled_dot_product_attention and (_on or found is not TORCH_SDPA):
             expected = "ours, since the swap is on" if _on else "torch's own function"
             raise RuntimeError(f"torch.nn.functional.scaled_dot_product_attention: expected {expected}, got {found!r}; whoever "
                                "put it there must take it back first")
@@ -139,17 +139,17 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     on = _on  # another thread may switch
     if on and torch._C._is_torch_function_mode_enabled() and not _only_devices():
         return _under_modes(call, options)
-    why = _obstacle(query, key, value, attn_mask, dropout_p, scale, enable_gqa) if on else "off"
+    why = _unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa) if on else "off"
     if on and why is not None and strict():
-        raise RuntimeError(telling(why, kind_of(query, key, value, attn_mask, is_causal, enable_gqa)))
+        raise RuntimeError(fallback_message(why, call_signature(query, key, value, attn_mask, is_causal, enable_gqa)))
     if why is not None and isinstance(attn_mask, CausalBias):
         # this is torch's own way with it, and comes back here without it
         return CausalBias._dispatch(*call, **options)
-    out = serve(*call, **options) if why is None else TORCHS(*call, **options)
+    out = serve(*call, **options) if why is None else TORCH_SDPA(*call, **options)
     if on:
         # shapes may be symbols while a program is compiled, and are recorded while one is traced
         traced = torch.compiler.is_compiling() or why == "torch.jit.trace"
-        count(why, TRACED if traced else kind_of(query, key, value, attn_mask, is_causal, enable_gqa))
+        record_call(why, TRACED if traced else call_signature(query, key, value, attn_mask, is_causal, enable_gqa))
     return out
 
 
@@ -163,25 +163,25 @@ class _Last(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         # no mode is left here, and ours asks for none
-        return (scaled_dot_product_attention if func is TORCHS else func)(*args, **(kwargs or {}))
+        return (scaled_dot_product_attention if func is TORCH_SDPA else func)(*args, **(kwargs or {}))
 
 
 def _under_modes(call, options):
     """Modes are told of torch's own function, as they are without the swap: their tables hold that one."""
     if torch.compiler.is_dynamo_compiling():
         # nothing can be put beneath the modes that Dynamo knows
-        out = handle_torch_function(TORCHS, (), *call, **options)
-        count("function mode in compiled code", TRACED)
+        out = handle_torch_function(TORCH_SDPA, (), *call, **options)
+        record_call("function mode in compiled code", TRACED)
         return out
     modes = _get_current_function_mode_stack()
     if type(modes[0]) is _Last:
-        return TORCHS(*call, **options)
+        return TORCH_SDPA(*call, **options)
     for _ in modes:
         _pop_mode()
     for mode in (_Last(), *modes):
         _push_mode(mode)
     try:
-        return TORCHS(*call, **options)
+        return TORCH_SDPA(*call, **options)
     finally:
         for _ in range(len(modes) + 1):
             _pop_mode()
@@ -189,20 +189,20 @@ def _under_modes(call, options):
             _push_mode(mode)
 
 
-def _obstacle(query, key, value, attn_mask, dropout_p, scale, enable_gqa):
+def _unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa):
     """Why this call is torch's; None if it is ours. A malformed call may pass either way: both raise."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if (unfit := _unfit(query, key, value, attn_mask)) is not None:
+    if (unfit := _unsupported_tensors(query, key, value, attn_mask)) is not None:
         return unfit
-    if (odd := _odd_number(dropout_p, scale, enable_gqa)) is not None:
+    if (odd := _unsupported_number(dropout_p, scale, enable_gqa)) is not None:
         return odd
     if forward_ad._current_level >= 0:
         return "forward-mode derivative"
     return None if _fused_kernels_allowed() else "sdpa_kernel"
 
 
-def _unfit(query, key, value, attn_mask):
+def _unsupported_tensors(query, key, value, attn_mask):
     """Why these tensors are torch's; None if ours takes them."""
     causal_bias = isinstance(attn_mask, CausalBias)
     for x in (query, key, value) if attn_mask is None or causal_bias else (query, key, value, attn_mask):
@@ -228,7 +228,7 @@ def _unfit(query, key, value, attn_mask):
     return None
 
 
-def _odd_number(dropout_p, scale, enable_gqa):
+def _unsupported_number(dropout_p, scale, enable_gqa):
     """Which option is none that ours takes; torch knows what to make of it, or what to say."""
     if not isinstance(enable_gqa, bool):
         return "enable_gqa"
@@ -276,14 +276,14 @@ def _warn_where_nothing_is_served():
         return
     why = "torch sees no GPU, and the kernels are not interpreted" if gpu.TRITON else "Triton is not installed"
     helps = "set TRITON_INTERPRET=1 before Python starts to try it on the CPU" if gpu.TRITON else "pip install triton"
-    warnings.warn(f"tritonattn is on, but every call will be torch's: {why}; {helps}", PassedOn, stacklevel=5)
+    warnings.warn(f"tritonattn is on, but every call will be torch's: {why}; {helps}", FallbackWarning, stacklevel=5)
 
 
 def _set_fast_path(on):
     """The C++ fast path of torch's multi-head attention calls no function of torch's: ours takes its place, or leaves it."""
     global _fast_path
     if on and _fast_path is None:
-        _fast_path = aten_overrides.fast_path(SERVED_DEVICES, _settled)
+        _fast_path = aten_overrides.fast_path(SERVED_DEVICES, _accept)
         # Dynamo does not look into nn.MultiheadAttention, but guards on this flag: as a number, which says the same, it is
         # another, so that what was compiled before is compiled again
         mha._is_fastpath_enabled = int(mha._is_fastpath_enabled)
@@ -306,15 +306,15 @@ def _set_aten(on):
                 activate_flash_attention_impl(_impl)
 
 
-def _settled(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, possible=True):
+def _accept(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, possible=True):
     """Whether ours serves this call of one of torch's operators, counted; with TRITONATTN_STRICT=1 it has to."""
-    why = _obstacle(query, key, value, attn_mask, dropout_p, scale, False)
+    why = _unsupported_reason(query, key, value, attn_mask, dropout_p, scale, False)
     why = "arguments of the operator" if why is None and not possible else why
     gqa = possible and query.shape[-3] != key.shape[-3]
-    kind = kind_of(query, key, value, attn_mask, is_causal, gqa)
+    kind = call_signature(query, key, value, attn_mask, is_causal, gqa)
     if why is not None and strict():
-        raise RuntimeError(telling(why, kind))
-    count(why, kind)
+        raise RuntimeError(fallback_message(why, kind))
+    record_call(why, kind)
     return why is None
 
 
@@ -325,16 +325,16 @@ def _set_python(on):
         get_overridable_functions()  # a list that torch makes once: torch's own function has to be in it
         _before = vars(CausalBias)["__torch_function__"]
         CausalBias.__torch_function__ = classmethod(_torch_function)
-        _rebind(TORCHS, scaled_dot_product_attention)
+        _rebind(TORCH_SDPA, scaled_dot_product_attention)
     elif _on and not on:
-        _rebind(scaled_dot_product_attention, TORCHS)
+        _rebind(scaled_dot_product_attention, TORCH_SDPA)
         CausalBias.__torch_function__ = _before
     _on = on
 
 
 def _torch_function(cls, func, types, args=(), kwargs=None):
     """CausalBias's own would not know torch's function, which some still hold, and would leave out its bias."""
-    if func is TORCHS:
+    if func is TORCH_SDPA:
         return scaled_dot_product_attention(*args, **(kwargs or {}))
     return _before.__func__(cls, func, types, args, kwargs)
 
@@ -348,4 +348,4 @@ def _rebind(one, other):
                     vars(module)[key] = other
 
 
-register_flash_attention_impl("tritonattn", register_fn=lambda: aten_overrides.Fused(SERVED_DEVICES, _settled, _unfit))
+register_flash_attention_impl("tritonattn", register_fn=lambda: aten_overrides.Fused(SERVED_DEVICES, _accept, _unsupported_tensors))

@@ -62,7 +62,7 @@ def register(name="tritonattn", *, harmless=()):
     if isinstance(harmless, str) or not all(isinstance(x, str) for x in names):
         raise TypeError(f"harmless: expected a collection of names, got {harmless!r}")
     _harmless.update(names)
-    AttentionInterface.register(name, attend)
+    AttentionInterface.register(name, hf_attention)
     AttentionMaskInterface.register(name, mask)
 
 
@@ -252,7 +252,7 @@ def _padding(padding, n_k, kv_offset, end):
     return given, "none" if none else "right" if right else "mask"
 
 
-def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
+def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
     """transformers' attention function: [B, H, L, D] queries, [B, Hk, S, D] keys and values -> [B, L, H, D], None."""
     _check(attention_mask, options)
     _check_mask(attention_mask, query.shape[-2], key.shape[-2])

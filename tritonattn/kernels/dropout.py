@@ -14,29 +14,29 @@ class Dropout(NamedTuple):
 
     seed: object         # a pointer to 64 bits; in a kernel the number
     threshold: int       # a pair is kept if its 32 random bits are not below
-    gain: float          # what is kept is multiplied by: 1 / (1 - p)
+    keep_scale: float          # what is kept is multiplied by: 1 / (1 - p)
     head: int = 0
     batch: int = 0
     shift: int = 0       # rows are counted from here on
 
 
 @triton.jit
-def drawn_at(dropout, batch, head, shift):
+def dropout_of_head(dropout, batch, head, shift):
     """The dropout of one head, whose first row stands at position `shift`."""
-    return Dropout(tl.load(dropout.seed), dropout.threshold, dropout.gain, head, batch, shift)
+    return Dropout(tl.load(dropout.seed), dropout.threshold, dropout.keep_scale, head, batch, shift)
 
 
 @triton.jit
-def kept(dropout, row, col, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
+def keep_mask(dropout, row, col, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """[M, N] booleans; rows are positions of queries and columns of keys, or, transposed, the other way round."""
     if TRANSPOSED:
-        return kept_of(dropout, col, row - dropout.shift, N, M).T
+        return keep_mask_of_queries(dropout, col, row - dropout.shift, N, M).T
     else:
-        return kept_of(dropout, row - dropout.shift, col, M, N)
+        return keep_mask_of_queries(dropout, row - dropout.shift, col, M, N)
 
 
 @triton.jit
-def kept_of(dropout, query, key, M: tl.constexpr, N: tl.constexpr):
+def keep_mask_of_queries(dropout, query, key, M: tl.constexpr, N: tl.constexpr):
     """[M queries, N keys]; the first key is a multiple of four."""
     zero = tl.zeros([M, N // 4], tl.int32)
     a, b, c, d = tl.philox(dropout.seed, zero + (query + tl.arange(0, M))[:, None], zero + (key // 4 + tl.arange(0, N // 4)),
@@ -52,6 +52,6 @@ def keep_kernel(keep, dropout, heads, n_q, n_k, M: tl.constexpr, N: tl.constexpr
     tile, at = tl.program_id(0) % (row_tiles * col_tiles), tl.program_id(0) // (row_tiles * col_tiles)
     row, col = tile // col_tiles * M, tile % col_tiles * N
     rows, cols = row + tl.arange(0, M), col + tl.arange(0, N)
-    here = drawn_at(dropout, at // heads, at % heads, 0)
+    here = dropout_of_head(dropout, at // heads, at % heads, 0)
     ptrs = keep + (tl.cast(at, tl.int64) * n_q + rows)[:, None] * n_k + cols[None, :]
-    tl.store(ptrs, kept(here, row, col, M, N, False).to(tl.uint8), mask=(rows < n_q)[:, None] & (cols < n_k)[None, :])
+    tl.store(ptrs, keep_mask(here, row, col, M, N, False).to(tl.uint8), mask=(rows < n_q)[:, None] & (cols < n_k)[None, :])

@@ -5,10 +5,21 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import Scoring, at_head, scores
+from .scores import ScoreParams, scores, select_head
 from .softmax import softmax_finish, softmax_start, softmax_step
-from .tile import Matrix, Tensor, load_tile, matrix, program, rounding, shape_of, store_rows, store_tile, stored_nan
-from .window import CARE, bounded, mode_of, place, stages_of, step_of, stretches
+from .tile import (
+    Matrix,
+    Tensor,
+    head_view,
+    load_tile,
+    rounding_error,
+    sizes_of_batch,
+    store_rows,
+    store_tile,
+    stored_tile_has_nan,
+    tile_head_batch,
+)
+from .window import NAN_SAFE_ROWS, block_start, loop_bounds, loop_mode, loop_stages, loop_step, needs_mask
 
 
 class Keys(NamedTuple):
@@ -18,38 +29,38 @@ class Keys(NamedTuple):
     v: Matrix
 
 
-class Results(NamedTuple):
+class Outputs(NamedTuple):
     """What a forward pass writes: tensors, or the matrices of one head."""
 
     o: Tensor
     lse: Tensor
-    residual: tuple = ()  # or alone in it what rounding took from o: o + residual is o to twice the digits
-    excess: tuple = ()    # or how far lse lies over the largest score: asked for with a bias, which may be huge
+    o_residual: tuple = ()  # or alone in it what rounding took from o: o + residual is o to twice the digits
+    lse_minus_max: tuple = ()    # or how far lse lies over the largest score: asked for with a bias, which may be huge
 
 
 @triton.jit
-def results_of(results, shape, batch, head):
-    residual, excess = results.residual, results.excess
-    if len(results.residual) == 1:
-        residual = (matrix(results.residual[0], shape.batches, batch, head, shape.n_q),)
-    if len(results.excess) == 1:
-        excess = (matrix(results.excess[0], shape.batches, batch, head, shape.n_q),)
-    return Results(matrix(results.o, shape.batches, batch, head, shape.n_q),
-                   matrix(results.lse, shape.batches, batch, head, shape.n_q), residual, excess)
+def output_views(results, sizes, batch, head):
+    o_residual, lse_minus_max = results.o_residual, results.lse_minus_max
+    if len(results.o_residual) == 1:
+        o_residual = (head_view(results.o_residual[0], sizes.batches, batch, head, sizes.n_q),)
+    if len(results.lse_minus_max) == 1:
+        lse_minus_max = (head_view(results.lse_minus_max[0], sizes.batches, batch, head, sizes.n_q),)
+    return Outputs(head_view(results.o, sizes.batches, batch, head, sizes.n_q),
+                   head_view(results.lse, sizes.batches, batch, head, sizes.n_q), o_residual, lse_minus_max)
 
 
 @triton.jit
-def keys_of(k, v, shape, batch, head):
-    return Keys(matrix(k, shape.batches, batch, head, shape.n_k), matrix(v, shape.batches, batch, head, shape.n_k))
+def key_views(k, v, sizes, batch, head):
+    return Keys(head_view(k, sizes.batches, batch, head, sizes.n_k), head_view(v, sizes.batches, batch, head, sizes.n_k))
 
 
 @triton.jit
-def attend(state, q, keys, row, start, stop, scoring, static, PRECISE: tl.constexpr, MODE: tl.constexpr):
+def attend_loop(state, q, keys, row, start, stop, scoring, static, PRECISE: tl.constexpr, MODE: tl.constexpr):
     """Let the queries q [M, D] from position `row` on meet the keys [start, stop)."""
-    N: tl.constexpr = step_of(static.BLOCK_N, MODE)
-    CHECK: tl.constexpr = static.RAGGED and bounded(MODE)
-    for step in tl.range(start, stop, N, num_stages=stages_of(MODE)):
-        first = place(scoring.pairs.listing, step)
+    N: tl.constexpr = loop_step(static.BLOCK_N, MODE)
+    CHECK: tl.constexpr = static.UNEVEN and needs_mask(MODE)
+    for step in tl.range(start, stop, N, num_stages=loop_stages(MODE)):
+        first = block_start(scoring.mods.block_list, step)
         k = load_tile(keys.k, first, N, static.D, CHECK)
         s = scores(q, k, row, first, keys.k.rows, scoring, static, MODE)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
@@ -58,45 +69,45 @@ def attend(state, q, keys, row, start, stop, scoring, static, PRECISE: tl.conste
 
 
 @triton.jit
-def write(state, results, first, M: tl.constexpr, scoring, static):
+def store_outputs(state, results, first, M: tl.constexpr, scoring, static):
     """Store what the queries from `first` have come to."""
     o_tile, lse_tile, excess_tile = softmax_finish(state, scoring)
     store_tile(results.o, first, o_tile, M, static.DV)
     store_rows(results.lse, first, lse_tile, M)
-    if len(results.residual) == 1:
-        store_tile(results.residual[0], first, rounding(o_tile, results.residual[0].ptr.dtype.element_ty), M, static.DV)
-    if len(results.excess) == 1:
-        store_rows(results.excess[0], first, excess_tile, M)
+    if len(results.o_residual) == 1:
+        store_tile(results.o_residual[0], first, rounding_error(o_tile, results.o_residual[0].ptr.dtype.element_ty), M, static.DV)
+    if len(results.lse_minus_max) == 1:
+        store_rows(results.lse_minus_max[0], first, excess_tile, M)
 
 
 @triton.jit
-def forward_kernel(q, k, v, results, shape, scoring, static):
+def forward_kernel(q, k, v, results, sizes, scoring, static):
     M: tl.constexpr = static.BLOCK_M
-    PRECISE: tl.constexpr = len(results.residual) == 1
-    HIDES: tl.constexpr = len(scoring.pairs.bias) + len(scoring.pairs.mask) > 0
+    PRECISE: tl.constexpr = len(results.o_residual) == 1
+    HIDES: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) > 0
     window = scoring.window
     # the last queries see most where the right side is bounded: start with them
-    first, head, batch = program(shape.heads, shape.n_q, M, window.right is not None)
-    shape = shape_of(shape, batch)
-    q = matrix(q, shape.batches, batch, head, shape.n_q)
-    results = results_of(results, shape, batch, head)
-    keys = keys_of(k, v, shape, batch, head // static.GROUP)
-    pairs = at_head(scoring.pairs, shape.batches, batch, head, first, shape.n_q, shape.shift)
-    scoring = Scoring(scoring.unit, scoring.factor, window, pairs)
-    bounds = stretches(pairs.listing, window, first + shape.shift, shape.n_k, M, static.BLOCK_N)
+    first, head, batch = tile_head_batch(sizes.heads, sizes.n_q, M, window.right is not None)
+    sizes = sizes_of_batch(sizes, batch)
+    q = head_view(q, sizes.batches, batch, head, sizes.n_q)
+    results = output_views(results, sizes, batch, head)
+    keys = key_views(k, v, sizes, batch, head // static.GROUP)
+    mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
+    scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, window, mods)
+    bounds = loop_bounds(mods.block_list, window, first + sizes.shift, sizes.n_k, M, static.BLOCK_N)
 
     q_tile = load_tile(q, first, M, static.D, True)
     state = softmax_start(M, static)
     for part in tl.static_range(3):
-        if mode_of(static.MODES, part) is not None:
-            state = attend(state, q_tile, keys, first + shape.shift, bounds[part], bounds[part + 1], scoring, static, PRECISE,
-                           mode_of(static.MODES, part))
-    write(state, results, first, M, scoring, static)
+        if loop_mode(static.LOOP_MODES, part) is not None:
+            state = attend_loop(state, q_tile, keys, first + sizes.shift, bounds[part], bounds[part + 1], scoring, static, PRECISE,
+                           loop_mode(static.LOOP_MODES, part))
+    store_outputs(state, results, first, M, scoring, static)
     if window.left is not None or window.right is not None or HIDES:
-        if stored_nan(results.o, first, M, static.DV, static.ACC):
-            for some in tl.range(first, first + M, CARE, num_stages=1):
-                q_some = load_tile(q, some, CARE, static.D, True)
-                again = softmax_start(CARE, static)
-                again = attend(again, q_some, keys, some + shape.shift, bounds[0], bounds[3], scoring, static, PRECISE,
-                               "careful")
-                write(again, results, some, CARE, scoring, static)
+        if stored_tile_has_nan(results.o, first, M, static.DV, static.ACC):
+            for some in tl.range(first, first + M, NAN_SAFE_ROWS, num_stages=1):
+                q_some = load_tile(q, some, NAN_SAFE_ROWS, static.D, True)
+                again = softmax_start(NAN_SAFE_ROWS, static)
+                again = attend_loop(again, q_some, keys, some + sizes.shift, bounds[0], bounds[3], scoring, static, PRECISE,
+                               "nan_safe")
+                store_outputs(again, results, some, NAN_SAFE_ROWS, scoring, static)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import LN2, dropped, gained
-from .tile import accumulate, scaled, zeros
+from .scores import LN2, apply_keep_mask, apply_keep_scale
+from .tile import dot_acc, scale_tile, zero_tile
 
 
 class Softmax(NamedTuple):
@@ -14,18 +14,18 @@ class Softmax(NamedTuple):
 
     m: tl.tensor  # [M]     largest exponent; with a bias, largest score
     l: tl.tensor  # [M]     sum of 2^(x - m)
-    w: tl.tensor  # [M]     the same sum of the weights as they met V, rounded to its dtype
+    l_rounded: tl.tensor  # [M]     the same sum of the weights as they met V, rounded to its dtype
     acc: tuple    # [M, DV] sum of 2^(x - m) v, in parts
 
 
 @triton.jit
 def softmax_start(M: tl.constexpr, static):
     nothing = tl.zeros([M], static.ACC)
-    return Softmax(tl.full([M], float("-inf"), static.ACC), nothing, nothing, zeros(M, static.DV, static.ACC))
+    return Softmax(tl.full([M], float("-inf"), static.ACC), nothing, nothing, zero_tile(M, static.DV, static.ACC))
 
 
 @triton.jit
-def rounded(p, dtype: tl.constexpr):
+def round_p(p, dtype: tl.constexpr):
     """p as it will be multiplied, in its own dtype still; a nan stays one.
 
     bfloat16 by cutting bits off, which is as exact once the weights are divided by their sum: used twice, a conversion to
@@ -46,24 +46,24 @@ def softmax_step(state, s, v, row, col, scoring, static, PRECISE: tl.constexpr, 
         acc' = alpha acc + sum_j 2^(x_j - m') v_j
     """
     # a row may have seen nothing yet, or only scores of -inf: keep -inf - (-inf) away
-    if len(scoring.pairs.bias) == 0:
-        m = tl.maximum(state.m, tl.max(s, 1) * scoring.unit)
+    if len(scoring.mods.bias) == 0:
+        m = tl.maximum(state.m, tl.max(s, 1) * scoring.exp2_scale)
         pivot = tl.where(m == float("-inf"), 0.0, m)
         alpha = tl.exp2(state.m - pivot)
-        p = tl.exp2(s * scoring.unit - pivot[:, None])
+        p = tl.exp2(s * scoring.exp2_scale - pivot[:, None])
     else:
         # a bias may be the lowest of all finite numbers, which times unit is none: subtract first
         m = tl.maximum(state.m, tl.max(s, 1))
         pivot = tl.where(m == float("-inf"), 0.0, m)
-        alpha = tl.exp2((state.m - pivot) * scoring.unit)
-        p = tl.exp2((s - pivot[:, None]) * scoring.unit)
+        alpha = tl.exp2((state.m - pivot) * scoring.exp2_scale)
+        p = tl.exp2((s - pivot[:, None]) * scoring.exp2_scale)
     l = state.l * alpha + tl.sum(p, 1)
     w = l
     if PRECISE:
-        p = rounded(p, v[0].dtype)
-        w = state.w * alpha + tl.sum(p, 1)
-    p = dropped(p, row, col, scoring, False)
-    acc = accumulate(scaled(state.acc, alpha[:, None]), p, v, s, static, MODE)
+        p = round_p(p, v[0].dtype)
+        w = state.l_rounded * alpha + tl.sum(p, 1)
+    p = apply_keep_mask(p, row, col, scoring, False)
+    acc = dot_acc(scale_tile(state.acc, alpha[:, None]), p, v, s, static, MODE)
     return Softmax(m, l, w, acc)
 
 
@@ -74,10 +74,10 @@ def softmax_finish(state, scoring):
     Rows that saw no key give 0 and -inf.
     """
     empty = state.l == 0.0
-    o = gained(scaled(state.acc, (1.0 / tl.where(empty, 1.0, state.w))[:, None]), scoring)
-    excess = tl.log2(tl.where(empty, 1.0, state.l))
-    if len(scoring.pairs.bias) == 0:
-        lse = (state.m + excess) * LN2
+    o = apply_keep_scale(scale_tile(state.acc, (1.0 / tl.where(empty, 1.0, state.l_rounded))[:, None]), scoring)
+    lse_minus_max = tl.log2(tl.where(empty, 1.0, state.l))
+    if len(scoring.mods.bias) == 0:
+        lse = (state.m + lse_minus_max) * LN2
     else:
-        lse = state.m + excess * LN2
-    return o, tl.where(empty, float("-inf"), lse), excess * LN2
+        lse = state.m + lse_minus_max * LN2
+    return o, tl.where(empty, float("-inf"), lse), lse_minus_max * LN2

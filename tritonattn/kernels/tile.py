@@ -39,7 +39,7 @@ class Matrix(NamedTuple):
     rows: int
 
 
-class Shape(NamedTuple):
+class Sizes(NamedTuple):
     """Sizes of the problem that may change without a new compilation."""
 
     batches: tuple  # sizes of the batch dimensions, the innermost first
@@ -50,7 +50,7 @@ class Shape(NamedTuple):
     lengths: tuple = ()  # or where the number of keys of each batch lies, and 1 if the shift moves with it, else 0
 
 
-class Static(NamedTuple):
+class Constexprs(NamedTuple):
     """What the compiler knows, each a tl.constexpr. It stays one only in a record that was launched."""
 
     D: tl.constexpr                                # head size of q and k
@@ -58,11 +58,11 @@ class Static(NamedTuple):
     GROUP: tl.constexpr                            # query heads per key head
     BLOCK_M: tl.constexpr                          # queries per tile
     BLOCK_N: tl.constexpr                          # keys per tile
-    RAGGED: tl.constexpr                           # the last tile of the loop is not whole
-    MODES: tl.constexpr                            # of the three stretches of the loop (window.py)
+    UNEVEN: tl.constexpr                           # the last tile of the loop is not whole
+    LOOP_MODES: tl.constexpr                            # of the three stretches of the loop (window.py)
     ACC: tl.constexpr                              # dtype of sums
     PRECISION: tl.constexpr                        # of float32 products: "ieee" or "tf32"
-    OUT: tl.constexpr = tl.constexpr("both")       # the gradients asked for of a tile of keys: "both", "dk" or "dv"
+    GRADS: tl.constexpr = tl.constexpr("both")       # the gradients asked for of a tile of keys: "both", "dk" or "dv"
 
 
 @triton.constexpr_function
@@ -82,13 +82,13 @@ def tail_width(size):
 
 
 @triton.constexpr_function
-def in_two(size):
+def has_two_parts(size):
     """Whether a head of this size is held in two parts."""
     return main_width(size) < size
 
 
 @triton.jit
-def program(heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def tile_head_batch(heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """First row of this program's tile, its head and batch. Tiles of one head are neighbours: they share it in L2."""
     tiles = tl.cdiv(n, BLOCK)
     tile = tl.program_id(0) % tiles
@@ -99,18 +99,18 @@ def program(heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def shape_of(shape, batch):
+def sizes_of_batch(shape, batch):
     """The shape of one batch: with as many keys as it has."""
     if len(shape.lengths) == 2:
         n_k = tl.minimum(tl.maximum(tl.load(shape.lengths[0] + batch), 0), shape.n_k)
         shift = shape.shift + (n_k - shape.n_k) * shape.lengths[1]
-        return Shape(shape.batches, shape.heads, shape.n_q, n_k, shift, shape.lengths)
+        return Sizes(shape.batches, shape.heads, shape.n_q, n_k, shift, shape.lengths)
     else:
         return shape
 
 
 @triton.jit
-def matrix(x, batches, batch, head, rows):
+def head_view(x, batches, batch, head, rows):
     """The [rows, col] matrix of one head."""
     start = x.ptr + tl.cast(head, tl.int64) * x.strides.head
     for i in tl.static_range(len(batches)):
@@ -131,7 +131,7 @@ def pointers(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr
 
 
 @triton.jit
-def inside(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+def in_bounds(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     """[N, WIDTH]: which of the `pointers` lie in a matrix of SIZE columns."""
     rows, cols = first + tl.arange(0, N), BEGIN + tl.arange(0, WIDTH)
     return (rows[:, None] < x.rows) & (cols[None, :] < SIZE)
@@ -141,7 +141,7 @@ def inside(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, 
 def load_part(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, CHECK: tl.constexpr):
     ptrs = pointers(x, first, N, BEGIN, WIDTH)
     if CHECK:
-        return tl.load(ptrs, mask=inside(x, first, N, BEGIN, WIDTH, SIZE), other=0.0)
+        return tl.load(ptrs, mask=in_bounds(x, first, N, BEGIN, WIDTH, SIZE), other=0.0)
     elif BEGIN + WIDTH > SIZE:
         return tl.load(ptrs, mask=(BEGIN + tl.arange(0, WIDTH))[None, :] < SIZE, other=0.0)
     else:
@@ -152,7 +152,7 @@ def load_part(x, first, N: tl.constexpr, BEGIN: tl.constexpr, WIDTH: tl.constexp
 def load_tile(x, first, N: tl.constexpr, SIZE: tl.constexpr, CHECK: tl.constexpr):
     """N rows from `first`, in parts. What lies outside reads as zero; rows are tested only if CHECK."""
     MAIN: tl.constexpr = main_width(SIZE)
-    if in_two(SIZE):
+    if has_two_parts(SIZE):
         return load_part(x, first, N, 0, MAIN, SIZE, CHECK), load_part(x, first, N, MAIN, tail_width(SIZE), SIZE, CHECK)
     else:
         return (load_part(x, first, N, 0, MAIN, SIZE, CHECK),)
@@ -163,10 +163,10 @@ def store_tile(x, first, tile, N: tl.constexpr, SIZE: tl.constexpr):
     """Write the parts of a tile, as far as they lie inside."""
     MAIN: tl.constexpr = main_width(SIZE)
     dtype = x.ptr.dtype.element_ty
-    tl.store(pointers(x, first, N, 0, MAIN), tile[0].to(dtype), mask=inside(x, first, N, 0, MAIN, SIZE))
-    if in_two(SIZE):
+    tl.store(pointers(x, first, N, 0, MAIN), tile[0].to(dtype), mask=in_bounds(x, first, N, 0, MAIN, SIZE))
+    if has_two_parts(SIZE):
         TAIL: tl.constexpr = tail_width(SIZE)
-        tl.store(pointers(x, first, N, MAIN, TAIL), tile[1].to(dtype), mask=inside(x, first, N, MAIN, TAIL, SIZE))
+        tl.store(pointers(x, first, N, MAIN, TAIL), tile[1].to(dtype), mask=in_bounds(x, first, N, MAIN, TAIL, SIZE))
 
 
 @triton.jit
@@ -183,14 +183,14 @@ def store_rows(x, first, values, N: tl.constexpr):
 
 
 @triton.jit
-def pairs_of(x, batches, batch, head, rows, shift):
+def pairwise_view(x, batches, batch, head, rows, shift):
     """The matrix of one head of a tensor with an entry for each pair, its rows counted by their positions: from `shift` on."""
-    found = matrix(x, batches, batch, head, rows + shift)
+    found = head_view(x, batches, batch, head, rows + shift)
     return Matrix(found.ptr - tl.cast(shift, tl.int64) * found.row, found.row, found.col, found.rows)
 
 
 @triton.jit
-def load_pairs(x, row, col, n, M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr):
+def load_pairwise(x, row, col, n, M: tl.constexpr, N: tl.constexpr, CHECK: tl.constexpr):
     """[M, N] entries of `pairs_of` from here on; what lies outside reads as zero, columns are tested against n if CHECK."""
     rows, cols = tl.arange(0, M), tl.arange(0, N)
     base = x.ptr + tl.cast(row, tl.int64) * x.row + tl.cast(col, tl.int64) * x.col
@@ -201,16 +201,16 @@ def load_pairs(x, row, col, n, M: tl.constexpr, N: tl.constexpr, CHECK: tl.const
 
 
 @triton.jit
-def zeros(N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
+def zero_tile(N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
     """A tile of sums, in parts."""
-    if in_two(SIZE):
+    if has_two_parts(SIZE):
         return tl.zeros([N, main_width(SIZE)], ACC), tl.zeros([N, tail_width(SIZE)], ACC)
     else:
         return (tl.zeros([N, main_width(SIZE)], ACC),)
 
 
 @triton.jit
-def scaled(tile, factor):
+def scale_tile(tile, factor):
     """Every part of a tile, times `factor` (a number, or [N, 1])."""
     if len(tile) == 2:
         return tile[0] * factor, tile[1] * factor
@@ -219,7 +219,7 @@ def scaled(tile, factor):
 
 
 @triton.jit
-def where(condition, tile):
+def zero_rows_unless(condition, tile):
     """Every part of a tile, 0 where the condition [N, 1] does not hold."""
     if len(tile) == 2:
         return tl.where(condition, tile[0], 0.0), tl.where(condition, tile[1], 0.0)
@@ -228,7 +228,7 @@ def where(condition, tile):
 
 
 @triton.jit
-def inner(a, b, static):
+def dot_t(a, b, static):
     """A B^T, [M, N]: the dot products of the rows of two tiles."""
     product = tl.dot(a[0], b[0].T, input_precision=static.PRECISION, out_dtype=static.ACC)
     if len(a) == 2:
@@ -237,17 +237,17 @@ def inner(a, b, static):
 
 
 @triton.jit
-def accumulate(acc, p, x, s, static, MODE: tl.constexpr):
+def dot_acc(acc, p, x, s, static, MODE: tl.constexpr):
     """acc + P X, part by part. P is 0 where the score in S is -inf; in a careful loop so is 0 * inf, which else is nan."""
     if len(x) == 2:
-        return add_product(acc[0], p, x[0], s, static, MODE), add_product(acc[1], p, x[1], s, static, MODE)
+        return dot_acc_part(acc[0], p, x[0], s, static, MODE), dot_acc_part(acc[1], p, x[1], s, static, MODE)
     else:
-        return (add_product(acc[0], p, x[0], s, static, MODE),)
+        return (dot_acc_part(acc[0], p, x[0], s, static, MODE),)
 
 
 @triton.jit
-def add_product(acc, p, x, s, static, MODE: tl.constexpr):
-    if MODE == "careful":
+def dot_acc_part(acc, p, x, s, static, MODE: tl.constexpr):
+    if MODE == "nan_safe":
         met = s != float("-inf")
         seen, weightless = met.to(x.dtype), (met & (p.to(x.dtype) == 0)).to(x.dtype)
         up = ((x == float("inf")) | (x != x)).to(x.dtype)
@@ -261,7 +261,7 @@ def add_product(acc, p, x, s, static, MODE: tl.constexpr):
 
 
 @triton.jit
-def stored_nan(x, first, N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
+def stored_tile_has_nan(x, first, N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
     """Whether the tile that this program has just stored holds a nan (or infinities of both signs in one row).
 
     Read back rather than taken from registers: what is asked of a sum there ties its layout, and costs in every loop.
@@ -277,7 +277,7 @@ def stored_nan(x, first, N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr)
 
 
 @triton.jit
-def rounding(tile, dtype: tl.constexpr):
+def rounding_error(tile, dtype: tl.constexpr):
     """What each part of a tile loses when it is stored as dtype."""
     if len(tile) == 2:
         return tile[0] - tile[0].to(dtype).to(tile[0].dtype), tile[1] - tile[1].to(dtype).to(tile[1].dtype)

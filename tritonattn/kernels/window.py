@@ -25,7 +25,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-CARE = tl.constexpr(16)
+NAN_SAFE_ROWS = tl.constexpr(16)
 TILE = tl.constexpr(128)  # rows and columns of the tiles of a map: no block is larger
 
 
@@ -34,13 +34,13 @@ class Window(NamedTuple):
     right: int | None = None
 
 
-def mirror(window):
+def transpose_window(window):
     """The same pairs, seen from the keys."""
     return Window(window.right, window.left)
 
 
 @triton.jit
-def spans(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
+def window_bounds(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
     """What rows at positions [first, first + ROWS) see of n columns, in tiles of COLS:
 
         start .. edge .. inner .. seen whole by every row .. outer .. edge .. stop
@@ -61,53 +61,53 @@ def spans(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def stretches(listing, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
+def loop_bounds(block_list, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The bounds of `spans`; with a map those of its list: nothing, the tiles that all see, the mixed ones."""
-    if len(listing) == 1:
-        entries = listing[0]
+    if len(block_list) == 1:
+        entries = block_list[0]
         full = tl.load(entries.ptr) * TILE
         return 0, 0, full, full + tl.load(entries.ptr + entries.col) * TILE
     else:
-        return spans(window, first, n, ROWS, COLS)
+        return window_bounds(window, first, n, ROWS, COLS)
 
 
 @triton.jit
-def place(listing, step):
+def block_start(block_list, step):
     """Where a step of the loop stands: there, or where the list has it."""
-    if len(listing) == 1:
-        entries, tile = listing[0], step // TILE
+    if len(block_list) == 1:
+        entries, tile = block_list[0], step // TILE
         return tl.load(entries.ptr + (2 + tile) * entries.col) * TILE + (step - tile * TILE)
     else:
         return step
 
 
 @triton.constexpr_function
-def mode_of(modes, part):
+def loop_mode(modes, part):
     """How the left edge (0), the full stretch (1) or the right edge (2) is walked."""
     # an element of a constexpr would be a bare string, which no function takes
     return modes[part]
 
 
 @triton.constexpr_function
-def bounded(mode):
+def needs_mask(mode):
     """Whether a stretch walked in this mode has pairs outside the window, or columns past the end."""
-    return mode in ("edge", "last", "careful")
+    return mode in ("masked", "masked_tail", "nan_safe")
 
 
 @triton.constexpr_function
-def step_of(block, mode):
+def loop_step(block, mode):
     """Rows per step of a loop."""
-    return CARE if mode == "careful" else block
+    return NAN_SAFE_ROWS if mode == "nan_safe" else block
 
 
 @triton.constexpr_function
-def stages_of(mode):
+def loop_stages(mode):
     """Tiles in flight; None is as many as the config has."""
-    return 1 if mode in ("last", "careful") else None
+    return 1 if mode in ("masked_tail", "nan_safe") else None
 
 
 @triton.jit
-def visible(window, rows, cols, n):
+def window_mask(window, rows, cols, n):
     """[rows, cols] booleans: which of n columns each row sees."""
     seen = (cols < n)[None, :]
     if window.left is not None:

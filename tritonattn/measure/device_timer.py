@@ -177,11 +177,11 @@ class _Nvml:
                      tuple(reason for bit, reason in self.REASONS.items() if bits & bit))
 
 
-def without_sensors(device: torch.device) -> str | None:
+def missing_sensors(device: torch.device) -> str | None:
     """Why a GPU says nothing of its clocks, heat and power; None if it does."""
     return _Nvml.of(torch.cuda.get_device_properties(device))[1]
 
 
-def of(device: torch.device) -> "Cuda | Host":
+def timer_of(device: torch.device) -> "Cuda | Host":
     """The stopwatch that goes with tensors of this device."""
     return Cuda(device) if torch.device(device).type == "cuda" else Host()

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 INK, GREY, PALE = "#14213d", "#6b6b6b", "#e3e3e3"
 
 
-def look(settings: Mapping[str, object]) -> list:
+def rc_params(settings: Mapping[str, object]) -> list:
     """The style of a picture, for matplotlib.style.context: matplotlib's defaults, what is common here, and these settings."""
     return ["default", {"axes.linewidth": 0.8, "hatch.linewidth": 0.6, **settings}]
 

@@ -20,7 +20,7 @@ RUNS = ("kernels/**/*.py", "runtime/*.py", "attention.py", "config.py", "configs
         "measure/timing.py", "measure/device_timer.py")
 
 
-def of(device: torch.device) -> dict:
+def environment_of(device: torch.device) -> dict:
     """What identifies a machine and its software, as JSON knows it; what cannot be known is None."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -32,7 +32,7 @@ def of(device: torch.device) -> dict:
         "sms": here.sms if on_gpu else None,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "memory_bytes": getattr(properties, "total_memory", None),
-        "sensors": (device_timer.without_sensors(device) or "NVML") if on_gpu else None,
+        "sensors": (device_timer.missing_sensors(device) or "NVML") if on_gpu else None,
         "driver": collect_env.get_nvidia_driver_version(collect_env.run) if on_gpu else None,
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
@@ -40,7 +40,7 @@ def of(device: torch.device) -> dict:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "tritonattn": VERSION,
-        "source": source(),
+        "source": source_digest(),
         "commit": commit(),
     }
 
@@ -50,7 +50,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def source(*beside: Path, patterns: tuple[str, ...] = RUNS) -> str:
+def source_digest(*beside: Path, patterns: tuple[str, ...] = RUNS) -> str:
     """Twelve hexadecimal digits of what runs in a measurement: the same for the same code, wherever it lies.
 
     `beside` are files outside the package that run too; `patterns` say which of the package's do.

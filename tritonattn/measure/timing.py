@@ -22,7 +22,7 @@ APART, SPAN = 0.05, 0.3  # seconds: sensors are asked no oftener, and must agree
 STEADY = 0.01            # share of the clock by which they may differ
 
 
-class Contender(NamedTuple):
+class Timed(NamedTuple):
     """The same call on one or several copies of its inputs, of so many bytes each; each use is made inside `around()`."""
 
     calls: Sequence[Call]
@@ -31,7 +31,7 @@ class Contender(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Effort:
+class TimingBudget:
     """How much is spent. Times in seconds."""
 
     seconds: float = 0.5       # of samples, per contender on average: all have as many, so slower ones take more of it
@@ -66,7 +66,7 @@ class Timing:
         return 2 * len(self.throttled) > len(self.samples)
 
 
-class ContenderError(RuntimeError):
+class TimedError(RuntimeError):
     """A contender failed while it was timed; `name` says which, `__cause__` how."""
 
     def __init__(self, name: str, cause: Exception):
@@ -74,12 +74,12 @@ class ContenderError(RuntimeError):
         self.name = name
 
 
-def measure(contenders: Mapping[str, Contender], stopwatch, effort: Effort = Effort()) -> tuple[dict[str, Timing], list[State]]:
+def measure(contenders: Mapping[str, Timed], stopwatch, effort: TimingBudget = TimingBudget()) -> tuple[dict[str, Timing], list[State]]:
     """Time contenders in turns; also what the device said after each round, if it says anything.
 
     `stopwatch` is a clock.Cuda, a clock.Host, or whatever has their methods. Raises ContenderError.
     """
-    turns = Turns(contenders, stopwatch, effort)
+    turns = InterleavedTimer(contenders, stopwatch, effort)
     turns.settle()
     least, most = effort.rounds
     rounds = max(least, min(most, round(effort.seconds * len(contenders) / max(turns.round_seconds, 1e-9))))
@@ -88,10 +88,10 @@ def measure(contenders: Mapping[str, Contender], stopwatch, effort: Effort = Eff
     return {name: turns.timing(name) for name in contenders}, turns.states
 
 
-class Turns:
+class InterleavedTimer:
     """Contenders, each tried, that are timed round by round. What raises does so as a ContenderError."""
 
-    def __init__(self, contenders: Mapping[str, Contender], stopwatch, effort: Effort):
+    def __init__(self, contenders: Mapping[str, Timed], stopwatch, effort: TimingBudget):
         self._stopwatch, self._effort, self._rng = stopwatch, effort, random.Random(effort.seed)
         self.states: list[State] = []
         self._samplers = {name: _apply(name, x.around, lambda x=x: _Sampler(x, stopwatch, effort))
@@ -131,7 +131,7 @@ def _apply(name, around, action):
         with around():
             return action()
     except Exception as error:
-        raise ContenderError(name, error) from error
+        raise TimedError(name, error) from error
 
 
 def _settle(samplers, stopwatch, effort):
@@ -160,7 +160,7 @@ def _steady(reads) -> bool:
 class _Sampler:
     """One contender, ready to be sampled."""
 
-    def __init__(self, contender: Contender, stopwatch, effort: Effort):
+    def __init__(self, contender: Timed, stopwatch, effort: TimingBudget):
         self.contender, self.around, self.stopwatch = contender, contender.around, stopwatch
         self.samples, self.throttled, self.note = [], [], None
         for call in contender.calls:

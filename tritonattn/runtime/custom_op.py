@@ -1,6 +1,6 @@
 """Attention as torch ops, and the only autograd.
 
-    tritonattn::forward   q, k, v, bias, mask -> o, lse, residual, excess     tritonattn::backward  -> dq, dk, dv, dbias
+    tritonattn::forward   q, k, v, bias, mask -> o, lse, o_residual, lse_minus_max     tritonattn::backward  -> dq, dk, dv, dbias
 
 The ops are what torch.compile, export and the FLOP counter see; Problem and Config live inside them. Batch
 dimensions agree and heads divide when a call comes here: attention.py has seen to it.
@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from .. import config
+from ..configs import lookup
 from ..gpu import TRITON, of
 
 if TRITON:
@@ -18,12 +18,12 @@ if TRITON:
 
     from . import launch
 
-# GIVEN and OPTIONS are the fields of launch.Inputs
+# GIVEN and OPTIONS are the fields of launch.AttentionInputs
 OPTIONS = "float scale, int? left, int? right, bool bottom_right, float dropout_p"
 GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? query_lists, Tensor? key_lists, "
 GIVEN += "Tensor? seed, Tensor? key_lengths"
 FIELDS = ("q", "k", "v", "bias", "mask", "query_lists", "key_lists", "seed", "key_lengths")
-LEFT = "Tensor o, Tensor lse, Tensor residual, Tensor excess"
+LEFT = "Tensor o, Tensor lse, Tensor o_residual, Tensor lse_minus_max"
 torch.library.define("tritonattn::forward", f"({GIVEN}, {OPTIONS}, bool keep_residual) -> (Tensor, Tensor, Tensor, Tensor)")
 torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {GIVEN}, {LEFT}, {OPTIONS}, bool[] wanted)"
                      " -> (Tensor, Tensor, Tensor, Tensor)")
@@ -41,12 +41,12 @@ def empty_rows(like, width):
     return like.new_empty_strided((*like.shape[:-1], width), (*strides, 1))
 
 
-def empty_results(q, v, bias, keep_residual):
+def empty_outputs(q, v, bias, keep_residual):
     """o [..., H, L, DV], lse [..., H, L] in float32 (or q's dtype, if wider), o's residual and lse's excess or nothing."""
     o = empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    residual = torch.empty_like(o) if keep_residual else q.new_empty(0)
-    return o, lse, residual, q.new_empty(0) if bias is None else torch.empty_like(lse)
+    o_residual = torch.empty_like(o) if keep_residual else q.new_empty(0)
+    return o, lse, o_residual, q.new_empty(0) if bias is None else torch.empty_like(lse)
 
 
 def empty_gradients(inputs, wanted):
@@ -56,7 +56,7 @@ def empty_gradients(inputs, wanted):
 
 def _run(kernel, call, problem, device, *tensors):
     """One kernel with the config that is found for it. RuntimeError: the GPU has too little for that; it has not run then."""
-    chosen = config.find(kernel, problem, of(device))
+    chosen = lookup.get_config(kernel, problem, of(device))
     try:
         launch.run(call(problem, chosen, *tensors), device)
     except OutOfResources as error:
@@ -66,33 +66,33 @@ def _run(kernel, call, problem, device, *tensors):
 
 
 def _forward(*arguments):
-    """The op: a launch.Inputs, spread out, and whether o's residual is kept."""
-    inputs, keep_residual = launch.Inputs(*arguments[:-1]), arguments[-1]
+    """The op: a launch.AttentionInputs, spread out, and whether o's residual is kept."""
+    inputs, keep_residual = launch.AttentionInputs(*arguments[:-1]), arguments[-1]
     problem, device = inputs.problem, inputs.q.device
-    o, lse, residual, excess = found = empty_results(inputs.q, inputs.v, inputs.bias, keep_residual)
-    results = launch.Results(o, lse, (residual,) if keep_residual else (), () if inputs.bias is None else (excess,))
-    _run("forward", launch.forward_call, problem, device, inputs, results)
+    o, lse, o_residual, lse_minus_max = found = empty_outputs(inputs.q, inputs.v, inputs.bias, keep_residual)
+    results = launch.Outputs(o, lse, (o_residual,) if keep_residual else (), () if inputs.bias is None else (lse_minus_max,))
+    _run("forward", launch.forward_launch, problem, device, inputs, results)
     return found
 
 
 def _backward(do, dlse, *arguments):
-    """The op: a launch.Inputs, spread out around what the forward pass left, and which gradients are wanted."""
-    given, (o, lse, residual, excess), (*numbers, wanted) = arguments[:9], arguments[9:13], arguments[13:]
-    inputs = launch.Inputs(*given, *numbers)
+    """The op: a launch.AttentionInputs, spread out around what the forward pass left, and which gradients are wanted."""
+    given, (o, lse, o_residual, lse_minus_max), (*numbers, wanted) = arguments[:9], arguments[9:13], arguments[13:]
+    inputs = launch.AttentionInputs(*given, *numbers)
     problem, device, bias = inputs.problem, inputs.q.device, inputs.bias
     dq, dk, dv, dbias = found = empty_gradients(given[:4], wanted)
     delta = torch.empty_like(lse)
-    queries = launch.Queries(inputs.q, do, lse, delta, () if bias is None else (excess,))
+    queries = launch.Queries(inputs.q, do, lse, delta, () if bias is None else (lse_minus_max,))
 
     def run(kernel, call, *tensors):
         _run(kernel, call, problem, device, *tensors)
 
     if wanted[0] or wanted[1] or (wanted[3] and bias.shape[-1] != 1):
-        run("delta", launch.delta_call, o, residual if residual.numel() else None, do, dlse, delta)
+        run("delta", launch.delta_launch, o, o_residual if o_residual.numel() else None, do, dlse, delta)
     if wanted[0]:
-        run("dq", launch.dq_call, inputs, queries, dq)
+        run("dq", launch.dq_launch, inputs, queries, dq)
     if wanted[1] or wanted[2]:
-        run("dkdv", launch.dkdv_call, inputs, queries, dk if wanted[1] else None, dv if wanted[2] else None)
+        run("dkdv", launch.dkdv_launch, inputs, queries, dk if wanted[1] else None, dv if wanted[2] else None)
     if wanted[3] and 0 in (lse.numel(), inputs.k.shape[-2]):
         dbias.zero_()
     elif wanted[3] and bias.shape[-1] == 1:
@@ -100,7 +100,7 @@ def _backward(do, dlse, *arguments):
         rows = torch.where(lse == -torch.inf, 0, lse * 0 if dlse is None else dlse + lse * 0)
         dbias.copy_(rows.unsqueeze(-1).sum_to_size(bias.shape))
     elif wanted[3]:
-        run("dbias", launch.dbias_call, inputs, queries, dbias)
+        run("dbias", launch.dbias_launch, inputs, queries, dbias)
     return found
 
 
@@ -110,7 +110,7 @@ torch.library.impl("tritonattn::backward", ("cpu", "cuda"), _backward)
 
 def _keep(sizes, dropout_p, seed):
     keep = seed.new_empty(sizes, dtype=torch.uint8)
-    launch.run(launch.keep_call(keep, launch.dropping(dropout_p, seed)), seed.device)
+    launch.run(launch.keep_launch(keep, launch.dropout_record(dropout_p, seed)), seed.device)
     return keep.to(torch.bool)
 
 
@@ -124,7 +124,7 @@ def _(sizes, dropout_p, seed):
 
 @torch.library.register_fake("tritonattn::forward")
 def _(q, k, v, bias, *others):
-    return empty_results(q, v, bias, keep_residual=others[-1])
+    return empty_outputs(q, v, bias, keep_residual=others[-1])
 
 
 @torch.library.register_fake("tritonattn::backward")
@@ -151,12 +151,12 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
-        *tensors, o, lse, residual, excess = ctx.saved_tensors
+        *tensors, o, lse, o_residual, lse_minus_max = ctx.saved_tensors
         if do is None:
             # only lse was used; zeros take no memory
             do = o.new_zeros(()).expand(o.shape)
         wanted = list(ctx.needs_input_grad[:4])
-        gradients = AttentionBackward.apply(do, dlse, *tensors, o, lse, residual, excess, *ctx.options, wanted)
+        gradients = AttentionBackward.apply(do, dlse, *tensors, o, lse, o_residual, lse_minus_max, *ctx.options, wanted)
         return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * 11
 
     @staticmethod
@@ -165,7 +165,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _as_batch(Attention, info, in_dims, inputs)
+        return _vmap(Attention, info, in_dims, inputs)
 
 
 class AttentionBackward(torch.autograd.Function):
@@ -186,18 +186,18 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _as_batch(AttentionBackward, info, in_dims, inputs)
+        return _vmap(AttentionBackward, info, in_dims, inputs)
 
 
-def _as_batch(function, info, in_dims, inputs):
+def _vmap(function, info, in_dims, inputs):
     """vmap: the mapped dimension becomes one more batch dimension, the first. What is absent, or empty, stays so.
 
     With dropout it is a loop: what is dropped depends on a pair's batch, which is that of the function that is mapped.
     """
-    names = FIELDS if function is Attention else ("do", "dlse", *FIELDS[:9], "o", "lse", "residual", "excess")
+    names = FIELDS if function is Attention else ("do", "dlse", *FIELDS[:9], "o", "lse", "o_residual", "lse_minus_max")
 
     def lead(x, dim, name=None):
-        if not isinstance(x, torch.Tensor) or (name in ("residual", "excess") and x.dim() == 1):
+        if not isinstance(x, torch.Tensor) or (name in ("o_residual", "lse_minus_max") and x.dim() == 1):
             return x
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.contiguous() if name == "key_lengths" else x
@@ -218,7 +218,7 @@ torch.library.register_autograd("tritonattn::backward", AttentionBackward.backwa
 
 # opaque to Dynamo, which would trace the backward pass too, and lose its rule for vmap and its error for second derivatives
 @torch.compiler.allow_in_graph
-def attend(q, k, v, bias, *others, precise_grad):
+def attention_op(q, k, v, bias, *others, precise_grad):
     """o and lse; the arguments are the op's.
 
     The residual is kept where a gradient may be taken of 16-bit numbers.

@@ -48,7 +48,7 @@ def to_tf32(x):
     return np.where(np.isfinite(x), rounded, x)
 
 
-def trouble() -> str | None:
+def problem() -> str | None:
     """What keeps the interpreter from working here, with the mend; None if nothing does."""
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         return (f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, found {np.__version__}: "
@@ -61,9 +61,9 @@ def _version(module):
 
 
 @contextlib.contextmanager
-def quiet():
+def patched():
     """Mended, and without numpy's warnings about what is no error on a GPU: overflow to inf, nan in lanes not kept."""
-    mend()
+    patch()
     with one_at_a_time, np.errstate(all="ignore"):
         yield
 
@@ -102,7 +102,7 @@ class Builder(interpreter.InterpreterBuilder):
         return Handle(to_bfloat16([value]), tl.bfloat16)
 
 
-def call(function, *args, **kwargs):
+def call_function(function, *args, **kwargs):
     """Call a device function. As it comes, every call patches Triton's language anew, once more than is needed here."""
     if not function.fn.__module__.startswith(KERNELS):
         interpreter._patch_lang(function.fn)
@@ -113,11 +113,11 @@ def call(function, *args, **kwargs):
 
 
 @functools.cache
-def mend() -> None:
+def patch() -> None:
     """Mend the interpreter of this process, once."""
-    if trouble():
-        raise RuntimeError(trouble())
+    if problem():
+        raise RuntimeError(problem())
     if isinstance(tl.max, triton.runtime.JITFunction):
         raise RuntimeError("Triton was imported before TRITON_INTERPRET was set: set it before Python starts")
     interpreter.InterpreterBuilder = interpreter.interpreter_builder.__class__ = Builder
-    interpreter.InterpretedFunction.__call__ = call
+    interpreter.InterpretedFunction.__call__ = call_function

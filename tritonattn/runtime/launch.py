@@ -11,12 +11,12 @@ from ..block_mask import TILE
 from ..config import Config
 from ..gpu import INTERPRETED
 from ..kernels import backward, forward
-from ..kernels.backward import Members, Queries
+from ..kernels.backward import AxisSizes, Queries
 from ..kernels.dropout import Dropout, keep_kernel
-from ..kernels.forward import Results
-from ..kernels.scores import LOG2E, Pairs, Scoring
-from ..kernels.tile import Shape, Static, Strides, Tensor
-from ..kernels.window import Window, mirror
+from ..kernels.forward import Outputs
+from ..kernels.scores import LOG2E, ScoreMods, ScoreParams
+from ..kernels.tile import Constexprs, Sizes, Strides, Tensor
+from ..kernels.window import Window, transpose_window
 from ..problem import Problem
 
 if INTERPRETED:
@@ -25,7 +25,7 @@ if INTERPRETED:
 ACC = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-class Call(NamedTuple):
+class KernelLaunch(NamedTuple):
     """A kernel, how many programs of it, and its arguments."""
 
     kernel: object
@@ -34,25 +34,25 @@ class Call(NamedTuple):
     config: Config
 
 
-def run(call: Call, device: torch.device) -> None:
+def run(call: KernelLaunch, device: torch.device) -> None:
     """Start the kernel on the tensors' own device, on its current stream."""
     if call.programs == 0:
         return
-    with on(device), interpreter.quiet() if INTERPRETED else contextlib.nullcontext():
-        call.kernel[(call.programs,)](*call.arguments, **options(call.config))
+    with device_guard(device), interpreter.patched() if INTERPRETED else contextlib.nullcontext():
+        call.kernel[(call.programs,)](*call.arguments, **compile_options(call.config))
 
 
-def options(config: Config) -> dict:
+def compile_options(config: Config) -> dict:
     """What the compiler is told besides the arguments. Multiply-adds stay fused, whatever Triton's default is."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
-def on(device: torch.device):
+def device_guard(device: torch.device):
     """Make this device the current one: Triton launches there, wherever its tensors are."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-class Inputs(NamedTuple):
+class AttentionInputs(NamedTuple):
     """What a call is about: its tensors, then its numbers, in the order of the ops.
 
     bias and mask have as many dimensions as q, each of the full size or 1; the mask is boolean.
@@ -81,94 +81,94 @@ class Inputs(NamedTuple):
                           self.key_lengths, self.query_lists)
 
 
-def forward_call(problem: Problem, config: Config, inputs: Inputs, results: Results) -> Call:
+def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, results: Outputs) -> KernelLaunch:
     """`results` are tensors; without a residual nothing is kept of what rounding takes from o."""
-    *records, pairs, shape = arguments(problem, config, *inputs[:3], results, _pairs(problem, inputs))
-    shape, static = _bounded(inputs, shape), _over_keys(problem, config)
-    programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
-    scoring = _scoring(inputs, Window(*problem.window), pairs)
-    return Call(forward.forward_kernel, programs, (*records, shape, scoring, static), config)
+    *records, mods, sizes = kernel_arguments(problem, config, *inputs[:3], results, _score_mods(problem, inputs))
+    sizes, static = _with_key_lengths(inputs, sizes), _over_keys(problem, config)
+    programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
+    scoring = _score_params(inputs, Window(*problem.window), mods)
+    return KernelLaunch(forward.forward_kernel, programs, (*records, sizes, scoring, static), config)
 
 
-def delta_call(problem: Problem, config: Config, o, residual, do, dlse, delta) -> Call:
+def delta_launch(problem: Problem, config: Config, o, o_residual, do, dlse, delta) -> KernelLaunch:
     """`residual` and `dlse` may be None."""
-    tensors = arguments(problem, config, o, residual, do, dlse, delta)
-    programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
-    static = _static(problem, config)
-    return Call(backward.delta_kernel, programs, (*tensors, static), config)
+    tensors = kernel_arguments(problem, config, o, o_residual, do, dlse, delta)
+    programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
+    static = _constexprs(problem, config)
+    return KernelLaunch(backward.delta_kernel, programs, (*tensors, static), config)
 
 
-def dq_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dq) -> Call:
+def dq_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dq) -> KernelLaunch:
     """`queries` are tensors: q, its cotangent, and what the forward pass left behind."""
-    *records, pairs, shape = arguments(problem, config, queries, *inputs[1:3], dq, _pairs(problem, inputs))
-    shape, static = _bounded(inputs, shape), _over_keys(problem, config)
-    programs = _programs(problem, problem.heads, problem.n_q, config.block_m)
-    scoring = _scoring(inputs, Window(*problem.window), pairs)
-    return Call(backward.dq_kernel, programs, (*records, shape, scoring, static), config)
+    *records, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], dq, _score_mods(problem, inputs))
+    sizes, static = _with_key_lengths(inputs, sizes), _over_keys(problem, config)
+    programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
+    scoring = _score_params(inputs, Window(*problem.window), mods)
+    return KernelLaunch(backward.dq_kernel, programs, (*records, sizes, scoring, static), config)
 
 
-def dkdv_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dk, dv) -> Call:
+def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dk, dv) -> KernelLaunch:
     """`dk` or `dv` may be None: it is then not computed. `queries.delta` is needed only for dk."""
     # seen from the keys, what is given for each pair lies transposed
-    given = _pairs(problem, inputs)
-    turned = Pairs(tuple(x.mT for x in given.bias), tuple(x.mT for x in given.mask), (), _lists(problem, inputs.key_lists))
-    *records, pairs, shape = arguments(problem, config, queries, *inputs[1:3], dk, dv, turned)
-    shape, static = _bounded(inputs, shape), _over_queries(problem, config)
-    static = static._replace(OUT=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
-    programs = _programs(problem, problem.kv_heads, problem.n_k, config.block_n)
-    scoring = _scoring(inputs, mirror(Window(*problem.window)), pairs)
-    return Call(backward.dkdv_kernel, programs, (*records, shape, scoring, static), config)
+    given = _score_mods(problem, inputs)
+    turned = ScoreMods(tuple(x.mT for x in given.bias), tuple(x.mT for x in given.mask), (), _block_lists(problem, inputs.key_lists))
+    *records, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], dk, dv, turned)
+    sizes, static = _with_key_lengths(inputs, sizes), _over_queries(problem, config)
+    static = static._replace(GRADS=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
+    programs = _grid(problem, problem.kv_heads, problem.n_k, config.block_n)
+    scoring = _score_params(inputs, transpose_window(Window(*problem.window)), mods)
+    return KernelLaunch(backward.dkdv_kernel, programs, (*records, sizes, scoring, static), config)
 
 
-def dbias_call(problem: Problem, config: Config, inputs: Inputs, queries: Queries, dbias) -> Call:
+def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dbias) -> KernelLaunch:
     """`dbias` has the shape of the bias, whose last size is that of the keys."""
-    target, given = _expanded(problem, dbias), _pairs(problem, inputs)._replace(listing=())
-    *records, target, pairs, shape = arguments(problem, config, queries, *inputs[1:3], target, given)
-    own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, shape.batches))
-    owned = Members(own, dbias.shape[-3])
-    summed = Members(tuple(size // mine for size, mine in zip(shape.batches, own)), problem.heads // dbias.shape[-3])
+    target, given = _expanded(problem, dbias), _score_mods(problem, inputs)._replace(block_list=())
+    *records, target, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], target, given)
+    own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, sizes.batches))
+    own_axes = AxisSizes(own, dbias.shape[-3])
+    reduced_axes = AxisSizes(tuple(size // mine for size, mine in zip(sizes.batches, own)), problem.heads // dbias.shape[-3])
     rows = 1 if dbias.shape[-2] == 1 else problem.n_q
-    static = _static(problem, config)._replace(OUT=tl.constexpr("keys" if rows == 1 else "pairs"))
-    programs = math.prod(own) * owned.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
-    scoring = _scoring(inputs, Window(*problem.window), pairs)
-    shape = _bounded(inputs, shape)
-    return Call(backward.dbias_kernel, programs, (*records, target, owned, summed, shape, scoring, static), config)
+    static = _constexprs(problem, config)._replace(GRADS=tl.constexpr("keys" if rows == 1 else "pairs"))
+    programs = math.prod(own) * own_axes.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
+    scoring = _score_params(inputs, Window(*problem.window), mods)
+    sizes = _with_key_lengths(inputs, sizes)
+    return KernelLaunch(backward.dbias_kernel, programs, (*records, target, own_axes, reduced_axes, sizes, scoring, static), config)
 
 
-def _bounded(inputs: Inputs, shape: Shape) -> Shape:
+def _with_key_lengths(inputs: AttentionInputs, sizes: Sizes) -> Sizes:
     """The shape, with the number of keys that each batch has."""
-    return shape if inputs.key_lengths is None else shape._replace(lengths=(inputs.key_lengths, int(inputs.bottom_right)))
+    return sizes if inputs.key_lengths is None else sizes._replace(lengths=(inputs.key_lengths, int(inputs.bottom_right)))
 
 
-def _over_keys(problem: Problem, config: Config) -> Static:
+def _over_keys(problem: Problem, config: Config) -> Constexprs:
     """For a loop over keys; where batches have their own numbers of them, any tile may be the last, and not whole."""
-    ragged = problem.lengths or problem.n_k % _unit(problem, config, config.block_n) != 0
-    return _static(problem, config, ragged, modes(problem, config, problem.window, ragged))
+    ragged = problem.lengths or problem.n_k % _loop_granularity(problem, config, config.block_n) != 0
+    return _constexprs(problem, config, ragged, loop_modes(problem, config, problem.window, ragged))
 
 
-def _over_queries(problem: Problem, config: Config) -> Static:
+def _over_queries(problem: Problem, config: Config) -> Constexprs:
     """For a loop over queries, seen from the keys."""
-    ragged = problem.n_q % _unit(problem, config, config.block_m) != 0
-    return _static(problem, config, ragged, modes(problem, config, mirror(Window(*problem.window)), ragged))
+    ragged = problem.n_q % _loop_granularity(problem, config, config.block_m) != 0
+    return _constexprs(problem, config, ragged, loop_modes(problem, config, transpose_window(Window(*problem.window)), ragged))
 
 
-def _unit(problem: Problem, config: Config, block: int) -> int:
+def _loop_granularity(problem: Problem, config: Config, block: int) -> int:
     """All tiles of a loop in steps of `block` are whole if what it walks is a multiple of this."""
     if problem.mapped and max(config.block_m, config.block_n) > TILE:
         raise ValueError(f"config: expected blocks of at most {TILE}, the tiles of the mask's map, got {config}")
     return TILE if problem.mapped else block
 
 
-def modes(problem: Problem, config: Config, window, ragged: bool) -> tuple:
+def loop_modes(problem: Problem, config: Config, window, ragged: bool) -> tuple:
     """How the left edge, the full stretch and the right edge of the loop are walked (kernels/window.py)."""
     left, right = (side is not None for side in window)
-    last = "last" if config.edge_stages == 1 else "edge"
+    last = "masked_tail" if config.edge_stages == 1 else "masked"
     if problem.mapped:
         # what all see according to the map may still lie outside the window, or past the keys of its batch
-        whole = "edge" if left or right or problem.lengths else "dense" if problem.bias else "full"
+        whole = "masked" if left or right or problem.lengths else "neg_inf" if problem.bias else "unmasked"
         return None, whole, last
-    whole = "dense" if problem.bias or problem.masked else "full"
-    return "edge" if left else None, whole, last if right or ragged else None
+    whole = "neg_inf" if problem.bias or problem.masked else "unmasked"
+    return "masked" if left else None, whole, last if right or ragged else None
 
 
 def _expanded(problem: Problem, x):
@@ -176,24 +176,24 @@ def _expanded(problem: Problem, x):
     return x.expand(*problem.batch, problem.heads, problem.n_q, problem.n_k)
 
 
-def _pairs(problem: Problem, inputs: Inputs) -> Pairs:
+def _score_mods(problem: Problem, inputs: AttentionInputs) -> ScoreMods:
     """Bias and mask, expanded; the mask as bytes, which Triton loads alike in all its versions."""
     mask = () if inputs.mask is None else (_expanded(problem, inputs.mask.view(torch.uint8)),)
     bias = () if inputs.bias is None else (_expanded(problem, inputs.bias),)
-    return Pairs(bias, mask, (), _lists(problem, inputs.query_lists))
+    return ScoreMods(bias, mask, (), _block_lists(problem, inputs.query_lists))
 
 
-def _lists(problem: Problem, lists) -> tuple:
+def _block_lists(problem: Problem, lists) -> tuple:
     """Lists of tiles for every batch and head."""
     return () if lists is None else (lists.expand(*problem.batch, problem.heads, -1, -1),)
 
 
-def arguments(problem: Problem, config: Config, *tensors) -> tuple:
+def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
     """Tensors as the kernels take them, and the Shape they share. None stays None; tuples of tensors stay tuples.
 
     Batch dimensions that lie behind one another in every tensor become one; most often one is left.
     """
-    rank, present = len(problem.batch), list(_flat(tensors))
+    rank, present = len(problem.batch), list(_flatten(tensors))
     merged = []
     for i in reversed(range(rank)):
         size, strides = problem.batch[i], [x.stride(i) for x in present]
@@ -206,26 +206,26 @@ def arguments(problem: Problem, config: Config, *tensors) -> tuple:
     merged = merged or [(1, [0] * len(present))]
     block = max(config.block_m, config.block_n)
     # of what is given for each pair a kernel sees a block at a time, of other tensors whole rows
-    in_blocks = {id(x) for given in tensors if isinstance(given, Pairs) for x in _flat(given)}
+    in_blocks = {id(x) for given in tensors if isinstance(given, ScoreMods) for x in _flatten(given)}
     records = iter([_record(x, rank, [strides[i] for _, strides in merged], block, block if id(x) in in_blocks else x.shape[-1])
                     for i, x in enumerate(present)])
-    shape = Shape(tuple(size for size, _ in merged), problem.heads, problem.n_q, problem.n_k, problem.shift)
-    return *_refilled(tensors, records), shape
+    sizes = Sizes(tuple(size for size, _ in merged), problem.heads, problem.n_q, problem.n_k, problem.shift)
+    return *_map_nested(tensors, records), sizes
 
 
-def _flat(tensors):
+def _flatten(tensors):
     """The tensors in nested tuples, in order."""
     for x in tensors:
         if isinstance(x, tuple):
-            yield from _flat(x)
+            yield from _flatten(x)
         elif x is not None:
             yield x
 
 
-def _refilled(tensors, records):
+def _map_nested(tensors, records):
     """The same nested tuples with records in place of their tensors."""
     return [None if x is None else next(records) if isinstance(x, torch.Tensor) else
-            type(x)(*_refilled(x, records)) if hasattr(x, "_fields") else tuple(_refilled(x, records)) for x in tensors]
+            type(x)(*_map_nested(x, records)) if hasattr(x, "_fields") else tuple(_map_nested(x, records)) for x in tensors]
 
 
 def _record(x, rank, batch_strides, block, width) -> Tensor:
@@ -235,61 +235,61 @@ def _record(x, rank, batch_strides, block, width) -> Tensor:
     return Tensor(x, Strides(tuple(batch_strides), head, row, col), tl.constexpr(wide))
 
 
-def _static(problem: Problem, config: Config, ragged: bool = False, walked: tuple = ()) -> Static:
+def _constexprs(problem: Problem, config: Config, ragged: bool = False, walked: tuple = ()) -> Constexprs:
     # what torch.set_float32_matmul_precision sets, also where the newer fp32_precision was used
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, walked, ACC[problem.dtype],
               "tf32" if tf32 else "ieee")
-    return Static(*map(tl.constexpr, values))
+    return Constexprs(*map(tl.constexpr, values))
 
 
-def _scoring(inputs: Inputs, window: Window, pairs: Pairs) -> Scoring:
-    pairs = pairs._replace(dropout=(dropping(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
+def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> ScoreParams:
+    mods = mods._replace(dropout=(dropout_record(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
     # what float32 holds only as a subnormal number is 0 here: -inf * 0 would be nan
     scale = inputs.scale if abs(inputs.scale) >= 2.0**-126 else 0.0
-    if pairs.bias:
-        return Scoring(LOG2E.value, scale, window, pairs)
+    if mods.bias:
+        return ScoreParams(LOG2E.value, scale, window, mods)
     sign = (None if scale > 0 else -1.0) if scale else 0.0
-    return Scoring((abs(scale) or 1.0) * LOG2E.value, sign, window, pairs)
+    return ScoreParams((abs(scale) or 1.0) * LOG2E.value, sign, window, mods)
 
 
-def dropping(p: float, seed: torch.Tensor) -> Dropout:
+def dropout_record(p: float, seed: torch.Tensor) -> Dropout:
     """Dropout with probability p, rounded to a multiple of 2^-32; what is kept is multiplied by 1 / (1 - p), by 0 if p is 1."""
     threshold = min(round(p * 2**32), 2**32 - 1)
     return Dropout(seed, threshold, 2**32 / (2**32 - threshold) if p < 1 else 0.0)
 
 
-def keep_call(keep: torch.Tensor, dropout: Dropout) -> Call:
+def keep_launch(keep: torch.Tensor, dropout: Dropout) -> KernelLaunch:
     """`keep` is [batch, heads, n_q, n_k], bytes, contiguous: it gets 1 for each weight that is kept."""
     batch, heads, n_q, n_k = keep.shape
     config = Config(32, 64)
     programs = batch * heads * -(-n_q // config.block_m) * -(-n_k // config.block_n)
-    return Call(keep_kernel, programs, (keep, dropout, heads, n_q, n_k, config.block_m, config.block_n), config)
+    return KernelLaunch(keep_kernel, programs, (keep, dropout, heads, n_q, n_k, config.block_m, config.block_n), config)
 
 
-def _programs(problem: Problem, heads: int, rows: int, block: int) -> int:
+def _grid(problem: Problem, heads: int, rows: int, block: int) -> int:
     return math.prod(problem.batch) * heads * -(-rows // block)
 
 
-def example_call(kernel: str, problem: Problem, config: Config, residual: bool = True) -> Call:
+def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bool = True) -> KernelLaunch:
     """A call of this kernel on tensors without data: what `lens` compiles, with the very arguments of a real launch."""
     q, k, v = problem.tensors("meta")
     o = q.new_empty(*q.shape[:-1], problem.dv)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    kept = torch.empty_like(o) if residual and problem.dtype.itemsize == 2 else None
-    pairs = q.new_empty(*q.shape[:-1], problem.n_k, dtype=problem.bias or torch.bool)
-    excess = (lse,) if problem.bias else ()
+    kept = torch.empty_like(o) if o_residual and problem.dtype.itemsize == 2 else None
+    mods = q.new_empty(*q.shape[:-1], problem.n_k, dtype=problem.bias or torch.bool)
+    lse_minus_max = (lse,) if problem.bias else ()
     lengths = q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None
     tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
-    inputs = Inputs(q, k, v, pairs if problem.bias else None, pairs.to(torch.bool) if problem.masked else None,
+    inputs = AttentionInputs(q, k, v, mods if problem.bias else None, mods.to(torch.bool) if problem.masked else None,
                     *lists if problem.mapped else (None, None), q.new_empty(1, dtype=torch.int64), lengths,
                     dropout_p=0.5 * problem.dropout)
-    queries = Queries(q, o, lse, lse, excess)
+    queries = Queries(q, o, lse, lse, lse_minus_max)
     return {
-        "forward": lambda: forward_call(problem, config, inputs, Results(o, lse, () if kept is None else (kept,), excess)),
-        "delta": lambda: delta_call(problem, config, o, kept, o, None, lse),
-        "dq": lambda: dq_call(problem, config, inputs, queries, q),
-        "dkdv": lambda: dkdv_call(problem, config, inputs, queries, k, v),
-        "dbias": lambda: dbias_call(problem, config, inputs, queries, pairs),
+        "forward": lambda: forward_launch(problem, config, inputs, Outputs(o, lse, () if kept is None else (kept,), lse_minus_max)),
+        "delta": lambda: delta_launch(problem, config, o, kept, o, None, lse),
+        "dq": lambda: dq_launch(problem, config, inputs, queries, q),
+        "dkdv": lambda: dkdv_launch(problem, config, inputs, queries, k, v),
+        "dbias": lambda: dbias_launch(problem, config, inputs, queries, mods),
     }[kernel]()

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from ... import config, gpu, reference
+from ... import gpu, reference
 from ...attention import scaled_dot_product_attention
+from ...configs import lookup
 from ...problem import Problem
 from .char_model import ON_CPU, ON_GPU, InputError, Model, Setup, batches, encode, read_text
 
@@ -167,7 +168,7 @@ def print_compiled(archs=ARCHS):
     for arch, d, kernel in itertools.product(archs, (64, 128), ("forward", "dq", "dkdv")):
         device = gpu.KNOWN[arch]
         problem = Problem((4,), 16, 16, 4096, 4096, d, d, torch.bfloat16, (None, 0))
-        got = compile_report.inspect(kernel, problem, config.find(kernel, problem, device), device)
+        got = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, device), device)
         print(f"{f'{device.name}, {arch}':18}{d:>9}  {kernel:9}{got.config!s:>12}{got.registers:>11}{got.stack:>7}"
               f"{got.loop_spills:>13}{got.shared_memory:>9}", flush=True)
 

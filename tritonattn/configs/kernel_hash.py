@@ -1,0 +1,100 @@
+"""A digest of the kernels' code. It names the binaries that a shipped table or a tuned config was made from.
+
+    source -> syntax tree without docstrings, annotations of locals or names of locals -> SHA-256 -> 12 hexadecimal digits
+
+Comments, layout, docstrings and the names of parameters and local variables do not change it. Every operation,
+constant and name of a function, field or module does.
+"""
+
+import ast
+import functools
+import hashlib
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+# the device code, and the arguments and options with which it is compiled
+SOURCES = ("kernels/*.py", "runtime/launch.py")
+
+
+@functools.cache
+def kernel_hash() -> str:
+    """Return twelve hexadecimal digits of the kernels of this package."""
+    paths = [path for pattern in SOURCES for path in sorted(PACKAGE.glob(pattern))]
+    assert len(paths) > len(SOURCES), f"kernel_hash: expected files for each of {SOURCES}, found {paths}"
+    return hash_sources({path.relative_to(PACKAGE).as_posix(): path.read_text() for path in paths})
+
+
+def hash_sources(sources: dict[str, str]) -> str:
+    """Return the digest of these files, {name: text}."""
+    digest = hashlib.sha256()
+    for name, text in sorted(sources.items()):
+        digest.update(f"{name}\0{_dump(_Canonical().visit(ast.parse(text)))}\0".encode())
+    return digest.hexdigest()[:12]
+
+
+def _dump(node) -> str:
+    """Return a tree as text, without what is empty: versions of Python differ in that, and ast.dump with them."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, getattr(node, name, None)) for name in node._fields if name != "ctx")
+    return f"{type(node).__name__}({','.join(f'{name}={_dump(value)}' for name, value in fields if value not in (None, []))})"
+
+
+class _Canonical(ast.NodeTransformer):
+    """Drop docstrings, and number the parameters and locals of each function in the order in which they appear."""
+
+    def __init__(self, numbers=None):
+        self._numbers = numbers or {}
+
+    def visit_FunctionDef(self, node):
+        # a nested function sees the names of the one around it
+        names = dict.fromkeys(_bound_names(node))
+        inner = _Canonical(self._numbers | {name: f"v{len(self._numbers) + i}" for i, name in enumerate(names)})
+        node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
+        node.args, node.returns = inner.visit(node.args), None
+        node.body = [inner.visit(statement) for statement in _without_docstring(node.body)]
+        return node
+
+    def visit_Lambda(self, node):
+        names = {argument.arg: f"w{i}" for i, argument in enumerate(_arguments(node))}
+        inner = _Canonical(self._numbers | names)
+        node.args, node.body = inner.visit(node.args), inner.visit(node.body)
+        return node
+
+    def visit_ClassDef(self, node):
+        node.body = [self.visit(statement) for statement in _without_docstring(node.body)]
+        return node
+
+    def visit_Module(self, node):
+        node.body = [self.visit(statement) for statement in _without_docstring(node.body)]
+        return node
+
+    def visit_arg(self, node):
+        node.arg = self._numbers.get(node.arg, node.arg)
+        return self.generic_visit(node)
+
+    def visit_Name(self, node):
+        node.id = self._numbers.get(node.id, node.id)
+        return node
+
+
+def _arguments(node):
+    given = node.args
+    rest = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
+    return [*given.posonlyargs, *given.args, *given.kwonlyargs, *rest]
+
+
+def _bound_names(function):
+    """Parameters, and every name that the function assigns, in order of appearance."""
+    yield from (argument.arg for argument in _arguments(function))
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def _without_docstring(body):
+    first = body[0] if body else None
+    is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    return (body[1:] if is_docstring else body) or [ast.Pass()]
