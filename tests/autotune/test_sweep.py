@@ -14,7 +14,6 @@ from tritonattn.autotune import measured, prune, replay, search, sweep
 from tritonattn.autotune import trials as runs
 from tritonattn.autotune.tuner import TuningSetup
 from tritonattn.configs import shipped as tables
-from tritonattn.configs import user_cache
 from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.user_cache import Cache
 from tritonattn.measure.journal import JournalError

@@ -28,8 +28,8 @@ import triton
 from ..analysis.cost_model import estimate
 from ..block_mask import TILE
 from ..config import Config
-from ..configs.lookup import mask_class
 from ..configs.kernel_hash import SOURCES, kernel_hash
+from ..configs.lookup import mask_class
 from ..configs.shipped import (
     FILLS,
     FOLDER,
