@@ -1,5 +1,6 @@
 """The doors: right for every case, and clear about every misuse."""
 
+import itertools
 import sys
 
 import pytest
@@ -8,20 +9,45 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tritonattn
-from tests.helpers.cases import CASES, LARGE_TILES, SINGLE, TILES, check, results
+from tests.helpers.cases import COVERING, LARGE_TILES, PAIRWISE, SINGLE, TILES, check, results
 from tests.helpers.tolerance import agree
 from tritonattn import attention, config, reference, scaled_dot_product_attention
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernels_in_float64_are_the_definition(name, device):
-    check(CASES[name], torch.float64, device, tiles=TILES if name in SINGLE else LARGE_TILES)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", SINGLE)
-def test_low_precision_is_only_rounding(name, dtype, device):
+def test_each_feature_in_float64_equals_the_definition(name, device):
+    check(SINGLE[name], torch.float64, device)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", COVERING)
+def test_features_together_in_float64_equal_the_definition(name, device):
+    check(COVERING[name], torch.float64, device, tiles=LARGE_TILES)
+
+
+def test_the_covering_cases_hold_every_pair():
+    held = {pair for case in COVERING.values() for pair in itertools.combinations(sorted(case.name.split("+")), 2)}
+    assert {tuple(name.split("+")) for name in PAIRWISE} <= held and len(PAIRWISE) > 400 and len(COVERING) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_each_pair_of_features_in_float64_equals_the_definition(name, device):
+    check(PAIRWISE[name], torch.float64, device, tiles=LARGE_TILES)
+
+
+def _low_precision():
+    """Yield every feature in bfloat16; in float16 and float32 by default every third, the others as slow tests."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for number, name in enumerate(SINGLE):
+            marks = () if dtype == torch.bfloat16 or number % 3 == 0 else pytest.mark.slow
+            yield pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}", marks=marks)
+
+
+@pytest.mark.parametrize("name, dtype", list(_low_precision()))
+def test_low_precision_errs_by_rounding_alone(name, dtype, device):
     check(SINGLE[name], dtype, device, tiles=LARGE_TILES)
 
 

@@ -1,7 +1,8 @@
-"""Problems with names: every feature alone, and every pair of features that can meet."""
+"""Problems with names: every feature alone (SINGLE), every pair of features (PAIRWISE), and all pairs in few cases (COVERING)."""
 
 import itertools
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 
@@ -116,20 +117,55 @@ FEATURES = {
 }
 
 
-def _all():
-    plain = Case()
-    yield plain
-    for features in FEATURES.values():
-        for name, change in features.items():
-            yield replace(plain, name=name, **change)
-    for one, other in itertools.combinations(FEATURES.values(), 2):
-        for (a, first), (b, second) in itertools.product(one.items(), other.items()):
-            if not set(first) & set(second):
-                yield replace(plain, name=f"{a}+{b}", **first, **second)
+def _compatible(names):
+    """Return whether no group has two of these features and no field of Case is set twice."""
+    groups, fields = [GROUP[name] for name in names], [field for name in names for field in FEATURE[name]]
+    return len(groups) == len(set(groups)) and len(fields) == len(set(fields))
 
 
-CASES = {case.name: case for case in _all()}
-SINGLE = {name: case for name, case in CASES.items() if "+" not in name}
+def _case(names):
+    return Case("+".join(names) or "plain", **{field: value for name in names for field, value in FEATURE[name].items()})
+
+
+def _pairs(names):
+    return {frozenset(pair) for pair in itertools.combinations(names, 2)}
+
+
+def _cost(names):
+    """Return how many tiles the kernels interpret, in all programs."""
+    case = _case(names)
+    tiles = -(-case.n_q // LARGE_TILES.block_m) * -(-case.n_k // LARGE_TILES.block_n)
+    return tiles * math.prod(case.batch) * (2 * case.heads + case.kv_heads)
+
+
+def _covering(most=32):
+    """Yield cases of several features each, which together hold every pair of features that can meet.
+
+    Greedy: a case begins with an uncovered pair and takes, while its cost is at most `most`, the feature that adds most
+    uncovered pairs for its cost.
+    """
+    uncovered = {pair for pair in _pairs(FEATURE) if _compatible(pair)}
+    while uncovered:
+        names = [name for name in FEATURE if name in min(uncovered, key=sorted)]
+        while True:
+            worth = {}
+            for name in FEATURE:
+                more = [*names, name]
+                gain = len(_pairs(more) & uncovered) - len(_pairs(names) & uncovered)
+                if name not in names and gain and _compatible(more) and _cost(more) <= most:
+                    worth[name] = gain / (1 + _cost(more) - _cost(names)) if _cost(more) > _cost(names) else gain
+            if not worth:
+                break
+            names.append(max(worth, key=worth.get))
+        uncovered -= _pairs(names)
+        yield _case(names)
+
+
+FEATURE = {name: change for group in FEATURES.values() for name, change in group.items()}
+GROUP = {name: group for group, features in FEATURES.items() for name in features}
+SINGLE = {case.name: case for case in map(_case, ((), *((name,) for name in FEATURE)))}
+COVERING = {case.name: case for case in _covering()}
+PAIRWISE = {case.name: case for case in map(_case, sorted(sorted(pair) for pair in _pairs(FEATURE) if _compatible(pair)))}
 
 
 def results(function, q, k, v, do, dlse, **options):
