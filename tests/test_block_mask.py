@@ -1,4 +1,4 @@
-"""A mask whose tiles are known: the same numbers, from fewer tiles."""
+"""Block masks: the same numbers as from the mask alone, from fewer blocks."""
 
 import math
 
@@ -141,7 +141,7 @@ def test_no_tile_is_visited_in_vain(name, monkeypatch):
     assert found["forward"] == found["dq"] == list(expected(False, True))
     assert [(col, row, mode) for row, col, mode in found["dkdv"]] == sorted(expected(True, False), key=lambda at: at[1::-1])
     counts, modes = given.counts(), [mode for *_, mode in found["forward"]]
-    assert counts == {"whole": modes.count("unmasked"), "mixed": modes.count("masked_tail"), "empty": 9 - len(modes)}
+    assert counts == {"full": modes.count("unmasked"), "partial": modes.count("masked_tail"), "empty": 9 - len(modes)}
     assert counts["empty"] > 0
 
 
@@ -155,11 +155,11 @@ def test_sizes_of_nothing(device):
 
 
 def test_the_lists_are_exact():
-    whole, mixed, *tiles = block_mask(documents()).query_lists[1].tolist()
+    whole, mixed, *tiles = block_mask(documents()).kv_blocks[1].tolist()
     # queries 128 and 129 are of the first document, the others up to 255 of the second, which ends with key 259
     assert (whole, mixed, tiles) == (0, 3, [0, 1, 2])
     # its last tile of keys, 256 to 329, sees a whole tile of queries nowhere: their last tile is short
-    assert block_mask(documents(ends=(128, 256))).key_lists.tolist() == [[1, 0, 0, 1, 2], [1, 0, 1, 0, 2], [0, 1, 2, 0, 1]]
+    assert block_mask(documents(ends=(128, 256))).q_blocks.tolist() == [[1, 0, 0, 1, 2], [1, 0, 1, 0, 2], [0, 1, 2, 0, 1]]
 
 
 def test_compiled_and_under_vmap(device):
@@ -177,13 +177,13 @@ def test_what_is_refused(device):
     q, k, v = tensors(device, n_q=20, n_k=36)
     mask = torch.ones(20, 36, dtype=torch.bool, device=device)
     given = block_mask(mask)
-    with pytest.raises(TypeError, match="mask: expected a tensor, got None"):
+    with pytest.raises(TypeError, match="mask: expected a tensor, got NoneType"):
         block_mask(None)
     with pytest.raises(RuntimeError, match=r"expected booleans .*, got torch.float32 of shape \(20, 36\)"):
         block_mask(mask.float())
     with pytest.raises(RuntimeError, match="mask: expected a dense .* tensor, got torch.sparse_coo"):
         block_mask(mask.to_sparse())
-    with pytest.raises(RuntimeError, match="a tile map of 20 queries and 36 keys, both written out, got one of shape"):
+    with pytest.raises(RuntimeError, match="a block mask of 20 queries and 36 keys, got one of shape"):
         attention(q, k, v, mask=block_mask(mask[:1]))
     with pytest.raises(RuntimeError, match="that broadcasts to"):
         attention(q, k, v, mask=block_mask(mask.expand(3, 1, 20, 36)))
