@@ -107,6 +107,31 @@ def test_export(device):
     torch.testing.assert_close(program.module()(*inputs), reference.attention(*inputs, causal=True))
 
 
+class DataDependent(torch.nn.Module):
+    """Attention with a mask, over as many batches or keys as `keep` has."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x, mask, keep):
+        index = keep.nonzero().squeeze(1)
+        if self.axis == "batch":
+            return scaled_dot_product_attention(x[index], x[index], x[index], mask[index])
+        if self.axis == "batch of one mask":
+            return attention(x[index], x[index], x[index], mask=mask[:1])
+        return attention(x, x[:, :, index], x[:, :, index], mask=mask[..., index])
+
+
+@pytest.mark.parametrize("axis", ["batch", "batch of one mask", "length"])
+def test_export_with_a_data_dependent_mask(axis, device):
+    x, mask = torch.randn(4, 2, 4, 16, device=device), torch.rand(4, 1, 4, 4, device=device) > 0.3
+    first, second = (torch.tensor(keep, device=device) for keep in ([1, 0, 1, 1], [0, 1, 0, 1]))
+    module = DataDependent(axis)
+    program = torch.export.export(module, (x, mask, first), strict=False).module()
+    torch.testing.assert_close(program(x, mask, second), module(x, mask, second))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, device):
     q, k, v = qkv(device, grad=True)

@@ -408,7 +408,7 @@ def check_scale(scale, d) -> float:
                         "gets a gradient")
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {str(scale)[:24]}")
-    return float(scale)
+    return torch.sym_float(scale)
 
 
 def check_probability(p) -> float:
@@ -417,7 +417,7 @@ def check_probability(p) -> float:
         raise TypeError(f"dropout_p: expected a number, got {describe(p)}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p: expected a probability, between 0 and 1, got {p}")
-    return float(p)
+    return torch.sym_float(p)
 
 
 def check_window(causal, window):
