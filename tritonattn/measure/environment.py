@@ -24,7 +24,7 @@ def environment_of(device: torch.device) -> dict:
     """What identifies a machine and its software, as JSON knows it; what cannot be known is None."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    here = gpu.of(device) if on_gpu else gpu.INTERPRETER
+    here = gpu.gpu_of(device) if on_gpu else gpu.INTERPRETER
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     return {
         "gpu": here.name if on_gpu else "CPU, interpreted",

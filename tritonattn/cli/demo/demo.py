@@ -234,7 +234,7 @@ def run(text: str | None = None, steps: int | None = None, out: str = "demo.png"
     models = {"torch": copy.deepcopy(model), "tritonattn": model}
     print(f"text: {len(numbers)} characters, {characters} of them different\n"
           f"model: {setup.blocks} blocks, {setup.heads} heads, width {setup.width}; attention in {name_of(setup.dtype)} on "
-          f"{gpu.of(device).name}; {setup.steps} steps of {setup.batch} x {setup.context} characters")
+          f"{gpu.gpu_of(device).name}; {setup.steps} steps of {setup.batch} x {setup.context} characters")
     losses, marks = train(models, ways, batches(numbers, setup, seed=0), setup, device)
     if device.type == "cuda":
         print("\nmilliseconds per step:", *(f"{name} {milliseconds(marks[name]):.1f} " for name in models))
