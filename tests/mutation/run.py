@@ -38,10 +38,13 @@ KERNELS = "tritonattn/kernels"
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
 CPU_SECONDS = 40  # that a test may take before its mutant counts as killed, by an endless loop
 GOAL = 0.95
+UNCHANGED = "unchanged"  # the key of the package without a mutation
 # in the order in which they run: cheap and sensitive ones first
 TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py", "tests/test_block_mask.py",
          "tests/kernels/test_softmax.py", "tests/kernels/test_window.py",
          "tests/runtime/test_launch.py::test_strides_beyond_32_bits")
+# tests of those files that are about torch, not about kernels
+DESELECT = "not (jacrev or vmap or rejects or autocast or compile or checkpointing or attn_mask or causal_bias or generator)"
 # most mutants of a file meet no more than these
 FIRST = {
     "dropout.py": ("tests/kernels/test_score_mods.py::test_dropped_weights_are_those_of_philox",
@@ -75,7 +78,7 @@ def run_tests(folder: Path, first: tuple[str, ...], result: Path) -> None:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
     watch = Watch()
-    arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--assert=plain", "--rootdir", str(folder),
+    arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--assert=plain", "--rootdir", str(folder), "-k", DESELECT,
                  *first, *(test for test in TESTS if test not in first)]
     code = pytest.main(arguments, plugins=[watch])
     result.write_text(json.dumps(watch.failed if code else None))
@@ -109,14 +112,19 @@ def package_copy():
         yield folder
 
 
-def judge(chosen: list[Mutant], out: Path, minutes: float) -> None:
-    """Run the tests on each mutant and append the result to `out`, for at most so many minutes."""
-    torch.set_num_threads(1)
-    sys.dont_write_bytecode = True  # two mutants written within a second would look the same to Python's cache
-    end = time.monotonic() + 60 * minutes
-    with package_copy() as folder, out.open("a") as journal:
+def check_unchanged(out: Path) -> None:
+    """Exit if the tests fail without a mutation; else note in `out` that they pass."""
+    with package_copy() as folder:
         if failed := killer(folder, quiet=False):
             sys.exit(f"{failed} fails without a mutation")
+    with out.open("a") as journal:
+        journal.write(json.dumps({"mutant": UNCHANGED, "digest": digest("*.py"), "killer": None}) + "\n")
+
+
+def run_mutants(chosen: list[Mutant], out: Path, minutes: float) -> None:
+    """Run the tests on each mutant and append the result to `out`, for at most so many minutes."""
+    end = time.monotonic() + 60 * minutes
+    with package_copy() as folder, out.open("a") as journal:
         for i, mutant in enumerate(chosen, 1):
             if time.monotonic() > end:
                 break
@@ -125,18 +133,21 @@ def judge(chosen: list[Mutant], out: Path, minutes: float) -> None:
             path.write_text(mutant.source)
             by = killer(folder, mutant.file)
             path.write_text(original)
-            print(json.dumps({"mutant": mutant.key, "digest": digest(mutant.file), "killer": by}), file=journal, flush=True)
+            journal.write(json.dumps({"mutant": mutant.key, "digest": digest(mutant.file), "killer": by}) + "\n")
+            journal.flush()
             print(f"{i}/{len(chosen)} {'killed' if by else 'survived: ' + mutant.key}", file=sys.stderr, flush=True)
 
 
 def digest(file: str) -> str:
-    """Return twelve hexadecimal digits of the text of a kernels file."""
-    return hashlib.sha256((ROOT / KERNELS / file).read_bytes()).hexdigest()[:12]
+    """Return twelve hexadecimal digits of the text of a kernels file, or of all that a pattern names."""
+    text = b"".join(path.read_bytes() for path in sorted((ROOT / KERNELS).glob(file)))
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def read_journal(out: Path, every: list[Mutant]) -> dict[str, str | None]:
     """Return {key: first failing test} of the mutants of the present files; a later line replaces an earlier one."""
-    digests = {mutant.key: digest(mutant.file) for mutant in every}
+    digests = {file: digest(file) for file in {mutant.file for mutant in every}}
+    digests = {mutant.key: digests[mutant.file] for mutant in every} | {UNCHANGED: digest("*.py")}
     lines = map(json.loads, out.read_text().splitlines()) if out.exists() else ()
     return {line["mutant"]: line["killer"] for line in lines if digests.get(line["mutant"]) == line["digest"]}
 
@@ -183,6 +194,11 @@ def main():
     done, equivalent = read_journal(options.out, every), read_equivalent()
     left = [mutant for mutant in chosen if mutant.key not in done
             or (options.again and not done[mutant.key] and mutant.key not in equivalent)]
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True  # two mutants written within a second would look the same to Python's cache
+    if UNCHANGED not in done:
+        check_unchanged(options.out)
     if left:
-        judge(left, options.out, options.minutes)
-    sys.exit(report(read_journal(options.out, every), len(chosen)) < GOAL)
+        run_mutants(left, options.out, options.minutes)
+    done = read_journal(options.out, every)
+    sys.exit(report({key: by for key, by in done.items() if key != UNCHANGED}, len(chosen)) < GOAL)
