@@ -14,11 +14,16 @@ def error(x: torch.Tensor, exact: torch.Tensor) -> float:
     return distance.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if x.numel() else 0.0
 
 
-def allowed(torchs: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:
-    """The error that a tensor of this dtype may have, from what torch makes of it and what it is.
+def allowed(torchs: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, ulps: float = ULPS, smallest: float = 0.0) -> float:
+    """Return the largest error that a tensor of this dtype may have, from torch's result and the exact one.
 
-    inf where torch's is not finite though the exact one is: then nothing can be measured by it.
+    `ulps` is the number of roundings, of the largest magnitude but of at least `smallest`. The limit is inf where torch's
+    result is not finite but the exact one is: torch's error is then no measure.
     """
-    finite = exact[exact.isfinite()]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    return LIMIT * error(torchs, exact) + ULPS * torch.finfo(dtype).eps * largest
+    return LIMIT * error(torchs, exact) + ulps * torch.finfo(dtype).eps * max(largest(exact), smallest)
+
+
+def largest(x: torch.Tensor) -> float:
+    """Return the largest finite magnitude of a tensor; 0 if there is none."""
+    finite = x[x.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0
