@@ -110,7 +110,7 @@ def merge(function):
     if not torch.allclose(m, expected[0]):
         return False, "m is not the largest score of both parts."
     if torch.allclose(l, a[1] + b[1]):
-        return False, "l is the plain sum. Each part's sum is relative to its own maximum: rescale both to the new maximum first."
+        return False, "l is the plain sum. Each sum is relative to its own maximum: rescale both to the new maximum first."
     if not torch.allclose(l, expected[1]):
         return False, "m is right, l is not. By which power of two does each sum change when its maximum becomes m?"
     if not torch.allclose(acc, expected[2]):
@@ -139,7 +139,7 @@ def tile_counts(answer):
         (masked, n // rows * (n // cols) - masked): "That is all tiles. Those above the diagonal are never visited.",
     }
     return tuple(answer) == (masked, unmasked), hints.get(
-        tuple(answer), f"Got {tuple(answer)}. Take the first tile of queries, then the second: to which keys do all 128 attend?")
+        tuple(answer), f"Got {tuple(answer)}. To which keys do all 128 queries of the first tile attend? And of the second?")
 
 
 @grader("2.3")
@@ -154,7 +154,7 @@ def narrowest_window(answer):
                       f"{expected} keys back. So every tile of keys has a query that does not attend to all of it."
     if answer > expected:
         return False, f"left={answer} is enough, but not the smallest."
-    return True, "The last query of a tile has to reach the start of the previous tile: 63 keys in its own tile and 64 in that one."
+    return True, "The last query of a tile has to reach the start of the previous tile: 63 keys in its tile, 64 in that one."
 
 
 @grader("3.1")
@@ -178,7 +178,8 @@ def softmax_backward(function):
         "Delta is an average weighted by P, not a plain one.": p * (dp - dp.mean(1, keepdim=True)),
         "The softmax is along a row: delta has one number for each query, not for each key.":
             p * (dp - (p * dp).sum(0, keepdim=True)),
-        "The difference from the average is right, but it has to be multiplied by the weight.": dp - (p * dp).sum(1, keepdim=True),
+        "The difference from the average is right, but it has to be multiplied by the weight.":
+            dp - (p * dp).sum(1, keepdim=True),
         "The sign is wrong: dS is positive where dP is above the average.": -expected,
     }
     hint = next((hint for hint, wrong in hints.items() if torch.allclose(result, wrong)), None)
@@ -196,7 +197,7 @@ def saved_bytes(answer):
         2 * o: "That is O and its rounding error. One more number is kept for each row.",
         2 * o + lse // 2: "The log-sum-exp is float32, whatever the inputs are.",
         expected // heads: "That is one head.",
-        2 * o + 2 * lse: "One number for each row is kept between the passes. Delta is computed at the start of the backward pass.",
+        2 * o + 2 * lse: "One number is kept for each row. Delta is computed at the start of the backward pass.",
         2 * expected: "A bfloat16 has two bytes.",
     }
     return answer == expected, hints.get(answer, f"Got {answer}. Which tensors, how many numbers in each, how many bytes each?")
@@ -245,7 +246,7 @@ def balanced_head_size(answer):
 
     hints = {balance(target): "Below it, faster matrix products would change nothing."}
     hints |= {balance(other): f"That is the head size on {other.name}." for other in others}
-    hints[2 * balance(target)] = "A pair has two products, and each number in them is a multiplication and an addition: 4 d in all."
+    hints[2 * balance(target)] = "A pair has two products of d multiplications and d additions each: 4 d in all."
     return answer == balance(target), hints.get(answer, f"Got {answer}. Set 4 d / tensor equal to 1 / 16.")
 
 

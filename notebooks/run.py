@@ -49,7 +49,8 @@ def stripped(notebook: dict) -> str:
         cells.append({"cell_type": cell["cell_type"], "id": cell["id"], "metadata": tags, **code, "source": source})
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                 "language_info": {"name": "python"}}
-    return json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False) + "\n"
+    content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def save_pictures(figures, folder, name: str) -> None:

@@ -24,9 +24,9 @@ from tritonattn.gpu import KNOWN
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted(page for folder in ("tritonattn", "perf", "notebooks", "tests") for page in (ROOT / folder).rglob("README.md"))]
-FILES = [path.relative_to(ROOT).as_posix() for folder in ("tritonattn", "perf", "notebooks", "tests", ".ci")
-         for path in (ROOT / folder).rglob("*")] + [path.name for path in ROOT.iterdir()]
+FOLDERS = ("tritonattn", "perf", "notebooks", "tests", ".ci")  # not a virtual environment that lies beside them
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
+PAGES = [README, *(path for path in FILES if path.name == "README.md")]
 # an interpreted process cannot compile for a GPU
 COMPILING_PAGES = ["tritonattn/analysis/README.md"]
 # commands that are long, or write into the tree, and that other tests or .ci/run execute
@@ -161,7 +161,8 @@ def test_commands_run(page, tmp_path):
     for block in blocks(page, "bash"):
         for words in commands(block) if is_run(block) else ():
             if words[:2] == ["python", "-m"] and words[2] not in PARSED_ONLY and words[2:4] != ["tritonattn", "demo"]:
-                done = subprocess.run([sys.executable, *words[1:]], env=environment(page), cwd=tmp_path, capture_output=True, text=True)
+                done = subprocess.run([sys.executable, *words[1:]], env=environment(page), cwd=tmp_path, capture_output=True,
+                                      text=True)
                 # doctor exits with 1 where this machine has a problem to report
                 assert done.returncode == 0 or words[3] == "doctor", f"{shlex.join(words)}: {done.stderr[-4000:]}"
 
@@ -187,7 +188,7 @@ def test_links_lead_to_files_and_headings(page):
 def test_named_files_and_folders_exist(page):
     for name in re.findall(r"`([\w./-]+(?:\.py|\.md|\.ipynb|/))`", prose(page)):
         name = name.strip("/")
-        assert (page.parent / name).exists() or any(f"/{path}".endswith(f"/{name}") for path in FILES), name
+        assert (page.parent / name).exists() or any(path.as_posix().endswith(f"/{name}") for path in FILES), name
 
 
 def test_readme_is_a_front_page():
