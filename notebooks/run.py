@@ -8,6 +8,7 @@ import json
 import linecache
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -85,4 +86,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.excepthook = traceback.print_exception  # the built-in hook does not show the lines of a cell
     sys.exit(main())
