@@ -14,6 +14,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -55,16 +56,17 @@ class BadArguments(Exception):
 
 def blocks(page, language):
     """The fenced code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 def prose(page):
     """The text outside fenced code blocks."""
-    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 def is_run(block):
-    return not block.startswith("# needs ")
+    """Return whether a block is executed, not only parsed."""
+    return not block.lstrip().startswith("# needs ")
 
 
 def commands(block):
@@ -127,8 +129,8 @@ def environment(page):
 @by_page
 def test_python_blocks_run(page, tmp_path):
     for block in blocks(page, "python"):
-        ast.parse(block)
-    sources = json.dumps([block for block in blocks(page, "python") if is_run(block)])
+        ast.parse(textwrap.dedent(block))
+    sources = json.dumps([textwrap.dedent(block) for block in blocks(page, "python") if is_run(block)])
     done = subprocess.run([sys.executable, "-c", RUN_BLOCKS], input=sources, env=environment(page), cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -149,8 +151,9 @@ def test_commands_have_valid_arguments(page):
 
 @by_page
 def test_commands_in_the_text_exist(page):
-    for command in re.findall(r"(?:`|<!-- )(?:\w+=\S+ )?(python -m [^`>]+?)(?:`| -->)", prose(page)):
-        words = shlex.split(command)
+    inline = re.findall(r"(?:`|<!-- )(?:\w+=\S+ )?(python -m [^`>]+?)(?:`| -->)", prose(page))
+    in_text_blocks = re.findall(r"^ *(python -m .*)$", "".join(blocks(page, "text")), re.M)
+    for words in commands("\n".join(inline + in_text_blocks)):
         if "argparse" in Path(importlib.util.find_spec(words[2]).origin).read_text() or words[2] == "tritonattn":
             parse(words, partial=True)
 
