@@ -3,8 +3,9 @@
 from . import config, reference
 from .analysis.explain import explain
 from .attention import attention, dropout_mask, scaled_dot_product_attention
-from .autotune import first_call, tune
+from .autotune import first_call
 from .autotune.record_problems import record_problems
+from .autotune.tune import tune
 from .block_mask import BlockMask, block_mask
 from .config import Config
 from .integrations.dispatch_log import fallback_report

@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from tests.autotune.test_tuner import H200, PROBLEM, Compilers, Surface
+from tests.autotune.test_tune import H200, PROBLEM, Compilers, Surface
 from tests.helpers import corpus
 from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import gpu
 from tritonattn.autotune import measured, prune, replay, search, sweep
 from tritonattn.autotune import trials as runs
-from tritonattn.autotune.tuner import TuningSetup
+from tritonattn.autotune.tune import TuningSetup
 from tritonattn.configs import shipped as tables
 from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.user_cache import Cache

@@ -219,9 +219,9 @@ def test_without_triton(argv, code, words):
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
     """A cache with one record in it."""
-    from tests.autotune.test_tuner import H200, PROBLEM, Compilers, Surface
+    from tests.autotune.test_tune import H200, PROBLEM, Compilers, Surface
     from tests.helpers.fake_bench import FakeBench, bench_of
-    from tritonattn.autotune import tuner
+    from tritonattn.autotune import tune as tuner
     from tritonattn.configs import lookup, user_cache
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "cache"))

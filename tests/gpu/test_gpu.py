@@ -149,7 +149,7 @@ def test_the_lens_reads_what_the_driver_loads(kernel, device):
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path, monkeypatch):
     """From the door to the cache, in a process of its own; the few configs of the tables."""
-    from tritonattn.autotune import tuner
+    from tritonattn.autotune import tune as tuner
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
     lookup.clear_lookup_cache()

@@ -66,7 +66,7 @@ def forbidden() -> str | None:
 
 def from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
     """Tune with what the tables have. RuntimeError: the current device is another than the tensors'."""
-    from .tuner import tune_kernel
+    from .tune import tune_kernel
 
     device = torch.device("cuda", torch.cuda.current_device())
     if gpu.gpu_of(device) != on:
@@ -77,7 +77,7 @@ def from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
 @functools.cache
 def _lab(device):
     """Once for each device: asking for its driver takes a second."""
-    from .tuner import local_setup
+    from .tune import local_setup
 
     return local_setup(device)
 

@@ -25,7 +25,7 @@ from ..problem import Problem
 from ..version import VERSION
 from .search import FAILURES, LONG, Search
 from .trials import ENVIRONMENT, PLAN, RESULTS, SCHEMA, Job, Trial
-from .tuner import TuningSetup, job_of, static_of
+from .tune import TuningSetup, job_of, static_of
 
 GROUP = 8      # configs that are timed together
 DOUBTED = 0.1  # of those that the lens is against, the share that is timed all the same

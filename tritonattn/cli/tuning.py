@@ -141,7 +141,7 @@ def _positive(text: str) -> float:
 
 def _problems(arguments) -> list[tuple]:
     """(problem, kernels) of everything that is asked for."""
-    from ..autotune.tuner import kernels_of
+    from ..autotune.tune import kernels_of
 
     if arguments.file:
         asked = record_problems.read(arguments.file)
@@ -155,13 +155,13 @@ def _problems(arguments) -> list[tuple]:
 
 
 def _lab(arguments):
-    from ..autotune import tuner
+    from ..autotune import tune as tuner
 
     return tuner.local_setup(seed=arguments.seed)
 
 
 def _tune(arguments) -> int:
-    from ..autotune import tuner
+    from ..autotune import tune as tuner
 
     asked, lab = _problems(arguments), _lab(arguments)
     with lab.compilers:
@@ -173,7 +173,8 @@ def _tune(arguments) -> int:
 
 
 def _sweep(arguments) -> int:
-    from ..autotune import sweep, tuner
+    from ..autotune import sweep
+    from ..autotune import tune as tuner
 
     new, began = bool(arguments.shape or arguments.file), time.monotonic()
     if new:

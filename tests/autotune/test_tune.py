@@ -13,9 +13,10 @@ import tritonattn
 from tests.autotune.test_prune import GOOD, LOOP
 from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import Config, Problem, config, gpu
-from tritonattn.autotune import first_call, tuner
+from tritonattn.autotune import first_call
+from tritonattn.autotune import tune as tuner
 from tritonattn.autotune.search import STRATEGIES, Budget, Check
-from tritonattn.autotune.tuner import TuningSetup
+from tritonattn.autotune.tune import TuningSetup
 from tritonattn.autotune.worker_pool import Failure
 from tritonattn.configs import lookup, shipped, user_cache
 from tritonattn.configs.key import key_of
