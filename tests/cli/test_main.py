@@ -218,18 +218,19 @@ def test_without_triton(argv, code, words):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """A cache with one record in it."""
+    """A cache with one record in it, and a virtual GPU to tune for."""
     from tests.autotune.test_tune import H200, PROBLEM, Compilers, Surface
     from tests.helpers.fake_bench import FakeBench, bench_of
-    from tritonattn.autotune import tune as tuner
+    from tritonattn.autotune import tune
     from tritonattn.configs import lookup, user_cache
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "cache"))
     lookup.clear_lookup_cache()
-    lab = tuner.TuningSetup(H200, bench_of(FakeBench(Surface("64x128w4s2e1"))), Compilers(), user_cache.current_cache())
-    monkeypatch.setattr(tuner, "local_setup", lambda *_, **__: lab)
-    tuner.tune_kernel("forward", PROBLEM, lab)
-    yield lab
+    bench = bench_of(FakeBench(Surface("64x128w4s2e1")))
+    setup = tune.TuningSetup(H200, bench, Compilers(), user_cache.current_cache())
+    monkeypatch.setattr(tune, "local_setup", lambda *_, **__: setup)
+    tune.tune_kernel("forward", PROBLEM, setup)
+    yield setup
     lookup.clear_lookup_cache()
 
 
@@ -257,8 +258,8 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
     from tritonattn import Problem, record_problems
     from tritonattn.configs.lookup import get_config
 
-    said_ = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--causal", "--strategy", "static")
-    assert said_.count("times as fast as") == 6 and f"kept in {tmp_path / 'cache'}" in said_
+    out = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--causal", "--strategy", "static")
+    assert out.count("times as fast as") == 6 and f"stored in {tmp_path / 'cache'}" in out
     with record_problems(tmp_path / "shapes"):
         get_config("forward", Problem.parse("1x8x8x2048x96", torch.float16), kept.gpu)
     lines = said(capsys, "tune", "--from", str(tmp_path / "shapes"), "--trials", "4").splitlines()
@@ -269,20 +270,38 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
 
 def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path, compiled_without_a_gpu):
     folder = str(tmp_path / "sweep")
-    assert cli.main(["sweep", folder]) == 2 and "expected a sweep that has begun, or --shape" in capsys.readouterr().err
+    assert cli.main(["sweep", folder]) == 2 and "has no sweep to resume; to begin one, add --shape" in capsys.readouterr().err
     argv = ["sweep", folder, "--shape", "4x32x32x4096x128", "--kernels", "forward", "--rounds", "3"]
     out = said(capsys, *argv)
-    assert "all is done" in out and "summary.csv" in out and "64x128w4s2e1" in out
-    assert (tmp_path / "sweep/t4.json").exists() and list((tmp_path / "sweep/plots").glob("*.png"))
-    assert cli.main(argv) == 2 and "expected a folder without a sweep" in capsys.readouterr().err
-    assert "all is done" in said(capsys, "sweep", folder)
+    assert out.endswith("done\n") and "Sweep of 1 jobs" in out and "64x128w4s2e1" in out
+    assert cli.main(argv) == 2 and "already has a sweep" in capsys.readouterr().err
+    assert said(capsys, "sweep", folder).endswith("done\n")
     out = said(capsys, "replay", folder, "--seeds", "2")
     assert [line.split()[0] for line in out.splitlines()] == ["strategy", "halving", "static", "random", "exhaustive"]
-    found = json.loads(said(capsys, "replay", folder, "--strategy", "halving", "--seeds", "2", "--json"))
-    assert found["strategies"]["halving"]["largest"] == 0 and found["synthetic"] is False
-    assert cli.main(["replay", str(tmp_path)]) == 2 and "expected a sweep" in capsys.readouterr().err
-    assert cli.main([*argv[:1], str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
-    assert json.loads(said(capsys, "report", folder, "--json"))
+    replayed = json.loads(said(capsys, "replay", folder, "--strategy", "halving", "--seeds", "2", "--json"))
+    assert replayed["strategies"]["halving"]["largest"] == 0 and replayed["synthetic"] is False
+    assert cli.main(["replay", str(tmp_path)]) == 2 and "no sweep can be read" in capsys.readouterr().err
+    assert cli.main(["sweep", str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+    out = said(capsys, "report", folder, "--out", str(tmp_path / "report"), "--plot")
+    assert "Sweep of 1 jobs" in out and out.count("wrote ") == 3
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.csv", "t4.json", "heat.png"}
+
+
+@pytest.mark.parametrize("command", [["tune"], ["sweep", "new"]])
+def test_without_a_gpu_the_error_names_the_command(command, monkeypatch, compiled_without_a_gpu, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main([*command, "--shape", "1x1x1x128x64"]) == 2
+    assert capsys.readouterr().err == f"{command[0]} needs a GPU, but torch finds no GPU\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_report_checks_for_matplotlib_before_it_reads(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["report", str(tmp_path / "none"), "--plot"]) == 2
+    assert capsys.readouterr().err == '--plot needs matplotlib: pip install "tritonattn[demo]"\n'
 
 
 def test_tables_are_compared_and_checked(capsys, tmp_path):

@@ -1,1 +1,1 @@
-"""From a problem and a GPU to the config worth running: candidates, what the compiler makes of them, a race, a record."""
+"""Tuning: candidates for a problem on a GPU, what the compiler makes of them, a timed search, and a record of the best."""

@@ -1,6 +1,6 @@
-"""The best config for some kernels of some problems on this GPU: timed once, then kept.
+"""Tune the kernels of some problems on this GPU, and keep the best configs.
 
-    candidates -> what the lens has against them -> is it right, twice to the bit -> a race -> a record in the user's cache
+    candidates -> compiled and pruned (prune.py) -> checked and timed (search.py, bench.py) -> a record in the user's cache
 """
 
 import datetime
@@ -26,21 +26,60 @@ from ..gpu import Gpu
 from ..measure import environment, journal
 from ..measure.timing import quantiles
 from ..problem import Problem
-from .isolation import Isolated
+from ..runtime.arguments import problem_of
+from .bench import IsolatedBench
 from .prune import Verdict, candidates, check_report, survey
-from .search import Bench, Budget, Search, run_search
+from .search import STRATEGIES, Bench, Budget, Search, run_search
 from .trials import Job
 from .worker_pool import Failure, Workers
 
 FORWARD, BACKWARD = ("forward",), ("dq", "dkdv")
-NEAR = 8  # configs of "table": the incumbent and what tables have for others of its kind
+MOST_FROM_TABLES = 8  # configs of strategy "table"
 NO_BUDGET = Budget()
-PATIENCE = datetime.timedelta(hours=12)
+PATIENCE = datetime.timedelta(hours=12)  # of the other ranks, while rank 0 tunes
+
+
+def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: int | None = None,
+         seconds: float = float("inf"), again: bool = False, **options) -> list:
+    """Find the best configs for `attention(q, k, v, **options)` on the GPU of the tensors, and use them in later calls.
+
+    Takes the options of `attention` and raises the same errors. Only shapes, dtypes and options matter: the inputs are
+    drawn. Each kernel takes minutes (less with strategy="table"), most of them to compile, and prints a line. Every config
+    is checked against the definition before it is timed, in a child process. The best config goes to the user's cache
+    (`python -m tritonattn cache path`), which every call looks at first.
+
+    Under torch.distributed every process must call this: rank 0 tunes, and all ranks get the same configs.
+
+    Args:
+        q, k, v: [..., heads, length, head size], as for `attention`.
+        backward: tune the kernels of the backward pass too.
+        strategy: "halving", "static", "table", "random" or "exhaustive"; see autotune/search.py.
+        trials: most configs to try for each kernel. None: no limit.
+        seconds: most seconds of checking and timing for each kernel.
+        again: try again the configs of earlier runs. By default only new candidates are timed, against the earlier best.
+
+    Returns:
+        list of user_cache.Record, one for each kernel that could be timed.
+
+    Raises:
+        RuntimeError: there is no GPU, or kernels are interpreted.
+        ValueError: the strategy or the budget is invalid, or float32 dots use TF32.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if trials is not None and not (isinstance(trials, int) and trials > 0):
+        raise ValueError(f"trials: expected a positive integer or None, got {trials!r}")
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
+    problem, setup = problem_of(q, k, v, **options), local_setup(q.device)
+    jobs = [(problem, kernels_of(problem, backward))]
+    with setup.compilers:
+        return on_rank0(lambda: tune_all(jobs, setup, strategy, Budget(trials, seconds), again)[0], setup)
 
 
 @dataclass
 class TuningSetup:
-    """Everything that tuning needs from outside, so that tests can bring their own."""
+    """A GPU, and the tools to tune for it."""
 
     gpu: Gpu
     bench: Callable[[str, Problem], AbstractContextManager[Bench]]
@@ -50,53 +89,56 @@ class TuningSetup:
     seed: int = 0
 
 
-def local_setup(device=None, store: Cache | None = None, seed: int = 0) -> TuningSetup:
-    """The lab on this machine. RuntimeError: kernels are interpreted, or there is no GPU."""
+def local_setup(device=None, store: Cache | None = None, seed: int = 0, command: str = "tune") -> TuningSetup:
+    """Return the setup of this machine. Raises RuntimeError, which names the command, if its kernels cannot be timed."""
     if gpu.INTERPRETED or not torch.cuda.is_available():
-        raise RuntimeError("tune: expected a GPU and compiled kernels, got "
-                           + ("Triton's interpreter" if gpu.INTERPRETED else "no GPU that torch sees"))
+        reason = "kernels are interpreted (TRITON_INTERPRET=1)" if gpu.INTERPRETED else "torch finds no GPU"
+        raise RuntimeError(f"{command} needs a GPU, but {reason}")
     device = torch.device(device or torch.device("cuda", torch.cuda.current_device()))
-    return TuningSetup(gpu.gpu_of(device), lambda kernel, problem: Isolated(kernel, problem, device, seed=seed), Workers(),
-               store or user_cache.current_cache(), environment.environment_of(device), seed)
+    return TuningSetup(gpu.gpu_of(device), lambda kernel, problem: IsolatedBench(kernel, problem, device, seed), Workers(),
+                       store or user_cache.current_cache(), environment.environment_of(device), seed)
 
 
 def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:
-    """The kernels of this problem that are worth tuning."""
+    """Return the kernels of this problem that are worth tuning."""
     return FORWARD + (BACKWARD + (("dbias",) if problem.bias is not None else ()) if backward else ())
 
 
 def candidate_configs(kernel: str, problem: Problem, on: Gpu) -> list[str]:
-    """The incumbent, and what the tables of this GPU's like have for this dtype and mask: known to compile and to be right."""
+    """Return the incumbent, and what the shipped tables of this architecture hold for the same dtype and kind of mask."""
     incumbent = lookup_config(kernel, problem, on)
-    found = {str(incumbent.config): None}
+    configs = {str(incumbent.config): None}
     shipped = incumbent.row or lookup.lookup_shipped(kernel, problem, on).row
     for table in tables.shipped_tables() if shipped else ():
-        alike = [row for row in table.rows.values() if row.kernel == kernel and row.itemsize == shipped.itemsize
-                 and row.mask == shipped.mask and row.width >= shipped.width] if table.gpu["arch"] == on.arch else []
-        # what fits a wider head fits a narrower one; the other way round it may not
-        for row in sorted(alike, key=lambda row: row.width):
-            found |= {getattr(row, fill).config: None for fill in FILLS if getattr(row, fill).fits(on)}
-    return list(found)[:NEAR]
+        similar = [row for row in table.rows.values() if row.kernel == kernel and row.itemsize == shipped.itemsize
+                   and row.mask == shipped.mask and row.width >= shipped.width] if table.gpu["arch"] == on.arch else []
+        # what fits a wider head fits a narrower one, but not the reverse
+        for row in sorted(similar, key=lambda row: row.width):
+            configs |= {getattr(row, fill).config: None for fill in FILLS if getattr(row, fill).fits(on)}
+    return list(configs)[:MOST_FROM_TABLES]
 
 
-def job_of(kernel: str, problem: Problem, lab: TuningSetup, strategy: str) -> tuple[Job, dict[str, Verdict]]:
-    """Who is to be timed, in the static order, and what the lens saw of everyone."""
+def job_of(kernel: str, problem: Problem, setup: TuningSetup, strategy: str) -> tuple[Job, dict[str, Verdict]]:
+    """Return the configs to be timed, by their modelled time, and the verdict on every candidate.
+
+    The incumbent, which calls use so far, is timed even if its verdict is bad.
+    """
     if precision(problem) == "tf32":
-        raise ValueError("tune: expected IEEE products of float32, since the compilers and the bench use them, got TF32 "
-                         "(torch.set_float32_matmul_precision)")
-    incumbent = str(lookup_config(kernel, problem, lab.gpu).config)
+        raise ValueError("tune: float32 dots use TF32, but tuning compiles and checks with IEEE dots; "
+                         'call torch.set_float32_matmul_precision("highest") first')
+    incumbent = str(lookup_config(kernel, problem, setup.gpu).config)
     if strategy == "table":
-        return Job(kernel, problem, tuple(candidate_configs(kernel, problem, lab.gpu)), incumbent), {}
-    hint = lab.store.hint(key_of(kernel, problem, lab.gpu), lab.gpu)
-    configs = dict.fromkeys([*candidates(kernel, problem, lab.gpu), Config.parse(incumbent),
-                             *([Config.parse(hint.config)] if hint else [])])
-    verdicts = {str(verdict.config): verdict for verdict in survey(kernel, problem, lab.gpu, configs, lab.compilers)}
-    able = [name for name, verdict in verdicts.items() if verdict.reason is None]
-    return Job(kernel, problem, tuple(dict.fromkeys([*able, incumbent])), incumbent), verdicts
+        return Job(kernel, problem, tuple(candidate_configs(kernel, problem, setup.gpu)), incumbent), {}
+    stale = setup.store.hint(key_of(kernel, problem, setup.gpu), setup.gpu)
+    configs = dict.fromkeys([*candidates(kernel, problem, setup.gpu), Config.parse(incumbent),
+                             *([Config.parse(stale.config)] if stale else [])])
+    verdicts = {str(verdict.config): verdict for verdict in survey(kernel, problem, setup.gpu, configs, setup.compilers)}
+    names = [name for name, verdict in verdicts.items() if verdict.reason is None]
+    return Job(kernel, problem, tuple(dict.fromkeys([*names, incumbent])), incumbent), verdicts
 
 
 def static_of(verdict: Verdict | None) -> dict:
-    """What the lens saw, as JSON knows it."""
+    """Return what the compiled kernel of a config needs, as JSON; {} if it was not compiled."""
     if verdict is None or verdict.report is None:
         return {}
     report, estimate = verdict.report, verdict.estimate
@@ -105,150 +147,112 @@ def static_of(verdict: Verdict | None) -> dict:
             "bound": estimate and estimate.bound, "cycles": estimate and estimate.cycles}
 
 
-def tune_kernel(kernel: str, problem: Problem, lab: TuningSetup, strategy: str = "halving",
+def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str = "halving",
                 budget: Budget = NO_BUDGET, again: bool = False) -> Record | None:
-    """Tune one kernel of one problem and keep what wins. None: nothing could be timed.
+    """Tune one kernel of one problem and keep the best config. Returns None if nothing could be timed.
 
-    What was tried before with the same kernels and Triton is not tried again, unless `again`: new candidates race against
-    the one that won then.
+    Configs that were tried with the same kernels and the same Triton are not tried again, unless `again`: only new
+    candidates are timed, against the earlier best.
     """
-    began = time.monotonic()
-    job, verdicts = job_of(kernel, problem, lab, strategy)
-    known = None if again else lab.store.get(key_of(kernel, problem, lab.gpu), lab.gpu)
+    start = time.monotonic()
+    job, verdicts = job_of(kernel, problem, setup, strategy)
+    known = None if again else setup.store.get(key_of(kernel, problem, setup.gpu), setup.gpu)
     tried = known.run.get("tried", []) if known else []
     if known and set(job.configs) <= {*tried, job.incumbent}:
         return known
     job = replace(job, configs=tuple(name for name in job.configs if name not in tried))
-    with lab.bench(kernel, problem) as bench:
-        race = run_search(Search(job, bench, budget), strategy, lab.seed)
-    winner = race.winner(lambda name: static_of(verdicts.get(name)).get("shared_memory", 0))
+    with setup.bench(kernel, problem) as bench:
+        search = run_search(Search(job, bench, budget), strategy, setup.seed)
+    winner = search.winner(lambda name: static_of(verdicts.get(name)).get("shared_memory", 0))
     if winner is None:
         return None
-    static = static_of(verdicts.get(winner)) or _measured_before(kernel, problem, winner, lab)
+    static = static_of(verdicts.get(winner)) or _compiled(kernel, problem, winner, setup)
     if not static:
         return None
-    about = {"id": uuid.uuid4().hex[:12], "time": journal.now(), "strategy": strategy, "trials": len(race.trials),
-             "seconds": round(time.monotonic() - began, 3), "seed": lab.seed, "tried": sorted({*tried, *race.trials})}
-    record = record_of(race, winner, static, lab, about)
-    keep(record, lab)
+    run = {"id": uuid.uuid4().hex[:12], "time": journal.now(), "strategy": strategy, "trials": len(search.trials),
+           "seconds": round(time.monotonic() - start, 3), "seed": setup.seed, "tried": sorted({*tried, *search.trials})}
+    record = record_of(search, winner, static, setup, run)
+    keep(record, setup)
     return record
 
 
-def _measured_before(kernel, problem, config, lab) -> dict:
-    """What the lens sees of a config that no survey looked at; nothing where it cannot."""
-    found, = lab.compilers.map([(kernel, problem, Config.parse(config), lab.gpu)])
-    return {} if isinstance(found, Failure) else static_of(check_report(found))
+def _compiled(kernel, problem, config, setup) -> dict:
+    """Return `static_of` a config that was not surveyed."""
+    result, = setup.compilers.map([(kernel, problem, Config.parse(config), setup.gpu)])
+    return {} if isinstance(result, Failure) else static_of(check_report(result))
 
 
-def keep(record: Record, lab: TuningSetup) -> None:
-    """In the cache, and for the next call in this process."""
-    lab.store.put(record, lab.gpu)
+def keep(record: Record, setup: TuningSetup) -> None:
+    """Store a record in the cache, for the next call of this process too."""
+    setup.store.put(record, setup.gpu)
     clear_lookup_cache()
 
 
-def record_of(race: Search, winner: str, static: dict, lab: TuningSetup, about: dict) -> Record:
-    """What the cache keeps of a winner."""
-    job, trial = race.job, race.trials[winner]
-    incumbent = race.trials.get(job.incumbent)
+def record_of(search: Search, winner: str, static: dict, setup: TuningSetup, run: dict) -> Record:
+    """Return the cache's record of the best config."""
+    job, trial = search.job, search.trials[winner]
+    incumbent = search.trials.get(job.incumbent)
     q20, median, q80 = quantiles(trial.samples)
-    versions = {name: lab.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
-    return Record(key_of(job.kernel, job.problem, lab.gpu), trial.config, median, q20, q80, len(trial.samples), job.incumbent,
+    versions = {name: setup.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
+    return Record(key_of(job.kernel, job.problem, setup.gpu), trial.config, median, q20, q80, len(trial.samples), job.incumbent,
                   incumbent and incumbent.seconds, {name: list(pair) for name, pair in trial.check.items()}, static,
-                  {"name": lab.gpu.name} | tables.gpu_fingerprint(lab.gpu), versions | {"triton": triton.__version__},
-                  kernel_hash(), about)
+                  {"name": setup.gpu.name} | tables.gpu_fingerprint(setup.gpu), versions | {"triton": triton.__version__},
+                  kernel_hash(), run)
 
 
-def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], lab: TuningSetup, strategy: str = "halving",
+def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, strategy: str = "halving",
              budget: Budget = NO_BUDGET, again: bool = False, say: Callable = print) -> tuple[list[Record], int]:
-    """Tune the kernels of each problem, one after the other; the budget is for each. Keys that are alike are tuned once.
+    """Tune the kernels of each problem; the budget is for each kernel. Problems with equal keys are tuned once.
 
-    What was found, and how many kernels could not be tuned: the others go on.
+    Returns the records, and the number of kernels that could not be tuned; an error does not stop the others.
     """
-    found, seen, missed = [], set(), 0
+    records, seen, failed = [], set(), 0
     for problem, kernels in problems:
         for kernel in kernels:
-            key = key_of(kernel, problem, lab.gpu)
+            key = key_of(kernel, problem, setup.gpu)
             if key in seen:
                 continue
             seen.add(key)
             try:
-                record = tune_kernel(kernel, problem, lab, strategy, budget, again)
-                said = summarize(record)
+                record = tune_kernel(kernel, problem, setup, strategy, budget, again)
+                message = summarize(record)
             except (RuntimeError, ValueError, OSError) as error:
-                record, said = None, f"not tuned: {error}"
-            say(f"{kernel:8} {problem}: {said}", flush=True)
-            found, missed = found + ([record] if record else []), missed + (record is None)
-    return found, missed
+                record, message = None, f"not tuned: {error}"
+            say(f"{kernel:8} {problem}: {message}", flush=True)
+            records, failed = records + ([record] if record else []), failed + (record is None)
+    return records, failed
 
 
 def summarize(record: Record | None) -> str:
-    """A record in a few words."""
+    """Describe a record in a few words."""
     if record is None:
-        return "nothing could be timed"
+        return "not tuned: no config could be timed"
     default = record.default_seconds
-    than = f", {default / record.seconds:.2f} times as fast as {record.default}" if default else ""
+    speedup = f", {default / record.seconds:.2f} times as fast as {record.default}" if default else ""
     run = record.run
-    return f"{record.config}, {record.seconds * 1e6:.0f} us{than}; {run['trials']} tried in {run['seconds']:.0f} s"
+    return f"{record.config}, {record.seconds * 1e6:.0f} us{speedup}; {run['trials']} tried in {run['seconds']:.0f} s"
 
 
-def on_rank0(tuned: Callable[[], list[Record]], lab: TuningSetup) -> list[Record]:
-    """What `tuned` gives, the same in every process: of several under torch.distributed the first tunes, the others take it.
+def on_rank0(tuned: Callable[[], list[Record]], setup: TuningSetup) -> list[Record]:
+    """Call `tuned` on rank 0 alone, and return its records on every rank. Every rank must call this.
 
-    Every process must come here. A record of another kind of GPU than a process's own is not kept there.
+    A rank with another kind of GPU does not keep them.
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tuned()
     first = dist.get_rank() == 0
-    # the others wait for as long as it takes, which NCCL would not
+    # gloo has a timeout of its own, NCCL does not wait for hours
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
-        sent = [[record.as_json() for record in tuned()] if first else None]
+        content = [[record.as_json() for record in tuned()] if first else None]
     except BaseException:
-        # the others must not wait for ever
+        # release the other ranks
         dist.broadcast_object_list([[]], src=0, group=group)
         raise
-    dist.broadcast_object_list(sent, src=0, group=group)
-    found = [Record.from_json(content) for content in sent[0]]
-    for record in found if not first else ():
-        if user_cache.gpu_dirname(record.gpu) == user_cache.gpu_dirname(tables.gpu_fingerprint(lab.gpu)):
-            keep(record, lab)
-    return found
-
-
-def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: int | None = None,
-         seconds: float = float("inf"), again: bool = False, **options) -> list:
-    """Find the best configs for `attention(q, k, v, **options)` on the tensors' GPU, and keep them for all calls like it.
-
-    Takes the same options as `attention`, and raises the same errors. The values do not matter: inputs are drawn. Each
-    kernel takes minutes, most of it to compile, less with strategy="table", and prints a line. Every config is checked
-    against the definition before it is timed, in a process of its own, which may hang or lose the GPU without harm. What
-    wins goes to the user's cache (`python -m tritonattn cache path`); calls look there first, in this process from now on.
-
-    Args:
-        backward: tune the kernels of the backward pass too.
-        strategy: "halving", "static", "table", "random" or "exhaustive" (tuning/race.py).
-        trials, seconds: at most so many configs, and so long on the bench, for each kernel.
-        again: try what was tried before too. Otherwise only new candidates are timed, against the one that won then.
-
-    Under torch.distributed every process must call this; the first tunes, and all get the same.
-
-    Returns:
-        list of cache.Record, one for each kernel that could be timed.
-
-    Raises:
-        RuntimeError: no GPU, or kernels are interpreted. ValueError: an unknown strategy, or no budget at all.
-    """
-    from ..runtime.arguments import problem_of
-    from .search import STRATEGIES, Budget
-
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if trials is not None and not (isinstance(trials, int) and trials > 0):
-        raise ValueError(f"trials: expected a positive integer or None, got {trials!r}")
-    if not seconds > 0:
-        raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
-    problem, lab = problem_of(q, k, v, **options), local_setup(q.device)
-    asked = [(problem, kernels_of(problem, backward))]
-    with lab.compilers:
-        return on_rank0(lambda: tune_all(asked, lab, strategy, Budget(trials, seconds), again)[0], lab)
+    dist.broadcast_object_list(content, src=0, group=group)
+    records = [Record.from_json(entry) for entry in content[0]]
+    for record in records if not first else ():
+        if user_cache.gpu_dirname(record.gpu) == user_cache.gpu_dirname(tables.gpu_fingerprint(setup.gpu)):
+            keep(record, setup)
+    return records
