@@ -1,6 +1,7 @@
 """The bench on interpreted kernels: correct configs pass, wrong kernels do not; and in a child process."""
 
 import itertools
+import pickle
 import time
 
 import pytest
@@ -116,27 +117,39 @@ def test_the_timed_launch_writes_the_results_of_attention(device):
 
 # --- in a child process
 
+LOST = Failure("device lost", "RuntimeError: CUDA error")
+# without the package: importing torch takes seconds
 CHILD = """
-import os, time
-from tritonattn.autotune import search, worker_pool
-def answer(kind, *rest):
-    if kind == "open":
-        return None
-    for name in rest[:1] if kind == "check" else rest[0]:
-        if name == "hang":
-            time.sleep(600)
-        if name == "die":
-            os._exit(9)
-        if name == "raise":
-            raise RuntimeError("CUDA error")
-    return search.Check() if kind == "check" else {name: (1.0,) * rest[1] for name in rest[0]}
-worker_pool.serve(answer, "device lost")
+import os, pickle, time
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+while True:
+    content = pipe.recv_bytes()
+    if b"open" in content:
+        {opening}
+        continue
+    kind, *rest = pickle.loads(content)
+    names = rest[:1] if kind == "check" else rest[0]
+    if "hang" in names:
+        time.sleep(600)
+    if "die" in names:
+        os._exit(9)
+    if "raise" in names:
+        pipe.send_bytes({failure})
+    elif kind == "check":
+        pipe.send_bytes({correct})
+    else:
+        pipe.send({{name: (1.0,) * rest[1] for name in names}})
 """
+
+
+def child(opening="pipe.send(None)", failure=LOST):
+    return CHILD.format(opening=opening, failure=pickle.dumps(failure), correct=pickle.dumps(Check()))
 
 
 @pytest.fixture
 def isolated():
-    with IsolatedBench("forward", TINY, "cpu", code=CHILD) as bench:
+    with IsolatedBench("forward", TINY, "cpu", code=child()) as bench:
         yield bench
 
 
@@ -200,16 +213,16 @@ def test_a_group_that_is_too_slow_only_together_is_split(monkeypatch):
     assert bench.times(["a", "b", "c", "d"], 1) == dict.fromkeys("abcd", (1.0,))
 
 
-@pytest.mark.parametrize("opening", ["raise RuntimeError('no such device')", "os._exit(3)"])
+@pytest.mark.parametrize("opening", [f"pipe.send_bytes({pickle.dumps(LOST)})", "os._exit(3)"], ids=["error", "exit"])
 def test_a_process_that_cannot_use_the_device_raises(opening):
-    with IsolatedBench("forward", TINY, "cuda:7", code=CHILD.replace("return None", opening)) as bench:
+    with IsolatedBench("forward", TINY, "cuda:7", code=child(opening)) as bench:
         with pytest.raises(RuntimeError, match="bench: a new process cannot use cuda:7: "):
             bench.check("good")
         assert bench._child is None
 
 
 def test_out_of_memory_raises():
-    code = CHILD.replace("raise RuntimeError", "import torch; raise torch.OutOfMemoryError")
+    code = child(failure=Failure("device lost", "OutOfMemoryError: CUDA out of memory"))
     with IsolatedBench("forward", TINY, "cpu", code=code) as bench:
         with pytest.raises(RuntimeError, match="bench: no room for the tensors of"):
             bench.check("raise")

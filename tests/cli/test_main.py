@@ -298,6 +298,13 @@ def test_without_a_gpu_the_error_names_the_command(command, monkeypatch, compile
     assert not list(tmp_path.iterdir())
 
 
+def test_the_synthetic_sweep_of_the_repository_is_reported_and_replayed(capsys, tmp_path):
+    folder = str(ROOT / "notebooks/data/synthetic_sweep")
+    out = said(capsys, "report", folder, "--out", str(tmp_path))
+    assert out.startswith("Sweep of 4 jobs; synthetic: no GPU was timed") and out.count("wrote ") == 2
+    assert said(capsys, "replay", folder, "--seeds", "1").startswith("synthetic: no GPU was timed\n")
+
+
 def test_report_checks_for_matplotlib_before_it_reads(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert cli.main(["report", str(tmp_path / "none"), "--plot"]) == 2
