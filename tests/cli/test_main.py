@@ -40,7 +40,7 @@ def compiled_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--speed"], ["demo", "--steps", "many"],
                                   ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"], ["lens", "--target", "gtx"],
                                   ["explain", "--gpu", "h200"], ["explain", "--shape", "1x1x1x1x1", "--gpu", "sm_1"],
-                                  ["table"], ["table", "build", "h200", "--like", "gtx"], ["tune"],
+                                  ["tune"],
                                   ["tune", "--shape", "1x1x1x1x1", "--trials", "0"],
                                   ["sweep"], ["replay"], ["cache"], ["cache", "clear"], ["cache", "show"]])
 def test_wrong_usage_is_2(argv, capsys):
@@ -62,7 +62,6 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(compiled_without_a_gpu, capsys):
     (["doctor", "--help"], ["--json"]),
     (["lens", "--help"], ["--target", "--config", "--compare", "--sass", "--plot", "--json", "sm_90"]),
     (["explain", "--help"], ["--shape", "--gpu", "--causal"]),
-    (["table", "build", "--help"], ["--everything", "--jobs", "--from"]),
     (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["merge", "verify", "export"]),
     (["--version"], ["tritonattn", cli.VERSION]),
 ])
@@ -170,20 +169,6 @@ def test_explain_on_the_command_line(capsys):
     assert capsys.readouterr().err.startswith("shape: expected")
 
 
-def test_a_table_is_asked_for_as_it_should_be(monkeypatch, compiled_without_a_gpu, tmp_path):
-    from tritonattn.autotune import config_table
-    asked = []
-    def build(target, cells, *options):
-        asked.append((target.name, len(list(cells)), *options))
-
-    monkeypatch.setattr(config_table, "build", build)
-    assert cli.main(["table", "build", "h200,a100", "--out", str(tmp_path), "--work", "w", "--jobs", "3", "--everything"]) == 0
-    options = (tmp_path, Path("w"), 3, config_table.EVERYTHING, None)
-    assert asked == [("H200", 103, *options), ("A100", 88, *options)]
-    assert cli.main(["table", "build", "l40s", "--like", "a100", "--also", "python3"]) == 0
-    assert asked[2][5].rows == config_table.shipped_like(gpu.KNOWN["sm_80"]).rows and asked[2][6] == "python3"
-
-
 def test_ctrl_c_has_no_traceback(monkeypatch):
     def interrupt(device):
         raise KeyboardInterrupt
@@ -283,22 +268,3 @@ def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path,
     assert cli.main(["replay", str(tmp_path)]) == 2 and "expected a sweep" in capsys.readouterr().err
     assert cli.main([*argv[:1], str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
     assert json.loads(said(capsys, "report", folder, "--json"))
-
-
-def test_tables_are_compared_and_checked(capsys, tmp_path):
-    from dataclasses import replace
-
-    from tritonattn.configs import shipped as tables
-
-    shipped = next(table for table in tables.shipped_tables() if table.name == "h200")
-    key, row = next(iter(shipped.rows.items()))
-    changed = replace(row, many=replace(row.many, config="32x32w4s1", shared_memory=1 << 20))
-    path = tables.write_table(replace(shipped, rows=shipped.rows | {key: changed}), tmp_path)
-    same = str(tables.FOLDER / "h200.json")
-    assert said(capsys, "table", "diff", same, same) == "the same configs everywhere\n"
-    line, = said(capsys, "table", "diff", same, str(path), code=1).splitlines()
-    assert line.split()[:5] == ["forward", "16", "bits", "64", "full"] and line.endswith("-> 32x32w4s1 (static-model)")
-    assert said(capsys, "table", "validate") == "all is well\n"
-    assert "expected a config that fits H200, got 32x32w4s1" in said(capsys, "table", "validate", str(path), code=1)
-    (tmp_path / "torn.json").write_text("{")
-    assert cli.main(["table", "validate", str(tmp_path / "torn.json")]) == 2
