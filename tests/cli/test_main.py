@@ -11,7 +11,6 @@ import torch
 
 from tests.analysis.test_compile_report import report
 from tests.analysis.test_cost_model import LOOP
-from tritonattn import gpu
 from tritonattn.analysis import compile_report
 from tritonattn.cli import doctor, selftest
 from tritonattn.cli import main as cli

@@ -9,7 +9,7 @@ import pytest
 
 from tests.analysis.test_compile_report import compiled
 from tests.helpers.shipped_rows import OWN, PROVED
-from tritonattn.autotune.config_table import LIGHT
+from perf.config_table import LIGHT
 from tritonattn.configs import shipped as tables
 from tritonattn.configs.shipped import WIDTHS
 from tritonattn.gpu import KNOWN
@@ -18,7 +18,8 @@ ROWS = """
 import json, torch
 from tritonattn import Config, config, gpu
 from tritonattn.configs import shipped as tables
-from tritonattn.autotune import prune, config_table
+from tritonattn.autotune import prune
+from perf import config_table
 from tritonattn.autotune.worker_pool import Failure, Workers
 on = gpu.KNOWN[{arch!r}]
 shipped = next(each for each in tables.shipped_tables() if each.gpu["arch"] == on.arch)

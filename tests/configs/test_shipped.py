@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from perf import config_table
 from tests.helpers.shipped_rows import versions
 from tritonattn import Config, gpu
-from tritonattn.autotune import config_table
 from tritonattn.configs import shipped as tables
 from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.shipped import FILLS, Entry, Row, Table, TableError

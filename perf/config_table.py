@@ -25,12 +25,14 @@ from pathlib import Path
 import torch
 import triton
 
-from ..analysis.cost_model import estimate
-from ..block_mask import TILE
-from ..config import Config
-from ..configs.kernel_hash import SOURCES, kernel_hash
-from ..configs.lookup import mask_class
-from ..configs.shipped import (
+from tritonattn.analysis.cost_model import estimate
+from tritonattn.autotune.prune import candidates, check_config, check_report, time_penalty
+from tritonattn.autotune.worker_pool import Failure, Workers
+from tritonattn.block_mask import TILE
+from tritonattn.config import Config
+from tritonattn.configs.kernel_hash import SOURCES, kernel_hash
+from tritonattn.configs.lookup import mask_class
+from tritonattn.configs.shipped import (
     FILLS,
     FOLDER,
     MASKS,
@@ -43,19 +45,17 @@ from ..configs.shipped import (
     shipped_tables,
     write_table,
 )
-from ..gpu import Gpu
-from ..measure import environment
-from ..measure.journal import Journal, digest
-from ..problem import Problem
-from ..version import VERSION
-from .prune import candidates, check_config, check_report, time_penalty
-from .worker_pool import Failure, Workers
+from tritonattn.gpu import Gpu
+from tritonattn.measure import environment
+from tritonattn.measure.journal import Journal, digest
+from tritonattn.problem import Problem
+from tritonattn.version import VERSION
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 # what decides about the binaries, and what about all that a journal holds: after an edit of these it begins anew
 SEEN = (*SOURCES, "analysis/compile_report.py", "analysis/sass.py", "analysis/cost_model.py", "gpu.py", "configs/key.py",
-        "problem.py", "autotune/prune.py", "autotune/config_table.py", "autotune/worker_pool.py")
+        "problem.py", "autotune/prune.py", "autotune/worker_pool.py")
 PROVED = (64, 128)  # head sizes whose rows are proved on other problems
 ATTEMPTS = 12       # of the best configs of a row, how many are proved until one holds
 LIGHT = 16          # instructions that spill in a loop: so many are few, and may be what another version of Triton costs
@@ -394,7 +394,7 @@ def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path =
     path = folder / f"{name}.json"
     old = read_table(path) if path.exists() else None
     tritons = {"triton": triton.__version__} | ({"also": version_in(also)} if also else {})
-    plan = {"gpu": gpu.name, "source": environment.source_digest(patterns=SEEN)} | tritons
+    plan = {"gpu": gpu.name, "source": environment.source_digest(Path(__file__), patterns=SEEN)} | tritons
     rows, done, chosen = dict(old.rows) if old else {}, {}, list(chosen)
     source = kernel_hash()
     if old and old.made["source"] != source and not rows.keys() & set(cells(gpu)) <= set(chosen):

@@ -8,14 +8,15 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import Config
-from ..configs.kernel_hash import kernel_hash
-from ..configs.lookup import gpu_fill, row_keys
-from ..configs.shipped import Entry, Row, Table, read_table, write_table
-from ..gpu import Gpu
+from tritonattn.autotune.replay import comparable
+from tritonattn.autotune.trials import Run, Trial
+from tritonattn.config import Config
+from tritonattn.configs.kernel_hash import kernel_hash
+from tritonattn.configs.lookup import gpu_fill, row_keys
+from tritonattn.configs.shipped import Entry, Row, Table, read_table, write_table
+from tritonattn.gpu import Gpu
+
 from .config_table import allowed
-from .replay import comparable
-from .trials import Run, Trial
 
 
 def slowdowns(runs: list[Run], gpu: Gpu) -> dict:
