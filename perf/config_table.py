@@ -1,37 +1,42 @@
-"""Make the shipped table of a GPU from what the compiler makes of the candidates: no GPU is needed.
+"""Build the shipped table of a GPU from what the compiler makes of the candidates. No GPU is needed.
 
-    for each kernel, dtype, head size and class of masks:
-        all tiles, mostly with two stages -> the best few with another number of stages -> the fastest expected one
+    python -m perf.config_table h200 a100 [--like GPU] [--also PYTHON]    build tables; a stopped build resumes
+    python -m perf.config_table h200 --from-sweeps runs/d128              replace rows by what sweeps measured
+    python -m perf.config_table h200 --restamp                            accept edited kernels with the same binaries
 
-What stood in the table before is a candidate like the others, and for 16-bit numbers so are what it tells of as lost and what
-the nearest head sizes have. Where few would notice (float32, heads of 96, 192 and 512) there are no others, unless everything
-is asked for, none of these fits, or something speaks against each (for float32: at heads up to 128). A build that looks at
-another GPU's table has no others anywhere but in these cases, which is faster. What is chosen for heads of 64 and 128 is
-compiled for the other problems that use its row as well, and by another version of Triton if there is one: what spills there
-is passed over. What is chosen for float32 fits with IEEE products and with TF32.
-
-Everything compiled is kept in a journal: a build that is stopped goes on where it was, and a build after an edit of the
-kernels begins anew.
+A row gets the config with the least modelled time among those without a fault. 16-bit rows with heads of 64, 128 and 256
+are searched. The other rows choose among the configs of the old table, of neighbouring head sizes and of `--like`; they are
+searched only if each of these has a fault. With `--like` this holds for all rows. Configs of 16-bit rows with heads of 64
+and 128 must also do well on the other problems that use the row, and with the Triton of another Python (`--also`). Configs
+of float32 rows must fit with IEEE and with TF32 products.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import itertools
+import math
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import triton
 
+from tritonattn import gpu as gpus
 from tritonattn.analysis.cost_model import estimate
+from tritonattn.autotune import trials
 from tritonattn.autotune.prune import candidates, check_config, check_report, time_penalty
+from tritonattn.autotune.replay import comparable
 from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.block_mask import TILE
 from tritonattn.config import Config
 from tritonattn.configs.kernel_hash import SOURCES, kernel_hash
-from tritonattn.configs.lookup import mask_class
+from tritonattn.configs.lookup import gpu_fill, mask_class, row_keys
 from tritonattn.configs.shipped import (
     FILLS,
     FOLDER,
@@ -40,318 +45,270 @@ from tritonattn.configs.shipped import (
     Entry,
     Row,
     Table,
+    TableError,
     gpu_fingerprint,
     read_table,
-    shipped_tables,
     write_table,
 )
 from tritonattn.gpu import Gpu
 from tritonattn.measure import environment
-from tritonattn.measure.journal import Journal, digest
+from tritonattn.measure.journal import Journal, JournalError, digest
 from tritonattn.problem import Problem
 from tritonattn.version import VERSION
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-# what decides about the binaries, and what about all that a journal holds: after an edit of these it begins anew
-SEEN = (*SOURCES, "analysis/compile_report.py", "analysis/sass.py", "analysis/cost_model.py", "gpu.py", "configs/key.py",
-        "problem.py", "autotune/prune.py", "autotune/worker_pool.py")
-PROVED = (64, 128)  # head sizes whose rows are proved on other problems
-ATTEMPTS = 12       # of the best configs of a row, how many are proved until one holds
-LIGHT = 16          # instructions that spill in a loop: so many are few, and may be what another version of Triton costs
-BEST = 2  # configs whose other numbers of stages are tried as well
-ROOMY = (0, 0)  # what fits anywhere
-LOST = 8  # of those that are out, how many a row tells of: the ones that would have been the fastest
+# the files that decide the results in a journal: an edit of one of them begins a new journal
+DECISIVE = (*SOURCES, "analysis/compile_report.py", "analysis/sass.py", "analysis/cost_model.py", "gpu.py", "configs/key.py",
+            "problem.py", "autotune/prune.py", "autotune/worker_pool.py")
+CHECKED_WIDTHS = (64, 128)  # head sizes whose 16-bit rows are checked on the other problems that they serve
+ATTEMPTS = 12      # configs of a row that are checked before the one with the fewest faults is accepted
+LIGHT_SPILLS = 16  # spilling instructions in a loop that are tolerated with the second Triton
+REJECTED = 8       # rejected configs that a row lists, the fastest first
 
 
-def cells(gpu: Gpu) -> Iterator[tuple]:
-    """The keys of all rows of a GPU's table. Where a table has none, a wider one serves, or one with edges.
+def row_keys_of(gpu: Gpu) -> Iterator[tuple]:
+    """Yield the keys of all rows of a GPU's table. Where a row is missing, the lookup uses a wider one or one with edges.
 
-    float32 has fewer. Windows bounded on the left have rows on Hopper alone, where one pipelined loop more may make ptxas
-    serialize all products.
+    float32 has fewer rows. Only Hopper has rows for windows bounded on the left: there a further pipelined loop may make
+    ptxas serialize all products.
     """
     for kernel, size, width, mask in itertools.product(KERNELS, DTYPES, WIDTHS, MASKS):
         windows = gpu.arch == "sm_90" and size == 2 and width <= 256
         of_kernel = mask == "pairs" or (kernel != "dbias" and (mask != "window" or windows))
-        served = size == 2 or (width in (64, 128, 256, 512) and mask != "full" and width <= gpu.largest_head(DTYPES[size]))
-        if of_kernel and served:
+        of_size = size == 2 or (width in (64, 128, 256, 512) and mask != "full" and width <= gpu.largest_head(DTYPES[size]))
+        if of_kernel and of_size:
             yield kernel, size, width, mask
 
 
-def example(cell: tuple, many: bool, gpu: Gpu) -> Problem:
-    """The problem that stands for a cell: 16k tokens of 32 heads, or half a GPU full of tiles.
+def example_problem(key: tuple, fill: str, gpu: Gpu) -> Problem:
+    """Return the problem that represents a row: 16k tokens of 32 heads ("filled"), or half a GPU of tiles ("underfilled").
 
-    With edges it is causal and ends within a tile; a window is as wide as half of it; with something for each pair it has a
-    float32 bias besides.
+    Rows with edges are causal and end within a tile; windows are half as wide as the sequence; "pairs" have a float32 bias.
     """
-    _, size, width, mask = cell
-    n = 4096 if many else TILE * max(1, gpu.sms // 16)
+    _, size, width, mask = key
+    n = 4096 if fill == "filled" else TILE * max(1, gpu.sms // 16)
     n -= 0 if mask == "full" else 8
-    batch, heads = ((4,), 32) if many else ((1,), 8)
+    batch, heads = ((4,), 32) if fill == "filled" else ((1,), 8)
     window = {"full": (None, None), "window": (n // 2, 0)}.get(mask, (None, 0))
     bias = torch.float32 if mask == "pairs" else None
     return Problem(batch, heads, heads, n, n, width, width, DTYPES[size], window, bias=bias)
 
 
-def others(cell: tuple) -> dict[str, Problem]:
-    """The other problems that a row of PROVED serves and that take more registers than its example, by name."""
-    kernel, size, width, mask = cell
-    if size != 2 or width not in PROVED or mask == "full":
+def other_problems(key: tuple) -> dict[str, Problem]:
+    """Return, by name, the other problems of a checked row that need more registers than its example."""
+    kernel, size, width, mask = key
+    if size != 2 or width not in CHECKED_WIDTHS or mask == "full":
         return {}
     causal, mapped = {"window": (None, 0)}, {"masked": True, "mapped": True}
-    given = {
+    variants = {
         "pairs": {"a mask": causal | {"masked": True}, "dropout": causal | {"dropout": True}, "a map": mapped},
         "edges": {"lengths": causal | {"lengths": True}, "a map": mapped},
         "window": {"a map": mapped | {"window": (100, 0)}},
     }[mask]
-    # a gradient of a bias needs a bias
+    # the gradient of a bias needs a bias
     bias = {"bias": torch.float32} if kernel == "dbias" else {}
-    found = {name: Problem((4,), 32, 8, 1000, 1000, width, width, torch.bfloat16, **bias, **options)
-             for name, options in given.items()}
-    return {name: problem for name, problem in found.items() if mask_class(kernel, problem) == mask}
+    problems = {name: Problem((4,), 32, 8, 1000, 1000, width, width, torch.bfloat16, **bias, **options)
+                for name, options in variants.items()}
+    return {name: problem for name, problem in problems.items() if mask_class(kernel, problem) == mask}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which the configs of a row are compiled; the row's example has no name."""
+
+    problem: Problem
+    name: str = ""
+    precision: str = "ieee"
+    second: bool = False  # by the second Triton
+
+
+@dataclass(frozen=True)
+class Result:
+    """One compiled config. Without cycles there is no binary, or it does not fit, or its loop was not recognised."""
+
+    config: Config
+    reason: str | None  # one of prune.REASONS, None without a fault
+    note: str = ""
+    registers: int = 0  # 0: there is no binary
+    spills: int = 0
+    shared_memory: int = 0
+    tensor_memory: int = 0
+    occupancy: int = 0
+    bound: str | None = None
+    cycles: dict = field(default_factory=dict)  # {fill: modelled cycles}
+
+    @property
+    def fault(self) -> str:
+        return f"{self.reason}: {self.note}".rstrip(": ") if self.reason else ""
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.config, "static-model", self.registers, self.shared_memory, self.tensor_memory, self.occupancy,
+                     self.bound, self.fault)
+
+
+def result_of(config: Config, compiled, underfilled: Problem) -> Result:
+    """Return the result for a KernelReport or a Failure."""
+    if isinstance(compiled, Failure):
+        return Result(config, compiled.code, compiled.message)
+    verdict, cycles = check_report(compiled), {}
+    if verdict.estimate is not None:
+        small = estimate(replace(compiled, problem=underfilled))
+        cycles = {"filled": verdict.estimate.cycles, "underfilled": small.cycles}
+    return Result(config, verdict.reason, verdict.note, compiled.registers, compiled.loop_spills or 0, compiled.shared_memory,
+                  compiled.tensor_memory, compiled.occupancy, verdict.estimate and verdict.estimate.bound, cycles)
 
 
 class NothingFits(RuntimeError):
-    """A row cannot be made of these configs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """Where a build looks for candidates: at the cells for which `searched` holds, and at the rows of another GPU."""
-
-    searched: Callable[[tuple], bool]
-    rows: dict = dataclasses.field(default_factory=dict)
-
-
-def usual(cell: tuple) -> bool:
-    """Whether a build looks for something better than what the cell has."""
-    return cell[1] == 2 and cell[2] in (64, 128, 256)
-
-
-USUAL, EVERYTHING = Look(usual), Look(lambda cell: True)
-
-
-def shipped_like(gpu: Gpu) -> Look:
-    """At the rows of this GPU's table, and at more only where these do not do. ValueError: it has none."""
-    for table in shipped_tables():
-        if table.is_of(gpu):
-            return Look(lambda cell: False, table.rows)
-    raise ValueError(f"expected a GPU with a table out of {', '.join(table.name for table in shipped_tables())}; got {gpu.name}")
+    """No config can serve a row."""
 
 
 class Builder:
-    """Makes the rows of one GPU's table."""
+    """Makes the rows of one GPU's table; `old` and `like` are rows of earlier tables, `second` compiles with another Triton."""
 
-    def __init__(self, gpu: Gpu, journal: Journal, workers: Workers, incumbents: Table | None = None, look: Look = USUAL,
-                 also: Workers | None = None):
-        """also: compilers of another Triton."""
-        self._gpu, self._journal, self._workers, self._look, self._also = gpu, journal, workers, look, also
-        self._incumbents = incumbents.rows if incumbents else {}
-        entries = [((*entry["cell"], entry["config"]), entry) for entry in journal.entries]
-        self._proved = {key: entry["against"] for key, entry in entries if "against" in entry}
-        self._tf32 = {key: entry["tf32"] for key, entry in entries if "tf32" in entry}
-        self._seen = {key: entry for key, entry in entries if not entry.keys() & {"against", "tf32"}}
+    def __init__(self, gpu: Gpu, journal: Journal, workers: Workers, second: Workers | None = None, old: dict | None = None,
+                 like: dict | None = None):
+        self._gpu, self._journal, self._workers, self._second = gpu, journal, workers, second
+        self._old, self._like = old or {}, like
+        self._faults: dict[tuple, list[str]] = {}  # {(row, config): its faults in variants}
+        self._results = {}
+        for entry in journal.entries:
+            result = Result(**entry["result"] | {"config": Config.parse(entry["config"])})
+            self._results[tuple(entry["row"]), entry["variant"], entry["config"]] = result
 
-    def row(self, cell: tuple, made: dict) -> Row:
-        """The best configs of a cell; `made` are the rows that are made already. NothingFits."""
-        tried, row = self._before(cell, made), None
+    def row(self, key: tuple, done: dict) -> Row:
+        """Return the row for a key; `done` are the rows made before. Raise NothingFits."""
+        configs, row = self.known_configs(key, done), None
         with contextlib.suppress(NothingFits):
-            # also where arithmetic says something against them: they were there
-            row = self._chosen(cell, self._survey(cell, tried, whatever=True))
-        # what stood here does not do for all that the row serves: others are looked for as well
-        lacks = row and (cell[1] == 2 or cell[2] <= max(PROVED)) and (row.many.exception or row.few.exception)
-        return self._searched(cell, tried) if row is None or lacks or self._look.searched(cell) else row
+            row = self.choose(key, self.compile(key, configs))
+        _, size, width, _ = key
+        # wide heads of float32 spill with every config and take long to compile
+        faulty = row and (size == 2 or width <= 128) and (row.filled.accepted_fault or row.underfilled.accepted_fault)
+        return self._search(key, configs) if row is None or faulty or (self._like is None and searched(key)) else row
 
-    def _searched(self, cell, tried) -> Row:
-        """The best of these and of all candidates."""
-        problem = example(cell, True, self._gpu)
-        stages, other = stages_of(cell, self._gpu)
-        tried |= {config for config in candidates(cell[0], problem, self._gpu, stages) if sensible(cell, config, self._gpu)}
-        found = self._survey(cell, tried)
-        best = {entry["config"] for fill in FILLS for entry in self._order(found, fill)[:BEST]}
-        tried |= {self._here(dataclasses.replace(Config.parse(text), num_stages=other)) for text in best}
-        return self._chosen(cell, self._survey(cell, tried))
+    def known_configs(self, key: tuple, done: dict) -> set[Config]:
+        """Return the configs of the old row, and for 16-bit rows those it rejected, of neighbouring widths, and of `like`."""
+        rows = [self._old.get(key)]
+        texts = set()
+        if key[1] == 2:
+            at = WIDTHS.index(key[2])
+            rows += [done.get((*key[:2], width, key[3])) for width in WIDTHS[max(at - 1, 0):at + 2]]
+            texts |= set(rows[0].rejected) if rows[0] else set()
+        configs = {getattr(row, fill).config for row in rows if row for fill in FILLS} | {Config.parse(text) for text in texts}
+        if key[1] == 2 and self._like and (row := self._like.get(key)):
+            # only Hopper leaves the edges out of its pipeline
+            edge_stages = 1 if self._gpu.arch == "sm_90" else None
+            configs |= {replace(config, edge_stages=edge_stages if config.num_stages > 1 else None)
+                        for config in (row.filled.config, row.underfilled.config, *map(Config.parse, row.rejected))}
+        return configs
 
-    def reread(self, cells: Iterable[tuple]) -> None:
-        """Compile what stood in these cells, all side by side."""
-        jobs = [(cell, config) for cell in cells for config in sorted(self._before(cell, {}), key=str)
-                if (*cell, str(config)) not in self._seen]
-        asked = [(cell[0], example(cell, True, self._gpu), config, self._gpu) for cell, config in jobs]
-        for found, (cell, config) in zip(self._workers.map(asked), jobs):
-            self._learn(cell, config, found)
+    def _search(self, key, configs) -> Row:
+        problem = example_problem(key, "filled", self._gpu)
+        tiles = {config for config in candidates(key[0], problem, self._gpu, stages_of(key, self._gpu))
+                 if sensible(key, config, self._gpu) and check_config(key[0], problem, config, self._gpu) is None}
+        return self.choose(key, self.compile(key, configs | tiles))
 
-    def _before(self, cell, rows) -> set[Config]:
-        """What stood here; and but for float32, which takes long to compile, what lost here, and what others have.
+    def compile(self, key: tuple, configs: Iterable[Config], variants: Iterable[Variant] = ()) -> list[Result]:
+        """Return the results of every config in every variant (default: the row's example), from the journal if possible."""
+        variants = tuple(variants) or (Variant(example_problem(key, "filled", self._gpu)),)
+        jobs = [(variant, config) for variant in variants for config in sorted(configs, key=str)]
+        underfilled = example_problem(key, "underfilled", self._gpu)
+        for second, workers in ((False, self._workers), (True, self._second)):
+            missing = [(variant, config) for variant, config in jobs
+                       if variant.second == second and (key, variant.name, str(config)) not in self._results]
+            todo = [(key[0], variant.problem, config, self._gpu, variant.precision) for variant, config in missing]
+            for compiled, (variant, config) in zip(workers.map(todo) if todo else (), missing):
+                result = result_of(config, compiled, underfilled)
+                self._results[key, variant.name, str(config)] = result
+                if not isinstance(compiled, Failure) or compiled.lasting:
+                    self._journal.append({"row": list(key), "variant": variant.name, "config": str(config),
+                                          "result": dataclasses.asdict(result) | {"config": None}})
+        return [self._results[key, variant.name, str(config)] for variant, config in jobs]
 
-        Others are the nearest head sizes, and the GPU that this one is to be like.
-        """
-        at = WIDTHS.index(cell[2])
-        near = [(*cell[:2], width, cell[3]) for width in WIDTHS[max(at - 1, 0):at + 2] if cell[1] == 2]
-        mine, like = self._incumbents.get(cell), self._look.rows.get(cell) if cell[1] == 2 else None
-        found = [mine, *(rows.get(other) for other in near)]
-        texts = {getattr(row, fill).config for row in found if row is not None for fill in FILLS}
-        if mine is not None and cell[1] == 2:
-            texts |= set(mine.lost)
-        theirs = {*(getattr(like, fill).config for fill in FILLS), *like.lost} if like else set()
-        return {Config.parse(text) for text in texts} | {self._here(Config.parse(text)) for text in theirs}
+    def order(self, results: list[Result], fill: str) -> list[Result]:
+        """Return the results with cycles, the fastest first; those with a fault come last."""
+        def sort_key(result):
+            cycles = result.cycles[fill] * time_penalty(result.reason, result.spills)
+            return result.reason is not None, cycles, result.shared_memory, str(result.config)
 
-    def _here(self, config):
-        """A config as this GPU would have it: only Hopper leaves the edges out of the pipeline, where there is one."""
-        return dataclasses.replace(config, edge_stages=1 if self._gpu.arch == "sm_90" and config.num_stages > 1 else None)
+        return sorted((result for result in results if result.cycles), key=sort_key)
 
-    def _survey(self, cell, configs, whatever=False) -> list[dict]:
-        """What is known of these configs, compiled where it was not known yet; `whatever` arithmetic says against them."""
-        problem = example(cell, True, self._gpu)
-        todo = []
-        for config in sorted(configs, key=str):
-            if (*cell, str(config)) in self._seen:
-                continue
-            out = check_config(cell[0], problem, config, self._gpu)
-            if out is not None and not whatever:
-                self._keep(cell, {"config": str(config), "reason": out.reason, "note": out.note})
-            else:
-                todo.append((cell[0], problem, config, self._gpu))
-        for found, job in zip(self._workers.map(todo), todo):
-            self._learn(cell, job[2], found)
-        return [self._seen[(*cell, str(config))] for config in sorted(configs, key=str)]
+    def choose(self, key: tuple, results: list[Result]) -> Row:
+        """Return the row made of the best of these results. Raise NothingFits."""
+        orders = {fill: self.order(results, fill) for fill in FILLS}
+        if not orders["filled"]:
+            faults = "; ".join(f"{result.config}: {result.fault}" for result in results)
+            raise NothingFits(f"{self._gpu.name}, {key}: expected a config that fits, got none ({faults})")
+        pick = self._pick_float32 if key[1] == 4 else self._pick
+        entries = {fill: pick(key, order) for fill, order in orders.items()}
+        chosen = {entry.config for entry in entries.values()}
+        others = [result for result in orders["filled"] if result.config not in chosen]
+        others += [result for result in results if not result.cycles]
+        return Row(*key, **entries, rejected={str(result.config): self._reason(key, result) for result in others[:REJECTED]})
 
-    def _learn(self, cell, config, found):
-        lasting = not isinstance(found, Failure) or found.lasting
-        self._keep(cell, _entry(config, found, example(cell, False, self._gpu)), lasting)
+    def _pick_float32(self, key, order) -> Entry:
+        """Return the first config that fits with TF32 too, with the larger of both binaries' resources."""
+        variant = Variant(example_problem(key, "filled", self._gpu), "tf32", "tf32")
+        for result in order:
+            tf32, = self.compile(key, [result.config], [variant])
+            if tf32.registers and tf32.entry.fits(self._gpu):
+                return replace(result.entry, shared_memory=max(result.shared_memory, tf32.shared_memory),
+                               tensor_memory=max(result.tensor_memory, tf32.tensor_memory),
+                               occupancy=min(result.occupancy, tf32.occupancy))
+            self._faults[key, result.config] = [tf32.fault]
+        raise NothingFits(f"{self._gpu.name}, {key}: expected a config that fits with TF32, got {len(order)} that do not")
 
-    def _keep(self, cell, entry, lasting=True):
-        entry = {"cell": list(cell)} | entry
-        if lasting:
-            self._journal.append(entry)
-        self._seen[(*cell, entry["config"])] = entry
-
-    def _order(self, found, fill):
-        """Those that fit, by the expected time; what something speaks against stands behind."""
-        def key(entry):
-            cycles = entry[fill] * time_penalty(entry["reason"], entry["spills"])
-            return entry["reason"] is not None, cycles, entry["shared_memory"], entry["config"]
-
-        return sorted((entry for entry in found if entry.get(fill)), key=key)
-
-    def _chosen(self, cell, found) -> Row:
-        orders = {fill: self._order(found, fill) for fill in FILLS}
-        if not orders["many"]:
-            said = "; ".join(f"{entry['config']}: {entry['reason']} {entry['note']}".strip() for entry in found)
-            raise NothingFits(f"{self._gpu.name}, {cell}: expected a config that fits, got none ({said})")
-        if cell[1] == 4:
-            winners = {fill: self._in_both(cell, order) for fill, order in orders.items()}
-        else:
-            winners = {fill: self._proven(cell, order) for fill, order in orders.items()}
-        names = {entry.config for entry in winners.values()}
-        others = [entry for entry in orders["many"] if entry["config"] not in names]
-        others += [entry for entry in found if not entry.get("many") and entry["reason"] not in ("constraint", "prefilter")]
-        return Row(*cell, **winners, lost={entry["config"]: self._why_lost(cell, entry) for entry in others[:LOST]})
-
-    def _why_lost(self, cell, entry) -> str:
-        """A reason code: of what speaks against it, here or where it was proved; else the model's."""
-        key = *cell, entry["config"]
-        against, taken = self._proved.get(key), self._tf32.get(key, ROOMY)
-        if entry["reason"] or against:
-            return entry["reason"] or re.split("[:,]", against[0])[0]
-        if taken is None:
-            return "compile error"
-        if self._fits(taken):
-            return "slower"
-        return "shared memory" if taken[0] > self._gpu.shared_memory else "tensor memory"
-
-    def _fits(self, taken) -> bool:
-        return taken[0] <= self._gpu.shared_memory and taken[1] <= self._gpu.tensor_memory
-
-    def _in_both(self, cell, order) -> Entry:
-        """The first that fits with TF32 as well, and what the binary takes that takes more. NothingFits: none does."""
-        for entry in order:
-            taken = self._with_tf32(cell, entry["config"])
-            if taken is not None and self._fits(taken):
-                shared, tensor = map(max, taken, (entry["shared_memory"], entry["tensor_memory"]))
-                return dataclasses.replace(_as_entry(entry), shared_memory=shared, tensor_memory=tensor,
-                                           occupancy=min(entry["occupancy"], taken[2]))
-        raise NothingFits(f"{self._gpu.name}, {cell}: expected a config that fits with TF32, got {len(order)} that do not")
-
-    def _with_tf32(self, cell, text) -> list | None:
-        """Shared memory, tensor memory and occupancy of a config whose products are TF32's; None: it does not compile."""
-        if (*cell, text) not in self._tf32:
-            found, = self._workers.map([(cell[0], example(cell, True, self._gpu), Config.parse(text), self._gpu, "tf32")])
-            failed = isinstance(found, Failure)
-            self._tf32[(*cell, text)] = taken = None if failed else [found.shared_memory, found.tensor_memory, found.occupancy]
-            if not failed or found.lasting:
-                self._journal.append({"cell": list(cell), "config": text, "tf32": taken})
-        return self._tf32[(*cell, text)]
-
-    def _proven(self, cell, order) -> Entry:
-        """The first of the best that does as well on the other problems of its row, or the one that does so on most."""
-        clean = [entry for entry in order[:ATTEMPTS] if entry["reason"] is None]
+    def _pick(self, key, order) -> Entry:
+        """Return the first config without a fault in any variant, else the one with the fewest."""
         least = None
-        for entry in clean:
-            against = self._against(cell, entry["config"])
-            if not against:
-                return _as_entry(entry)
-            if least is None or len(against) < len(least[1]):
-                least = entry, against
-        if least is None:
-            return _as_entry(order[0])
-        return dataclasses.replace(_as_entry(least[0]), exception="; ".join(least[1]))
+        for result in [result for result in order[:ATTEMPTS] if result.reason is None]:
+            faults = self.faults(key, result.config)
+            if not faults:
+                return result.entry
+            if least is None or len(faults) < len(least[1]):
+                least = result, faults
+        return replace(least[0].entry, accepted_fault="; ".join(least[1])) if least else order[0].entry
 
-    def _against(self, cell, text) -> list[str]:
-        """What speaks against a config on the other problems of its row, and when another Triton compiles it."""
-        if (*cell, text) not in self._proved:
-            found = self._proofs(cell, Config.parse(text))
-            against = [(place, complaint(report, spills)) for place, report, spills in found]
-            self._proved[(*cell, text)] = said = [f"{what}, {place}" for place, what in against if what]
-            if found and not any(isinstance(report, Failure) and not report.lasting for _, report, _ in found):
-                self._journal.append({"cell": list(cell), "config": text, "against": said})
-        return self._proved[(*cell, text)]
+    def faults(self, key: tuple, config: Config) -> list[str]:
+        """Return the faults of a config on the other problems of its row and with the second Triton."""
+        variants = [Variant(problem, f"with {name}") for name, problem in other_problems(key).items()]
+        if self._second and key[1] == 2 and key[2] in CHECKED_WIDTHS:
+            variants += [Variant(each.problem, f"{each.name} by another Triton", second=True) for each in variants]
+            variants.append(Variant(example_problem(key, "filled", self._gpu), "by another Triton", second=True))
+        results = self.compile(key, [config], variants) if variants else []
+        self._faults[key, config] = [
+            f"{result.fault}, {variant.name}" for result, variant in zip(results, variants)
+            if result.reason and not (variant.second and result.reason == "spill" and result.spills <= LIGHT_SPILLS)]
+        return self._faults[key, config]
 
-    def _proofs(self, cell, config) -> list[tuple]:
-        """(where, what was compiled, how much it may spill) for each other problem and each other compiler."""
-        problems = others(cell)
-        jobs = [(cell[0], problem, config, self._gpu) for problem in problems.values()]
-        found = [(f"with {name}", report, 0) for report, name in zip(self._workers.map(jobs), problems)] if jobs else []
-        if self._also and cell[1] == 2 and cell[2] in PROVED:
-            jobs.append((cell[0], example(cell, True, self._gpu), config, self._gpu))
-            names = [*(f"with {name} by another Triton" for name in problems), "by another Triton"]
-            found += [(name, report, LIGHT) for report, name in zip(self._also.map(jobs), names)]
-        return found
+    def _reason(self, key, result) -> str:
+        """Return why a config was rejected: its own fault, else its first fault in another variant, else "slower"."""
+        faults = self._faults.get((key, result.config)) or ["slower"]
+        return result.reason or re.split("[:,]", faults[0])[0]
 
 
-def complaint(found, spills: int) -> str:
-    """What speaks against a compiled config, but for so many spills in its loop; "" if nothing does."""
-    if isinstance(found, Failure):
-        return f"{found.code}: {found.message}"
-    verdict = check_report(found)
-    light = verdict.reason == "spill" and found.loop_spills <= spills
-    return "" if verdict.reason is None or light else f"{verdict.reason}: {verdict.note}".rstrip(": ")
+def searched(key: tuple) -> bool:
+    """Return whether a build looks for new configs even if the known ones have no fault."""
+    return key[1] == 2 and key[2] in (64, 128, 256)
 
 
-def stages_of(cell: tuple, gpu: Gpu) -> tuple[tuple[int, ...], int]:
-    """The stages with which all tiles are tried, and those with which the best few are tried as well."""
-    if cell[1] == 4 and not gpu.is_amd:
-        # without tensor cores a second stage is hardly worth its memory
-        return (1,), 2
-    if cell[2] > 256:
-        # two of such heads often do not fit
-        return (1, 2), 3
-    # AMD's pipeline of two stages loads into registers, and often does better without
-    return (2,), 1 if gpu.is_amd else 3
+def stages_of(key: tuple, gpu: Gpu) -> tuple[int, ...]:
+    """Return the numbers of stages that a search tries."""
+    if key[1] == 4 or gpu.is_amd:
+        # without tensor cores, and with AMD's pipeline through registers, more stages are hardly worth their memory
+        return 1, 2
+    # two stages of wide heads often do not fit
+    return (1, 2, 3) if key[2] > 256 else (2, 3)
 
 
-def allowed(config: Config) -> bool:
-    """What a table may hold: no tile larger than a map's."""
-    return max(config.block_m, config.block_n) <= TILE
+def sensible(key: tuple, config: Config, gpu: Gpu) -> bool:
+    """Return whether a tile is worth compiling: small tiles are, without tensor cores and for wide heads alone.
 
-
-def sensible(cell: tuple, config: Config, gpu: Gpu) -> bool:
-    """What is worth compiling for a table: small tiles without tensor cores and for wide heads alone.
-
-    Heads of 512 and float32 have tiles of 64 at most, and so has what is given for each pair beyond heads of 128. Without
-    tensor cores, for NVIDIA's float32, a thread holds whole rows of what it multiplies: beyond heads of 64 tiles larger than 32
-    spill by hundreds.
+    Heads of 512, float32, and pairwise values beyond heads of 128 have tiles of at most 64. In NVIDIA's float32 a thread
+    holds whole rows: beyond heads of 64, tiles larger than 32 spill hundreds of registers.
     """
-    kernel, size, width, mask = cell
+    kernel, size, width, mask = key
     owner = config.block_n if kernel == "dkdv" else config.block_m
     if size == 2 and width <= 128 and owner < 64 and mask != "pairs":
         return False
@@ -362,61 +319,156 @@ def sensible(cell: tuple, config: Config, gpu: Gpu) -> bool:
     return least <= min(config.block_m, config.block_n) and max(config.block_m, config.block_n) <= largest
 
 
-def _entry(config, found, few: Problem) -> dict:
-    """What the journal keeps of one compiled config."""
-    if isinstance(found, Failure):
-        return {"config": str(config), "reason": found.code, "note": found.message}
-    verdict = check_report(found)
-    entry = {"config": str(config), "reason": verdict.reason, "note": verdict.note, "registers": found.registers,
-             "spills": found.loop_spills, "shared_memory": found.shared_memory,
-             "tensor_memory": found.tensor_memory, "occupancy": found.occupancy}
-    if verdict.estimate is not None:
-        other = estimate(dataclasses.replace(found, problem=few))
-        entry |= {"many": verdict.estimate.cycles, "few": other.cycles, "bound": verdict.estimate.bound}
-    return entry
+def path_of(gpu: Gpu, folder: Path = FOLDER) -> Path:
+    """Return the file of a GPU's table."""
+    return folder / f"{environment.slug(gpu.name)}.json"
 
 
-def _as_entry(found: dict) -> Entry:
-    note = f"{found['reason']}: {found['note']}" if found["reason"] else ""
-    return Entry(found["config"], "static-model", found["registers"], found["shared_memory"], found["tensor_memory"],
-                 found["occupancy"], found["bound"], note.rstrip(": "))
+def build(gpu: Gpu, folder: Path = FOLDER, work: Path = Path("build"), jobs: int | None = None, like: Gpu | None = None,
+          also: str | None = None) -> Path:
+    """Build all rows of a GPU's table, then write the file and return its path.
 
-
-def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path = Path("build"), jobs: int | None = None,
-          look: Look = USUAL, also: str | None = None, say: Callable = print) -> Path:
-    """Make these rows of a GPU's table anew, and keep its other rows. Returns the file, which is written once all is done.
-
-    also: a Python with another Triton, with which the rows of PROVED must do as well.
-    Raises ValueError where the other rows are of other kernels: then all must be made.
+    like: another GPU, whose rows offer configs. also: a Python with another Triton. Results are kept in a journal in `work`.
     """
-    name = environment.slug(gpu.name)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    old = read_table(path) if path.exists() else None
-    tritons = {"triton": triton.__version__} | ({"also": version_in(also)} if also else {})
-    plan = {"gpu": gpu.name, "source": environment.source_digest(Path(__file__), patterns=SEEN)} | tritons
-    rows, done, chosen = dict(old.rows) if old else {}, {}, list(chosen)
-    source = kernel_hash()
-    if old and old.made["source"] != source and not rows.keys() & set(cells(gpu)) <= set(chosen):
-        raise ValueError(f"{path}: expected all cells to be chosen, since the kernels have changed; got {len(chosen)}")
-    compilers = Workers(jobs, python=also) if also else contextlib.nullcontext()
-    with Journal(work / f"table-{name}-{digest(plan)}.jsonl", plan) as journal, Workers(jobs) as usual, compilers as others_too:
-        builder = Builder(gpu, journal, usual, old, look, others_too)
-        # those that are searched come first, since the others look at them
-        chosen = sorted(chosen, key=lambda cell: not look.searched(cell))
-        builder.reread(chosen)
-        for cell in chosen:
-            rows[cell] = done[cell] = row = builder.row(cell, done)
-            say(f"{gpu.name}  {cell[0]:8} {8 * cell[1]:2} bits  {cell[2]:3}  {cell[3]:5}  many {row.many.config:14} "
-                f"few {row.few.config:14} {row.many.exception}", flush=True)
-    made = {"tritonattn": VERSION, "source": source} | tritons
-    ordered = {cell: rows[cell] for cell in cells(gpu) if cell in rows}
-    return write_table(Table(name, {"name": gpu.name} | gpu_fingerprint(gpu), made, ordered), folder)
+    path = path_of(gpu, folder)
+    old = read_table(path).rows if path.exists() else {}
+    tritons = {"triton": triton.__version__} | ({"second_triton": triton_of(also)} if also else {})
+    plan = {"gpu": gpu.name, "source": environment.source_digest(Path(__file__), patterns=DECISIVE)} | tritons
+    second_workers = Workers(jobs, python=also) if also else contextlib.nullcontext()
+    with Journal(work / f"table-{path.stem}-{digest(plan)}.jsonl", plan) as journal, Workers(jobs) as workers, \
+            second_workers as second:
+        builder = Builder(gpu, journal, workers, second, old, read_table(path_of(like)).rows if like else None)
+        rows = {}
+        # searched rows come first, because the others look at them
+        for key in sorted(row_keys_of(gpu), key=lambda key: not searched(key)):
+            rows[key] = row = builder.row(key, rows)
+            print(f"{gpu.name}  {key[0]:8} {8 * key[1]:2} bits  {key[2]:3}  {key[3]:6} {row.filled.config!s:14} "
+                  f"{row.underfilled.config!s:14} {row.filled.accepted_fault}", flush=True)
+    provenance = {"tritonattn": VERSION, "kernel_hash": kernel_hash()} | tritons
+    rows = {key: rows[key] for key in row_keys_of(gpu)}
+    return write_table(Table(path.stem, {"name": gpu.name} | gpu_fingerprint(gpu), provenance, rows), folder)
 
 
-def version_in(python: str) -> str:
-    """The version of Triton that this Python imports. ValueError: none."""
-    found = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True)
-    if found.returncode:
-        raise ValueError(f"{python}: expected a Python with Triton, got {found.stderr.strip().splitlines()[-1:]}")
-    return found.stdout.strip()
+def triton_of(python: str) -> str:
+    """Return the version of Triton in another Python. Raise ValueError if it has none."""
+    run = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True)
+    if run.returncode:
+        raise ValueError(f"{python}: expected a Python with Triton, got {run.stderr.strip().splitlines()[-1:]}")
+    return run.stdout.strip()
+
+
+def build_from_sweeps(gpu: Gpu, runs: list[trials.Run], folder: Path = FOLDER) -> Path:
+    """Replace the entries of a GPU's shipped table that sweeps measured, write the table to `folder` and return its path.
+
+    An entry gets the config with the least geometric mean of its slowdowns (its time over the best time) over all problems
+    of the entry. Raise ValueError for a synthetic sweep, and for one of another GPU or of other kernels than the table.
+    """
+    path = path_of(gpu)
+    table = read_table(path)
+    for run in runs:
+        if run.synthetic:
+            raise ValueError("config_table: expected measured sweeps, got a synthetic one")
+        if run.plan["source"] != table.provenance["kernel_hash"] or not table.matches(Gpu(tensor_memory=0, **run.plan["gpu"])):
+            raise ValueError(f"{path}: expected a sweep of the GPU and the kernels of this table, got one of {run.plan['gpu']}")
+    for (key, fill), by_config in slowdowns(runs, gpu).items():
+        config = least_slowdown(by_config)
+        # of the binaries for several problems, the one with the most shared memory
+        static = max((run.of(job)[config].static for run in runs for job in run.jobs if config in run.of(job)
+                      and next(row_keys(job.kernel, job.problem)) == key), key=lambda static: static.get("shared_memory", 0))
+        entry = Entry(Config.parse(config), "measured", static.get("registers"), static.get("shared_memory", 0),
+                      static.get("tensor_memory", 0), static.get("occupancy"), static.get("bound"))
+        row = table.rows.get(key) or Row(*key, filled=entry, underfilled=entry)
+        rejected = {name: reason for name, reason in row.rejected.items() if name != config}
+        table.rows[key] = replace(row, **{fill: entry}, rejected=rejected)
+    return write_table(table, folder)
+
+
+def slowdowns(runs: list[trials.Run], gpu: Gpu) -> dict:
+    """Return {(row key, fill): {config: [slowdown on each problem, None if it was not timed]}}."""
+    entries = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        for job in run.jobs:
+            key, fill = next(row_keys(job.kernel, job.problem)), gpu_fill(job.kernel, job.problem, gpu)
+            # a table holds no tile larger than a block mask's
+            timed = {name: trial for name, trial in comparable(run.of(job)).items()
+                     if (trial.status == "ok" or name == job.incumbent)
+                     and max(Config.parse(name).block_m, Config.parse(name).block_n) <= TILE}
+            best = min((trial.ratio for trial in timed.values()), default=None)
+            for name in job.configs if timed else ():
+                entries[key, fill][name].append(timed[name].ratio / best if name in timed else None)
+    return {at: dict(by_config) for at, by_config in entries.items()}
+
+
+def least_slowdown(by_config: dict) -> str:
+    """Return the config with the least geometric mean, out of those that were timed on the most problems."""
+    times = {name: [x for x in ratios if x is not None] for name, ratios in by_config.items()}
+    most = max(map(len, times.values()))
+    return min((name for name, ratios in times.items() if len(ratios) == most),
+               key=lambda name: (math.fsum(map(math.log, times[name])), name))
+
+
+def restamp(gpu: Gpu, workers: Workers, folder: Path = FOLDER) -> Path:
+    """Write the current kernel hash into a GPU's table and return its path.
+
+    Raise ValueError unless the configs of all checked rows compile to the recorded registers and memory, with the recorded
+    version of Triton.
+    """
+    table = read_table(path_of(gpu, folder))
+    if table.provenance["triton"] != triton.__version__:
+        raise ValueError(f"{table.name}: made with Triton {table.provenance['triton']}, got {triton.__version__}")
+    entries = [(row.key, entry) for row in table.rows.values() if row.itemsize == 2 and row.width in CHECKED_WIDTHS
+               for entry in (row.filled, row.underfilled) if entry.registers is not None]
+    jobs = [(key[0], example_problem(key, "filled", gpu), entry.config, gpu) for key, entry in entries]
+    for compiled, (key, entry) in zip(workers.map(jobs), entries):
+        resources = None if isinstance(compiled, Failure) else (
+            compiled.registers, compiled.shared_memory, compiled.tensor_memory)
+        if resources != (recorded := (entry.registers, entry.shared_memory, entry.tensor_memory)):
+            raise ValueError(f"{table.name}, {key}: {entry.config} compiles to another binary: registers, shared and tensor "
+                             f"memory are {resources}, recorded are {recorded}; rebuild the table")
+    return write_table(replace(table, provenance=table.provenance | {"kernel_hash": kernel_hash()}), folder)
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return a GPU by model or architecture."""
+    try:
+        return gpus.KNOWN.get(name.lower()) or gpus.named(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or an architecture: {', '.join(gpus.KNOWN)}") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m perf.config_table", description="Build the shipped tables of configs.")
+    top.add_argument("gpus", type=gpu_named, nargs="+", metavar="GPU", help="model or architecture: h200, sm_80")
+    mode = top.add_mutually_exclusive_group()
+    mode.add_argument("--from-sweeps", type=Path, nargs="+", metavar="FOLDER", help="replace rows by what sweeps measured")
+    mode.add_argument("--restamp", action="store_true", help="accept edited kernels if the binaries are the same")
+    mode.add_argument("--like", type=gpu_named, metavar="GPU", help="try the configs of this GPU instead of a search: faster")
+    top.add_argument("--also", metavar="PYTHON", help="a Python with another Triton that must compile the configs well too")
+    top.add_argument("--work", type=Path, default=Path("build"), metavar="FOLDER", help="journals (default: %(default)s)")
+    top.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help="where tables go (default: the package)")
+    top.add_argument("--jobs", type=int, metavar="N", help="compilers in parallel (default: one per core)")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 is success, 1 an error in the input."""
+    arguments = parser().parse_args(argv)
+    try:
+        for gpu in arguments.gpus:
+            if arguments.restamp:
+                with Workers(arguments.jobs) as workers:
+                    path = restamp(gpu, workers, arguments.out)
+            elif arguments.from_sweeps:
+                path = build_from_sweeps(gpu, [trials.read(folder) for folder in arguments.from_sweeps], arguments.out)
+            else:
+                path = build(gpu, arguments.out, arguments.work, arguments.jobs, arguments.like, arguments.also)
+            print(f"wrote {path}")
+    except (ValueError, OSError, NothingFits, TableError, JournalError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -231,7 +231,7 @@ def plan_of(arguments, device: torch.device) -> Plan:
     commit = here.pop("commit")
     here["source"] = environment.source_digest(Path(baselines.__file__), Path(measure.__file__))
     # what was tuned on this machine is used here too: other configs are other kernels
-    tuned = {path.name: found.config for path, found in user_cache.current_cache().records()}
+    tuned = {path.name: str(found.config) for path, found in user_cache.current_cache().records()}
     here["tuned"] = journal.digest(tuned) if tuned else None
     effort = timing.TimingBudget() if device.type == "cuda" else ON_HOST
     effort = replace(effort, seconds=arguments.seconds) if arguments.seconds else effort

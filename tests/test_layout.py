@@ -26,7 +26,7 @@ ORDER = {
                  "first_call", "sweep", "replay", "sweep_plots", "sweep_report"],
     "cli": ["format", "doctor", "selftest", "demo", "tuning", "main"],
     "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "gpu",
-             "config_table", "measured"],
+             "config_table"],
 }
 
 

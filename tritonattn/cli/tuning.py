@@ -69,22 +69,12 @@ def _add_sweep(commands) -> None:
 
 
 def _add_cache(commands) -> None:
-    kept = commands.add_parser("cache", help="the configs that were tuned on this machine")
-    kinds = kept.add_subparsers(required=True, metavar="path|ls|show|verify|merge|export|clear")
-    for name, text, run in (("path", "print its folder", _cache_path), ("ls", "list what is there", _cache_ls),
-                            ("verify", "list what no call will use, and why", _cache_verify)):
-        kinds.add_parser(name, help=text).set_defaults(run=_told(run))
-    show = kinds.add_parser("show", help="print a record with everything that is known of it")
-    show.add_argument("name", help="the name of its file, or how it begins")
-    show.set_defaults(run=_told(_cache_show))
-    merge = kinds.add_parser("merge", help="take over another cache's folder, or an exported file")
-    merge.add_argument("path", type=Path)
-    merge.set_defaults(run=_told(_cache_merge))
-    export = kinds.add_parser("export", help="write all records to one file, to be merged elsewhere")
-    export.add_argument("path", type=Path)
-    export.set_defaults(run=_told(_cache_export))
-    clear = kinds.add_parser("clear", help="remove all records")
-    clear.add_argument("--yes", action="store_true", required=True, help="say so: nothing brings them back")
+    cache = commands.add_parser("cache", help="the configs tuned on this machine")
+    actions = cache.add_subparsers(required=True, metavar="path|ls|clear")
+    actions.add_parser("path", help="print the folder").set_defaults(run=_told(_cache_path))
+    actions.add_parser("ls", help="list the tuned configs").set_defaults(run=_told(_cache_ls))
+    clear = actions.add_parser("clear", help="remove all tuned configs")
+    clear.add_argument("--yes", action="store_true", required=True, help="confirm: this cannot be undone")
     clear.set_defaults(run=_told(_cache_clear))
 
 
@@ -201,39 +191,17 @@ def _report(arguments) -> int:
 
 
 def _cache_path(arguments) -> int:
-    print(user_cache.current_cache().folder or "none: no home was found; set TRITONATTN_CACHE_DIR")
-    return 0 if user_cache.current_cache().folder else 1
+    folder = user_cache.current_cache().folder
+    print(folder or "none: no home folder; set TRITONATTN_CACHE_DIR")
+    return 0 if folder else 1
 
 
 def _cache_ls(arguments) -> None:
     for path, record in user_cache.current_cache().records():
-        state = "stale" if record.stale else "old kernels" if record.source != kernel_hash() else ""
-        told = f"{record.config}  {record.seconds * 1e6:.0f} us  {state}".rstrip()
-        print(f"{path.stem}  {record.gpu['name']}  {record.key}  {told}")
-
-
-def _cache_show(arguments) -> None:
-    found = [record for path, record in user_cache.current_cache().records() if path.name.startswith(arguments.name)]
-    if len(found) != 1:
-        raise ValueError(f"cache: expected the name of one record, got {arguments.name!r}, which {len(found)} have")
-    print(json.dumps(found[0].as_json(), indent=1))
-
-
-def _cache_verify(arguments) -> int:
-    lines = user_cache.current_cache().verify()
-    print("\n".join(lines) or "all is well")
-    return 1 if lines else 0
-
-
-def _cache_merge(arguments) -> None:
-    taken, kept = user_cache.current_cache().merge(arguments.path)
-    print(f"{taken} taken over, {kept} kept")
-
-
-def _cache_export(arguments) -> None:
-    user_cache.current_cache().export(arguments.path)
-    print(f"wrote {arguments.path}")
+        state = "other kernels" if record.kernel_hash != kernel_hash() else "another Triton" if record.stale else ""
+        line = f"{path.stem}  {record.gpu['name']}  {record.key}  {record.config}  {record.seconds * 1e6:.0f} us  {state}"
+        print(line.rstrip())
 
 
 def _cache_clear(arguments) -> None:
-    print(f"{user_cache.current_cache().clear()} removed")
+    print(f"removed {user_cache.current_cache().clear()} files")
