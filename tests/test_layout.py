@@ -22,10 +22,11 @@ ORDER = {
     "runtime": ["arguments", "interpreter", "launch", "custom_op"],
     "analysis": ["sass", "compile_report", "cost_model", "explain"],
     "integrations": ["dispatch_log", "aten_overrides", "sdpa_patch", "transformers"],
-    "autotune": ["worker_pool", "prune", "config_table", "trials", "record_problems", "search", "bench", "isolation", "tuner",
-                 "first_call", "sweep", "replay", "measured", "sweep_plots", "sweep_report"],
+    "autotune": ["worker_pool", "prune", "trials", "record_problems", "search", "bench", "isolation", "tuner",
+                 "first_call", "sweep", "replay", "sweep_plots", "sweep_report"],
     "cli": ["format", "doctor", "selftest", "demo", "tuning", "main"],
-    "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "gpu"],
+    "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "gpu",
+             "config_table"],
 }
 
 

@@ -71,9 +71,9 @@ def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
     assert [line.kernel for line in found.lines] == ["forward", "delta", "dq", "dkdv"]
     line, text = found.lines[0], str(found)
     chosen = lookup.lookup_config("forward", problem, H200)
-    assert (line.config, line.origin, line.table, line.entry) == (str(chosen.config), "table", "h200", chosen.row.many)
-    assert line.lost == chosen.row.lost and line.lost
-    for word in (line.config, "this very GPU (h200.json)", f"bound by {line.entry.bound}", "static-model", *line.lost,
+    assert (line.config, line.origin, line.table, line.entry) == (str(chosen.config), "table", "h200", chosen.row.filled)
+    assert line.lost == chosen.row.rejected and line.lost
+    for word in (line.config, "this GPU (h200.json)", f"bound by {line.entry.bound}", "static-model", *line.lost,
                  f"{line.entry.registers} registers"):
         assert word in text
     plain = json.loads(json.dumps(found.as_json()))
@@ -87,11 +87,11 @@ def test_a_pin_an_exception_and_another_gpu_are_told():
     assert (lines["dq"].config, lines["dq"].origin, lines["dq"].entry) == ("32x32w4s2", "pinned", None)
     assert lines["forward"].origin == "table"
     other = dataclasses.replace(H200, name="H20", sms=78)
-    assert "a GPU of this architecture (h200.json)" in str(explain.explain_problem(problem, other))
+    assert "a GPU of the same architecture (h200.json)" in str(explain.explain_problem(problem, other))
     odd = dataclasses.replace(problem, bias=torch.float32)
     assert [line.kernel for line in explain.explain_problem(odd, A100).lines][-1] == "dbias"
     wide = explain.explain_problem(Problem.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
-    exceptions = [line.entry.exception for line in wide.lines if line.entry and line.entry.exception]
+    exceptions = [line.entry.accepted_fault for line in wide.lines if line.entry and line.entry.accepted_fault]
     assert exceptions and all(f"in spite of {exception}" in str(wide) for exception in exceptions)
 
 
@@ -145,8 +145,8 @@ def test_heads_that_are_not_served_are_refused_in_one_line(capsys):
 def test_the_rows_that_nearly_everybody_uses_tell_of_others_that_lost(table):
     """16 bits and heads of 64, 128 and 256: why not another config is what explain is asked."""
     rows = [row for row in table.rows.values() if row.itemsize == 2 and row.width in (64, 128, 256)]
-    assert all(row.lost for row in rows), [row.key for row in rows if not row.lost]
-    assert sum(len(row.lost) for row in rows) >= 4 * len(rows)
+    assert all(row.rejected for row in rows), [row.key for row in rows if not row.rejected]
+    assert sum(len(row.rejected) for row in rows) >= 4 * len(rows)
 
 
 @pytest.mark.parametrize("shape", ["", "2x3", "2x8x3x64x64", "0x8x8x64x64", "2x8x8x64x513", "axbxcxdxe", "2x8x8x64x64x2"])

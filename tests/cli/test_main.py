@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 
 from tests.analysis.test_compile_report import report
 from tests.analysis.test_cost_model import LOOP
-from tritonattn import gpu
 from tritonattn.analysis import compile_report
 from tritonattn.cli import doctor, selftest
 from tritonattn.cli import main as cli
@@ -40,9 +40,9 @@ def compiled_without_a_gpu(monkeypatch):
 @pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--speed"], ["demo", "--steps", "many"],
                                   ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"], ["lens", "--target", "gtx"],
                                   ["explain", "--gpu", "h200"], ["explain", "--shape", "1x1x1x1x1", "--gpu", "sm_1"],
-                                  ["table"], ["table", "build", "h200", "--like", "gtx"], ["tune"],
+                                  ["tune"],
                                   ["tune", "--shape", "1x1x1x1x1", "--trials", "0"],
-                                  ["sweep"], ["replay"], ["cache"], ["cache", "clear"], ["cache", "show"]])
+                                  ["sweep"], ["replay"], ["cache"], ["cache", "clear"]])
 def test_wrong_usage_is_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv)
@@ -62,8 +62,7 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(compiled_without_a_gpu, capsys):
     (["doctor", "--help"], ["--json"]),
     (["lens", "--help"], ["--target", "--config", "--compare", "--sass", "--plot", "--json", "sm_90"]),
     (["explain", "--help"], ["--shape", "--gpu", "--causal"]),
-    (["table", "build", "--help"], ["--everything", "--jobs", "--from"]),
-    (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["merge", "verify", "export"]),
+    (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["path", "ls", "clear"]),
     (["--version"], ["tritonattn", cli.VERSION]),
 ])
 def test_help_and_version(argv, words, capsys):
@@ -170,20 +169,6 @@ def test_explain_on_the_command_line(capsys):
     assert capsys.readouterr().err.startswith("shape: expected")
 
 
-def test_a_table_is_asked_for_as_it_should_be(monkeypatch, compiled_without_a_gpu, tmp_path):
-    from tritonattn.autotune import config_table
-    asked = []
-    def build(target, cells, *options):
-        asked.append((target.name, len(list(cells)), *options))
-
-    monkeypatch.setattr(config_table, "build", build)
-    assert cli.main(["table", "build", "h200,a100", "--out", str(tmp_path), "--work", "w", "--jobs", "3", "--everything"]) == 0
-    options = (tmp_path, Path("w"), 3, config_table.EVERYTHING, None)
-    assert asked == [("H200", 103, *options), ("A100", 88, *options)]
-    assert cli.main(["table", "build", "l40s", "--like", "a100", "--also", "python3"]) == 0
-    assert asked[2][5].rows == config_table.shipped_like(gpu.KNOWN["sm_80"]).rows and asked[2][6] == "python3"
-
-
 def test_ctrl_c_has_no_traceback(monkeypatch):
     def interrupt(device):
         raise KeyboardInterrupt
@@ -238,19 +223,15 @@ def said(capsys, *argv, code=0):
     return capsys.readouterr().out
 
 
-def test_the_cache_is_listed_shown_exported_merged_and_cleared(kept, capsys, tmp_path, monkeypatch):
+def test_the_cache_is_listed_and_cleared(kept, capsys, tmp_path):
     assert said(capsys, "cache", "path").strip() == str(tmp_path / "cache")
     line, = said(capsys, "cache", "ls").splitlines()
-    assert "H200" in line and "64x128w4s2e1" in line and line.startswith("forward-")
-    assert json.loads(said(capsys, "cache", "show", line.split()[0]))["config"] == "64x128w4s2e1"
-    assert cli.main(["cache", "show", "nothing"]) == 2 and "expected the name of one record" in capsys.readouterr().err
-    assert said(capsys, "cache", "verify") == "all is well\n"
-    said(capsys, "cache", "export", str(tmp_path / "all.json"))
-    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "other"))
-    assert said(capsys, "cache", "merge", str(tmp_path / "all.json")) == "1 taken over, 0 kept\n"
-    assert said(capsys, "cache", "ls").split()[0] == line.split()[0]
-    assert said(capsys, "cache", "clear", "--yes") == "1 removed\n" and said(capsys, "cache", "ls") == ""
-    assert cli.main(["cache", "merge", str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
+    assert "H200" in line and "64x128w4s2e1" in line and line.startswith("forward-") and line.endswith(" us")
+    kept.store.put(replace(next(kept.store.records())[1], versions={"triton": "1.0.0"}))
+    kept.store.put(replace(next(kept.store.records())[1], kernel_hash="0" * 12))
+    states = [line.rpartition(" us")[2].strip() for line in said(capsys, "cache", "ls").splitlines()]
+    assert sorted(states) == ["another Triton", "other kernels"]
+    assert said(capsys, "cache", "clear", "--yes") == "removed 2 files\n" and said(capsys, "cache", "ls") == ""
 
 
 def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_gpu):
@@ -283,22 +264,3 @@ def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path,
     assert cli.main(["replay", str(tmp_path)]) == 2 and "expected a sweep" in capsys.readouterr().err
     assert cli.main([*argv[:1], str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
     assert json.loads(said(capsys, "report", folder, "--json"))
-
-
-def test_tables_are_compared_and_checked(capsys, tmp_path):
-    from dataclasses import replace
-
-    from tritonattn.configs import shipped as tables
-
-    shipped = next(table for table in tables.shipped_tables() if table.name == "h200")
-    key, row = next(iter(shipped.rows.items()))
-    changed = replace(row, many=replace(row.many, config="32x32w4s1", shared_memory=1 << 20))
-    path = tables.write_table(replace(shipped, rows=shipped.rows | {key: changed}), tmp_path)
-    same = str(tables.FOLDER / "h200.json")
-    assert said(capsys, "table", "diff", same, same) == "the same configs everywhere\n"
-    line, = said(capsys, "table", "diff", same, str(path), code=1).splitlines()
-    assert line.split()[:5] == ["forward", "16", "bits", "64", "full"] and line.endswith("-> 32x32w4s1 (static-model)")
-    assert said(capsys, "table", "validate") == "all is well\n"
-    assert "expected a config that fits H200, got 32x32w4s1" in said(capsys, "table", "validate", str(path), code=1)
-    (tmp_path / "torn.json").write_text("{")
-    assert cli.main(["table", "validate", str(tmp_path / "torn.json")]) == 2

@@ -75,7 +75,7 @@ def candidate_configs(kernel: str, problem: Problem, on: Gpu) -> list[str]:
                  and row.mask == shipped.mask and row.width >= shipped.width] if table.gpu["arch"] == on.arch else []
         # what fits a wider head fits a narrower one; the other way round it may not
         for row in sorted(alike, key=lambda row: row.width):
-            found |= {getattr(row, fill).config: None for fill in FILLS if getattr(row, fill).fits(on)}
+            found |= {str(getattr(row, fill).config): None for fill in FILLS if getattr(row, fill).fits(on)}
     return list(found)[:NEAR]
 
 
@@ -87,9 +87,9 @@ def job_of(kernel: str, problem: Problem, lab: TuningSetup, strategy: str) -> tu
     incumbent = str(lookup_config(kernel, problem, lab.gpu).config)
     if strategy == "table":
         return Job(kernel, problem, tuple(candidate_configs(kernel, problem, lab.gpu)), incumbent), {}
-    hint = lab.store.hint(key_of(kernel, problem, lab.gpu), lab.gpu)
+    hint = lab.store.get_stale(key_of(kernel, problem, lab.gpu), lab.gpu)
     configs = dict.fromkeys([*candidates(kernel, problem, lab.gpu), Config.parse(incumbent),
-                             *([Config.parse(hint.config)] if hint else [])])
+                             *([hint.config] if hint else [])])
     verdicts = {str(verdict.config): verdict for verdict in survey(kernel, problem, lab.gpu, configs, lab.compilers)}
     able = [name for name, verdict in verdicts.items() if verdict.reason is None]
     return Job(kernel, problem, tuple(dict.fromkeys([*able, incumbent])), incumbent), verdicts
@@ -142,7 +142,7 @@ def _measured_before(kernel, problem, config, lab) -> dict:
 
 def keep(record: Record, lab: TuningSetup) -> None:
     """In the cache, and for the next call in this process."""
-    lab.store.put(record, lab.gpu)
+    lab.store.put(record)
     clear_lookup_cache()
 
 
@@ -152,8 +152,8 @@ def record_of(race: Search, winner: str, static: dict, lab: TuningSetup, about: 
     incumbent = race.trials.get(job.incumbent)
     q20, median, q80 = quantiles(trial.samples)
     versions = {name: lab.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
-    return Record(key_of(job.kernel, job.problem, lab.gpu), trial.config, median, q20, q80, len(trial.samples), job.incumbent,
-                  incumbent and incumbent.seconds, {name: list(pair) for name, pair in trial.check.items()}, static,
+    return Record(key_of(job.kernel, job.problem, lab.gpu), Config.parse(trial.config), median, q20, q80, len(trial.samples),
+                  Config.parse(job.incumbent), incumbent and incumbent.seconds, {name: list(pair) for name, pair in trial.check.items()}, static,
                   {"name": lab.gpu.name} | tables.gpu_fingerprint(lab.gpu), versions | {"triton": triton.__version__},
                   kernel_hash(), about)
 

@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     look.set_defaults(run=_doctor)
     _add_lens(commands)
     _add_explain(commands)
-    tuning.add(commands, _gpus)
+    tuning.add(commands)
     return top
 
 
