@@ -1,29 +1,16 @@
 """The lens, on kernels compiled in a process of their own: here they are interpreted."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import triton
 
+from tests.helpers.compile_server import compiled
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import compile_report
 from tritonattn.analysis.compile_report import KernelReport
 from tritonattn.analysis.sass import Loop
-
-
-def compiled(code):
-    """What `code` prints as JSON, run where kernels are compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
-                         cwd=Path(__file__).parents[2])
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 H200, MI300X, B200, A100 = (gpu.KNOWN[arch] for arch in ("sm_90", "gfx942", "sm_100", "sm_80"))
@@ -210,7 +197,7 @@ def test_a_real_binary_that_was_cut_or_stripped_is_said():
 SPEED = LOOK + """
 import os, sys, time
 sys.path.append("tests")  # the package would interpret
-from pace import slowness
+from helpers.cpu_speed import slowness
 cell = "128x64w8s2", "sm_90"
 look(*cell)
 warm = lambda: compile_report.inspect_kernel("forward", problem, Config.parse(cell[0]), gpu.KNOWN[cell[1]], disassembled=False)
@@ -226,6 +213,6 @@ print(json.dumps([part, whole, warm().loops, warm().registers == look(*cell).reg
 
 
 def test_a_warm_report_is_fast():
-    without, with_loops, loops, same = compiled(SPEED)
+    without, with_loops, loops, same = compiled(SPEED, fresh=True)
     assert without < 1e-3 and with_loops < 0.5, (without, with_loops)
     assert loops is None and same

@@ -8,8 +8,9 @@ import torch
 from matplotlib.axes import Axes
 
 import tritonattn
-from tests.analysis.test_compile_report import PLAIN, compiled, report
+from tests.analysis.test_compile_report import PLAIN, report
 from tests.analysis.test_cost_model import LOOP
+from tests.helpers.compile_server import compiled
 from tests.helpers.shipped_rows import OWN
 from tritonattn import Config, Problem, attention, block_mask, config, gpu
 from tritonattn.analysis import compile_report, explain

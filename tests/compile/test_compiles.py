@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from tests.analysis.test_compile_report import compiled
+from tests.helpers.compile_server import compiled
 from tests.helpers.shipped_rows import OWN, PROVED
 from tritonattn.autotune.config_table import LIGHT
 from tritonattn.configs import shipped as tables
@@ -215,6 +215,6 @@ def test_what_is_given_for_each_pair_fits_hardly_spills_and_is_computed_once(arc
 def test_variants_that_are_not_used_leave_no_trace():
     """Plain attention, instruction by instruction, is what it is with every variant cut out of the kernels' source."""
     # not as a part of the tests, which would have the kernels interpreted
-    found = compiled("import json, sys; sys.path.append('tests'); import bare; print(json.dumps(bare.compare()))")
+    found = compiled("import json, sys; sys.path.append('tests'); from helpers import bare; print(json.dumps(bare.compare()))", fresh=True)
     for cell, (same, ours, bare) in found.items():
         assert same and ours > 100, f"{cell}: {ours} instructions, {bare} without the variants"
