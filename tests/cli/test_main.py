@@ -11,6 +11,7 @@ import torch
 
 from tests.analysis.test_compile_report import report
 from tests.analysis.test_cost_model import LOOP
+import tritonattn
 from tritonattn import gpu
 from tritonattn.analysis import compile_report
 from tritonattn.cli import doctor, selftest
@@ -64,7 +65,7 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(compiled_without_a_gpu, capsys):
     (["explain", "--help"], ["--shape", "--gpu", "--causal"]),
     (["table", "build", "--help"], ["--everything", "--jobs", "--from"]),
     (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["merge", "verify", "export"]),
-    (["--version"], ["tritonattn", cli.VERSION]),
+    (["--version"], ["tritonattn", tritonattn.__version__]),
 ])
 def test_help_and_version(argv, words, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -95,7 +96,7 @@ def test_the_exit_code_of_the_selftest(monkeypatch, capsys, results, code):
     monkeypatch.setattr(selftest, "run", lambda device: results)
     assert cli.main(["selftest"]) == code
     out = capsys.readouterr().out
-    assert out.startswith(f"tritonattn {cli.VERSION} on ") and ("WRONG" in out) == bool(code)
+    assert out.startswith(f"tritonattn {tritonattn.__version__} on ") and ("WRONG" in out) == bool(code)
     assert cli.main(["selftest", "--json"]) == code
     assert [entry["agrees"] for entry in json.loads(capsys.readouterr().out)] == [result.agrees for result in results]
 

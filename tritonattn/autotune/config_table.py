@@ -47,7 +47,7 @@ from ..gpu import Gpu
 from ..measure import environment
 from ..measure.journal import Journal, digest
 from ..problem import Problem
-from ..version import VERSION
+from .. import __version__
 from .prune import candidates, check_config, check_report, time_penalty
 from .worker_pool import Failure, Workers
 
@@ -409,7 +409,7 @@ def build(gpu: Gpu, chosen: Iterable[tuple], folder: Path = FOLDER, work: Path =
             rows[cell] = done[cell] = row = builder.row(cell, done)
             say(f"{gpu.name}  {cell[0]:8} {8 * cell[1]:2} bits  {cell[2]:3}  {cell[3]:5}  many {row.many.config:14} "
                 f"few {row.few.config:14} {row.many.exception}", flush=True)
-    made = {"tritonattn": VERSION, "source": source} | tritons
+    made = {"tritonattn": __version__, "source": source} | tritons
     ordered = {cell: rows[cell] for cell in cells(gpu) if cell in rows}
     return write_table(Table(name, {"name": gpu.name} | gpu_fingerprint(gpu), made, ordered), folder)
 

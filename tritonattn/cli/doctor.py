@@ -19,7 +19,7 @@ from torch.utils import collect_env
 
 from .. import gpu
 from ..gpu import INTERPRETED, TRITON
-from ..version import VERSION
+from .. import __version__
 
 LEAST_TORCH, LEAST_TRITON = (2, 11), (3, 6)
 LEAST_ROOM = 100 << 20  # bytes; a compiled kernel with all its intermediate forms takes about one hundredth
@@ -37,7 +37,7 @@ class Finding:
 
 def findings() -> list[Finding]:
     """Everything looked at, in the order in which one part needs another."""
-    return [Finding("python", platform.python_version()), Finding("tritonattn", VERSION), of_torch(), of_triton(),
+    return [Finding("python", platform.python_version()), Finding("tritonattn", __version__), of_torch(), of_triton(),
             of_numpy(), *of_gpus(), of_interpreter(), of_cache()]
 
 

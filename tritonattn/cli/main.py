@@ -17,7 +17,7 @@ from ..config import Config
 from ..configs import lookup
 from ..gpu import INTERPRETED
 from ..problem import Problem
-from ..version import VERSION
+from .. import __version__
 from . import doctor, tuning
 from .tuning import DTYPES
 
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     """Every command and its options; a command that runs kernels has a `device`, one that compiles them is `compiled`."""
     top = argparse.ArgumentParser("tritonattn", description="Exact attention in Triton: see it work, check it, see through it.",
                                   epilog="exit code: 0 all is well, 1 something is wrong, 2 wrong usage or input")
-    top.add_argument("--version", action="version", version=f"tritonattn {VERSION}")
+    top.add_argument("--version", action="version", version=f"tritonattn {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="train a small language model with torch's attention and with this one")
@@ -140,7 +140,7 @@ def _selftest(arguments) -> int:
 
     device = torch.device(arguments.device)
     if not arguments.json:
-        print(f"tritonattn {VERSION} on {gpu.of(device).name}", flush=True)
+        print(f"tritonattn {__version__} on {gpu.of(device).name}", flush=True)
     results = selftest.run(device)
     print(json.dumps(selftest.as_json(results), indent=1) if arguments.json else selftest.table(results))
     return 0 if all(result.agrees for result in results) else 1

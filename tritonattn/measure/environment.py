@@ -11,7 +11,7 @@ import torch
 from torch.utils import collect_env
 
 from .. import gpu
-from ..version import VERSION
+from .. import __version__
 from . import device_timer
 
 PACKAGE = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def environment_of(device: torch.device) -> dict:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "tritonattn": VERSION,
+        "tritonattn": __version__,
         "source": source_digest(),
         "commit": commit(),
     }
