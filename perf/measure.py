@@ -46,7 +46,7 @@ class Truth(NamedTuple):
 
     def errors(self, names, results) -> dict[str, list[float]]:
         """{tensor: [error, allowed]}"""
-        return {name: [accuracy.error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, results)}
+        return {name: [accuracy.max_error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, results)}
 
 
 @dataclass
@@ -127,7 +127,7 @@ def truth(case: Case, inputs) -> Truth:
         return dict(zip(names, (found,) if do is None else found))
 
     exact, torchs = by_name(wide), by_name(problem.dtype)
-    allowed = {name: accuracy.allowed(torchs[name], exact[name], problem.dtype) for name in names}
+    allowed = {name: accuracy.tolerance(torchs[name], exact[name], problem.dtype) for name in names}
     if vague := [name for name, limit in allowed.items() if not math.isfinite(limit)]:
         raise ValueError(f"{', '.join(vague)}: expected finite numbers from the definition in {problem.dtype}")
     return Truth(exact, allowed)

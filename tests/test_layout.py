@@ -24,7 +24,7 @@ ORDER = {
     "integrations": ["dispatch_log", "aten_overrides", "sdpa_patch", "transformers"],
     "autotune": ["worker_pool", "prune", "config_table", "trials", "record_problems", "search", "bench", "isolation", "tuner",
                  "first_call", "sweep", "replay", "measured", "sweep_plots", "sweep_report"],
-    "cli": ["format", "doctor", "selftest", "demo", "tuning", "main"],
+    "cli": ["format", "reports", "doctor", "selftest", "demo", "tuning", "inspection", "main"],
     "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "gpu"],
 }
 

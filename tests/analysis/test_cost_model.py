@@ -7,23 +7,20 @@ import pytest
 import torch
 import triton
 
+from tests.helpers import kernel_reports
 from tests.helpers.compile_server import compiled
+from tests.helpers.kernel_reports import H200, LOOP, MI300X, SQUARE
 from tests.helpers.shipped_rows import OWN, versions
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import cost_model
-from tritonattn.analysis.compile_report import KernelReport
 from tritonattn.analysis.sass import Loop
 
-H200, MI300X = gpu.KNOWN["sm_90"], gpu.KNOWN["gfx942"]
-PLAIN = Problem((2,), 8, 8, 4096, 4096, 128, 128, torch.bfloat16)
-# one round of 128 queries and 128 keys by eight warps: 16 products for each of two warp groups, 64 scores a thread
-LOOP = Loop(("HGMMA.64x128x16",) * 16 + ("MUFU.EX2", "FFMA", "FMNMX") * 64 + ("LDS.128",) * 2 + ("SHFL",) * 4)
-SQUARE = Config(128, 128, 8, 2)
+PLAIN = dataclasses.replace(kernel_reports.PLAIN, n_q=4096, n_k=4096)
 
 
 def report(problem=PLAIN, config=SQUARE, loop=LOOP, on=H200, **fields):
-    return KernelReport("forward", problem, on, config, **{"registers": 255, "stack": 0, "shared_memory": 160 << 10,
-                                                     "tensor_memory": 0, "loops": (loop,)} | fields)
+    return kernel_reports.report(on, config, **{"problem": problem, "registers": 255, "shared_memory": 160 << 10,
+                                                "loops": (loop,)} | fields)
 
 
 def test_the_cycles_of_each_unit():
