@@ -18,8 +18,8 @@ after_import = sorted(set(sys.modules) - before)
 tritonattn.tune, tritonattn.explain, tritonattn.record_problems
 print(json.dumps([after_import, seconds, max(busy, slowness()), dir(tritonattn), sorted(set(sys.modules) - before)]))
 """
-UNUSED = ("pynvml", "torch.utils.collect_env", "transformers", "matplotlib", "numpy", "tritonattn.autotune", "tritonattn.analysis",
-          "tritonattn.measure", "tritonattn.cli", "tritonattn.integrations.transformers")
+UNUSED = ("pynvml", "torch.utils.collect_env", "transformers", "matplotlib", "numpy", "tritonattn.autotune",
+          "tritonattn.analysis", "tritonattn.measure", "tritonattn.cli", "tritonattn.integrations.transformers")
 
 
 def test_import_loads_no_tuning_no_inspection_and_is_fast():

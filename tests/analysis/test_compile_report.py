@@ -44,7 +44,8 @@ def test_duplicated_products_and_exponentials():
     assert report(config=Config(128, 64, 8)).needed == 2 * 128 * 64 * (128 + 128)
     loop = Loop(("HGMMA.64x64x16.F32",) * 8 + ("HGMMA.64x128x16.F32",) * 4 + ("MUFU.EX2",) * 33)
     found = report(config=Config(128, 64, 8), loops=(loop,))
-    assert found.duplicated == 1.0 and found.redone == 33 / 32 and found.mma_instruction == found.best_mma_instruction == "HGMMA"
+    assert found.duplicated == 1.0 and found.redone == 33 / 32
+    assert found.mma_instruction == found.best_mma_instruction == "HGMMA"
     doubled = report(config=Config(64, 64, 8), loops=(loop,))
     assert doubled.duplicated == 2.0 and doubled.redone == 33 / 16
     of_blackwell = report(on=B200, config=Config(128, 64, 8), loops=(Loop(("UTCHMMA",) * 12),))
@@ -89,9 +90,8 @@ def test_padded_head_sizes():
 
 IMPORTS = """
 import dataclasses, json, timeit, torch
-from tritonattn import Config
+from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import compile_report, cost_model
-from tritonattn.cli import format
 problem = Problem((1,), 8, 8, 1024, 1024, 128, 128, torch.bfloat16)
 def inspect(text, arch, kernel="forward", d=128, window=(None, None)):
     variant = dataclasses.replace(problem, d=d, dv=d, window=window)
@@ -171,7 +171,8 @@ with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
     file.write(whole)
     file.flush()
     analysed = sass.run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name).stdout
-print(json.dumps([[error_of(sass.of_cubin, whole[:cut]) for cut in cuts], [error_of(sass.disassemble, whole[:cut]) for cut in cuts],
+print(json.dumps([[error_of(sass.of_cubin, whole[:cut]) for cut in cuts],
+                  [error_of(sass.disassemble, whole[:cut]) for cut in cuts],
                   error_of(sass.of_cubin, whole.replace(b".nv.info", b".xx.info")), error_of(sass.of_amdgcn, amdgcn[:9000]),
                   len(analysed) > 10_000 and analysed == sass.disassemble(whole)]))
 """

@@ -60,7 +60,7 @@ def test_amd_has_one_kind_of_lane():
     assert found["alu"] == 3 * 256 / 64 and found["fp32"] == found["issue"] == 0
     assert found["tensor"] == 2 * 32 * 32 * 8 * 4 / 2048
     packed = Loop(("v_pk_fma_f32", "v_pk_mul_f32"))
-    assert cost_model.units(report(on=MI300X, loop=packed), packed, MI300X.peaks)["alu"] == 2 * 512 / 64, "a lane does two at once"
+    assert cost_model.units(report(on=MI300X, loop=packed), packed, MI300X.peaks)["alu"] == 2 * 512 / 64, "two a lane"
 
 
 @pytest.mark.parametrize("opcode, words", [
@@ -165,7 +165,7 @@ def test_tiles_are_counted_as_pairs_would_count_them(kernel, window, shift, size
 
 def test_a_tile_of_a_bias_is_visited_by_its_own_block():
     causal = dataclasses.replace(PLAIN, n_q=256, n_k=256, window=(None, 0))
-    assert cost_model.visits("dbias", causal, 64, 128) == (16 * 4 * 2, 16 * 2, 16 * 4), "whole: rows 128 and 192 of the first keys"
+    assert cost_model.visits("dbias", causal, 64, 128) == (16 * 4 * 2, 16 * 2, 16 * 4)  # unmasked: rows 128 and 192
 
 
 def test_an_unknown_gpu_counts_as_its_architecture():

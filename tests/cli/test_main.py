@@ -37,7 +37,8 @@ def compiled_without_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--speed"], ["demo", "--steps", "many"],
-                                  ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"], ["inspect", "--target", "gtx"],
+                                  ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"],
+                                  ["inspect", "--target", "gtx"],
                                   ["explain", "--gpu", "h200"], ["explain", "--shape", "1x1x1x1x1", "--gpu", "sm_1"],
                                   ["table"], ["table", "build", "h200", "--like", "gtx"], ["tune"],
                                   ["tune", "--shape", "1x1x1x1x1", "--trials", "0"],

@@ -36,8 +36,8 @@ def edited(path, action):
 
 def test_digest_changes_with_every_file_that_a_measurement_runs(package):
     digests = [environment.source_digest()]
-    for name in ("kernels/forward.py", "runtime/launch.py", "runtime/custom_op.py", "attention.py", "config.py", "measure/timing.py",
-                 "measure/device_timer.py"):
+    for name in ("kernels/forward.py", "runtime/launch.py", "runtime/custom_op.py", "attention.py", "config.py",
+                 "measure/timing.py", "measure/device_timer.py"):
         digests.append(edited(package / name, lambda path: path.write_text(path.read_text() + "# another line\n")))
     digests.append(edited(package / "kernels" / "forward.py", lambda path: path.rename(path.with_name("forwards.py"))))
     assert len(set(digests)) == len(digests) == 9
