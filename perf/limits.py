@@ -136,7 +136,7 @@ def published() -> tuple[Published, ...]:
 
 def best_published(problem: Problem, direction: str, gpu_name: str) -> Published | None:
     """The fastest published for this very problem in any 16-bit type, on a GPU of this name or one that computes alike."""
-    known = gpu.find(gpu_name)
+    known = gpu.find_gpu(gpu_name)
     alike = ALIKE.get(known.name, (known.name,)) if known else ()
     rows = [row for row in published() if row.gpu in alike and row.direction == direction and _same(row, problem)]
     return max(rows, key=lambda row: row.tflops, default=None)

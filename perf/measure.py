@@ -231,7 +231,7 @@ def kernels(call, device, most: int = 6) -> list[str]:
 def _choices(rival: Rival, problem: Problem, direction, inputs, device) -> dict:
     """What a contender that chooses for itself has chosen: our configs, torch's backend."""
     if rival.name.startswith("tritonattn"):
-        here = gpu.of(device)
+        here = gpu.gpu_of(device)
         return {"configs": {kernel: str(lookup.get_config(kernel, problem, here)) for kernel in KERNELS[direction]}}
     if rival.name == "torch" and device.type == "cuda":
         q, k, v = (x.detach().requires_grad_(direction != "forward") for x in inputs[:3])

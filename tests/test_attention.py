@@ -1,27 +1,57 @@
-"""The doors: right for every case, and clear about every misuse."""
+"""attention() and scaled_dot_product_attention(): exact in every case, with a clear error for every misuse."""
 
-import sys
+import itertools
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tritonattn
-from tests.helpers.cases import CASES, LARGE_TILES, SINGLE, TILES, check, results
+from tests.helpers.cases import COVERING, LARGE_TILES, PAIRWISE, SINGLE, TILES, check, results
 from tests.helpers.tolerance import agree
-from tritonattn import attention, config, reference, scaled_dot_product_attention
+from tritonattn import Problem, attention, config, gpu, reference, scaled_dot_product_attention
+from tritonattn.runtime import arguments
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", CASES)
-def test_the_kernels_in_float64_are_the_definition(name, device):
-    check(CASES[name], torch.float64, device, tiles=TILES if name in SINGLE else LARGE_TILES)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", SINGLE)
-def test_low_precision_is_only_rounding(name, dtype, device):
+def test_each_feature_in_float64_equals_the_definition(name, device):
+    check(SINGLE[name], torch.float64, device)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", COVERING)
+def test_features_together_in_float64_equal_the_definition(name, device):
+    check(COVERING[name], torch.float64, device, tiles=LARGE_TILES)
+
+
+def test_the_covering_cases_hold_every_pair():
+    held = {pair for case in COVERING.values() for pair in itertools.combinations(sorted(case.name.split("+")), 2)}
+    assert {tuple(name.split("+")) for name in PAIRWISE} <= held and len(PAIRWISE) > 400 and len(COVERING) < 60
+
+
+@pytest.mark.slow
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_each_pair_of_features_in_float64_equals_the_definition(name, device):
+    check(PAIRWISE[name], torch.float64, device, tiles=LARGE_TILES)
+
+
+def _low_precision():
+    """Yield every feature in bfloat16; in float16 and float32 by default every third, the others as slow tests."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for number, name in enumerate(SINGLE):
+            marks = () if dtype == torch.bfloat16 or number % 3 == 0 else pytest.mark.slow
+            yield pytest.param(name, dtype, id=f"{name}-{str(dtype)[6:]}", marks=marks)
+
+
+@pytest.mark.parametrize("name, dtype", list(_low_precision()))
+def test_low_precision_errs_by_rounding_alone(name, dtype, device):
     check(SINGLE[name], dtype, device, tiles=LARGE_TILES)
 
 
@@ -253,7 +283,7 @@ def good(device, **changes):
     ({"k": torch.randn(8)}, RuntimeError, "k: expected at least 2 dimensions"),
     ({"k": torch.randn(1, 2, 6, 9)}, RuntimeError, "k: expected the head size of q, 8, got 9"),
     ({"v": torch.randn(1, 2, 7, 8)}, RuntimeError, "v: expected the length of k, 6, got 7"),
-    ({"v": torch.randn(1, 2, 6, 513)}, RuntimeError, "v: expected a head size of at most 512 in torch.float32 here, got 513"),
+    ({"v": torch.randn(1, 2, 6, 513)}, RuntimeError, "v: expected a head size of at most 512 in every dtype, got 513; larger"),
     ({"k": torch.randn(1, 3, 6, 8), "v": torch.randn(1, 3, 6, 8)}, RuntimeError, "k: expected a head count dividing 2, got 3"),
     ({"q": torch.randn(1, 6, 6, 8), "v": torch.randn(1, 3, 6, 8)}, RuntimeError, "v: expected the head count of k, 2, or 1"),
     ({"q": torch.randn(2, 2, 6, 8), "k": torch.randn(3, 2, 6, 8)}, RuntimeError, "expected batch dimensions that broadcast"),
@@ -266,15 +296,18 @@ def good(device, **changes):
     ({"causal": "yes"}, TypeError, "causal: expected True or False"),
     ({"window": 5}, TypeError, r"window: expected a pair \(left, right\), got 5"),
     ({"window": (1, 2, 3)}, TypeError, "window: expected a pair"),
-    ({"window": (-1, None)}, ValueError, "window: expected left to be at least 0, got -1"),
+    ({"window": (-1, None)}, ValueError, "window: expected left to be at least 0, got -1; None is unbounded"),
     ({"window": (None, -2)}, ValueError, "window: expected right to be at least 0, got -2"),
     ({"window": (1.5, None)}, TypeError, "window: expected left to be an integer or None, got 1.5"),
     ({"window": (True, None)}, TypeError, "window: expected left to be an integer or None, got True"),
+    ({"window": (torch.tensor([1]), None)}, TypeError, "window: expected left .* got a tensor of shape"),
+    ({"window": (None, torch.tensor(1.0))}, TypeError, "window: expected right .* got a tensor of shape"),
+    ({"window": [list(range(99))]}, TypeError, r"window: expected a pair .*, got \[\[0, 1, 2, 3, 4, 5, \.\.\.\]\]$"),
     ({"align": "left"}, ValueError, "align: expected 'top_left' or 'bottom_right', got 'left'"),
     ({"q": torch.randn(1, 2, 5, 8), "causal": True}, ValueError, "align: .* 5 queries and 6 keys"),
     ({"q": torch.randn(1, 2, 5, 8), "window": (3, None)}, ValueError, "align: expected"),
-    ({"softcap": 30.0}, NotImplementedError, "softcap: not served yet.*30.0"),
-    ({"sink": torch.zeros(2)}, NotImplementedError, "sink: not served yet"),
+    ({"softcap": 30.0}, NotImplementedError, r"softcap is not supported yet \(got 30.0\)"),
+    ({"sink": torch.zeros(2)}, NotImplementedError, "sink is not supported yet"),
     ({"is_causal": True}, TypeError, "is_causal"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_misuse_of_attention(changes, error, message, device):
@@ -285,29 +318,53 @@ def test_misuse_of_attention(changes, error, message, device):
         attention(**good(device, **changes))
 
 
+def test_window_takes_any_integer(device):
+    tensors, expected = good(device), Problem((1,), 2, 2, 6, 6, 8, 8, torch.float32, (3, 0))
+    for side in (np.int32(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int8, device=device)):
+        problem = arguments.problem_of(**tensors, window=(side, np.int64(0)))
+        assert problem == expected and type(problem.window[0]) is int
+
+
+@pytest.mark.parametrize("name, dtype, gpu_name, message", [
+    ("value", torch.float32, "RTX 4090", "value: expected a head size of at most 256 in float32 with the 101376 bytes of "
+     "shared memory of RTX 4090, got 300; float16 and bfloat16 take up to 512"),
+    ("query", torch.float16, "RTX 4090", "query: expected a head size of at most 512 in every dtype, got 600; larger heads, "
+     "such as 576 with values of 512 (MLA), are not supported yet"),
+])
+def test_head_size_message_names_limit_and_remedy(name, dtype, gpu_name, message, monkeypatch):
+    monkeypatch.setattr(arguments, "gpu_of", lambda device: gpu.named(gpu_name))
+    x = SimpleNamespace(shape=(1, 1, 4, int(message.split("got ")[1][:3])), dtype=dtype, device=torch.device("cuda"))
+    assert arguments.head_size_message(name, x) == message
+
+
+def test_symbolic_floats_stay_symbols():
+    env = ShapeEnv()
+    symbol = env.create_unspecified_symbol(0.3, ConstantSource("p"), dynamic_dim=DimDynamic.DYNAMIC)
+    p = env.create_symfloatnode(symbol, hint=0.3, source=ConstantSource("p"))
+    assert arguments.check_probability(p) is p and arguments.check_scale(p, 8) is p
+    assert not env.specializations and symbol in env.var_to_range
+
+
 def test_nothing_but_q_k_v_may_be_positional(device):
     with pytest.raises(TypeError, match="positional"):
         attention(*good(device).values(), 0.5)
 
 
-DOOR = sys.modules["tritonattn.attention"]
-
-
 def test_cpu_tensors_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(DOOR, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="q: expected a tensor on a GPU.*TRITON_INTERPRET=1"):
         attention(**good("cpu"))
 
 
 def test_float64_is_for_the_interpreter(monkeypatch, device):
-    monkeypatch.setattr(DOOR, "INTERPRETED", False)
+    monkeypatch.setattr(arguments, "INTERPRETED", False)
     tensors = {name: x.to("meta", torch.float64) for name, x in good("cpu").items()}
     with pytest.raises(RuntimeError, match="float64 in Triton's interpreter only"):
         attention(**tensors)
 
 
 def test_without_triton(monkeypatch, device):
-    monkeypatch.setattr(DOOR, "TRITON", False)
+    monkeypatch.setattr(arguments, "TRITON", False)
     with pytest.raises(RuntimeError, match="Triton is not installed"):
         attention(**good(device))
 

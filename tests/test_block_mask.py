@@ -1,6 +1,9 @@
-"""A mask whose tiles are known: the same numbers, from fewer tiles."""
+"""Block masks: the same numbers as from the mask alone, from fewer blocks."""
 
+import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import triton
 import triton.language as tl  # noqa: F401  what the interpreter runs must see it
 
 from tests.kernels.test_score_mods import tensors
-from tritonattn import Config, Problem, attention, block_mask, config, reference
+from tritonattn import BlockMask, Config, Problem, attention, block_mask, config, reference, scaled_dot_product_attention
 from tritonattn.block_mask import TILE
 from tritonattn.kernels import backward, forward, window
 from tritonattn.runtime import launch
@@ -141,7 +144,7 @@ def test_no_tile_is_visited_in_vain(name, monkeypatch):
     assert found["forward"] == found["dq"] == list(expected(False, True))
     assert [(col, row, mode) for row, col, mode in found["dkdv"]] == sorted(expected(True, False), key=lambda at: at[1::-1])
     counts, modes = given.counts(), [mode for *_, mode in found["forward"]]
-    assert counts == {"whole": modes.count("unmasked"), "mixed": modes.count("masked_tail"), "empty": 9 - len(modes)}
+    assert counts == {"full": modes.count("unmasked"), "partial": modes.count("masked_tail"), "empty": 9 - len(modes)}
     assert counts["empty"] > 0
 
 
@@ -155,11 +158,11 @@ def test_sizes_of_nothing(device):
 
 
 def test_the_lists_are_exact():
-    whole, mixed, *tiles = block_mask(documents()).query_lists[1].tolist()
+    whole, mixed, *tiles = block_mask(documents()).kv_blocks[1].tolist()
     # queries 128 and 129 are of the first document, the others up to 255 of the second, which ends with key 259
     assert (whole, mixed, tiles) == (0, 3, [0, 1, 2])
     # its last tile of keys, 256 to 329, sees a whole tile of queries nowhere: their last tile is short
-    assert block_mask(documents(ends=(128, 256))).key_lists.tolist() == [[1, 0, 0, 1, 2], [1, 0, 1, 0, 2], [0, 1, 2, 0, 1]]
+    assert block_mask(documents(ends=(128, 256))).q_blocks.tolist() == [[1, 0, 0, 1, 2], [1, 0, 1, 0, 2], [0, 1, 2, 0, 1]]
 
 
 def test_compiled_and_under_vmap(device):
@@ -177,13 +180,13 @@ def test_what_is_refused(device):
     q, k, v = tensors(device, n_q=20, n_k=36)
     mask = torch.ones(20, 36, dtype=torch.bool, device=device)
     given = block_mask(mask)
-    with pytest.raises(TypeError, match="mask: expected a tensor, got None"):
+    with pytest.raises(TypeError, match="mask: expected a tensor, got NoneType"):
         block_mask(None)
     with pytest.raises(RuntimeError, match=r"expected booleans .*, got torch.float32 of shape \(20, 36\)"):
         block_mask(mask.float())
     with pytest.raises(RuntimeError, match="mask: expected a dense .* tensor, got torch.sparse_coo"):
         block_mask(mask.to_sparse())
-    with pytest.raises(RuntimeError, match="a tile map of 20 queries and 36 keys, both written out, got one of shape"):
+    with pytest.raises(RuntimeError, match="a block mask of 20 queries and 36 keys, got one of shape"):
         attention(q, k, v, mask=block_mask(mask[:1]))
     with pytest.raises(RuntimeError, match="that broadcasts to"):
         attention(q, k, v, mask=block_mask(mask.expand(3, 1, 20, 36)))
@@ -207,7 +210,76 @@ def test_a_map_made_in_compiled_code_and_one_that_moves(device):
     torch.testing.assert_close(attention(q, k, v, mask=block_mask(mask).to("cpu").to(device)), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_how_stretches_are_walked():
+class Holder(torch.nn.Module):
+    """A module that holds a block mask, or takes it as an argument."""
+
+    def __init__(self, held=None):
+        super().__init__()
+        self.held = held
+
+    def forward(self, x, given=None):
+        return attention(x, x, x, mask=self.held if given is None else given)
+
+
+def save_and_load(x, save=torch.save, load=torch.load, **options):
+    buffer = io.BytesIO()
+    save(x, buffer)
+    buffer.seek(0)
+    return load(buffer, **options)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "torch.load, weights only": lambda x: save_and_load(x, weights_only=True),
+    "torch.load": lambda x: save_and_load(x, weights_only=False), "to": lambda x: x.to(x.mask.device),
+    "tree_map": lambda x: torch.utils._pytree.tree_map(torch.clone, x),
+    "deepcopy of its module": lambda x: copy.deepcopy(Holder(x)).held,
+    "pickle of its module": lambda x: pickle.loads(pickle.dumps(Holder(x))).held,
+    "its module moved": lambda x: Holder(x)._apply(torch.clone).held,
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_is_accepted_and_notices_changes(name, device):
+    q, k, v = tensors(device, batch=(1,), heads=1, n_q=20, n_k=36, grad=False)
+    mask = torch.ones(20, 36, dtype=torch.bool, device=device)
+    mask[:, 30:] = False  # so that its version is not 0
+    mine = COPIES[name](block_mask(mask))
+    assert isinstance(mine, BlockMask) and torch.equal(mine.mask, mask)
+    torch.testing.assert_close(attention(q, k, v, mask=mine), attention(q, k, v, mask=mask))
+    mine.mask[0] = False
+    with pytest.raises(RuntimeError, match="changed since; call block_mask.. again"):
+        attention(q, k, v, mask=mine)
+    with pytest.raises(RuntimeError, match="changed since"):
+        attention(q, k, v, mask=COPIES[name](mine))
+
+
+def test_a_module_moves_its_block_mask_and_keeps_it_out_of_its_state():
+    held = Holder(block_mask(torch.ones(4, 4, dtype=torch.bool)))
+    assert held.to("meta").held.kv_blocks.device.type == "meta" and not held.state_dict() and not list(held.buffers())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("held", [False, True], ids=["argument", "held"])
+def test_export(held, strict, device):
+    x = torch.randn(1, 1, N_Q, 16, device=device)
+    given, other = (block_mask(documents(N_Q, N_Q, ends=ends, device=device)) for ends in ((130, 260), (128,)))
+    arguments = (x,) if held else (x, given)
+    program = torch.export.export(Holder(given if held else None), arguments, strict=strict)
+    program = save_and_load(program, torch.export.save, torch.export.load)
+    torch.testing.assert_close(program.module()(*arguments), attention(x, x, x, mask=given.mask), atol=1e-5, rtol=1e-5)
+    if not held:
+        torch.testing.assert_close(program.module()(x, other), attention(x, x, x, mask=other.mask), atol=1e-5, rtol=1e-5)
+
+
+def test_errors_name_its_shape_and_not_its_values(device):
+    q, k, v = tensors(device, n_q=20, n_k=36)
+    with pytest.raises(TypeError, match="must be Tensor, not BlockMask\n.*got BlockMask of shape .20, 36.$") as error:
+        scaled_dot_product_attention(q, k, v, block_mask(torch.ones(20, 36, dtype=torch.bool, device=device)))
+    assert len(str(error.value)) < 300
+
+
+def test_modes_of_the_loops():
     def problem(**given):
         return Problem((1,), 1, 1, 8, 8, 8, 8, torch.float16, **given)
 

@@ -19,7 +19,7 @@ ORDER = {
     "kernels": ["tile", "window", "dropout", "scores", "softmax", "forward", "backward"],
     "measure": ["journal", "accuracy", "drawing", "device_timer", "timing", "environment"],
     "configs": ["kernel_hash", "shipped", "key", "user_cache", "lookup"],
-    "runtime": ["interpreter", "launch", "custom_op"],
+    "runtime": ["arguments", "interpreter", "launch", "custom_op"],
     "analysis": ["sass", "compile_report", "cost_model", "explain"],
     "integrations": ["dispatch_log", "aten_overrides", "sdpa_patch", "transformers"],
     "autotune": ["worker_pool", "prune", "config_table", "trials", "record_problems", "search", "bench", "isolation", "tuner",

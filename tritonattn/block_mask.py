@@ -1,87 +1,125 @@
-"""Which tiles of a boolean mask are worth a visit: known once, used by every pass.
+"""The blocks of a boolean mask, sorted once for every pass by what they mask.
 
-    tile [TILE queries, TILE keys]  ->  whole: all of its pairs see each other, no mask is read
-                                        mixed: some do                          empty: none do, nobody goes there
+    block [TILE queries, TILE keys]  ->  full: every pair takes part, no mask is read
+                                         partial: some do                          empty: none do, the block is skipped
 
-For each tile of queries a list of keys' tiles, for each tile of keys a list of queries' tiles:
+Each block of queries has a list of kv blocks, and each block of keys a list of query blocks:
 
-    how many are whole | how many are mixed | the whole ones | the mixed ones | the empty ones
+    number of full blocks | number of partial blocks | the full ones | the partial ones | the empty ones
 """
 
-from dataclasses import dataclass
-
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 TILE = 128  # kernels/window.py has the same
 
 
-@dataclass(frozen=True)
-class BlockMask:
-    """A mask and the lists of its tiles; `block_mask` makes it, and `attention` takes it in the place of the mask."""
+class BlockMask(torch.nn.Module):
+    """A boolean mask with the lists of its blocks. `block_mask` makes one; `attention` takes it in place of the mask.
 
-    mask: torch.Tensor         # [..., L, S] booleans
-    query_lists: torch.Tensor  # [..., tiles of L, 2 + tiles of S], int32
-    key_lists: torch.Tensor    # [..., tiles of S, 2 + tiles of L], int32
-    version: int | None        # of the mask's values when they were read; None where nobody counts
+    It can be copied, pickled, loaded by torch.load(weights_only=True) and passed through torch.export. As an attribute of a
+    module it moves with that module, but is not in its state_dict, and `to` moves it in place, as for any module.
+    `attention` refuses one whose mask was changed in place; compiled code and masks of inference mode are not checked.
+    """
 
-    def to(self, device) -> "BlockMask":
-        """The same on another device."""
-        return block_mask(self.mask.to(device))
+    def __init__(self, mask: Tensor, kv_blocks: Tensor, q_blocks: Tensor, current: bool = True):
+        """current: whether the lists still match the mask."""
+        super().__init__()
+        self._hold((mask, kv_blocks, q_blocks), current)
+
+    def _hold(self, tensors, current):
+        # no buffers: DDP would write to them, which counts as a change
+        self.mask, self.kv_blocks, self.q_blocks = tensors
+        # the counter belongs to this tensor: a copy starts its own
+        self._version = _version_of(self.mask) if current else -1
+
+    def is_current(self) -> bool:
+        """Return whether the mask is unchanged since its blocks were sorted, as far as that is known."""
+        version = _version_of(self.mask)
+        return self._version is None or version is None or self._version == version
 
     def counts(self) -> dict[str, int]:
-        """How many tiles of all matrices of the mask are "whole", "mixed" and "empty" for the loops over keys.
+        """Return how many blocks of all matrices of the mask are "full", "partial" and "empty" for the loops over keys.
 
-        A tile that reaches past the last key is never whole. Waits for the device.
+        A block that reaches past the last key is never full. Waits for the device.
         """
-        whole, mixed = self.query_lists[..., :2].sum(dim=tuple(range(self.query_lists.dim() - 1))).tolist()
-        tiles = self.query_lists[..., 2:].numel()
-        return {"whole": whole, "mixed": mixed, "empty": tiles - whole - mixed}
+        full, partial = self.kv_blocks[..., :2].sum(dim=tuple(range(self.kv_blocks.dim() - 1))).tolist()
+        blocks = self.kv_blocks[..., 2:].numel()
+        return {"full": full, "partial": partial, "empty": blocks - full - partial}
+
+    def _apply(self, fn, recurse=True):
+        """Move the tensors: `to`, `cuda` and the like of this module and of the one that holds it."""
+        self._hold(tuple(map(fn, self._tensors())), self.is_current())
+        return self
+
+    def _tensors(self):
+        return self.mask, self.kv_blocks, self.q_blocks
+
+    def __reduce__(self):
+        return BlockMask, (*self._tensors(), self.is_current())
+
+    def __repr__(self):
+        return f"BlockMask of shape {tuple(self.mask.shape)}"
 
 
-def block_mask(mask: torch.Tensor) -> BlockMask:
-    """Sort the tiles of a boolean mask [..., L, S] (True: takes part), so that attention skips those that hide everything.
+def block_mask(mask: Tensor) -> BlockMask:
+    """Sort the blocks of a boolean mask [..., L, S] (True: takes part), so that attention skips the empty ones.
 
-    Worth it where a mask is used more than once and whole tiles are hidden: documents in one sequence, blocks, long windows.
-    What broadcasts is given as an expanded view, which takes no memory itself. A window goes into the mask, too, if its
-    tiles are to be skipped. The map holds the mask itself, not a copy, and is made again where that changes: `attention`
-    refuses a map that is older than its mask, but cannot tell in compiled code, nor of masks made in inference mode.
-    Takes one pass over the mask, and eight bytes for each tile of each of its matrices.
+    Worth it where a mask is used more than once and has empty blocks: documents in one sequence, block patterns, long
+    windows. Pass a mask that broadcasts over queries or keys as an expanded view, which takes no memory. Combine a window
+    into the mask, so that its blocks are skipped, too. The result holds the mask itself, not a copy: call this again after
+    a change. Takes one pass over the mask, and eight bytes for each block of each of its matrices.
 
     Raises:
-        TypeError, RuntimeError: not a tensor of booleans with at least two dimensions.
+        TypeError, RuntimeError: not a dense tensor of booleans with at least two dimensions.
     """
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"mask: expected a tensor, got {mask!r}")
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.dim() < 2:
         raise RuntimeError(f"mask: expected booleans [..., queries, keys], got {mask.dtype} of shape {tuple(mask.shape)}")
     if mask.layout != torch.strided or mask.is_nested:
         raise RuntimeError(f"mask: expected a dense (strided) tensor, got {'a nested one' if mask.is_nested else mask.layout}")
     n_q, n_k = mask.shape[-2:]
-    tiles = -(-n_k // TILE)
-    padding = (0, tiles * TILE - n_k)
-    seen, whole = [], []
-    # row by row of tiles: no copy of the mask is made
+    n_blocks = -(-n_k // TILE)
+    padding = (0, n_blocks * TILE - n_k)
+    nonempty, full = [], []
+    # one row of blocks at a time, so that the mask is not copied
     for rows in mask.split(TILE, -2) if n_q else ():
-        some, every = rows.any(-2), rows.all(-2)
-        seen.append(torch.nn.functional.pad(some, padding).unflatten(-1, (tiles, TILE)).any(-1))
-        whole.append(torch.nn.functional.pad(every, padding, value=True).unflatten(-1, (tiles, TILE)).all(-1))
-    none = mask.new_empty(*mask.shape[:-2], 0, tiles)
-    seen, whole = (torch.stack(found, -2) if found else none for found in (seen, whole))
-    # what lies past the end of the loop is tested for where tiles are mixed
-    by_query, by_key = whole.clone(), whole.mT.clone()
+        any_row, every_row = rows.any(-2), rows.all(-2)
+        nonempty.append(torch.nn.functional.pad(any_row, padding).unflatten(-1, (n_blocks, TILE)).any(-1))
+        full.append(torch.nn.functional.pad(every_row, padding, value=True).unflatten(-1, (n_blocks, TILE)).all(-1))
+    none = mask.new_empty(*mask.shape[:-2], 0, n_blocks)
+    nonempty, full = (torch.stack(rows, -2) if rows else none for rows in (nonempty, full))
+    # the last block of a loop is partial where it is cut short: only those are tested for the end
+    full_of_query, full_of_key = full.clone(), full.mT.clone()
     if n_k % TILE:
-        by_query[..., -1] = False
+        full_of_query[..., -1] = False
     if n_q % TILE:
-        by_key[..., -1] = False
-    return BlockMask(mask, _lists(seen, by_query), _lists(seen.mT, by_key), version_of(mask))
+        full_of_key[..., -1] = False
+    return BlockMask(mask, _block_lists(nonempty, full_of_query), _block_lists(nonempty.mT, full_of_key))
 
 
-def version_of(mask: torch.Tensor) -> int | None:
-    """A number that every change of the values in place raises; tensors of inference mode have none."""
-    return None if torch.compiler.is_compiling() or mask.is_inference() else mask._version
-
-
-def _lists(seen, whole):
-    counts = torch.stack((whole.sum(-1), (seen & ~whole).sum(-1)), -1)
-    order = torch.argsort(2 - seen.int() - (seen & whole).int(), dim=-1, stable=True)
+def _block_lists(nonempty, full):
+    """Return the lists of the rows of a matrix of blocks (see the top of this file), int32."""
+    counts = torch.stack((full.sum(-1), (nonempty & ~full).sum(-1)), -1)
+    order = torch.argsort(2 - nonempty.int() - (nonempty & full).int(), dim=-1, stable=True)
     return torch.cat((counts, order), -1).to(torch.int32)
+
+
+def _version_of(mask) -> int | None:
+    """Return the counter that every in-place change of the mask raises; None where there is none: in compiled code, for
+    tensors of inference mode, and for what stands in for a tensor in a pytree."""
+    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.is_inference():
+        return None
+    return mask._version
+
+
+NAMES = ("mask", "kv_blocks", "q_blocks")
+pytree.register_pytree_node(
+    BlockMask, lambda block_mask: (list(block_mask._tensors()), block_mask.is_current()),
+    lambda tensors, current: BlockMask(*tensors, current),
+    flatten_with_keys_fn=lambda block_mask: (
+        [(pytree.GetAttrKey(name), getattr(block_mask, name)) for name in NAMES], block_mask.is_current()),
+    serialized_type_name="tritonattn.BlockMask", to_dumpable_context=bool, from_dumpable_context=bool)
+torch.serialization.add_safe_globals([BlockMask])

@@ -1,4 +1,4 @@
-"""What a GPU is, as far as running attention on it goes."""
+"""GPU models: limits that a kernel must keep, and peak rates for roofline estimates."""
 
 import functools
 import importlib.util
@@ -9,59 +9,61 @@ from dataclasses import dataclass, replace
 import torch
 
 TRITON = importlib.util.find_spec("triton") is not None
-# Triton decides when a kernel is defined, and the kernels are defined when this package is imported
+# read once: Triton reads it when a kernel is defined, which is when this package is imported
 INTERPRETED = TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+LARGEST_HEAD = 512  # of the kernels, in any dtype
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What one model of GPU can do at the most, at the clock its vendor promises; rates are per clock and SM.
+    """Peak rates of one GPU model at its specified clock, per clock and SM.
 
-    Not in it: the tensor cores' other types (TF32, 8 bits and fewer, fp64), sparsity, caches' and shared memory's
-    bandwidth, and power, which holds large products below the promised clock.
+    Left out: tensor cores' rates for TF32, 8 bits and fewer, and fp64, sparsity, bandwidth of caches and shared memory, and
+    the power limit, which keeps large products below the specified clock.
     """
 
-    clock: float       # Hz, with the tensor cores at work
-    tensor: int        # flop of dense products of 16-bit numbers, summed in float32
+    clock: float       # Hz, with the tensor cores busy
+    tensor: int        # flop of dense 16-bit products with float32 sums
     exponentials: int  # base 2, float32
-    fp32: int          # lanes: float32 instructions, of which a fused multiply-add is two flop
-    bandwidth: float   # bytes per second, of the device's memory
+    fp32: int          # float32 instructions; a fused multiply-add is two flop
+    bandwidth: float   # of the device's memory, bytes per second
     l2: int            # bytes
     memory: int        # bytes
 
-    fp32_clock: float | None = None  # Hz, where the vendor promises another with the tensor cores at rest
+    fp32_clock: float | None = None  # Hz, where the vendor specifies another with the tensor cores idle
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the blocks on one SM share; on AMD the work-groups on one compute unit."""
+    """Resources that the blocks on one SM share; on AMD, the work-groups on one compute unit."""
 
-    warps: int          # of all blocks together; on AMD waves
+    warps: int          # resident at most; on AMD waves
     blocks: int
     shared_memory: int  # bytes
-    reserved: int = 1024         # bytes of it that the driver takes for each block
-    registers: int = 512         # that a lane would have if its quarter of the SM ran one warp
-    granularity: int = 8         # registers of a lane are given out in such steps
+    reserved: int = 1024         # bytes of shared memory that the driver takes for each block
+    registers: int = 512         # per lane, if a quarter of the SM ran one warp
+    granularity: int = 8         # step in which registers per lane are allocated
     lanes: int = 32              # threads of a warp
 
     def warps_with(self, registers: int) -> int:
-        """How many warps find room for so many registers per thread. An SM has four parts, with registers of their own."""
-        taken = -(-max(registers, 1) // self.granularity) * self.granularity
-        return min(4 * (self.registers // taken), self.warps)
+        """Return how many warps with this many registers per thread are resident. An SM has four register files."""
+        allocated = -(-max(registers, 1) // self.granularity) * self.granularity
+        return min(4 * (self.registers // allocated), self.warps)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One model of GPU, or Triton's interpreter."""
+    """A GPU model, or Triton's interpreter."""
 
     name: str
     arch: str           # "sm_90", "gfx942", "interpreter"
     sms: int            # streaming multiprocessors, or compute units
     shared_memory: int  # bytes that one block may use
 
-    tensor_memory: int = 0  # columns of it that one block may use, where there is such memory
-    l2: int | None = None      # bytes of its cache and of its memory, where a device was asked
-    memory: int | None = None
+    tensor_memory: int = 0     # columns of tensor memory that one block may use
+    l2: int | None = None      # bytes; None unless read from a device
+    memory: int | None = None  # bytes; None unless read from a device
 
     @property
     def is_amd(self) -> bool:
@@ -69,19 +71,19 @@ class Gpu:
 
     @property
     def capability(self) -> int:
-        """Compute capability times ten: 90 for sm_90."""
+        """Return the compute capability times ten: 90 for sm_90."""
         return int(self.arch.removeprefix("sm_"))
 
     def largest_head(self, dtype: torch.dtype) -> int:
-        """512, but 256 where the smallest float32 tiles of 512, up to 160 KiB, do not fit; AMD's need less shared memory."""
-        narrow = dtype.itemsize > 2 and self.shared_memory < 160 * 1024 and not self.is_amd
-        return 256 if narrow else 512
+        """Return LARGEST_HEAD, or 256 where float32 tiles of that size, up to 160 KiB, do not fit; AMD's kernels need less."""
+        too_small = dtype.itemsize > 2 and self.shared_memory < 160 * 1024 and not self.is_amd
+        return 256 if too_small else LARGEST_HEAD
 
     @property
     def multiprocessor(self) -> Multiprocessor:
-        """The limits of one SM: its architecture's, or those of the latest known one before it."""
+        """The limits of one SM: those of its architecture, or of the latest known one before it."""
         if self.is_amd:
-            # later ones have more of it, all for one block
+            # later models have more shared memory, all of it usable by one block
             known = _MULTIPROCESSORS["gfx942"]
             return replace(known, shared_memory=max(known.shared_memory, self.shared_memory))
         known = {int(arch.removeprefix("sm_")): sm for arch, sm in _MULTIPROCESSORS.items() if arch.startswith("sm_")}
@@ -89,16 +91,15 @@ class Gpu:
 
     @property
     def peaks(self) -> Peaks | None:
-        """What this GPU can do at the most, by its name; None for a model or a part of one that is not known."""
-        known = find(self.name)
+        """Its peak rates, by its name; None for an unknown model or a part of one (MIG)."""
+        known = find_gpu(self.name)
         return _PEAKS[known] if known and (known.arch, known.sms) == (self.arch, self.sms) else None
 
 
-# Sources: CUDA C++ Programming Guide, "Technical Specifications"; AMD CDNA3 ISA guide; product pages.
 INTERPRETER = Gpu("Triton's interpreter", "interpreter", 1, 1 << 40)
 
-# Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA guide, where a lane of
-# a wave has 512 registers of both kinds and a compute unit four SIMDs of eight waves.
+# Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA guide: 512 registers
+# of both kinds per lane of a wave, four SIMDs of eight waves per compute unit.
 _MULTIPROCESSORS = {
     "sm_80": Multiprocessor(64, 32, 164 * 1024), "sm_86": Multiprocessor(48, 16, 100 * 1024),
     "sm_87": Multiprocessor(48, 16, 164 * 1024), "sm_89": Multiprocessor(48, 24, 100 * 1024),
@@ -111,8 +112,8 @@ _MULTIPROCESSORS = {
 #   clocks, bandwidth, memory   datasheets of A100, A10, L40S, H100, H200, HGX B200 and MI300X; NVIDIA's whitepapers on
 #                               GA102, Ada, GH100 (it has both of Hopper's clocks) and RTX Blackwell. A GB of memory is
 #                               2^30 bytes, as drivers count; one of bandwidth is 10^9
-#   tensor                      derived: TFLOP/s / (SMs x clock), a power of two everywhere. GeForce runs at half its rate
-#                               when the sum is float32. B200's clocks are derived in turn, from 2,250 and 75 TFLOP/s
+#   tensor                      derived: TFLOP/s / (SMs x clock), always a power of two. GeForce has half the rate with
+#                               float32 sums. B200's clocks are in turn derived from 2,250 and 75 TFLOP/s
 #   exponentials, fp32          CUDA C++ Programming Guide, "Arithmetic Instructions". MI300X: LLVM's scheduling model has
 #                               exponentials at a quarter of the 64 lanes' rate; packed instructions fill each lane twice
 #   l2                          the whitepapers, the Blackwell tuning guide. L40S: its chip's, AD102. MI300X: eight of 4 MB,
@@ -130,42 +131,41 @@ _PEAKS = {
     Gpu("RTX 5090", "sm_120", 170, 99 * 1024): Peaks(2.407e9, 512, 16, 128, 1.792e12, 96 << 20, 32 << 30),
     Gpu("MI300X", "gfx942", 304, 64 * 1024): Peaks(2.1e9, 2048, 16, 128, 5.30e12, 32 << 20, 192 << 30),
 }
-# one GPU stands for each architecture: of several, the last
+# one GPU for each architecture: the last of several
 KNOWN = {gpu.arch: gpu for gpu in _PEAKS}
 
-# words of a device's name that do not tell one of the models above from its like; "PCIe", "NVL", "40GB" and "Ti" do
-_WORDS_BESIDE = {"NVIDIA", "GEFORCE", "AMD", "INSTINCT", "SXM", "SXM4", "SXM5", "OAM", "80GB", "HBM3", "VF"}
+# words of a device's name that do not distinguish models; "PCIe", "NVL", "40GB" and "Ti" do
+_GENERIC_WORDS = {"NVIDIA", "GEFORCE", "AMD", "INSTINCT", "SXM", "SXM4", "SXM5", "OAM", "80GB", "HBM3", "VF"}
 
 
 def named(name: str) -> Gpu:
-    """The known GPU of this name ("h200", "NVIDIA A100-SXM4-80GB"); a ValueError lists the known ones."""
-    if (known := find(name)) is None:
+    """Return the known GPU of this name ("h200", "NVIDIA A100-SXM4-80GB"). Raises ValueError, which lists the known ones."""
+    if (known := find_gpu(name)) is None:
         raise ValueError(f"expected a GPU out of {', '.join(gpu.name for gpu in _PEAKS)}; got {name!r}")
     return known
 
 
-def find(name: str) -> Gpu | None:
-    """The known GPU that a device of this name is, in any case and spacing; None for another."""
+def find_gpu(name: str) -> Gpu | None:
+    """Return the known GPU with this device name, in any case and spacing, or None."""
     return next((gpu for gpu in _PEAKS if _core(gpu.name) == _core(name)), None)
 
 
 def _core(name):
-    return "".join(word for word in re.findall(r"[A-Z0-9]+", name.upper()) if word not in _WORDS_BESIDE)
+    return "".join(word for word in re.findall(r"[A-Z0-9]+", name.upper()) if word not in _GENERIC_WORDS)
 
 
-def of(device: torch.device) -> Gpu:
-    """The GPU that runs kernels on tensors of this device."""
+def gpu_of(device: torch.device) -> Gpu:
+    """Return the GPU that runs kernels on tensors of this device."""
     return INTERPRETER if INTERPRETED else _properties(device.index)
 
 
 @functools.cache
 def _properties(index: int | None) -> Gpu:
-    found = torch.cuda.get_device_properties(index)
-    beside = getattr(found, "L2_cache_size", None), found.total_memory
+    device = torch.cuda.get_device_properties(index)
+    sizes = getattr(device, "L2_cache_size", None), device.total_memory
     if torch.version.hip:
-        arch = found.gcnArchName.split(":")[0]
-        return Gpu(found.name, arch, found.multi_processor_count, found.shared_memory_per_block, 0, *beside)
-    arch = f"sm_{found.major}{found.minor}"
-    tensor_memory = KNOWN["sm_100"].tensor_memory if found.major in (10, 11) else 0
-    return Gpu(found.name, arch, found.multi_processor_count, found.shared_memory_per_block_optin, tensor_memory,
-               *beside)
+        arch = device.gcnArchName.split(":")[0]
+        return Gpu(device.name, arch, device.multi_processor_count, device.shared_memory_per_block, 0, *sizes)
+    arch = f"sm_{device.major}{device.minor}"
+    tensor_memory = KNOWN["sm_100"].tensor_memory if device.major in (10, 11) else 0
+    return Gpu(device.name, arch, device.multi_processor_count, device.shared_memory_per_block_optin, tensor_memory, *sizes)

@@ -329,7 +329,7 @@ def test_pictures_can_be_read(run):
     pages = math.ceil(sum(bool(each.trials) for each in sweep_report.standings(run)) / 8)
     assert set(kinds) == {"heat", "slowdown", "coverage", "model"} and kinds["heat"] == pages
     for figure in found.values():
-        assert_legible(figure, turned=True)
+        assert_legible(figure, rotated=True)
         assert sweep_report.origin(run) in " ".join(" ".join(text.get_text() for text in figure.texts).split())
 
 

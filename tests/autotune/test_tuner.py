@@ -368,7 +368,7 @@ def test_tf32_is_not_tuned_and_finds_nothing_that_ieee_has(lab, tf32):
 
 def test_quick_asks_for_the_tensors_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(gpu, "of", lambda device: gpu.named("h100"))
+    monkeypatch.setattr(gpu, "gpu_of", lambda device: gpu.named("h100"))
     with pytest.raises(RuntimeError, match="expected the tensors on the current device, cuda:0"):
         first_call.from_tables("forward", PROBLEM, H200)
 

@@ -141,7 +141,7 @@ def test_gpus_are_listed_by_model(monkeypatch):
     monkeypatch.setattr(doctor, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(doctor.gpu, "of", lambda device: doctor.gpu.KNOWN["sm_90"])
+    monkeypatch.setattr(doctor.gpu, "gpu_of", lambda device: doctor.gpu.KNOWN["sm_90"])
     assert found("gpu") == doctor.Finding("gpu", "2 x H200, sm_90, 227 KiB of shared memory")
 
 

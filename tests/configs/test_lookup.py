@@ -172,4 +172,4 @@ def test_a_gpu_that_is_not_served_is_refused_by_name(arch):
 
 @pytest.mark.interpreted
 def test_interpreted_kernels_have_a_gpu_of_their_own(device):
-    assert gpu.of(device) is gpu.INTERPRETER and lookup.get_config("forward", PROBLEM, gpu.of(device)) == Config(64, 64)
+    assert gpu.gpu_of(device) is gpu.INTERPRETER and lookup.get_config("forward", PROBLEM, gpu.gpu_of(device)) == Config(64, 64)

@@ -41,7 +41,7 @@ def test_real_sizes_with_the_configs_that_ship(name, dtype, device):
 @pytest.mark.parametrize("width", shipped.WIDTHS)
 def test_every_shipped_config_is_right(width, mask, fill, dtype, device):
     """Whatever a problem's size would choose: each row of this GPU's table, on a small one."""
-    rows = next(lookup.table_sources(gpu.of(device)))[1].rows
+    rows = next(lookup.table_sources(gpu.gpu_of(device)))[1].rows
     found = {kernel: rows.get((kernel, dtype.itemsize, width, mask)) for kernel in ("forward", "dq", "dkdv", "dbias")}
     if found["forward"] is None:
         pytest.skip(f"the tables have no rows for {dtype} and {width} {mask}: wider ones serve")
@@ -137,7 +137,7 @@ def test_another_device_than_the_current_one():
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 def test_the_lens_reads_what_the_driver_loads(kernel, device):
-    problem, here = Problem((1,), 2, 2, 512, 512, 64, 64, torch.bfloat16), gpu.of(device)
+    problem, here = Problem((1,), 2, 2, 512, 512, 64, 64, torch.bfloat16), gpu.gpu_of(device)
     chosen = lookup.get_config(kernel, problem, here)
     report = compile_report.inspect_kernel(kernel, problem, chosen, here)
     binary = compile_report.compile_kernel(kernel, problem, chosen, here)
@@ -157,8 +157,8 @@ def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path,
     with lab.compilers:
         record = tuner.tune_kernel(kernel, problem, lab, "table")
     assert record.seconds <= record.default_seconds * 1.05 and all(error <= allowed for error, allowed in record.check.values())
-    assert str(lookup.get_config(kernel, problem, gpu.of(device))) == record.config
-    assert lookup.lookup_config(kernel, problem, gpu.of(device)).origin == "cache"
+    assert str(lookup.get_config(kernel, problem, gpu.gpu_of(device))) == record.config
+    assert lookup.lookup_config(kernel, problem, gpu.gpu_of(device)).origin == "cache"
     lookup.clear_lookup_cache()
 
 

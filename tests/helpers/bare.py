@@ -1,5 +1,9 @@
-"""The kernels with everything cut out that plain attention does not need, to be compared with those that ship."""
+"""Kernels without the variants (bias, mask, dropout, lengths, block mask), to compare their binaries with the shipped ones.
 
+A function bare_NAME replaces the function NAME in every kernels module that calls it.
+"""
+
+import itertools
 import re
 
 import torch
@@ -26,7 +30,7 @@ def bare_scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
 
 
 @triton.jit
-def bare_select_head(pairs, batches, batch, head, first, rows, shift):
+def bare_select_head(mods, batches, batch, head, first, rows, shift):
     return ScoreMods((), (), (), ())
 
 
@@ -51,25 +55,24 @@ def bare_apply_keep_scale(tile, scoring):
 
 
 @triton.jit
-def bare_sizes_of_batch(shape, batch):
-    return shape
+def bare_sizes_of_batch(sizes, batch):
+    return sizes
 
 
 def binaries() -> dict:
-    """The instructions of plain kernels, by name."""
-    found = {}
-    for arch in ("sm_80", "sm_90"):
-        for kernel in ("forward", "dq", "dkdv"):
-            for mask, window in (("full", (None, None)), ("causal", (None, 0))):
-                problem = Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16, window)
-                compiled = compile_report.compile_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN[arch]), gpu.KNOWN[arch])
-                code = sass.disassemble(compiled.asm["cubin"])
-                found[f"{arch} {kernel} {mask}"] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code)
-    return found
+    """Return {name: instructions} of kernels for plain attention."""
+    code = {}
+    masks = {"full": (None, None), "causal": (None, 0)}
+    for arch, kernel, mask in itertools.product(("sm_80", "sm_90"), ("forward", "dq", "dkdv"), masks):
+        problem = Problem((2,), 8, 8, 1024, 1024, 64, 64, torch.bfloat16, masks[mask])
+        config = lookup.get_config(kernel, problem, gpu.KNOWN[arch])
+        binary = compile_report.compile_kernel(kernel, problem, config, gpu.KNOWN[arch]).asm["cubin"]
+        code[f"{arch} {kernel} {mask}"] = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", sass.disassemble(binary))
+    return code
 
 
 def compare() -> dict:
-    """For each plain kernel: whether it is the same to the instruction, and how many there are with and without."""
+    """Return {name: (identical, instructions with the variants, instructions without)}."""
     shipped = binaries()
     bare = {name.removeprefix("bare_"): value for name, value in globals().items() if name.startswith("bare_")}
     replaced = set()
@@ -79,10 +82,10 @@ def compare() -> dict:
             replaced.add(name)
         for value in vars(module).values():
             if isinstance(value, JITFunction):
-                # it remembers what it called when its source was hashed
+                # forget the functions that it called when its source was hashed
                 value.hash = None
                 value.used_global_vals.clear()
-    assert replaced == bare.keys(), f"nobody calls {bare.keys() - replaced}"
+    assert replaced == bare.keys(), f"bare functions without a caller: {bare.keys() - replaced}"
     compile_report._compile_cached.cache_clear()
-    again = binaries()
-    return {name: (shipped[name] == again[name], len(shipped[name]), len(again[name])) for name in shipped}
+    plain = binaries()
+    return {name: (shipped[name] == plain[name], len(shipped[name]), len(plain[name])) for name in shipped}

@@ -1,7 +1,8 @@
-"""Problems with names: every feature alone, and every pair of features that can meet."""
+"""Named attention calls: every feature alone (SINGLE), every pair of features (PAIRWISE), all pairs in few calls (COVERING)."""
 
 import itertools
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 
@@ -29,25 +30,25 @@ class Case:
     align: str = "top_left"
     scale: float | None = None
     layout: str = "contiguous"
-    pairs: tuple = ()  # names of PAIRS
+    pairs: tuple = ()  # keys of PAIRS
 
     @property
     def options(self):
         return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale}
 
     def given(self, dtype, device, seed=1):
-        """Bias and mask, as arguments of attention."""
+        """Return bias and mask, as arguments of attention."""
         rng = torch.Generator().manual_seed(seed)
         sizes = {"batch": self.batch, "heads": (self.heads,), "n_q": (self.n_q,), "n_k": (self.n_k,)}
-        found = {}
+        arguments = {}
         for name in self.pairs:
             shape = sum((sizes.get(size, (size,)) for size in PAIRS[name]), ())
             x = torch.randn(shape, generator=rng)
-            found["mask" if "mask" in name else "bias"] = (x > -0.7).to(device) if "mask" in name else x.to(device, dtype)
-        return found
+            arguments["mask" if "mask" in name else "bias"] = (x > -0.7).to(device) if "mask" in name else x.to(device, dtype)
+        return arguments
 
     def tensors(self, dtype, device, seed=0, family="randn"):
-        """q, k, v in this case's layout, and cotangents for o and lse."""
+        """Return q, k, v in the layout of this case, and cotangents of o and lse."""
         rng = torch.Generator().manual_seed(seed)
         q, k, v, do = (DRAW[family](shape, rng).to(dtype).to(device) for shape in (
             (*self.batch, self.heads, self.n_q, self.d), (*self.batch, self.kv_heads, self.n_k, self.d),
@@ -68,10 +69,10 @@ DRAW = {
 
 
 def _padded(x, left, right):
-    """x inside a larger tensor whose rows begin at an odd offset; what lies around it is nan."""
-    around = x.new_full((*x.shape[:-1], left + x.shape[-1] + right), torch.nan)
-    around[..., left:left + x.shape[-1]] = x
-    return around[..., left:left + x.shape[-1]]
+    """Return x inside a larger tensor of NaN, with rows that start at an odd offset."""
+    padded = x.new_full((*x.shape[:-1], left + x.shape[-1] + right), torch.nan)
+    padded[..., left:left + x.shape[-1]] = x
+    return padded[..., left:left + x.shape[-1]]
 
 
 LAYOUT = {
@@ -83,11 +84,11 @@ LAYOUT = {
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2].repeat_interleave(2, -2)[..., ::2, :],
 }
 
-# shapes of what is given for each pair
+# shapes of biases and masks
 PAIRS = {"bias": ("batch", "heads", "n_q", "n_k"), "key-bias": ("n_k",), "head-bias": ("heads", "n_q", "n_k"),
          "mask": ("n_q", "n_k"), "key-mask": ("batch", 1, 1, "n_k")}
 
-# of each group a case has one feature at most; each feature must differ from the plain case
+# a case has at most one feature of each group; each feature differs from the plain case
 FEATURES = {
     "mask": {
         "causal": {"causal": True},
@@ -116,24 +117,59 @@ FEATURES = {
 }
 
 
-def _all():
-    plain = Case()
-    yield plain
-    for features in FEATURES.values():
-        for name, change in features.items():
-            yield replace(plain, name=name, **change)
-    for one, other in itertools.combinations(FEATURES.values(), 2):
-        for (a, first), (b, second) in itertools.product(one.items(), other.items()):
-            if not set(first) & set(second):
-                yield replace(plain, name=f"{a}+{b}", **first, **second)
+def _compatible(names):
+    """Return whether no group has two of these features and no field of Case is set twice."""
+    groups, fields = [GROUP[name] for name in names], [field for name in names for field in FEATURE[name]]
+    return len(groups) == len(set(groups)) and len(fields) == len(set(fields))
 
 
-CASES = {case.name: case for case in _all()}
-SINGLE = {name: case for name, case in CASES.items() if "+" not in name}
+def _case(names):
+    return Case("+".join(names) or "plain", **{field: value for name in names for field, value in FEATURE[name].items()})
+
+
+def _pairs(names):
+    return {frozenset(pair) for pair in itertools.combinations(names, 2)}
+
+
+def _cost(names):
+    """Return how many tiles the kernels interpret, in all programs."""
+    case = _case(names)
+    tiles = -(-case.n_q // LARGE_TILES.block_m) * -(-case.n_k // LARGE_TILES.block_n)
+    return tiles * math.prod(case.batch) * (2 * case.heads + case.kv_heads)
+
+
+def _covering(most=32):
+    """Yield cases of several features each, which together hold every pair of features that can meet.
+
+    Greedy: a case begins with an uncovered pair and takes, while its cost is at most `most`, the feature that adds most
+    uncovered pairs for its cost.
+    """
+    uncovered = {pair for pair in _pairs(FEATURE) if _compatible(pair)}
+    while uncovered:
+        names = [name for name in FEATURE if name in min(uncovered, key=sorted)]
+        while True:
+            worth = {}
+            for name in FEATURE:
+                more = [*names, name]
+                gain = len(_pairs(more) & uncovered) - len(_pairs(names) & uncovered)
+                if name not in names and gain and _compatible(more) and _cost(more) <= most:
+                    worth[name] = gain / (1 + _cost(more) - _cost(names)) if _cost(more) > _cost(names) else gain
+            if not worth:
+                break
+            names.append(max(worth, key=worth.get))
+        uncovered -= _pairs(names)
+        yield _case(names)
+
+
+FEATURE = {name: change for group in FEATURES.values() for name, change in group.items()}
+GROUP = {name: group for group, features in FEATURES.items() for name in features}
+SINGLE = {case.name: case for case in map(_case, ((), *((name,) for name in FEATURE)))}
+COVERING = {case.name: case for case in _covering()}
+PAIRWISE = {case.name: case for case in map(_case, sorted(sorted(pair) for pair in _pairs(FEATURE) if _compatible(pair)))}
 
 
 def results(function, q, k, v, do, dlse, **options):
-    """o, lse and the gradients of q, k, v and the bias. Rows that see nothing have no gradient through lse."""
+    """Return o, lse and the gradients of q, k, v and the bias. Rows that attend to no key have no gradient through lse."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     if options.get("bias") is not None:
         options["bias"] = options["bias"].detach().requires_grad_()
@@ -144,7 +180,7 @@ def results(function, q, k, v, do, dlse, **options):
 
 
 def check(case, dtype, device, family="randn", tiles=TILES):
-    """Every result of one case, by the rule of `closeness`; with the config that ships if `tiles` is None."""
+    """Check every result of one case by `agree`; with the shipped config if `tiles` is None."""
     tensors, given = case.tensors(dtype, device, family=family), case.given(dtype, device)
 
     def in_dtype(dtype):
@@ -154,9 +190,9 @@ def check(case, dtype, device, family="randn", tiles=TILES):
     with config.pinned(tiles):
         ours = results(attention, *tensors, **case.options, **given)
     exact, torchs = in_dtype(torch.float64), in_dtype(dtype)
-    # lse is float32 whatever the inputs are: measure it against float32 arithmetic
+    # lse is float32 whatever the inputs are: compare it with float32 arithmetic
     wide = torch.promote_types(dtype, torch.float32)
     agree("lse", ours[1], in_dtype(wide)[1], exact[1], wide)
-    for name, mine, theirs, true in zip(("o", "lse", "dq", "dk", "dv", "dbias"), ours, torchs, exact):
+    for name, *values in zip(("o", "lse", "dq", "dk", "dv", "dbias"), ours, torchs, exact):
         if name != "lse":
-            agree(name, mine, theirs, true, dtype)
+            agree(name, *values, dtype)

@@ -1,4 +1,4 @@
-"""A sweep that never was: a smooth surface of times with jitter and drift, the same for the same seed. Nothing was timed."""
+"""A synthetic sweep: a smooth surface of times with jitter and drift, determined by a seed. Nothing is timed."""
 
 import itertools
 import json
@@ -23,28 +23,28 @@ ROOM = 200 << 10  # bytes of shared memory
 
 
 def made_up(jobs: Iterable[tuple[str, int, str]] = JOBS, seed: int = 0) -> Run:
-    """A finished run. A job's trials depend on its own name and the seed alone."""
-    found, trials = [], []
+    """Return a finished run. The trials of a job depend on its name and the seed only."""
+    planned, trials = [], []
     for kernel, d, mask in jobs:
         problem = Problem((4,), 32, 32, 4096, 4096, d, d, torch.bfloat16, (None, 0) if mask == "causal" else (None, None))
         rng = random.Random(f"{seed} {kernel} {problem}")
         configs = [INCUMBENT, *rng.sample([config for config in SPACE if config != INCUMBENT], CONFIGS - 1)]
-        seen = {str(config): _seen(kernel, problem, config, rng) for config in configs}
-        # what is out stands behind; those first that are expected to be the fastest
-        order = sorted(seen, key=lambda name: (seen[name][0] != "ok", seen[name][2]["cycles"]))
+        outcomes = {str(config): _outcome(kernel, problem, config, rng) for config in configs}
+        # rejected configs last, the others by predicted cycles
+        order = sorted(outcomes, key=lambda name: (outcomes[name][0] != "ok", outcomes[name][2]["cycles"]))
         job = Job(kernel, problem, tuple(order), str(INCUMBENT))
-        found.append(job)
+        planned.append(job)
         base = _seconds(kernel, problem, INCUMBENT)
-        trials += [_tried(job, name, *seen[name], base, rng) for name in order]
-    # as it is read: JSON has no tuples
+        trials += [_trial(job, name, *outcomes[name], base, rng) for name in order]
+    # through JSON, as a plan is read from a file: JSON has no tuples
     plan = json.loads(json.dumps({"schema": runs.SCHEMA, "synthetic": True, "seed": seed,
-                                  "jobs": [job.as_json() for job in found]}))
+                                  "jobs": [job.as_json() for job in planned]}))
     environment = {"gpu": "a made-up GPU", "arch": "sm_90", "sms": 132, "torch": "2.11.0", "triton": "3.6.0", "commit": None}
-    return Run(plan, tuple(found), tuple(trials), environment)
+    return Run(plan, tuple(planned), tuple(trials), environment)
 
 
 def write_to(folder: Path, run: Run | None = None) -> Run:
-    """Write a run as a sweep would have, the default one if none is given; what lay there is replaced."""
+    """Write a run, by default made_up(), as a sweep does; replace the files of an earlier run."""
     run = made_up() if run is None else run
     folder.mkdir(parents=True, exist_ok=True)
     (folder / runs.RESULTS).unlink(missing_ok=True)
@@ -57,46 +57,48 @@ def write_to(folder: Path, run: Run | None = None) -> Run:
 
 
 def _seconds(kernel, problem, config) -> float:
-    """A bowl around the kernel's best tile, which is smaller for wide heads."""
+    """Return the time of a config: a bowl around the best tile of the kernel, which is smaller for wide heads."""
     m, n = BEST[kernel]
     shrunk = 0.5 * (problem.d == 128)
     bowl = 0.09 * (math.log2(config.block_m) - m + shrunk) ** 2 + 0.07 * (math.log2(config.block_n) - n + shrunk) ** 2
-    # large tiles want more warps, small ones fewer
+    # large tiles need more warps, small tiles fewer
     crowded = abs(math.log2(config.block_m * config.block_n / config.num_warps / 1024))
     direction = "forward" if kernel == "forward" else "backward"
     return problem.flops(direction) / RATE[kernel] * (1 + bowl + 0.06 * crowded + 0.04 * (config.num_stages == 2))
 
 
-def _seen(kernel, problem, config, rng) -> tuple[str, float, dict]:
-    """(what comes of it, its time, what was seen of its binary)"""
+def _outcome(kernel, problem, config, rng) -> tuple[str, float, dict]:
+    """Return (status, seconds, properties of the binary)."""
     seconds = _seconds(kernel, problem, config)
     rows = config.block_m + 2 * config.block_n * config.num_stages
     accumulators = 2 if kernel == "dkdv" else 1
-    taken = config.block_m * (accumulators * problem.d + config.block_n) // (32 * config.num_warps) + 40
-    static = {"registers": min(taken, 255), "stack": 0, "shared_memory": rows * problem.d * 2, "tensor_memory": 0,
+    registers = config.block_m * (accumulators * problem.d + config.block_n) // (32 * config.num_warps) + 40
+    static = {"registers": min(registers, 255), "stack": 0, "shared_memory": rows * problem.d * 2, "tensor_memory": 0,
               "occupancy": max(1, ROOM // (rows * problem.d * 2)), "bound": rng.choice(("tensor", "special")),
               "cycles": round(seconds * 1.7e9 * rng.lognormvariate(0, 0.12))}
     if config == INCUMBENT:
         return "ok", seconds, static
     if static["shared_memory"] > ROOM:
         return "shared memory", seconds, static
-    if taken > 255:
+    if registers > 255:
         return "spill", seconds * rng.uniform(0.95, 1.5), static
     if config.num_warps == 8 and config.block_m == 32:
         return "duplicate work", 1.4 * seconds, static
     return rng.choices(("ok", "incorrect", "hang"), (20, 1, 1))[0], seconds, static
 
 
-def _tried(job, name, status, seconds, static, base, rng) -> Trial:
-    """The trial of a config; of those that spill some are timed, to see whether that was a good reason."""
+def _trial(job, name, status, seconds, static, base, rng) -> Trial:
+    """Return the trial of a config. Half of the configs that spill are timed too, to rate that rule."""
     notes = {"spill": "12 in the loop", "incorrect": "dq: error 0.31 of 0.02", "hang": "no answer in 30 s",
              "shared memory": f"{static['shared_memory']} of {ROOM} bytes", "duplicate work": "products x 2.00"}
-    samples, beside = (), ()
+    samples, base_samples = (), ()
     if status == "ok" or (status == "spill" and rng.random() < 0.5):
-        # a GPU that grows warm slows both
+        # a GPU that warms up slows both
         drift = [1 + 0.03 * i / ROUNDS for i in range(ROUNDS)]
-        samples, beside = (tuple(each * at * rng.gauss(1, 0.004) for at in drift) for each in (seconds, base))
+        samples, base_samples = (tuple(mean * factor * rng.gauss(1, 0.004) for factor in drift)
+                                 for mean in (seconds, base))
     if name == job.incumbent:
-        beside = samples
+        base_samples = samples
     check = {"o": [1e-3, 2e-2]} if status == "ok" else {"o": [0.31, 0.02]} if status == "incorrect" else {}
-    return Trial(job.name, name, status, notes.get(status, ""), samples, beside, check, static, round(rng.uniform(0.3, 2), 3))
+    return Trial(job.name, name, status, notes.get(status, ""), samples, base_samples, check, static,
+                 round(rng.uniform(0.3, 2), 3))

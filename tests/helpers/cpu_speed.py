@@ -1,39 +1,38 @@
-"""How slow this machine is just now. Bounds on time are for a core that nobody else uses: elsewhere, and beside others, they
-are that much wider."""
+"""Slowness of this machine now. Bounds on time hold for an idle reference core; tests multiply them by the slowness."""
 
 import threading
 import time
 
-QUIET = 0.035  # seconds that `_stroll` takes on such a core, in the fastest third of what was seen
+REFERENCE = 0.035  # seconds of `_bare_loop` on that core, in the fastest third of the samples
 
 
-def _stroll():
-    began = time.thread_time()
+def _bare_loop():
+    start = time.thread_time()
     sum(i * i for i in range(1_000_000))
-    return time.thread_time() - began
+    return time.thread_time() - start
 
 
 def slowness() -> float:
-    """Times QUIET, at least 1; the best of three, as what it is compared with is the best of several."""
-    return max(1.0, min(_stroll() for _ in range(3)) / QUIET)
+    """Return the time of the loop over its time on the reference core, at least 1; the best of three."""
+    return max(1.0, min(_bare_loop() for _ in range(3)) / REFERENCE)
 
 
 class Watch(threading.Thread):
-    """The mean slowness from entering to leaving a block, looked at twice a second: for what takes long."""
+    """Mean slowness over a block that takes long, sampled twice a second."""
 
     def __enter__(self):
-        self._seen, self._over = [_stroll()], threading.Event()
+        self._samples, self._done = [_bare_loop()], threading.Event()
         self.start()
         return self
 
     def __exit__(self, *_):
-        self._over.set()
+        self._done.set()
         self.join()
 
     def run(self):
-        while not self._over.wait(0.5):
-            self._seen.append(_stroll())
+        while not self._done.wait(0.5):
+            self._samples.append(_bare_loop())
 
     @property
     def slowness(self) -> float:
-        return max(1.0, sum(self._seen) / len(self._seen) / QUIET)
+        return max(1.0, sum(self._samples) / len(self._samples) / REFERENCE)

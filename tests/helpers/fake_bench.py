@@ -1,4 +1,4 @@
-"""A bench without a GPU: true times, and on top of them all that a real one does to them, on a virtual clock."""
+"""A fake bench: true times with the disturbances of a real GPU, on a virtual clock."""
 
 import contextlib
 import math
@@ -9,10 +9,10 @@ from tritonattn.autotune.worker_pool import Failure
 
 
 class FakeBench:
-    """Has the methods of race.Bench. `true` has the seconds of each config.
+    """A stand-in for autotune.search.Bench. `true` is {config: seconds}.
 
-    wrong, torn: configs with incorrect or unrepeatable results; hangs, poison: those that hang, or lose the device, when
-    they are timed. Drift, jitter, spikes and regimes as in a GPU that warms up among neighbours.
+    wrong, torn: configs with incorrect or unrepeatable results. hangs, poison: configs that hang, or lose the device, when
+    they are timed. drift, jitter, spikes, regimes: disturbances of a shared GPU that warms up.
     """
 
     def __init__(self, true, seed=0, drift=0.0, jitter=0.0, spikes=0.0, regimes=0.0, wrong=(), torn=(), hangs=(), poison=(),
@@ -33,7 +33,7 @@ class FakeBench:
         return Check({}, "not repeatable", "o") if config in self.torn else Check({"o": (1e-3, 2e-3)})
 
     def sample(self, config):
-        """One sample, at this moment of the virtual clock."""
+        """Return one sample at the present time of the virtual clock."""
         if self.rng.random() < self.regimes:
             self.regime = self.rng.choice([1.0, 1.0, 1.015])
         warmth = 1 + self.drift * (1 - math.exp(-self.time / 4))
@@ -44,14 +44,14 @@ class FakeBench:
 
     def times(self, configs, rounds):
         self.timed += configs
-        found = {config: Failure("hang", "no answer") for config in configs if config in self.hangs}
-        found |= {config: Failure("device lost", "ended with -9") for config in configs if config in self.poison}
-        able, samples = [config for config in configs if config not in found], {}
+        failures = {config: Failure("hang", "no answer") for config in configs if config in self.hangs}
+        failures |= {config: Failure("device lost", "ended with -9") for config in configs if config in self.poison}
+        able, samples = [config for config in configs if config not in failures], {}
         for _ in range(rounds):
             self.rng.shuffle(able)
             for config in able:
                 samples.setdefault(config, []).append(self.sample(config))
-        return found | {config: tuple(each) for config, each in samples.items()}
+        return failures | {config: tuple(each) for config, each in samples.items()}
 
     def __enter__(self):
         return self
@@ -61,5 +61,5 @@ class FakeBench:
 
 
 def bench_of(bench):
-    """As tuner.Lab has it: the same bench for every job."""
+    """Return a factory of benches for TuningSetup that gives every job the same bench."""
     return lambda kernel, problem: contextlib.nullcontext(bench)

@@ -1,4 +1,4 @@
-"""A GPU for tests of timing: a virtual clock that calls move, with drift, sensors and graphs that can fail."""
+"""A fake GPU for tests of timing: a virtual clock that calls advance, with drift, sensors and graphs that can fail."""
 
 import contextlib
 
@@ -6,7 +6,7 @@ from tritonattn.measure.device_timer import State
 
 
 class FakeGpu:
-    """Has the methods of tritonattn.clock.Cuda. `seconds(true)` is how long a call takes now."""
+    """A stand-in for measure.device_timer.Cuda. `seconds(true, gpu)` is the duration of a call now."""
 
     method, cache_bytes = "events", 1000
 
@@ -15,7 +15,7 @@ class FakeGpu:
         self.log, self.waits, self.flushes, self.reads, self.dead = [], [], 0, 0, False
 
     def kernel(self, name, true=1e-3):
-        """A call that takes `true` seconds on this GPU when nothing drifts."""
+        """Return a call that takes `true` seconds on this GPU without drift."""
         def call():
             self.log.append(name)
             self.time += self.seconds(true, self)
@@ -51,7 +51,7 @@ class FakeGpu:
         try:
             raise RuntimeError("operation not permitted when stream is capturing\nand more lines")
         finally:
-            # as torch does, whose capture cannot be ended in order either
+            # torch raises a second error too, because a failed capture cannot be ended
             raise RuntimeError("operation failed due to a previous error during capture")
 
     def state(self):

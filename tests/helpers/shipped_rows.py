@@ -1,4 +1,4 @@
-"""With which versions of Triton the shipped tables were made, and whether this is one of them."""
+"""Versions of Triton that the shipped tables were made with, compared with the installed one."""
 
 import triton
 
@@ -6,7 +6,7 @@ from tritonattn.configs import shipped
 
 
 def versions(name):
-    """Of the tables, the versions of Triton that they were made with ("triton"), or proved with besides ("also")."""
+    """Return the versions of Triton that the tables were made with ("triton") or also checked with ("also")."""
     return {table.made.get(name) for table in shipped.shipped_tables()}
 
 

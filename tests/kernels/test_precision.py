@@ -1,6 +1,6 @@
-"""How exact the results are: five families of data, shifted scores, and what the accurate delta is worth.
+"""Accuracy on five families of data, under shifted scores, and of dQ with and without precise_grad.
 
-`python -m tests.test_precision` prints the table of dQ errors that stands in the README.
+`python -m tests.kernels.test_precision` prints the README's table of dQ errors.
 """
 
 import pytest
@@ -14,34 +14,34 @@ from tritonattn import Config, attention, config, reference
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("family", DRAW)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_families(family, dtype, causal, device):
+def test_accuracy_on_every_family_of_data(family, dtype, causal, device):
     check(Case(n_q=96, n_k=96, d=32, dv=32, causal=causal), dtype, device, family=family, tiles=Config(32, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("shift", [-120.0, -1e4, 1e4])
 @pytest.mark.parametrize("n", [40, 64])
-def test_a_constant_added_to_the_scores_changes_nothing(shift, n, dtype, device):
+def test_adding_a_constant_to_all_scores_changes_nothing(shift, n, dtype, device):
     """With q[..., 0] = 1 and k[..., 0] = shift sqrt(D) every score of a row is `shift` larger."""
     q, k, v, do, _ = Case(n_q=n, n_k=n).tensors(dtype, device)
     q[..., 0], k[..., 0] = 1, 0
     with config.pinned(Config(32, 32)):
         plain = results(attention, q, k, v, do, torch.zeros(q.shape[:-1], device=device), causal=True)
         k[..., 0] = shift * 4
-        shift = k[0, 0, 0, 0].item() / 4  # as the dtype holds it
+        shift = k[0, 0, 0, 0].item() / 4  # as rounded to the dtype
         moved = results(attention, q, k, v, do, torch.zeros(q.shape[:-1], device=device), causal=True)
-    # the shift costs the scores digits: |shift| ulps of float32
+    # the shift takes digits from the scores: |shift| roundings of float32
     digits = max(abs(shift) * 2e-7, torch.finfo(dtype).eps) * 8
     for name, ours, expected in zip(("o", "dk", "dv"), (moved[0], moved[3], moved[4]), (plain[0], plain[3], plain[4])):
         assert ours.isfinite().all(), name
         torch.testing.assert_close(ours.float(), expected.float(), atol=digits * 4, rtol=digits)
     torch.testing.assert_close(moved[1], plain[1] + shift, rtol=1e-6, atol=1e-4)
-    # the first column of dq is sum(ds) * shift: nothing but the rounding of dS, which is multiplied by the shift
+    # the first column of dq, sum(ds) * shift, is only the rounding error of dS times the shift
     torch.testing.assert_close(moved[2][..., 1:].float(), plain[2][..., 1:].float(), atol=digits * 4, rtol=digits)
 
 
 def dq_errors(dtype, family, n=512, device=DEVICE):
-    """Relative RMS errors of dQ against float64: (precise_grad, without, eager torch)."""
+    """Return the relative RMS errors of dQ against float64: (with precise_grad, without, eager torch)."""
     q, k, v, do, dlse = Case(n_q=n, n_k=n, heads=1, kv_heads=1, d=64, dv=64).tensors(dtype, device, family=family)
     if family in ("uniform", "mean-shifted"):
         do = (do.float() * 0.5 + 0.5).to(dtype)
@@ -56,7 +56,7 @@ def dq_errors(dtype, family, n=512, device=DEVICE):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
-def test_the_accurate_delta_is_worth_its_memory(dtype, device):
+def test_precise_grad_reduces_the_error_of_dq(dtype, device):
     precise, rounded, eager = dq_errors(dtype, "uniform")
     assert precise < 0.01 and precise < rounded / 5 and precise < eager / 2
     precise, rounded, eager = dq_errors(dtype, "randn", n=256)

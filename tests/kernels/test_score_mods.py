@@ -1,4 +1,4 @@
-"""What is given for each pair of a query and a key: biases, masks, lengths of keys, dropout."""
+"""Bias, mask, key lengths and dropout, with their gradients."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ def tensors(device, dtype=torch.float32, *, batch=(2,), heads=2, kv_heads=1, n_q
 
 
 def outcome(function, leaves, **options):
-    """o, lse and the gradients of the leaves, q, k, v and perhaps a bias; rows that see nothing have none through lse."""
+    """Return o, lse and the gradients of the leaves: q, k, v, optionally a bias. Rows without keys have none through lse."""
     bias = {"bias": leaves[3]} if len(leaves) > 3 else {}
     o, lse = function(*leaves[:3], return_lse=True, **bias, **options)
     rng = torch.Generator().manual_seed(9)
@@ -34,8 +34,9 @@ def assert_same(leaves, tolerance=1e-4, **options):
     with config.pinned(TILES):
         ours = outcome(attention, leaves, **options)
     exact = outcome(reference.attention, [x.detach().double().requires_grad_() for x in leaves], **options)
-    for name, mine, true in zip(("o", "lse", "dq", "dk", "dv", "dbias"), ours, exact):
-        torch.testing.assert_close(mine.double(), true, atol=tolerance, rtol=tolerance, msg=lambda text, of=name: of + text)
+    for name, actual, expected in zip(("o", "lse", "dq", "dk", "dv", "dbias"), ours, exact):
+        torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance,
+                                   msg=lambda text, name=name: f"{name}: {text}")
     return ours
 
 
@@ -44,21 +45,21 @@ SHAPES = [(2, 2, 20, 36), (20, 36), (1, 2, 1, 36), (2, 1, 1, 36), (2, 1, 20, 36)
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("window", [(None, None), (5, 3)], ids=["full", "window"])
-def test_a_bias_of_any_shape_and_its_gradient(shape, window, device):
+def test_bias_of_any_shape_and_its_gradient(shape, window, device):
     bias = torch.randn(shape, device=device, requires_grad=True)
     ours = assert_same([*tensors(device), bias], window=window, align="top_left")
     assert ours[5].shape == bias.shape
 
 
 @pytest.mark.parametrize("shape", [(), (36,), (20, 1), (2, 1, 1, 36), (2, 2, 20, 36)], ids=str)
-def test_a_mask_of_any_shape(shape, device):
+def test_mask_of_any_shape(shape, device):
     mask = torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(2)) > 0.4
     assert_same(tensors(device), mask=mask)
     bias = torch.randn(36, device=device, requires_grad=True)
     assert_same([*tensors(device), bias], mask=mask, causal=True, align="bottom_right")
 
 
-def test_strides_of_any_kind(device):
+def test_bias_and_mask_with_any_strides(device):
     dense = torch.randn(36, 2, 20, device=device)
     bias = dense.permute(1, 2, 0).requires_grad_()
     assert_same([*tensors(device), bias])
@@ -66,7 +67,7 @@ def test_strides_of_any_kind(device):
     assert_same(tensors(device), mask=mask)
 
 
-def test_several_batch_dimensions_summed_and_not(device):
+def test_bias_gradient_over_several_batch_dimensions(device):
     leaves = tensors(device, batch=(2, 3), heads=2, kv_heads=2, n_q=5, n_k=7)
     for shape in ((2, 1, 1, 5, 7), (3, 1, 1, 7), (1, 3, 2, 5, 7)):
         assert_same([*leaves, torch.randn(shape, device=device, requires_grad=True)])
@@ -83,24 +84,25 @@ def test_gradcheck_through_a_bias(device):
 
 @pytest.mark.parametrize("hide", ["mask", "bias", "lengths"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_hidden_cannot_leak(hide, value, device):
+def test_nan_at_masked_keys_does_not_spread(hide, value, device):
     q, k, v = tensors(device)
     with torch.no_grad():
         k[:, :, 30:], v[:, :, 30:] = value, value
-    seen = torch.arange(36, device=device) < 30
-    given = {"mask": {"mask": seen}, "bias": {"bias": torch.where(seen, 0.0, -math.inf)},
+    keep = torch.arange(36, device=device) < 30
+    given = {"mask": {"mask": keep}, "bias": {"bias": torch.where(keep, 0.0, -math.inf)},
              "lengths": {"key_lengths": torch.tensor([30, 30], device=device)}}[hide]
     with config.pinned(TILES):
         ours = outcome(lambda *x, **options: attention(*x, **options, **given), (q, k, v))
     short = [q, *(x[:, :, :30].detach().requires_grad_() for x in (k, v))]
     exact = outcome(reference.attention, short)
-    for mine, true in zip(ours, exact):
-        torch.testing.assert_close(mine[:, :, :30] if mine.shape[-2] == 36 else mine, true, atol=1e-5, rtol=1e-4)
+    for actual, expected in zip(ours, exact):
+        actual = actual[:, :, :30] if actual.shape[-2] == 36 else actual
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
     assert all((gradient[:, :, 30:] == 0).all() for gradient in ours[3:])
 
 
-def test_what_is_hidden_cannot_leak_into_a_shared_bias(device):
-    """Its gradient sums over all queries of a tile; past the last one there are zeros, and 0 * nan is nan."""
+def test_nan_at_masked_keys_does_not_spread_to_a_shared_bias(device):
+    """The gradient sums over all rows of a tile; those past the last query are loaded as 0, and 0 * NaN is NaN."""
     q, k, v = tensors(device)
     bias = torch.zeros(36, device=device, requires_grad=True)
     with torch.no_grad():
@@ -112,7 +114,7 @@ def test_what_is_hidden_cannot_leak_into_a_shared_bias(device):
 
 @pytest.mark.parametrize("given", ["mask", "nothing"])
 def test_infinity_times_a_dropped_weight_is_nan(given, device):
-    """As in torch, and with a mask that hides nothing as without one."""
+    """As in torch; an all-true mask changes nothing."""
     q, k, v = tensors(device, batch=(1,), heads=1, n_q=5, n_k=7, grad=False)
     v[..., 2, :] = math.inf
     seed = torch.tensor([3], device=device)
@@ -123,8 +125,8 @@ def test_infinity_times_a_dropped_weight_is_nan(given, device):
     assert (o[keep[:, 2]] == math.inf).all() and o[~keep[:, 2]].isnan().all()
 
 
-def test_a_row_far_from_the_last_key(device):
-    """The first query of decoding stands at a position whose row no 32-bit offset reaches; a mask's one row is read there."""
+def test_rows_of_bias_and_mask_beyond_32_bit_offsets(device):
+    """In decoding the one query has the last position: position times row stride exceeds 32 bits."""
     q, k, v = tensors(device, batch=(1,), heads=1, kv_heads=1, n_q=1, n_k=70, grad=False)
     numbers = torch.rand(70, device=device)
     mask = (numbers > 0.5).as_strided((1, 1, 1, 70), (70, 70, 2**31 // 64, 1))
@@ -137,7 +139,7 @@ def test_a_row_far_from_the_last_key(device):
 
 @pytest.mark.parametrize("sizes", [(0, 2, 5, 7), (2, 0, 5, 7), (2, 2, 0, 7), (2, 2, 5, 0)], ids=str)
 @pytest.mark.parametrize("shape", ["full", "rows", "keys", "one"])
-def test_nothing_with_a_bias(sizes, shape, device):
+def test_empty_tensors_with_a_bias(sizes, shape, device):
     batch, heads, n_q, n_k = sizes
     q, k, v = tensors(device, batch=(batch,), heads=heads, kv_heads=heads, n_q=n_q, n_k=n_k, d=4)
     shape = {"full": sizes, "rows": (n_q, 1), "keys": (1, n_k), "one": ()}[shape]
@@ -148,21 +150,22 @@ def test_nothing_with_a_bias(sizes, shape, device):
         assert gradient.shape == leaf.shape and not gradient.any()
 
 
-def test_the_gradient_of_a_bias_for_rows_through_lse(device):
-    """What a whole row shares moves its log-sum-exp alone; a nan there is not hidden."""
+def test_gradient_through_lse_of_a_bias_per_row(device):
+    """A bias that a whole row shares moves its lse only; NaN in it reaches its gradient."""
     q, k, v = tensors(device, batch=(1,), heads=1, n_q=5, grad=False)
     values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, 1.0], device=device)[:, None]
-    found = []
-    for door in (attention, reference.attention):
+    gradients = []
+    for function in (attention, reference.attention):
         bias = values.clone().requires_grad_()
-        _, lse = door(q, k, v, bias=bias, return_lse=True)
-        found.append(torch.autograd.grad(lse.sum(), bias)[0])
-    assert found[0][:2].isnan().all() and torch.equal(found[0][2:].flatten(), torch.tensor([0.0, 1, 1], device=device))
-    torch.testing.assert_close(found[0], found[1], equal_nan=True, atol=1e-5, rtol=1e-5)
+        _, lse = function(q, k, v, bias=bias, return_lse=True)
+        gradients.append(torch.autograd.grad(lse.sum(), bias)[0])
+    ours, expected = gradients
+    assert ours[:2].isnan().all() and torch.equal(ours[2:].flatten(), torch.tensor([0.0, 1, 1], device=device))
+    torch.testing.assert_close(ours, expected, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
-def test_rows_of_the_lowest_finite_number_are_uniform(device):
-    """As torch's: a mask of finfo.min that hides a whole row hides nothing of it, forward and backward."""
+def test_rows_with_a_bias_of_the_lowest_finite_number_are_uniform(device):
+    """As in torch: a whole row of finfo.min masks nothing, forward and backward."""
     q, k, v = tensors(device, kv_heads=2)
     bias = torch.zeros(2, 1, 20, 36, device=device)
     bias[0, :, 3:7], bias[1, :, :, 30:] = torch.finfo(torch.float32).min, torch.finfo(torch.float32).min
@@ -176,7 +179,7 @@ def test_rows_of_the_lowest_finite_number_are_uniform(device):
                                [x.double() for x in torch.autograd.grad(exact, (q, k, v), do.double())], atol=1e-4, rtol=1e-4)
 
 
-def test_a_bias_of_float32_for_16_bit_queries(device):
+def test_float32_bias_for_16_bit_queries(device):
     leaves = [*tensors(device, torch.bfloat16), torch.randn(2, 20, 36, device=device, requires_grad=True)]
     ours = assert_same(leaves, tolerance=0.05)
     assert ours[5].dtype == torch.float32 and ours[2].dtype == torch.bfloat16
@@ -184,30 +187,28 @@ def test_a_bias_of_float32_for_16_bit_queries(device):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True, "align": "top_left"}, {"causal": True, "align": "bottom_right"},
                                      {"window": (7, 2), "align": "bottom_right"}], ids=str)
-def test_each_sequence_has_its_own_keys(options, device):
+def test_key_lengths_per_sequence(options, device):
     q, k, v = tensors(device, batch=(4,), n_k=50)
     bias, lengths = torch.randn(50, device=device, requires_grad=True), [50, 17, 0, 33]
     with config.pinned(TILES):
         ours = outcome(attention, (q, k, v, bias), key_lengths=torch.tensor(lengths, device=device), **options)
 
     def one_by_one(q, k, v, bias, return_lse):
-        found = [reference.attention(q[i], k[i, :, :n], v[i, :, :n], bias=bias[:n], return_lse=True, **options)
-                 for i, n in enumerate(lengths)]
-        return tuple(map(torch.stack, zip(*found)))
+        results = [reference.attention(q[i], k[i, :, :n], v[i, :, :n], bias=bias[:n], return_lse=True, **options)
+                   for i, n in enumerate(lengths)]
+        return tuple(map(torch.stack, zip(*results)))
 
-    for mine, true in zip(ours, outcome(one_by_one, (q, k, v, bias))):
-        torch.testing.assert_close(mine, true, atol=1e-4, rtol=1e-4)
+    for actual, expected in zip(ours, outcome(one_by_one, (q, k, v, bias))):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_lengths_past_the_keys_are_all_of_them(device):
+def test_key_lengths_are_clamped(device):
     q, k, v = tensors(device, grad=False)
     ours = attention(q, k, v, key_lengths=torch.tensor([99, -3], device=device))
     assert torch.equal(ours[0], attention(q, k, v)[0]) and (ours[1] == 0).all()
     longest = torch.tensor([torch.iinfo(torch.int64).max, 2**31], device=device)
     assert torch.equal(attention(q, k, v, key_lengths=longest), attention(q, k, v))
 
-
-# --- under vmap
 
 def looped(function, *given):
     return torch.stack([function(*(x[i] for x in given)) for i in range(len(given[0]))])
@@ -227,13 +228,13 @@ def test_vmap_with_lengths(device):
 
 
 @pytest.mark.parametrize("given", ["mask", "bias", "lengths", "dropout", "all"])
-def test_jacobians(given, device):
-    """A vmap over the backward pass: every row of the Jacobian belongs to the same forward pass, with what that dropped."""
+def test_jacrev_matches_the_definition(given, device):
+    """A vmap over the backward pass: all rows of the Jacobian share one forward pass and its dropout."""
     q, k, v = (x[..., :2] for x in tensors(device, n_q=4, n_k=4, grad=False))
     options = {"mask": {"mask": torch.rand(4, 4, device=device) > 0.3}, "bias": {"bias": torch.randn(2, 1, 4, device=device)},
                "lengths": {"key_lengths": torch.tensor([2, 3], device=device)},
                "dropout": {"dropout_p": 0.5, "dropout_seed": torch.tensor([3], device=device)}}
-    options = {name: x for some in options.values() for name, x in some.items()} if given == "all" else options[given]
+    options = {name: x for group in options.values() for name, x in group.items()} if given == "all" else options[given]
     exact = dict(options)
     if "dropout_seed" in exact:
         exact["keep"] = dropout_mask((2, 2, 4, 4), 0.5, exact.pop("dropout_seed"))
@@ -253,11 +254,9 @@ def test_vmap_with_dropout(device):
         assert torch.equal(ones[0], ones[1]) == alike
 
 
-# --- dropout
-
 @pytest.mark.parametrize("p", [0.3, 1.0])
 @pytest.mark.parametrize("options", [{}, {"causal": True, "align": "top_left"}], ids=["full", "causal"])
-def test_dropout_is_exact_given_what_is_dropped(p, options, device):
+def test_dropout_is_exact_for_its_keep_mask(p, options, device):
     leaves = [*tensors(device, n_q=40, n_k=33), torch.randn(1, 2, 40, 33, device=device, requires_grad=True)]
     seed = torch.tensor([123456789123], device=device)
     keep = dropout_mask((2, 2, 40, 33), p, seed)
@@ -265,19 +264,19 @@ def test_dropout_is_exact_given_what_is_dropped(p, options, device):
     def definition(q, k, v, bias, return_lse, **options):
         s = q @ k.repeat_interleave(2, 1).mT / 4 + bias
         s = s.masked_fill(~reference.visible(40, 33, device=device, **options), -math.inf)
-        gain = 1 / (1 - p) if p < 1 else 0.0
-        return s.softmax(-1) * keep * gain @ v.repeat_interleave(2, 1), s.logsumexp(-1)
+        keep_scale = 1 / (1 - p) if p < 1 else 0.0
+        return s.softmax(-1) * keep * keep_scale @ v.repeat_interleave(2, 1), s.logsumexp(-1)
 
     exact = outcome(definition, leaves, **options)
     for tiles in (TILES, Config(64, 64)):
         with config.pinned(tiles):
             ours = outcome(attention, leaves, dropout_p=p, dropout_seed=seed, **options)
-        for mine, true in zip(ours, exact):
-            torch.testing.assert_close(mine, true, atol=1e-4, rtol=1e-4)
+        for actual, expected in zip(ours, exact):
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def philox(counter, key, rounds=7):
-    """Philox4x32 as Salmon et al. define it, in plain integers."""
+    """Return the four numbers of Philox4x32 (Salmon et al., 2011), in plain integers."""
     a, b, c, d = counter
     low, high = key & 0xFFFFFFFF, key >> 32
     for _ in range(rounds):
@@ -287,22 +286,22 @@ def philox(counter, key, rounds=7):
     return a, b, c, d
 
 
-def test_what_is_dropped_is_what_philox_draws(device):
+def test_dropped_weights_are_those_of_philox(device):
     seed, p = 2**40 + 12345, 0.4
     keep = dropout_mask((2, 3, 5, 9), p, torch.tensor([seed], device=device)).cpu()
     for batch, head, query, key in itertools.product(range(2), range(3), range(5), range(9)):
-        # of the four numbers a draw gives, the keys take them in the order 0, 1, 2, 3 of the four they share
+        # the four numbers of one draw belong to four neighbouring keys, in order
         bits = philox((query, key // 4, head, batch), seed)[key % 4]
         assert keep[batch, head, query, key] == (bits >= round(p * 2**32)), (batch, head, query, key)
 
 
-def test_what_is_dropped_follows_from_the_place_alone(device):
+def test_dropout_mask_does_not_depend_on_the_sizes(device):
     seed = torch.tensor([7], device=device)
     whole = dropout_mask((3, 4, 50, 70), 0.5, seed)
     assert torch.equal(whole[:2, :3, :20, :33], dropout_mask((2, 3, 20, 33), 0.5, seed))
 
 
-def test_dropping_is_as_frequent_as_asked_and_independent(device):
+def test_dropout_frequency_and_independence(device):
     seeds = [torch.tensor([seed], device=device) for seed in (1, 2)]
     p = 0.2
     first, second = (dropout_mask((4, 4, 64, 64), p, seed).double().cpu() for seed in seeds)
@@ -323,9 +322,9 @@ def test_dropout_follows_torchs_generator(device):
         torch.manual_seed(seed)
         return [scaled_dot_product_attention(q, k, v, dropout_p=0.5) for _ in range(2)]
 
-    first, again, other = run(1), run(1), run(2)
-    assert all(map(torch.equal, first, again)) and not torch.equal(*first) and not torch.equal(first[0], other[0])
-    # torch's own door draws nothing where nothing is dropped
+    first, repeated, other = run(1), run(1), run(2)
+    assert all(map(torch.equal, first, repeated)) and not torch.equal(*first) and not torch.equal(first[0], other[0])
+    # without dropout, scaled_dot_product_attention draws no random number
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -333,7 +332,7 @@ def test_dropout_follows_torchs_generator(device):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_seed_may_be_counted_on_before_the_backward_pass(device):
+def test_changing_the_seed_tensor_after_the_forward_pass(device):
     leaves, seed = tensors(device, heads=1), torch.tensor([5], device=device)
     first, = torch.autograd.grad(attention(*leaves, dropout_p=0.5, dropout_seed=seed).sum(), leaves[2])
     o = attention(*leaves, dropout_p=0.5, dropout_seed=seed)
@@ -341,11 +340,11 @@ def test_a_seed_may_be_counted_on_before_the_backward_pass(device):
     assert torch.equal(torch.autograd.grad(o.sum(), leaves[2])[0], first)
 
 
-def test_what_nearly_always_drops_keeps_the_mean(device):
-    """The gain makes up for what is really drawn, in steps of 2^-32; always is always."""
+def test_keep_scale_of_extreme_probabilities(device):
+    """keep_scale compensates for the probability as rounded to steps of 2^-32; p = 1 drops every weight."""
     p = 1 - 3.4 * 2**-32
-    given = launch.dropout_record(p, None)
-    assert given.keep_scale * (2**32 - given.threshold) == 2**32
+    dropout = launch.dropout_record(p, None)
+    assert dropout.keep_scale * (2**32 - dropout.threshold) == 2**32
     seed = torch.tensor([1], device=device)
     assert not dropout_mask((1, 1, 64, 64), 1.0, seed).any() and dropout_mask((1, 1, 2, 2), 0.0, seed).all()
 
@@ -360,20 +359,20 @@ def test_dropout_under_checkpointing(reentrant, device):
 
     def backward(o):
         o.sum().backward()
-        found = [x.grad for x in leaves]
+        gradients = [x.grad for x in leaves]
         for x in leaves:
             x.grad = None
-        return found
+        return gradients
 
     def step(q, k, v):
         return attention(q, k, v, dropout_p=0.4).square()
 
     plain = gradients(step)
-    again = gradients(lambda *x: checkpoint(step, *x, use_reentrant=reentrant))
-    assert all(map(torch.equal, plain, again))
+    checkpointed = gradients(lambda *x: checkpoint(step, *x, use_reentrant=reentrant))
+    assert all(map(torch.equal, plain, checkpointed))
 
 
-def test_compiled_in_one_graph_with_everything(device):
+def test_fullgraph_compile_with_all_score_mods(device):
     torch._dynamo.reset()
     leaves = [*tensors(device, n_q=36, heads=1), torch.randn(36, device=device, requires_grad=True)]
     mask = torch.rand(36, 36, device=device) > 0.2
@@ -387,38 +386,36 @@ def test_compiled_in_one_graph_with_everything(device):
         torch.testing.assert_close(ours, expected)
 
 
-def test_twice_the_same_bits(device):
+def test_results_are_bitwise_repeatable(device):
     leaves = [*tensors(device, torch.bfloat16), torch.randn(2, 1, 36, device=device, requires_grad=True)]
     seed = torch.tensor([5], device=device)
     first, second = (outcome(attention, leaves, dropout_p=0.3, dropout_seed=seed) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-# --- torch's door
-
 @pytest.mark.parametrize("shape", [(2, 2, 20, 36), (20, 36), (2, 1, 1, 36), (1, 2, 20, 36)], ids=str)
 @pytest.mark.parametrize("kind", ["bool", "float"])
-def test_attn_mask_as_torch_takes_it(kind, shape, device):
+def test_attn_mask_matches_torch(kind, shape, device):
     q, k, v = tensors(device, kv_heads=2)
     mask = torch.randn(shape, device=device)
     mask = mask > -0.5 if kind == "bool" else mask.requires_grad_()
     leaves = [q, k, v] + [mask] * (kind == "float")
     ours, torchs = (run(q, k, v, mask) for run in (scaled_dot_product_attention, F.scaled_dot_product_attention))
     torch.testing.assert_close(ours, torchs, atol=1e-5, rtol=1e-4)
-    for mine, theirs in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (ours, torchs))):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    for actual, expected in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (ours, torchs))):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [causal_upper_left, causal_lower_right])
 @pytest.mark.parametrize("lengths", [(20, 36), (36, 20), (24, 24)], ids=str)
-def test_causal_biases(kind, lengths, device):
+def test_causal_bias_objects_of_torch(kind, lengths, device):
     q, k, v = tensors(device, kv_heads=2, n_q=lengths[0], n_k=lengths[1], grad=False)
     align = "top_left" if kind is causal_upper_left else "bottom_right"
     expected = reference.attention(q, k, v, causal=True, align=align)
     torch.testing.assert_close(scaled_dot_product_attention(q, k, v, kind(*lengths)), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_mask_names_what_it_refuses():
+def test_dropout_mask_rejects_bad_arguments():
     with pytest.raises(ValueError, match="shape: expected four sizes"):
         dropout_mask((2, 3), 0.5, torch.tensor([3]))
     for seed in (3, None):
@@ -426,7 +423,7 @@ def test_dropout_mask_names_what_it_refuses():
             dropout_mask((1, 1, 2, 2), 0.5, seed)
 
 
-def test_autocast_takes_a_bias_along(device):
+def test_autocast_casts_a_16_bit_bias(device):
     q, k, v = tensors(device, torch.float16, grad=False)
     bias = torch.randn(36, device=device, dtype=torch.float16)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -435,7 +432,7 @@ def test_autocast_takes_a_bias_along(device):
     torch.testing.assert_close(o.float(), exact, atol=0.05, rtol=0.05)
 
 
-def test_autocast_keeps_a_float32_mask(device):
+def test_autocast_keeps_a_float32_attn_mask(device):
     q, k, v = tensors(device, kv_heads=2, grad=False)
     mask = torch.full((20, 36), torch.finfo(torch.float32).min, device=device).triu(1)
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -456,7 +453,7 @@ def test_autocast_keeps_a_float32_mask(device):
     ((None, math.nan), {}, ValueError, "dropout_p: expected a probability.*got nan"),
     (("no",), {}, TypeError, "attn_mask: expected a tensor"),
 ])
-def test_misuse_of_torchs_door(arguments, options, error, message, device):
+def test_sdpa_rejects_bad_arguments(arguments, options, error, message, device):
     q, k, v = tensors(device, kv_heads=2, grad=False)
     arguments = [x.to(device) if type(x) is torch.Tensor else x for x in arguments]
     with pytest.raises(error, match=message):
@@ -476,7 +473,7 @@ def test_misuse_of_torchs_door(arguments, options, error, message, device):
     ({"dropout_p": 0.5, "dropout_seed": 3}, RuntimeError, "dropout_seed: expected one int64 on .*got 3"),
     ({"bias": torch.randn(20, 36).to_sparse()}, RuntimeError, "bias: expected a dense .* tensor, got torch.sparse_coo"),
 ])
-def test_misuse_of_the_native_door(options, error, message, device):
+def test_attention_rejects_bad_arguments(options, error, message, device):
     q, k, v = tensors(device, grad=False)
     options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with pytest.raises(error, match=message):

@@ -72,7 +72,7 @@ def test_a_gpu_is_known_by_its_name(name, known):
     "AMD Instinct MI300A", "AMD Instinct MI325X", "", "NVIDIA",
 ])
 def test_another_gpu_is_not_taken_for_a_known_one(name):
-    assert gpu.find(name) is None
+    assert gpu.find_gpu(name) is None
     with pytest.raises(ValueError) as error:
         gpu.named(name)
     assert repr(name) in str(error.value) and all(known in str(error.value) for known in NAMES)

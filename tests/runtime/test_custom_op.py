@@ -27,12 +27,12 @@ def qkv(device, *, heads=2, kv_heads=2, n_q=20, n_k=20, d=16, dv=16, dtype=torch
 def test_opcheck(form, given, grad, device):
     q, k, v = qkv(device, grad=grad, dtype=torch.float16, **form)
     known = {"bias": torch.randn(1, 2, 1, 20, device=device, requires_grad=grad),
-             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "query_lists": None, "key_lists": None,
+             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None,
              "seed": torch.tensor([3], device=device),
              "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
     if "map" in given:
-        known |= {name: getattr(block_mask(known["mask"]), name) for name in ("query_lists", "key_lists")}
-    extras = [x if name in given or "lists" in name else None for name, x in known.items()]
+        known |= {name: getattr(block_mask(known["mask"]), name) for name in ("kv_blocks", "q_blocks")}
+    extras = [x if name in given or "blocks" in name else None for name, x in known.items()]
     options = 0.25, None, 0, True, 0.5 * ("seed" in given)
     torch.library.opcheck(custom_op.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
@@ -40,14 +40,17 @@ def test_opcheck(form, given, grad, device):
         o, *left = custom_op.forward_op(*tensors, *options, True)
     wanted = [True, False, True, "bias" in given]
     cotangents = torch.randn_like(o), torch.randn_like(left[0])
-    torch.library.opcheck(custom_op.backward_op, (*cotangents, *tensors, o, *left, *options, wanted))
+    torch.library.opcheck(custom_op.backward_op, (*cotangents, o, *left, *tensors, *options, wanted))
 
 
-def test_the_ops_take_what_launch_calls_its_inputs():
+def test_schemas_follow_the_fields_of_attention_inputs():
     names = [argument.name for argument in custom_op.forward_op._schema.arguments]
     assert names == [*launch.AttentionInputs._fields, "keep_residual"]
     names = [argument.name for argument in custom_op.backward_op._schema.arguments]
-    assert names[2:11] + names[15:-1] == list(launch.AttentionInputs._fields) and names[-1] == "wanted"
+    assert names[6:-1] == list(launch.AttentionInputs._fields) and names[-1] == "wanted"
+    kinds = [str(argument.type) for argument in custom_op.forward_op._schema.arguments]
+    n = custom_op.N_TENSORS
+    assert all("Tensor" in kind for kind in kinds[:n]) and not any("Tensor" in kind for kind in kinds[n:])
 
 
 @pytest.mark.parametrize("layout", LAYOUT)
@@ -102,6 +105,31 @@ def test_export(device):
     assert any("tritonattn" in str(node.target) for node in program.graph.nodes)
     inputs = qkv(device, n_q=11, n_k=11)
     torch.testing.assert_close(program.module()(*inputs), reference.attention(*inputs, causal=True))
+
+
+class DataDependent(torch.nn.Module):
+    """Attention with a mask, over as many batches or keys as `keep` has."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x, mask, keep):
+        index = keep.nonzero().squeeze(1)
+        if self.axis == "batch":
+            return scaled_dot_product_attention(x[index], x[index], x[index], mask[index])
+        if self.axis == "batch of one mask":
+            return attention(x[index], x[index], x[index], mask=mask[:1])
+        return attention(x, x[:, :, index], x[:, :, index], mask=mask[..., index])
+
+
+@pytest.mark.parametrize("axis", ["batch", "batch of one mask", "length"])
+def test_export_with_a_data_dependent_mask(axis, device):
+    x, mask = torch.randn(4, 2, 4, 16, device=device), torch.rand(4, 1, 4, 4, device=device) > 0.3
+    first, second = (torch.tensor(keep, device=device) for keep in ([1, 0, 1, 1], [0, 1, 0, 1]))
+    module = DataDependent(axis)
+    program = torch.export.export(module, (x, mask, first), strict=False).module()
+    torch.testing.assert_close(program(x, mask, second), module(x, mask, second))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -240,7 +268,7 @@ def test_memory_is_linear(device, monkeypatch):
     custom_op._forward(q, k, v, *(None,) * 6, *options, False)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n])
     taken.clear()
-    custom_op._backward(left[0], None, q, k, v, *(None,) * 6, *left, *options, [True, True, False, False])
+    custom_op._backward(left[0], None, *left, q, k, v, *(None,) * 6, *options, [True, True, False, False])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 

@@ -72,7 +72,7 @@ print(json.dumps(found))
 """
 TOO_LARGE = FAKE + """
 from tritonattn.runtime import custom_op
-custom_op.of = lambda device: on
+custom_op.gpu_of = lambda device: on
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):

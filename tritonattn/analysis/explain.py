@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass
 
 from .. import config, gpu
-from ..attention import problem_of
 from ..configs import lookup
 from ..configs.shipped import SOURCES, Entry
 from ..configs.user_cache import Record
 from ..gpu import Gpu
 from ..problem import Problem
+from ..runtime.arguments import problem_of
 
 ENGINE = "the portable Triton kernels"
 
@@ -85,7 +85,7 @@ def _told(record: Record) -> list[str]:
 
 def explain(q, k, v, **options) -> Explanation:
     """What `attention(q, k, v, **options)` would run, and why; nothing runs. The same options, and the same errors."""
-    return explain_problem(problem_of(q, k, v, **options), gpu.of(q.device))
+    return explain_problem(problem_of(q, k, v, **options), gpu.gpu_of(q.device))
 
 
 def explain_problem(problem: Problem, on: Gpu) -> Explanation:

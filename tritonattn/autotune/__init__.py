@@ -24,7 +24,7 @@ def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: i
     Raises:
         RuntimeError: no GPU, or kernels are interpreted. ValueError: an unknown strategy, or no budget at all.
     """
-    from ..attention import problem_of
+    from ..runtime.arguments import problem_of
     from . import tuner
     from .search import STRATEGIES, Budget
 

@@ -12,7 +12,7 @@ import math
 import torch
 
 from .. import gpu, reference
-from ..attention import attention, dropout_mask, prepare
+from ..attention import attention, dropout_mask
 from ..block_mask import block_mask
 from ..config import Config, pinned
 from ..configs.lookup import lookup_config
@@ -21,6 +21,7 @@ from ..kernels.forward import Outputs
 from ..measure import accuracy, device_timer, timing
 from ..problem import Problem
 from ..runtime import launch
+from ..runtime.arguments import prepare
 from ..runtime.custom_op import empty_outputs
 from .search import Check
 from .worker_pool import Failure
@@ -230,7 +231,7 @@ def launches(kernel: str, problem: Problem, device, seed: int):
     """What makes of a config the launch.KernelLaunch of this kernel, on inputs that are drawn once; what it needs has run."""
     tensors, options = draw(problem, device, seed)
     inputs = prepare(*tensors[:3], bias=tensors[4], **options)
-    here, do = gpu.of(inputs.q.device), tensors[3]
+    here, do = gpu.gpu_of(inputs.q.device), tensors[3]
     o, lse, residual, excess = empty_outputs(inputs.q, inputs.v, inputs.bias, problem.dtype.itemsize == 2)
     kept, over = (residual,) if residual.numel() else (), () if inputs.bias is None else (excess,)
     delta = torch.empty_like(lse)

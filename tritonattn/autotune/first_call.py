@@ -69,7 +69,7 @@ def from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
     from .tuner import tune_kernel
 
     device = torch.device("cuda", torch.cuda.current_device())
-    if gpu.of(device) != on:
+    if gpu.gpu_of(device) != on:
         raise RuntimeError(f"expected the tensors on the current device, {device}, got them on another GPU")
     tune_kernel(kernel, problem, dataclasses.replace(_lab(device), store=user_cache.current_cache()), "table")
 

@@ -56,7 +56,7 @@ def local_setup(device=None, store: Cache | None = None, seed: int = 0) -> Tunin
         raise RuntimeError("tune: expected a GPU and compiled kernels, got "
                            + ("Triton's interpreter" if gpu.INTERPRETED else "no GPU that torch sees"))
     device = torch.device(device or torch.device("cuda", torch.cuda.current_device()))
-    return TuningSetup(gpu.of(device), lambda kernel, problem: Isolated(kernel, problem, device, seed=seed), Workers(),
+    return TuningSetup(gpu.gpu_of(device), lambda kernel, problem: Isolated(kernel, problem, device, seed=seed), Workers(),
                store or user_cache.current_cache(), environment.environment_of(device), seed)
 
 

@@ -109,7 +109,7 @@ def of_gpus() -> list[Finding]:
     count = torch.cuda.device_count()
     if INTERPRETED:
         return [Finding("gpu", f"{count} found, none used: TRITON_INTERPRET is set", "note"), *driver]
-    models = Counter(gpu.of(torch.device("cuda", i)) for i in range(count))
+    models = Counter(gpu.gpu_of(torch.device("cuda", i)) for i in range(count))
     return [Finding("gpu", f"{number} x {model.name}, {model.arch}, {model.shared_memory >> 10} KiB of shared memory")
             for model, number in models.items()] + driver
 

@@ -98,7 +98,7 @@ def _selftest(arguments) -> int:
 
     device = torch.device(arguments.device)
     if not arguments.json:
-        print(f"tritonattn {__version__} on {gpu.of(device).name}", flush=True)
+        print(f"tritonattn {__version__} on {gpu.gpu_of(device).name}", flush=True)
     results = selftest.run(device)
     print(json.dumps(selftest.as_json(results), indent=1) if arguments.json else selftest.table(results))
     return 0 if all(result.agrees for result in results) else 1

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention import scaled_dot_product_attention as serve
+from ..runtime.arguments import AttentionInputs
 from ..runtime.custom_op import backward_op, forward_op
 
 DEFAULTS = None, True, True, None  # mask, need_weights, average_attn_weights and mask_type of _native_multi_head_attention
@@ -160,23 +161,25 @@ class Kernel:
             return False  # AMD's kernel has its own mind about it
         return (self.drops or not dropout_p) and self._fits(q, k, v, bias) is None
 
-    def _options(self, q, dropout_p, causal, scale):
+    def _inputs(self, tensors, seed, dropout_p, causal, scale):
+        q, k, v, bias = tensors
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return scale, None, 0 if causal else None, self.bottom_right, dropout_p
+        return AttentionInputs(q, k, v, _in_pairs(bias), seed=seed, scale=scale, right=0 if causal else None,
+                               bottom_right=self.bottom_right, dropout_p=dropout_p)
 
     def attend(self, tensors, dropout_p, causal, scale, graded):
         """o, lse [B, H, L], the seed and what belongs behind lse; None where the call is torch's.
 
         tensors: q, k, v, bias; graded: whether a gradient is certain to be taken.
         """
-        q, k, v, bias = tensors
+        q, *_, bias = tensors
         if not self._settled(*tensors, dropout_p, causal, scale=scale, possible=self._possible(*tensors, dropout_p, causal)):
             return None
         seed = torch.randint(2**62, (1,), device=q.device) if dropout_p else None
         Fused._dropped |= bool(dropout_p)
-        options, keep = self._options(q, dropout_p, causal, scale), graded and q.dtype.itemsize == 2
-        o, lse, residual, excess = forward_op(q, k, v, _in_pairs(bias), None, None, None, seed, None, *options, keep)
-        if bias is not None or (causal and self.bottom_right and q.shape[2] > k.shape[2]):
+        inputs = self._inputs(tensors, seed, dropout_p, causal, scale)
+        o, lse, residual, excess = forward_op(*inputs, graded and q.dtype.itemsize == 2)
+        if bias is not None or (causal and self.bottom_right and q.shape[2] > inputs.k.shape[2]):
             # rows that see nothing; the backward pass may be torch's
             lse = lse.masked_fill(lse == -math.inf, self.blind)
         others = [x for x in (excess, residual) if x.numel()] if graded else []
@@ -187,7 +190,7 @@ class Kernel:
 
         results: o, and lse [B, H, L] with whatever torch's operator has besides; random: torch's two, or None.
         """
-        (q, k, v, bias), (o, lse) = tensors, results
+        (q, *_, bias), (o, lse) = tensors, results
         if not (Fused._on or dropout_p) or not self._possible(*tensors, dropout_p, causal):
             return None
         excess, residual, seed = self._left(tensors, lse, dropout_p)
@@ -197,8 +200,8 @@ class Kernel:
             excess = q.new_zeros(q.shape[:3], dtype=lse.dtype)
         excess, residual = (q.new_empty(0) if x is None else x for x in (excess, residual))
         lse = lse.reshape(*lse.shape[:3])[..., :q.shape[2]]
-        return backward_op(do, None, q, k, v, _in_pairs(bias), None, None, None, seed, None, o, lse, residual, excess,
-                           *self._options(q, dropout_p, causal, scale), list(wanted))
+        inputs = self._inputs(tensors, seed, dropout_p, causal, scale)
+        return backward_op(do, None, o, lse, residual, excess, *inputs, list(wanted))
 
     def _left(self, tensors, lse, dropout_p):
         """excess, residual and seed from behind lse, each of them None where it is not there."""

@@ -40,8 +40,8 @@ from torch.overrides import (
 from torch.utils._device import DeviceContext
 
 from .. import gpu
-from ..attention import DTYPES, LARGEST_SCALE, _largest_head
 from ..attention import scaled_dot_product_attention as serve
+from ..runtime.arguments import DTYPES, LARGEST_SCALE, largest_head
 from . import aten_overrides
 from .dispatch_log import LOCK, TRACED, FallbackWarning, call_signature, fallback_message, first, record_call, strict
 
@@ -217,7 +217,7 @@ def _unsupported_tensors(query, key, value, attn_mask):
             return f"dtype {x.dtype}"
         if x.dim() < 2:
             return "fewer than two dimensions"
-        if x.shape[-1] > 256 and x.shape[-1] > _largest_head(x):
+        if x.shape[-1] > 256 and x.shape[-1] > largest_head(x):
             return "head size"
     if not gpu.TRITON:
         return "Triton is not installed"
@@ -256,7 +256,7 @@ def _is_too_old(index):
     # without a GPU such a tensor is only thought of, in an export say
     if gpu.INTERPRETED or not torch.cuda.is_available():
         return False
-    found = gpu.of(torch.device("cuda", index))
+    found = gpu.gpu_of(torch.device("cuda", index))
     return not found.is_amd and found.capability < 80
 
 

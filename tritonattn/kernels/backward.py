@@ -4,8 +4,8 @@
     dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q      dbias = dS, summed where the bias is broadcast
 
-P is never stored; it is rebuilt from the scores and the log-sum-exp of each row. A tile of queries
-owns its delta and dQ, a tile of keys its dK and dV, a tile of the bias its dbias: nobody shares a write.
+P is never stored; it is recomputed from the scores and the log-sum-exp of each row. A tile of queries owns its delta and
+dQ, a tile of keys its dK and dV, a tile of the bias its dbias: one program writes each address, without atomics.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import triton.language as tl
 from .forward import Keys, key_views
 from .scores import LOG2E, ScoreParams, apply_keep_mask, apply_keep_scale, grad_scale, scores, select_head
 from .tile import (
-    Matrix,
+    HeadView,
     dot_acc,
     dot_t,
     head_view,
@@ -45,17 +45,18 @@ from .window import (
 
 
 class Queries(NamedTuple):
-    """The queries of one head with what the forward pass left behind: whole matrices, or a tile of each."""
+    """Queries, their cotangents and their statistics from the forward pass: tensors, views of one head, or tiles."""
 
-    q: Matrix
-    do: Matrix
-    lse: Matrix    # natural; in a tile base 2 unless there is a bias, and +inf for rows that see nothing: their P is 0
-    delta: Matrix
-    lse_minus_max: tuple = ()  # or alone in it how far lse lies over the largest score: with a bias
+    q: HeadView
+    do: HeadView
+    lse: HeadView  # natural; in a tile without bias, base 2; in a tile, +inf for rows that attend to no key, so that P is 0
+    delta: HeadView
+    lse_minus_max: tuple = ()  # with a bias, one element: lse - max S
 
 
 @triton.jit
 def query_views(queries, sizes, batch, head):
+    """Return the views of one query head."""
     lse_minus_max = queries.lse_minus_max
     if len(queries.lse_minus_max) == 1:
         lse_minus_max = (head_view(queries.lse_minus_max[0], sizes.batches, batch, head, sizes.n_q),)
@@ -70,6 +71,7 @@ def query_views(queries, sizes, batch, head):
 
 @triton.jit
 def load_queries(queries, first, M: tl.constexpr, static, CHECK: tl.constexpr):
+    """Load the tile of M queries from `first`; rows past the end get an lse of +inf. Rows are checked only if CHECK."""
     lse, lse_minus_max = load_rows(queries.lse, first, M, float("inf")), queries.lse_minus_max
     if len(queries.lse_minus_max) == 1:
         lse_minus_max = (load_rows(queries.lse_minus_max[0], first, M, 0.0),)
@@ -86,14 +88,15 @@ def load_queries(queries, first, M: tl.constexpr, static, CHECK: tl.constexpr):
 
 @triton.jit
 def recompute_p(s, queries, exp2_scale, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
-    """P, rebuilt; 0 for unseen pairs, even where the row's log-sum-exp is nan."""
+    """Return P of a tile; 0 at masked pairs, even where the log-sum-exp of the row is NaN."""
     AXIS: tl.constexpr = 0 if TRANSPOSED else 1
     if len(queries.lse_minus_max) == 0:
         p = tl.exp2(s * exp2_scale - tl.expand_dims(queries.lse, AXIS))
     else:
-        # first from the largest score, as the forward pass did: lse itself may be too large to hold the excess
+        # subtract the largest score first, as the forward pass does: lse may be too large to hold lse - max S
         lse_minus_max = queries.lse_minus_max[0]
-        p = tl.exp2((s - tl.expand_dims(queries.lse - lse_minus_max, AXIS)) * exp2_scale - tl.expand_dims(lse_minus_max * LOG2E, AXIS))
+        p = tl.exp2((s - tl.expand_dims(queries.lse - lse_minus_max, AXIS)) * exp2_scale
+                    - tl.expand_dims(lse_minus_max * LOG2E, AXIS))
     if MODE != "unmasked":
         p = tl.where(s == float("-inf"), 0.0, p)
     return p
@@ -101,7 +104,7 @@ def recompute_p(s, queries, exp2_scale, TRANSPOSED: tl.constexpr, MODE: tl.const
 
 @triton.jit
 def grad_s(s, p, dp, delta, MODE: tl.constexpr):
-    """dS = P * (dP - delta) with dP of the weights before they are dropped; 0 for unseen pairs, even where dP is not finite."""
+    """Return dS = P * (dP - delta), dP with dropout applied; 0 at masked pairs, even where dP is not finite."""
     ds = p * (dp - delta)
     if MODE != "unmasked":
         ds = tl.where(s == float("-inf"), 0.0, ds)
@@ -110,7 +113,7 @@ def grad_s(s, p, dp, delta, MODE: tl.constexpr):
 
 @triton.jit
 def row_dot(a, b):
-    """[M]: the dot product of each row of a with the same row of b."""
+    """Return [M]: the dot product of each row of a with the same row of b."""
     total = tl.sum(a[0] * b[0], 1)
     if len(a) == 2:
         total += tl.sum(a[1] * b[1], 1)
@@ -119,7 +122,7 @@ def row_dot(a, b):
 
 @triton.jit
 def delta_kernel(o, o_residual, do, dlse, delta, sizes, static):
-    """delta = rowsum(dO * (O + residual)) - dLSE."""
+    """Compute delta = rowsum(dO * (O + o_residual)) - dLSE. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
     first, head, batch = tile_head_batch(sizes.heads, sizes.n_q, M, False)
     one = tl.full([], 1.0, static.ACC)
@@ -127,8 +130,8 @@ def delta_kernel(o, o_residual, do, dlse, delta, sizes, static):
     do_tile = scale_tile(load_tile(head_view(do, sizes.batches, batch, head, sizes.n_q), first, M, static.DV, True), one)
     total = row_dot(do_tile, o_tile)
     if o_residual is not None:
-        lost = load_tile(head_view(o_residual, sizes.batches, batch, head, sizes.n_q), first, M, static.DV, True)
-        total += row_dot(do_tile, scale_tile(lost, one))
+        residual_tile = load_tile(head_view(o_residual, sizes.batches, batch, head, sizes.n_q), first, M, static.DV, True)
+        total += row_dot(do_tile, scale_tile(residual_tile, one))
     if dlse is not None:
         total -= load_rows(head_view(dlse, sizes.batches, batch, head, sizes.n_q), first, M, 0.0)
     store_rows(head_view(delta, sizes.batches, batch, head, sizes.n_q), first, total, M)
@@ -136,7 +139,7 @@ def delta_kernel(o, o_residual, do, dlse, delta, sizes, static):
 
 @triton.jit
 def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl.constexpr):
-    """Add to dq [M, D] what the keys [start, stop) give; `queries` is a tile, `keys` are matrices."""
+    """Return dq [M, D] plus dS K of the keys [start, stop); `queries` is a tile, `keys` are views."""
     N: tl.constexpr = loop_step(static.BLOCK_N, MODE)
     CHECK: tl.constexpr = static.UNEVEN and needs_mask(MODE)
     for step in tl.range(start, stop, N, num_stages=loop_stages(MODE)):
@@ -153,8 +156,9 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
 
 @triton.jit
 def dq_kernel(queries, k, v, dq, sizes, scoring, static):
+    """Compute one tile of dQ. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    HIDES: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) > 0
+    HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) > 0
     window = scoring.window
     first, head, batch = tile_head_batch(sizes.heads, sizes.n_q, M, window.right is not None)
     sizes = sizes_of_batch(sizes, batch)
@@ -170,22 +174,24 @@ def dq_kernel(queries, k, v, dq, sizes, scoring, static):
     for part in tl.static_range(3):
         if loop_mode(static.LOOP_MODES, part) is not None:
             acc = accumulate_dq(acc, tile, keys, first + sizes.shift, bounds[part], bounds[part + 1], scoring, static,
-                            loop_mode(static.LOOP_MODES, part))
+                                loop_mode(static.LOOP_MODES, part))
     store_tile(dq, first, scale_tile(acc, grad_scale(scoring)), M, static.D)
-    if window.left is not None or window.right is not None or HIDES:
+    if window.left is not None or window.right is not None or HAS_MASK:
         if stored_tile_has_nan(dq, first, M, static.D, static.ACC):
-            for some in tl.range(first, first + M, NAN_SAFE_ROWS, num_stages=1):
-                tile_some = load_queries(queries, some, NAN_SAFE_ROWS, static, True)
-                again = zero_tile(NAN_SAFE_ROWS, static.D, static.ACC)
-                again = accumulate_dq(again, tile_some, keys, some + sizes.shift, bounds[0], bounds[3], scoring, static, "nan_safe")
-                store_tile(dq, some, scale_tile(again, grad_scale(scoring)), NAN_SAFE_ROWS, static.D)
+            for row_start in tl.range(first, first + M, NAN_SAFE_ROWS, num_stages=1):
+                row_tile = load_queries(queries, row_start, NAN_SAFE_ROWS, static, True)
+                row_acc = zero_tile(NAN_SAFE_ROWS, static.D, static.ACC)
+                row_acc = accumulate_dq(row_acc, row_tile, keys, row_start + sizes.shift, bounds[0], bounds[3], scoring, static,
+                                        "nan_safe")
+                store_tile(dq, row_start, scale_tile(row_acc, grad_scale(scoring)), NAN_SAFE_ROWS, static.D)
 
 
 @triton.jit
 def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MODE: tl.constexpr):
-    """Add to dk [N, D] and dv [N, DV] what the queries [start, stop) give; `keys` is a tile, `queries` are matrices.
+    """Return dk [N, D] plus dS^T Q and dv [N, DV] plus P^T dO of the queries [start, stop).
 
-    Scores are taken transposed, [N, M], so that P and dS meet dO and Q as they lie in registers.
+    `keys` is a tile, `queries` are views. Scores are computed transposed, [N, M], so that P^T and dS^T are the left
+    operands of their dots in the layout in which they are computed.
     """
     M: tl.constexpr = loop_step(static.BLOCK_M, MODE)
     for step in tl.range(start, stop, M, num_stages=loop_stages(MODE)):
@@ -204,21 +210,21 @@ def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MO
 
 @triton.jit
 def accumulate_head(dk, dv, keys, queries, col, n, scoring, static):
-    """Add what the first n queries of one head give."""
+    """Return dk and dv plus the contributions of the first n queries of one head."""
     bounds = loop_bounds(scoring.mods.block_list, scoring.window, col, n, static.BLOCK_N, static.BLOCK_M)
     for part in tl.static_range(3):
         if loop_mode(static.LOOP_MODES, part) is not None:
             dk, dv = accumulate_dkdv(dk, dv, keys, queries, col, bounds[part], bounds[part + 1], scoring, static,
-                                 loop_mode(static.LOOP_MODES, part))
+                                     loop_mode(static.LOOP_MODES, part))
     return dk, dv
 
 
 @triton.jit
 def store_dkdv(dk, dv, dk_tile, dv_tile, first, N: tl.constexpr, sizes, scoring, static):
-    """Store the gradients that were asked for; keys past those that a batch has get 0."""
+    """Store the gradients that static.GRADS selects; those of keys past the length of the batch are 0."""
     if len(sizes.lengths) == 2:
-        has = (first + tl.arange(0, N) < sizes.n_k)[:, None]
-        dk_tile, dv_tile = zero_rows_unless(has, dk_tile), zero_rows_unless(has, dv_tile)
+        in_length = (first + tl.arange(0, N) < sizes.n_k)[:, None]
+        dk_tile, dv_tile = zero_rows_unless(in_length, dk_tile), zero_rows_unless(in_length, dv_tile)
     if static.GRADS != "dv":
         store_tile(dk, first, scale_tile(dk_tile, grad_scale(scoring)), N, static.D)
     if static.GRADS != "dk":
@@ -227,7 +233,10 @@ def store_dkdv(dk, dv, dk_tile, dv_tile, first, N: tl.constexpr, sizes, scoring,
 
 @triton.jit
 def dkdv_kernel(queries, k, v, dk, dv, sizes, scoring, static):
-    """`scoring` is seen from the keys. One program serves all query heads of its key head, one after the other."""
+    """Compute one tile of dK and dV. Grid: tiles of keys x key heads x batches.
+
+    One program sums over all query heads of its key head, in order. `scoring` is transposed: its rows are keys.
+    """
     N: tl.constexpr = static.BLOCK_N
     window = scoring.window
     first, head, batch = tile_head_batch(sizes.heads // static.GROUP, sizes.n_k, N, window.right is not None)
@@ -240,69 +249,75 @@ def dkdv_kernel(queries, k, v, dk, dv, sizes, scoring, static):
     keys = Keys(load_tile(k, first, N, static.D, True), load_tile(v, first, N, static.DV, True))
     col, n = first - sizes.shift, sizes.n_q
     if len(sizes.lengths) == 2:
-        # keys past those that a batch has meet no query
+        # no query attends to keys past the length of the batch
         n = tl.where(first < sizes.n_k, n, 0)
     dk_tile, dv_tile = zero_tile(N, static.D, static.ACC), zero_tile(N, static.DV, static.ACC)
     if static.GROUP == 1:
         # a loop of one step would cost registers
         mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_k, -sizes.shift)
-        here = ScoreParams(scoring.exp2_scale, scoring.qk_scale, window, mods)
-        dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, keys, query_views(queries, sizes, batch, head), col, n, here, static)
+        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, window, mods)
+        dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, keys, query_views(queries, sizes, batch, head), col, n,
+                                           head_params, static)
     else:
         for member in tl.range(0, static.GROUP):
-            of = head * static.GROUP + member
-            mods = select_head(scoring.mods, sizes.batches, batch, of, first, sizes.n_k, -sizes.shift)
-            here = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.window, mods)
-            dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, keys, query_views(queries, sizes, batch, of), col, n, here, static)
+            query_head = head * static.GROUP + member
+            mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
+            head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.window, mods)
+            dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, keys, query_views(queries, sizes, batch, query_head), col, n,
+                                               head_params, static)
     store_dkdv(dk, dv, dk_tile, dv_tile, first, N, sizes, scoring, static)
     if window.left is not None or window.right is not None or len(scoring.mods.bias) + len(scoring.mods.mask) > 0:
-        careful = False
+        has_nan = False
         if static.GRADS != "dv":
-            careful |= stored_tile_has_nan(dk, first, N, static.D, static.ACC)
+            has_nan |= stored_tile_has_nan(dk, first, N, static.D, static.ACC)
         if static.GRADS != "dk":
-            careful |= stored_tile_has_nan(dv, first, N, static.DV, static.ACC)
-        if careful:
+            has_nan |= stored_tile_has_nan(dv, first, N, static.DV, static.ACC)
+        if has_nan:
             dkdv_nan_safe(dk, dv, Keys(k, v), queries, first, head, batch, sizes, scoring, static)
 
 
 @triton.jit
 def dkdv_nan_safe(dk, dv, keys, queries, first, head, batch, sizes, scoring, static):
-    """The same once more, CARE keys at a time."""
-    for some in tl.range(first, first + static.BLOCK_N, NAN_SAFE_ROWS, num_stages=1):
-        tile = Keys(load_tile(keys.k, some, NAN_SAFE_ROWS, static.D, True), load_tile(keys.v, some, NAN_SAFE_ROWS, static.DV, True))
-        col = some - sizes.shift
+    """Recompute one tile of dK and dV in mode nan_safe, NAN_SAFE_ROWS keys at a time."""
+    for row_start in tl.range(first, first + static.BLOCK_N, NAN_SAFE_ROWS, num_stages=1):
+        tile = Keys(load_tile(keys.k, row_start, NAN_SAFE_ROWS, static.D, True),
+                    load_tile(keys.v, row_start, NAN_SAFE_ROWS, static.DV, True))
+        col = row_start - sizes.shift
         dk_tile, dv_tile = zero_tile(NAN_SAFE_ROWS, static.D, static.ACC), zero_tile(NAN_SAFE_ROWS, static.DV, static.ACC)
         for member in tl.range(0, static.GROUP):
-            of = head * static.GROUP + member
-            mods = select_head(scoring.mods, sizes.batches, batch, of, some, sizes.n_k, -sizes.shift)
-            here = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.window, mods)
+            query_head = head * static.GROUP + member
+            mods = select_head(scoring.mods, sizes.batches, batch, query_head, row_start, sizes.n_k, -sizes.shift)
+            head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.window, mods)
             bounds = loop_bounds(mods.block_list, scoring.window, col, sizes.n_q, NAN_SAFE_ROWS, static.BLOCK_M)
-            dk_tile, dv_tile = accumulate_dkdv(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, of), col, bounds[0],
-                                           bounds[3], here, static, "nan_safe")
-        store_dkdv(dk, dv, dk_tile, dv_tile, some, NAN_SAFE_ROWS, sizes, scoring, static)
+            dk_tile, dv_tile = accumulate_dkdv(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head), col,
+                                               bounds[0], bounds[3], head_params, static, "nan_safe")
+        store_dkdv(dk, dv, dk_tile, dv_tile, row_start, NAN_SAFE_ROWS, sizes, scoring, static)
 
 
 class AxisSizes(NamedTuple):
-    """Sizes of the batch dimensions (the innermost first) and of the heads over which something runs."""
+    """Sizes of the batch dimensions (the innermost first) and of the head dimension, of the bias or of a reduction."""
 
     batches: tuple
     heads: int
 
 
 @triton.jit
-def batch_index(own, other, own_axes, reduced_axes):
-    """The batch that has in each dimension the index of `own` or of `other`: one of the two has only one there."""
+def batch_index(own, reduced, own_axes, reduced_axes):
+    """Return the index of a batch from an index into own_axes and one into reduced_axes.
+
+    In each batch dimension one of the two has size 1, and the other has the size of the batch.
+    """
     batch, stride = 0, 1
     for i in tl.static_range(len(own_axes.batches)):
-        batch += (own % own_axes.batches[i] + other % reduced_axes.batches[i]) * stride
-        own, other = own // own_axes.batches[i], other // reduced_axes.batches[i]
+        batch += (own % own_axes.batches[i] + reduced % reduced_axes.batches[i]) * stride
+        own, reduced = own // own_axes.batches[i], reduced // reduced_axes.batches[i]
         stride = stride * own_axes.batches[i] * reduced_axes.batches[i]
     return batch
 
 
 @triton.jit
 def accumulate_dbias(dbias, queries, keys, col, start, stop, sizes, scoring, static):
-    """Add to dbias [M, N] the dS of queries [start, stop), one tile after the other, and of a tile of keys."""
+    """Return dbias [M, N] plus dS of the queries [start, stop) and a tile of keys; `queries` are views."""
     M: tl.constexpr = static.BLOCK_M
     for first in tl.range(start, stop, M):
         tile = load_queries(queries, first, M, static, True)
@@ -311,16 +326,17 @@ def accumulate_dbias(dbias, queries, keys, col, start, stop, sizes, scoring, sta
         p = recompute_p(s, tile, scoring.exp2_scale, False, "masked")
         dp, = apply_keep_scale((apply_keep_mask(dot_t(tile.do, keys.v, static), row, col, scoring, False),), scoring)
         ds = grad_s(s, p, dp, tile.delta[:, None], "masked")
-        # past the last query there are zeros, which a nan in a key would turn into one
+        # rows past the last query are loaded as 0, and 0 times a NaN in a key is NaN
         dbias += tl.where((first + tl.arange(0, M) < sizes.n_q)[:, None], ds, 0.0)
     return dbias
 
 
 @triton.jit
 def dbias_kernel(queries, k, v, dbias, own_axes, reduced_axes, sizes, scoring, static):
-    """One program per tile of the bias: it visits all pairs that share its entries, batch by batch and head by head.
+    """Compute one tile of dbias: the sum of dS over all batches and heads that share the bias.
 
-    `owned` are the bias's own sizes, `summed` those over which it is broadcast; so are the queries if OUT is "keys".
+    Grid: tiles of the bias x own_axes, the sizes of the bias itself. One program loops over reduced_axes, the sizes over
+    which the bias is broadcast, and over all queries if it is broadcast over them (GRADS is "keys").
     """
     M: tl.constexpr = static.BLOCK_M
     N: tl.constexpr = static.BLOCK_N
@@ -335,18 +351,20 @@ def dbias_kernel(queries, k, v, dbias, own_axes, reduced_axes, sizes, scoring, s
         members = members * reduced_axes.batches[i]
     total = tl.zeros([M, N], static.ACC)
     for member in tl.range(0, members):
-        head, batch = own_head + member % reduced_axes.heads, batch_index(own_batch, member // reduced_axes.heads, own_axes, reduced_axes)
-        here = sizes_of_batch(sizes, batch)
-        keys = key_views(k, v, here, batch, head // static.GROUP)
+        head = own_head + member % reduced_axes.heads
+        batch = batch_index(own_batch, member // reduced_axes.heads, own_axes, reduced_axes)
+        batch_sizes = sizes_of_batch(sizes, batch)
+        keys = key_views(k, v, batch_sizes, batch, head // static.GROUP)
         keys = Keys(load_tile(keys.k, first_col, N, static.D, True), load_tile(keys.v, first_col, N, static.DV, True))
-        mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, here.shift)
-        # the queries that see one of these keys, or of them this tile's
-        seen = window_bounds(Window(scoring.window.right, scoring.window.left), first_col - here.shift, sizes.n_q, N, M)
-        start, stop = seen[0], seen[3]
+        mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, batch_sizes.shift)
+        # the queries that attend to one of these keys; unless GRADS is "keys", only those of this tile
+        bounds = window_bounds(Window(scoring.window.right, scoring.window.left), first_col - batch_sizes.shift, sizes.n_q,
+                               N, M)
+        start, stop = bounds[0], bounds[3]
         if static.GRADS != "keys":
             start, stop = first, tl.where((start < first + M) & (stop > first), first + 1, first)
-        total = accumulate_dbias(total, query_views(queries, sizes, batch, head), keys, first_col, start, stop, here,
-                             ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.window, mods), static)
+        total = accumulate_dbias(total, query_views(queries, sizes, batch, head), keys, first_col, start, stop, batch_sizes,
+                                 ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.window, mods), static)
     dbias = head_view(dbias, sizes.batches, batch_index(own_batch, 0, own_axes, reduced_axes), own_head, sizes.n_q)
     cols = first_col + tl.arange(0, N)
     ptrs = dbias.ptr + tl.cast(cols, tl.int64) * dbias.col

@@ -1,4 +1,4 @@
-"""Who sees whom. Every mask here is a window of diagonals: -left <= key - query <= right.
+"""Structural masks. Each is a window of diagonals, causal and sliding ones included: -left <= key - query <= right.
 
         full            causal          sliding
      left right None    right 0         left 1, right 0
@@ -8,16 +8,21 @@
       2 x x x x         2 x x x .       2 . x x .
       3 x x x x         3 x x x x       3 . . x x
 
-A side that is None is unbounded, and no code is compiled for it. Query i stands at position
-i + shift among the keys. Seen from the keys the window is mirrored and the shift is negative.
+A side of None is unbounded and compiles to no code. Query i is at position i + shift among the keys. For a loop over
+queries, the window is transposed and the shift is negative.
 
-A map of a mask (block_mask.py) gives the stretches too: as a list of tiles, first those that all see, then the mixed ones.
+The keys that a tile of queries attends to form three stretches: masked | unmasked | masked. With a block mask
+(block_mask.py) the stretches are a list of tiles: the full tiles first, then the partial ones. The launch chooses the mode
+of each stretch, or None where there is none:
 
-A stretch of tiles is walked in one of these modes, which the launch has chosen (None where there is no stretch): "full"
-has no mask; "dense" has none of a window, but scores may be -inf, of a bias or a mask; "edge" asks the window; so does "last",
-behind the full stretch, which is not pipelined: on Hopper a second pipelined loop makes ptxas wait for every single product,
-in both of them. Should a nan come out, perhaps it is 0 * inf of a pair that does not see each other: "careful" does the tile
-once more, CARE rows at a time, so that the rare case takes neither registers nor shared memory from the others.
+    unmasked     no mask code
+    neg_inf      no window, but a bias or a mask may make scores -inf
+    masked       evaluates the window and checks the ends of the tensors
+    masked_tail  the same without pipelining, behind the unmasked stretch: on Hopper a second pipelined loop makes ptxas
+                 wait for every single product, in both loops
+    nan_safe     a NaN in the stored tile may come from 0 * inf at a masked pair. The tile is then recomputed in this mode,
+                 NAN_SAFE_ROWS rows at a time, outside the main loop, so that the fast path pays neither registers nor
+                 shared memory for it
 """
 
 from typing import NamedTuple
@@ -26,43 +31,45 @@ import triton
 import triton.language as tl
 
 NAN_SAFE_ROWS = tl.constexpr(16)
-TILE = tl.constexpr(128)  # rows and columns of the tiles of a map: no block is larger
+TILE = tl.constexpr(128)  # rows and columns of the tiles of a block mask; the blocks of a config are at most as large
 
 
 class Window(NamedTuple):
+    """The bounds of key - query, each inclusive, or None."""
+
     left: int | None = None
     right: int | None = None
 
 
 def transpose_window(window):
-    """The same pairs, seen from the keys."""
+    """Return the window of the transposed mask, with rows of keys and columns of queries."""
     return Window(window.right, window.left)
 
 
 @triton.jit
 def window_bounds(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """What rows at positions [first, first + ROWS) see of n columns, in tiles of COLS:
+    """Return the columns, of n, that rows at positions [first, first + ROWS) attend to, in tiles of COLS:
 
-        start .. edge .. inner .. seen whole by every row .. outer .. edge .. stop
+        start .. masked .. unmasked_start .. unmasked .. unmasked_stop .. masked .. stop
 
-    Tiles between inner and outer need no mask at all; what lies outside start and stop nobody sees.
+    Every row attends to every column of the unmasked tiles. No row attends to a column outside [start, stop).
     """
     last = first + ROWS - 1
-    start, inner = 0, 0
-    stop, outer = n, n // COLS * COLS
+    start, unmasked_start = 0, 0
+    stop, unmasked_stop = n, n // COLS * COLS
     if window.left is not None:
         start = tl.maximum(first - window.left, 0) // COLS * COLS
-        inner = tl.cdiv(tl.maximum(last - window.left, 0), COLS) * COLS
+        unmasked_start = tl.cdiv(tl.maximum(last - window.left, 0), COLS) * COLS
     if window.right is not None:
         stop = tl.minimum(stop, tl.maximum(last + window.right + 1, 0))
-        outer = tl.minimum(outer, tl.maximum(first + window.right + 1, 0) // COLS * COLS)
-    inner = tl.minimum(inner, tl.cdiv(stop, COLS) * COLS)
-    return start, inner, tl.maximum(outer, inner), stop
+        unmasked_stop = tl.minimum(unmasked_stop, tl.maximum(first + window.right + 1, 0) // COLS * COLS)
+    unmasked_start = tl.minimum(unmasked_start, tl.cdiv(stop, COLS) * COLS)
+    return start, unmasked_start, tl.maximum(unmasked_stop, unmasked_start), stop
 
 
 @triton.jit
 def loop_bounds(block_list, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The bounds of `spans`; with a map those of its list: nothing, the tiles that all see, the mixed ones."""
+    """Return the bounds of `window_bounds`; with a block mask, steps into its list: full tiles, then partial ones."""
     if len(block_list) == 1:
         entries = block_list[0]
         full = tl.load(entries.ptr) * TILE
@@ -73,7 +80,7 @@ def loop_bounds(block_list, window, first, n, ROWS: tl.constexpr, COLS: tl.const
 
 @triton.jit
 def block_start(block_list, step):
-    """Where a step of the loop stands: there, or where the list has it."""
+    """Return the first column of a step of the loop, by way of the list if there is a block mask."""
     if len(block_list) == 1:
         entries, tile = block_list[0], step // TILE
         return tl.load(entries.ptr + (2 + tile) * entries.col) * TILE + (step - tile * TILE)
@@ -83,35 +90,35 @@ def block_start(block_list, step):
 
 @triton.constexpr_function
 def loop_mode(modes, part):
-    """How the left edge (0), the full stretch (1) or the right edge (2) is walked."""
-    # an element of a constexpr would be a bare string, which no function takes
+    """Return the mode of stretch `part`: 0 left, 1 unmasked, 2 right."""
+    # indexing the constexpr in a kernel would give a bare string, which cannot be an argument of a jitted function
     return modes[part]
 
 
 @triton.constexpr_function
 def needs_mask(mode):
-    """Whether a stretch walked in this mode has pairs outside the window, or columns past the end."""
+    """Return whether a stretch in this mode may have pairs outside the window, or columns past the end."""
     return mode in ("masked", "masked_tail", "nan_safe")
 
 
 @triton.constexpr_function
 def loop_step(block, mode):
-    """Rows per step of a loop."""
+    """Return the rows per step of a loop in this mode."""
     return NAN_SAFE_ROWS if mode == "nan_safe" else block
 
 
 @triton.constexpr_function
 def loop_stages(mode):
-    """Tiles in flight; None is as many as the config has."""
+    """Return the pipeline stages of a loop in this mode; None means those of the config."""
     return 1 if mode in ("masked_tail", "nan_safe") else None
 
 
 @triton.jit
 def window_mask(window, rows, cols, n):
-    """[rows, cols] booleans: which of n columns each row sees."""
-    seen = (cols < n)[None, :]
+    """Return [rows, cols] booleans: which of n columns each row attends to."""
+    mask = (cols < n)[None, :]
     if window.left is not None:
-        seen = seen & (cols[None, :] >= rows[:, None] - window.left)
+        mask = mask & (cols[None, :] >= rows[:, None] - window.left)
     if window.right is not None:
-        seen = seen & (cols[None, :] <= rows[:, None] + window.right)
-    return seen
+        mask = mask & (cols[None, :] <= rows[:, None] + window.right)
+    return mask

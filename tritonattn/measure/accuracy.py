@@ -14,11 +14,17 @@ def max_error(x: torch.Tensor, exact: torch.Tensor) -> float:
     return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if x.numel() else 0.0
 
 
-def tolerance(torch_result: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> float:
+def tolerance(torch_result: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, ulps: float = ULPS,
+              smallest: float = 0.0) -> float:
     """Return the largest error that a result of this dtype may have, given torch's result and the exact one.
 
-    inf if torch's result is not finite where the exact one is: it then says nothing about the tolerance.
+    `ulps` is the number of roundings, relative to the largest magnitude but at least to `smallest`. The tolerance is inf if
+    torch's result is not finite where the exact one is: torch's error is then no measure.
     """
-    finite = exact[exact.isfinite()]
-    largest = finite.abs().max().item() if finite.numel() else 0.0
-    return TORCH_ERRORS * max_error(torch_result, exact) + ULPS * torch.finfo(dtype).eps * largest
+    return TORCH_ERRORS * max_error(torch_result, exact) + ulps * torch.finfo(dtype).eps * max(largest(exact), smallest)
+
+
+def largest(x: torch.Tensor) -> float:
+    """Return the largest finite magnitude of a tensor; 0 if there is none."""
+    finite = x[x.isfinite()]
+    return finite.abs().max().item() if finite.numel() else 0.0

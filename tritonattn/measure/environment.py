@@ -22,7 +22,7 @@ def environment_of(device: torch.device) -> dict:
     """Return what identifies a machine and its software, as plain data; unknown values are None."""
     device = torch.device(device)
     on_gpu = device.type == "cuda"
-    model = gpu.of(device) if on_gpu else gpu.INTERPRETER
+    model = gpu.gpu_of(device) if on_gpu else gpu.INTERPRETER
     properties = torch.cuda.get_device_properties(device) if on_gpu else None
     return {
         "gpu": model.name if on_gpu else "CPU, interpreted",

@@ -1,48 +1,51 @@
-"""Attention as torch ops, and the only autograd.
+"""Attention as torch ops, and its autograd.
 
-    tritonattn::forward   q, k, v, bias, mask -> o, lse, o_residual, lse_minus_max     tritonattn::backward  -> dq, dk, dv, dbias
+    tritonattn::forward    AttentionInputs, keep_residual                                   -> o, lse, o_residual, lse_minus_max
+    tritonattn::backward   do, dlse, o, lse, o_residual, lse_minus_max, AttentionInputs, wanted         -> dq, dk, dv, dbias
 
-The ops are what torch.compile, export and the FLOP counter see; Problem and Config live inside them. Batch
-dimensions agree and heads divide when a call comes here: attention.py has seen to it.
+torch.compile, export and the FLOP counter handle the ops; Problem and Config exist only inside them. The arguments are
+checked: see arguments.py.
 """
 
-import itertools
-
 import torch
+from torch import Tensor
 
 from ..configs import lookup
-from ..gpu import TRITON, of
+from ..gpu import TRITON, gpu_of
+from .arguments import AttentionInputs
 
 if TRITON:
     from triton.runtime.errors import OutOfResources
 
     from . import launch
 
-# GIVEN and OPTIONS are the fields of launch.AttentionInputs
-OPTIONS = "float scale, int? left, int? right, bool bottom_right, float dropout_p"
-GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? query_lists, Tensor? key_lists, "
-GIVEN += "Tensor? seed, Tensor? key_lengths"
-FIELDS = ("q", "k", "v", "bias", "mask", "query_lists", "key_lists", "seed", "key_lengths")
-LEFT = "Tensor o, Tensor lse, Tensor o_residual, Tensor lse_minus_max"
-torch.library.define("tritonattn::forward", f"({GIVEN}, {OPTIONS}, bool keep_residual) -> (Tensor, Tensor, Tensor, Tensor)")
-torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {GIVEN}, {LEFT}, {OPTIONS}, bool[] wanted)"
-                     " -> (Tensor, Tensor, Tensor, Tensor)")
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int | None: "int?", bool: "bool"}
+INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
+N_TENSORS = INPUTS.count("Tensor")  # the first fields
+N_FIELDS = len(AttentionInputs._fields)
+OUTPUTS = "Tensor o, Tensor lse, Tensor o_residual, Tensor lse_minus_max"
+FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR}")
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FOUR}")
 torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
 
 
 def empty_rows(like, width):
-    """An empty tensor of like's shape but for the last size, in like's order of dimensions, each row contiguous.
+    """Return an empty tensor of like's shape, but `width` columns, in like's order of dimensions, with contiguous rows.
 
-    A [B, H, L, D] view of [B, L, H, D] memory gets a result that lies the same way.
+    A [B, H, L, D] view of [B, L, H, D] memory gets a result of the same layout.
     """
-    # without columns there is no order to keep; and a fake tensor knows select, where it would build an index
+    # select needs a column; for a fake tensor it builds no index
     rows = torch.empty_like(like.select(-1, 0) if like.shape[-1] else like.sum(-1), device="meta")
     strides = [stride * width for stride in rows.stride()]
     return like.new_empty_strided((*like.shape[:-1], width), (*strides, 1))
 
 
 def empty_outputs(q, v, bias, keep_residual):
-    """o [..., H, L, DV], lse [..., H, L] in float32 (or q's dtype, if wider), o's residual and lse's excess or nothing."""
+    """Return empty o [..., H, L, DV], lse [..., H, L] in float32 (or q's dtype, if wider), o_residual and lse_minus_max.
+
+    The last two have no elements where they are not needed.
+    """
     o = empty_rows(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     o_residual = torch.empty_like(o) if keep_residual else q.new_empty(0)
@@ -50,42 +53,39 @@ def empty_outputs(q, v, bias, keep_residual):
 
 
 def empty_gradients(inputs, wanted):
-    """Gradients in their inputs' layout; empty where not wanted."""
+    """Return empty gradients in their inputs' layout; without elements where not wanted."""
     return tuple(empty_rows(x, x.shape[-1]) if want else inputs[0].new_empty(0) for x, want in zip(inputs, wanted))
 
 
-def _run(kernel, call, problem, device, *tensors):
-    """One kernel with the config that is found for it. RuntimeError: the GPU has too little for that; it has not run then."""
-    chosen = lookup.get_config(kernel, problem, of(device))
+def _run(kernel, make_launch, problem, device, *tensors):
+    """Run a kernel with its config. Raises RuntimeError, before the kernel runs, where the GPU has too little for it."""
+    config = lookup.get_config(kernel, problem, gpu_of(device))
     try:
-        launch.run(call(problem, chosen, *tensors), device)
+        launch.run(make_launch(problem, config, *tensors), device)
     except OutOfResources as error:
-        taken = f"{error.required} of {error.limit} ({error.name})"
-        raise RuntimeError(f"{kernel}: expected a config that fits {of(device).name}, got {chosen}, which takes {taken}, "
-                           f"for {problem}") from error
+        raise RuntimeError(f"{kernel}: config {config} needs {error.required} of {error.name}, {gpu_of(device).name} allows "
+                           f"{error.limit}, for {problem}; pin a smaller config (tritonattn.pinned)") from error
 
 
 def _forward(*arguments):
-    """The op: a launch.AttentionInputs, spread out, and whether o's residual is kept."""
-    inputs, keep_residual = launch.AttentionInputs(*arguments[:-1]), arguments[-1]
-    problem, device = inputs.problem, inputs.q.device
-    o, lse, o_residual, lse_minus_max = found = empty_outputs(inputs.q, inputs.v, inputs.bias, keep_residual)
-    results = launch.Outputs(o, lse, (o_residual,) if keep_residual else (), () if inputs.bias is None else (lse_minus_max,))
-    _run("forward", launch.forward_launch, problem, device, inputs, results)
-    return found
+    """Implement tritonattn::forward."""
+    inputs, keep_residual = AttentionInputs(*arguments[:-1]), arguments[-1]
+    o, lse, o_residual, lse_minus_max = outputs = empty_outputs(inputs.q, inputs.v, inputs.bias, keep_residual)
+    record = launch.Outputs(o, lse, (o_residual,) if keep_residual else (), () if inputs.bias is None else (lse_minus_max,))
+    _run("forward", launch.forward_launch, inputs.problem, inputs.q.device, inputs, record)
+    return outputs
 
 
-def _backward(do, dlse, *arguments):
-    """The op: a launch.AttentionInputs, spread out around what the forward pass left, and which gradients are wanted."""
-    given, (o, lse, o_residual, lse_minus_max), (*numbers, wanted) = arguments[:9], arguments[9:13], arguments[13:]
-    inputs = launch.AttentionInputs(*given, *numbers)
+def _backward(do, dlse, o, lse, o_residual, lse_minus_max, *arguments):
+    """Implement tritonattn::backward."""
+    inputs, wanted = AttentionInputs(*arguments[:-1]), arguments[-1]
     problem, device, bias = inputs.problem, inputs.q.device, inputs.bias
-    dq, dk, dv, dbias = found = empty_gradients(given[:4], wanted)
+    dq, dk, dv, dbias = gradients = empty_gradients(inputs[:4], wanted)
     delta = torch.empty_like(lse)
     queries = launch.Queries(inputs.q, do, lse, delta, () if bias is None else (lse_minus_max,))
 
-    def run(kernel, call, *tensors):
-        _run(kernel, call, problem, device, *tensors)
+    def run(kernel, make_launch, *tensors):
+        _run(kernel, make_launch, problem, device, *tensors)
 
     if wanted[0] or wanted[1] or (wanted[3] and bias.shape[-1] != 1):
         run("delta", launch.delta_launch, o, o_residual if o_residual.numel() else None, do, dlse, delta)
@@ -96,12 +96,12 @@ def _backward(do, dlse, *arguments):
     if wanted[3] and 0 in (lse.numel(), inputs.k.shape[-2]):
         dbias.zero_()
     elif wanted[3] and bias.shape[-1] == 1:
-        # what all scores of a row share changes nothing but its log-sum-exp; where that is not finite, nor is the gradient
+        # a constant added to all scores of a row changes only its lse; the gradient is not finite where lse is not
         rows = torch.where(lse == -torch.inf, 0, lse * 0 if dlse is None else dlse + lse * 0)
         dbias.copy_(rows.unsqueeze(-1).sum_to_size(bias.shape))
     elif wanted[3]:
         run("dbias", launch.dbias_launch, inputs, queries, dbias)
-    return found
+    return gradients
 
 
 torch.library.impl("tritonattn::forward", ("cpu", "cuda"), _forward)
@@ -128,7 +128,7 @@ def _(q, k, v, bias, *others):
 
 
 @torch.library.register_fake("tritonattn::backward")
-def _(do, dlse, q, k, v, bias, *others):
+def _(do, dlse, o, lse, o_residual, lse_minus_max, q, k, v, bias, *others):
     return empty_gradients((q, k, v, bias), wanted=others[-1])
 
 
@@ -136,7 +136,7 @@ forward_op, backward_op, keep_op = (getattr(torch.ops.tritonattn, name).default 
 
 
 class Attention(torch.autograd.Function):
-    """o and lse, with gradients for q, k, v and the bias through both."""
+    """o and lse, with gradients of both for q, k, v and the bias."""
 
     @staticmethod
     def forward(*inputs):
@@ -144,20 +144,20 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.options = inputs[:9], inputs[9:-1]
+        ctx.numbers = inputs[N_TENSORS:N_FIELDS]
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*output, *inputs[:N_TENSORS])
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
-        *tensors, o, lse, o_residual, lse_minus_max = ctx.saved_tensors
+        o, *others = ctx.saved_tensors
         if do is None:
-            # only lse was used; zeros take no memory
+            # only lse was used; expanded zeros take no memory
             do = o.new_zeros(()).expand(o.shape)
         wanted = list(ctx.needs_input_grad[:4])
-        gradients = AttentionBackward.apply(do, dlse, *tensors, o, lse, o_residual, lse_minus_max, *ctx.options, wanted)
-        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * 11
+        gradients = AttentionBackward.apply(do, dlse, o, *others, *ctx.numbers, wanted)
+        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * (N_FIELDS + 1 - 4)
 
     @staticmethod
     def jvp(ctx, *_):
@@ -165,11 +165,11 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _vmap(Attention, info, in_dims, inputs)
+        return _vmap(Attention, forward_op, info, in_dims, inputs)
 
 
 class AttentionBackward(torch.autograd.Function):
-    """The gradients; a function of its own so that asking for theirs is an error and not silently wrong."""
+    """The gradients. A separate function, so that a second derivative is an error and not silently wrong."""
 
     @staticmethod
     def forward(*inputs):
@@ -186,31 +186,31 @@ class AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _vmap(AttentionBackward, info, in_dims, inputs)
+        return _vmap(AttentionBackward, backward_op, info, in_dims, inputs)
 
 
-def _vmap(function, info, in_dims, inputs):
-    """vmap: the mapped dimension becomes one more batch dimension, the first. What is absent, or empty, stays so.
+def _vmap(function, op, info, in_dims, inputs):
+    """Run a function with the mapped dimension as one more batch dimension, the first. None and empty tensors stay as they are.
 
-    With dropout it is a loop: what is dropped depends on a pair's batch, which is that of the function that is mapped.
+    With dropout it is a loop, since the weights to drop depend on the batch index that the mapped function has.
     """
-    names = FIELDS if function is Attention else ("do", "dlse", *FIELDS[:9], "o", "lse", "o_residual", "lse_minus_max")
+    names = [argument.name for argument in op._schema.arguments]
 
-    def lead(x, dim, name=None):
+    def lead(x, dim, name):
         if not isinstance(x, torch.Tensor) or (name in ("o_residual", "lse_minus_max") and x.dim() == 1):
             return x
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.contiguous() if name == "key_lengths" else x
 
     if inputs[names.index("seed")] is None:
-        out = function.apply(*itertools.starmap(lead, itertools.zip_longest(inputs, in_dims, names[:len(inputs)])))
+        out = function.apply(*map(lead, inputs, in_dims, names))
         return out, tuple(0 if x.dim() > 1 else None for x in out)
-    found = [function.apply(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims)))
-             for i in range(info.batch_size)]
-    return tuple(map(torch.stack, zip(*found))), (0,) * len(found[0])
+    results = [function.apply(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims)))
+               for i in range(info.batch_size)]
+    return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
 
 
-# exported programs call the op itself
+# exported programs call the ops directly
 torch.library.register_autograd("tritonattn::forward", Attention.backward, setup_context=Attention.setup_context)
 torch.library.register_autograd("tritonattn::backward", AttentionBackward.backward,
                                 setup_context=AttentionBackward.setup_context)
@@ -219,11 +219,11 @@ torch.library.register_autograd("tritonattn::backward", AttentionBackward.backwa
 # opaque to Dynamo, which would trace the backward pass too, and lose its rule for vmap and its error for second derivatives
 @torch.compiler.allow_in_graph
 def attention_op(q, k, v, bias, *others, precise_grad):
-    """o and lse; the arguments are the op's.
+    """Return o and lse. The positional arguments are the fields of AttentionInputs.
 
-    The residual is kept where a gradient may be taken of 16-bit numbers.
+    The residual is kept where a gradient of a 16-bit output may be taken.
     """
-    # a tensor that torch.func has wrapped does not tell whether the one in it requires a gradient
+    # a wrapper of torch.func does not show whether its inner tensor requires a gradient
     tensors = (x for x in (q, k, v, bias) if x is not None)
     wanted = any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     keep_residual = precise_grad and torch.is_grad_enabled() and wanted and q.dtype.itemsize == 2
@@ -231,20 +231,20 @@ def attention_op(q, k, v, bias, *others, precise_grad):
 
 
 def _register_flop_formulas():
-    """Counted as torch counts its own attention: every pair, seen or not."""
+    """Count FLOPs as torch does for its own attention: of every (query, key) pair, masked or not."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    def products(q_shape, k_shape, v_shape, of_d, of_dv):
+    def products(q_shape, k_shape, v_shape, n_d, n_dv):
         *batch_heads, n_q, d = q_shape
         pairs = n_q * k_shape[-2]
         for size in batch_heads:
             pairs *= size
-        return 2 * pairs * (of_d * d + of_dv * v_shape[-1])
+        return 2 * pairs * (n_d * d + n_dv * v_shape[-1])
 
     forward, backward = torch.ops.tritonattn.forward, torch.ops.tritonattn.backward
     if forward not in flop_registry:
         register_flop_formula(forward)(lambda q, k, v, *_, **__: products(q, k, v, 1, 1))
-        register_flop_formula(backward)(lambda do, dlse, q, k, v, *_, **__: products(q, k, v, 3, 2))
+        register_flop_formula(backward)(lambda do, dlse, o, lse, residual, excess, q, k, v, *_, **__: products(q, k, v, 3, 2))
 
 
 _register_flop_formulas()

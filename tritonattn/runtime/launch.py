@@ -1,4 +1,4 @@
-"""From a problem, a config and tensors to a grid and kernel arguments; the only place that starts kernels."""
+"""From a problem, a config and tensors to a grid and kernel arguments. The only file that launches kernels."""
 
 import contextlib
 import math
@@ -18,6 +18,7 @@ from ..kernels.scores import LOG2E, ScoreMods, ScoreParams
 from ..kernels.tile import Constexprs, Sizes, Strides, Tensor
 from ..kernels.window import Window, transpose_window
 from ..problem import Problem
+from .arguments import AttentionInputs
 
 if INTERPRETED:
     from . import interpreter
@@ -26,7 +27,7 @@ ACC = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.
 
 
 class KernelLaunch(NamedTuple):
-    """A kernel, how many programs of it, and its arguments."""
+    """A kernel, its number of programs, its arguments and its config."""
 
     kernel: object
     programs: int
@@ -35,7 +36,7 @@ class KernelLaunch(NamedTuple):
 
 
 def run(call: KernelLaunch, device: torch.device) -> None:
-    """Start the kernel on the tensors' own device, on its current stream."""
+    """Launch the kernel on the tensors' device, on its current stream."""
     if call.programs == 0:
         return
     with device_guard(device), interpreter.patched() if INTERPRETED else contextlib.nullcontext():
@@ -43,46 +44,17 @@ def run(call: KernelLaunch, device: torch.device) -> None:
 
 
 def compile_options(config: Config) -> dict:
-    """What the compiler is told besides the arguments. Multiply-adds stay fused, whatever Triton's default is."""
+    """Return the compiler's options. Fused multiply-adds are on, whatever Triton's default is."""
     return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
 
 
 def device_guard(device: torch.device):
-    """Make this device the current one: Triton launches there, wherever its tensors are."""
+    """Return a context in which this device is current: Triton launches there, wherever the tensors are."""
     return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-class AttentionInputs(NamedTuple):
-    """What a call is about: its tensors, then its numbers, in the order of the ops.
-
-    bias and mask have as many dimensions as q, each of the full size or 1; the mask is boolean.
-    Weights are dropped with probability dropout_p, as the seed has it.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    bias: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    query_lists: torch.Tensor | None = None  # of a mask whose tiles are known (block_mask.py)
-    key_lists: torch.Tensor | None = None
-    seed: torch.Tensor | None = None         # [1] int64, where dropout_p is not 0
-    key_lengths: torch.Tensor | None = None  # one int32 for each batch, contiguous
-    scale: float = 1.0
-    left: int | None = None
-    right: int | None = None
-    bottom_right: bool = False               # the last query stands at the last key, wherever a batch has it
-    dropout_p: float = 0.0
-
-    @property
-    def problem(self) -> Problem:
-        """What is asked, without the tensors."""
-        return Problem.of(*self[:3], (self.left, self.right), self.bottom_right, self.bias, self.mask, self.dropout_p,
-                          self.key_lengths, self.query_lists)
-
-
 def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, results: Outputs) -> KernelLaunch:
-    """`results` are tensors; without a residual nothing is kept of what rounding takes from o."""
+    """Return the launch that writes `results`, tensors in the kernel's record; without a residual none is written."""
     *records, mods, sizes = kernel_arguments(problem, config, *inputs[:3], results, _score_mods(problem, inputs))
     sizes, static = _with_key_lengths(inputs, sizes), _over_keys(problem, config)
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
@@ -91,7 +63,7 @@ def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, re
 
 
 def delta_launch(problem: Problem, config: Config, o, o_residual, do, dlse, delta) -> KernelLaunch:
-    """`residual` and `dlse` may be None."""
+    """Return the launch that writes delta. `o_residual` and `dlse` may be None."""
     tensors = kernel_arguments(problem, config, o, o_residual, do, dlse, delta)
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
     static = _constexprs(problem, config)
@@ -99,7 +71,7 @@ def delta_launch(problem: Problem, config: Config, o, o_residual, do, dlse, delt
 
 
 def dq_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dq) -> KernelLaunch:
-    """`queries` are tensors: q, its cotangent, and what the forward pass left behind."""
+    """Return the launch that writes dq. `queries` holds tensors: q, do, lse, delta and lse_minus_max."""
     *records, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], dq, _score_mods(problem, inputs))
     sizes, static = _with_key_lengths(inputs, sizes), _over_keys(problem, config)
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
@@ -108,11 +80,12 @@ def dq_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries
 
 
 def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dk, dv) -> KernelLaunch:
-    """`dk` or `dv` may be None: it is then not computed. `queries.delta` is needed only for dk."""
-    # seen from the keys, what is given for each pair lies transposed
-    given = _score_mods(problem, inputs)
-    turned = ScoreMods(tuple(x.mT for x in given.bias), tuple(x.mT for x in given.mask), (), _block_lists(problem, inputs.key_lists))
-    *records, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], dk, dv, turned)
+    """Return the launch that writes dk and dv; one of them may be None. `queries.delta` is needed only for dk."""
+    # the loop is over queries, so bias and mask are transposed
+    mods = _score_mods(problem, inputs)
+    bias, mask = (tuple(x.mT for x in each) for each in mods[:2])
+    mods = ScoreMods(bias, mask, (), _block_lists(problem, inputs.q_blocks))
+    *records, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], dk, dv, mods)
     sizes, static = _with_key_lengths(inputs, sizes), _over_queries(problem, config)
     static = static._replace(GRADS=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
     programs = _grid(problem, problem.kv_heads, problem.n_k, config.block_n)
@@ -121,77 +94,78 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
 
 
 def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dbias) -> KernelLaunch:
-    """`dbias` has the shape of the bias, whose last size is that of the keys."""
-    target, given = _expanded(problem, dbias), _score_mods(problem, inputs)._replace(block_list=())
-    *records, target, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], target, given)
+    """Return the launch that writes dbias, which has the shape of the bias and a column for each key."""
+    target, mods = _expanded(problem, dbias), _score_mods(problem, inputs)._replace(block_list=())
+    *records, target, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], target, mods)
     own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, sizes.batches))
     own_axes = AxisSizes(own, dbias.shape[-3])
-    reduced_axes = AxisSizes(tuple(size // mine for size, mine in zip(sizes.batches, own)), problem.heads // dbias.shape[-3])
+    reduced_axes = AxisSizes(tuple(size // part for size, part in zip(sizes.batches, own)), problem.heads // dbias.shape[-3])
     rows = 1 if dbias.shape[-2] == 1 else problem.n_q
     static = _constexprs(problem, config)._replace(GRADS=tl.constexpr("keys" if rows == 1 else "pairs"))
     programs = math.prod(own) * own_axes.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
     scoring = _score_params(inputs, Window(*problem.window), mods)
     sizes = _with_key_lengths(inputs, sizes)
-    return KernelLaunch(backward.dbias_kernel, programs, (*records, target, own_axes, reduced_axes, sizes, scoring, static), config)
+    arguments = (*records, target, own_axes, reduced_axes, sizes, scoring, static)
+    return KernelLaunch(backward.dbias_kernel, programs, arguments, config)
 
 
 def _with_key_lengths(inputs: AttentionInputs, sizes: Sizes) -> Sizes:
-    """The shape, with the number of keys that each batch has."""
+    """Return the sizes with the number of keys of each batch, where it is given."""
     return sizes if inputs.key_lengths is None else sizes._replace(lengths=(inputs.key_lengths, int(inputs.bottom_right)))
 
 
 def _over_keys(problem: Problem, config: Config) -> Constexprs:
-    """For a loop over keys; where batches have their own numbers of them, any tile may be the last, and not whole."""
+    """Return the constants of a loop over keys. With key lengths any tile may be the last one, and cut short."""
     ragged = problem.lengths or problem.n_k % _loop_granularity(problem, config, config.block_n) != 0
     return _constexprs(problem, config, ragged, loop_modes(problem, config, problem.window, ragged))
 
 
 def _over_queries(problem: Problem, config: Config) -> Constexprs:
-    """For a loop over queries, seen from the keys."""
+    """Return the constants of a loop over queries, whose window is the transposed one."""
     ragged = problem.n_q % _loop_granularity(problem, config, config.block_m) != 0
     return _constexprs(problem, config, ragged, loop_modes(problem, config, transpose_window(Window(*problem.window)), ragged))
 
 
 def _loop_granularity(problem: Problem, config: Config, block: int) -> int:
-    """All tiles of a loop in steps of `block` are whole if what it walks is a multiple of this."""
+    """Return the number whose multiples are lengths that a loop in steps of `block` covers without a short tile."""
     if problem.mapped and max(config.block_m, config.block_n) > TILE:
-        raise ValueError(f"config: expected blocks of at most {TILE}, the tiles of the mask's map, got {config}")
+        raise ValueError(f"config: expected blocks of at most {TILE}, the size of a block mask's blocks, got {config}")
     return TILE if problem.mapped else block
 
 
 def loop_modes(problem: Problem, config: Config, window, ragged: bool) -> tuple:
-    """How the left edge, the full stretch and the right edge of the loop are walked (kernels/window.py)."""
+    """Return the modes of the loop at the left edge, in the middle and at the right edge (kernels/window.py)."""
     left, right = (side is not None for side in window)
     last = "masked_tail" if config.edge_stages == 1 else "masked"
     if problem.mapped:
-        # what all see according to the map may still lie outside the window, or past the keys of its batch
-        whole = "masked" if left or right or problem.lengths else "neg_inf" if problem.bias else "unmasked"
-        return None, whole, last
-    whole = "neg_inf" if problem.bias or problem.masked else "unmasked"
-    return "masked" if left else None, whole, last if right or ragged else None
+        # a full block may still reach out of the window, or past the keys of its batch
+        middle = "masked" if left or right or problem.lengths else "neg_inf" if problem.bias else "unmasked"
+        return None, middle, last
+    middle = "neg_inf" if problem.bias or problem.masked else "unmasked"
+    return "masked" if left else None, middle, last if right or ragged else None
 
 
 def _expanded(problem: Problem, x):
-    """Over the dimensions in which it has size 1, without a copy."""
+    """Return a view of the size of the scores."""
     return x.expand(*problem.batch, problem.heads, problem.n_q, problem.n_k)
 
 
 def _score_mods(problem: Problem, inputs: AttentionInputs) -> ScoreMods:
-    """Bias and mask, expanded; the mask as bytes, which Triton loads alike in all its versions."""
+    """Return bias and mask, expanded, and the block lists; the mask as bytes, which all versions of Triton load alike."""
     mask = () if inputs.mask is None else (_expanded(problem, inputs.mask.view(torch.uint8)),)
     bias = () if inputs.bias is None else (_expanded(problem, inputs.bias),)
-    return ScoreMods(bias, mask, (), _block_lists(problem, inputs.query_lists))
+    return ScoreMods(bias, mask, (), _block_lists(problem, inputs.kv_blocks))
 
 
 def _block_lists(problem: Problem, lists) -> tuple:
-    """Lists of tiles for every batch and head."""
+    """Return the lists of blocks of every batch and head."""
     return () if lists is None else (lists.expand(*problem.batch, problem.heads, -1, -1),)
 
 
 def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
-    """Tensors as the kernels take them, and the Shape they share. None stays None; tuples of tensors stay tuples.
+    """Return tensors as the kernels take them, and the Sizes they share. None stays None; tuples of tensors stay tuples.
 
-    Batch dimensions that lie behind one another in every tensor become one; most often one is left.
+    Batch dimensions that are contiguous with one another in every tensor are merged; most often one is left.
     """
     rank, present = len(problem.batch), list(_flatten(tensors))
     merged = []
@@ -205,8 +179,8 @@ def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
             merged.append((size, strides))
     merged = merged or [(1, [0] * len(present))]
     block = max(config.block_m, config.block_n)
-    # of what is given for each pair a kernel sees a block at a time, of other tensors whole rows
-    in_blocks = {id(x) for given in tensors if isinstance(given, ScoreMods) for x in _flatten(given)}
+    # a kernel loads bias and mask block by block, other tensors in whole rows
+    in_blocks = {id(x) for mods in tensors if isinstance(mods, ScoreMods) for x in _flatten(mods)}
     records = iter([_record(x, rank, [strides[i] for _, strides in merged], block, block if id(x) in in_blocks else x.shape[-1])
                     for i, x in enumerate(present)])
     sizes = Sizes(tuple(size for size, _ in merged), problem.heads, problem.n_q, problem.n_k, problem.shift)
@@ -214,7 +188,7 @@ def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
 
 
 def _flatten(tensors):
-    """The tensors in nested tuples, in order."""
+    """Yield the tensors in nested tuples, in order."""
     for x in tensors:
         if isinstance(x, tuple):
             yield from _flatten(x)
@@ -223,29 +197,29 @@ def _flatten(tensors):
 
 
 def _map_nested(tensors, records):
-    """The same nested tuples with records in place of their tensors."""
+    """Return the same nested tuples with records in place of their tensors."""
     return [None if x is None else next(records) if isinstance(x, torch.Tensor) else
             type(x)(*_map_nested(x, records)) if hasattr(x, "_fields") else tuple(_map_nested(x, records)) for x in tensors]
 
 
 def _record(x, rank, batch_strides, block, width) -> Tensor:
-    """A tensor as the kernels take it, `block` rows and `width` columns at a time. Statistics of rows have no column axis."""
+    """Return a tensor as the kernels take it, `block` rows and `width` columns at a time. Row statistics have no columns."""
     head, row, col = x.stride()[rank:] if x.dim() == rank + 3 else (*x.stride()[rank:], 0)
     wide = block * abs(row) + 2 * width * abs(col) >= 2**31
     return Tensor(x, Strides(tuple(batch_strides), head, row, col), tl.constexpr(wide))
 
 
-def _constexprs(problem: Problem, config: Config, ragged: bool = False, walked: tuple = ()) -> Constexprs:
-    # what torch.set_float32_matmul_precision sets, also where the newer fp32_precision was used
+def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: tuple = ()) -> Constexprs:
+    # set_float32_matmul_precision sets this too
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, walked, ACC[problem.dtype],
+    values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
               "tf32" if tf32 else "ieee")
     return Constexprs(*map(tl.constexpr, values))
 
 
 def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> ScoreParams:
     mods = mods._replace(dropout=(dropout_record(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
-    # what float32 holds only as a subnormal number is 0 here: -inf * 0 would be nan
+    # a scale that is subnormal in float32 may be flushed to 0 on the device, and -inf * 0 is nan
     scale = inputs.scale if abs(inputs.scale) >= 2.0**-126 else 0.0
     if mods.bias:
         return ScoreParams(LOG2E.value, scale, window, mods)
@@ -254,13 +228,13 @@ def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> S
 
 
 def dropout_record(p: float, seed: torch.Tensor) -> Dropout:
-    """Dropout with probability p, rounded to a multiple of 2^-32; what is kept is multiplied by 1 / (1 - p), by 0 if p is 1."""
+    """Return Dropout with p rounded to a multiple of 2^-32. Kept weights are multiplied by 1 / (1 - p), by 0 if p is 1."""
     threshold = min(round(p * 2**32), 2**32 - 1)
     return Dropout(seed, threshold, 2**32 / (2**32 - threshold) if p < 1 else 0.0)
 
 
 def keep_launch(keep: torch.Tensor, dropout: Dropout) -> KernelLaunch:
-    """`keep` is [batch, heads, n_q, n_k], bytes, contiguous: it gets 1 for each weight that is kept."""
+    """Return the launch that fills `keep` [batch, heads, n_q, n_k], contiguous bytes: 1 for each weight that is kept."""
     batch, heads, n_q, n_k = keep.shape
     config = Config(32, 64)
     programs = batch * heads * -(-n_q // config.block_m) * -(-n_k // config.block_n)
@@ -272,7 +246,7 @@ def _grid(problem: Problem, heads: int, rows: int, block: int) -> int:
 
 
 def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bool = True) -> KernelLaunch:
-    """A call of this kernel on tensors without data: what `lens` compiles, with the very arguments of a real launch."""
+    """Return a launch of this kernel on meta tensors, for `inspect` to compile with the arguments of a real launch."""
     q, k, v = problem.tensors("meta")
     o = q.new_empty(*q.shape[:-1], problem.dv)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -283,11 +257,12 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
     inputs = AttentionInputs(q, k, v, mods if problem.bias else None, mods.to(torch.bool) if problem.masked else None,
-                    *lists if problem.mapped else (None, None), q.new_empty(1, dtype=torch.int64), lengths,
-                    dropout_p=0.5 * problem.dropout)
+                             *lists if problem.mapped else (None, None), q.new_empty(1, dtype=torch.int64), lengths,
+                             dropout_p=0.5 * problem.dropout)
     queries = Queries(q, o, lse, lse, lse_minus_max)
     return {
-        "forward": lambda: forward_launch(problem, config, inputs, Outputs(o, lse, () if kept is None else (kept,), lse_minus_max)),
+        "forward": lambda: forward_launch(problem, config, inputs,
+                                          Outputs(o, lse, () if kept is None else (kept,), lse_minus_max)),
         "delta": lambda: delta_launch(problem, config, o, kept, o, None, lse),
         "dq": lambda: dq_launch(problem, config, inputs, queries, q),
         "dkdv": lambda: dkdv_launch(problem, config, inputs, queries, k, v),

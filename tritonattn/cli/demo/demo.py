@@ -162,7 +162,7 @@ def run(text: str | None = None, steps: int | None = None, out: str = "demo.png"
     models = {"torch": copy.deepcopy(model), "tritonattn": model}
     print(f"text: {len(indices)} characters, {characters} of them different\n"
           f"model: {setup.blocks} blocks, {setup.heads} heads, width {setup.width}; attention in {setup.dtype} on "
-          f"{gpu.of(device).name}; {setup.steps} steps of {setup.batch} x {setup.context} characters")
+          f"{gpu.gpu_of(device).name}; {setup.steps} steps of {setup.batch} x {setup.context} characters")
     losses = train(models, functions, batches(indices, setup, seed=0), setup, device)
     unseen = next(batches(indices, replace(setup, batch=2), seed=1)).to(device)
     errors = compare_attention(model, unseen, functions, setup.dtype) | compare_model(model, unseen, functions)

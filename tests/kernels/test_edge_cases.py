@@ -1,0 +1,145 @@
+"""Small cases that reach every branch of the kernels: windows, parts of a tile, NaN behind a mask, far strides, score mods.
+
+The order counts: the mutation check (tests/mutation) stops at the first failure, so cheap and sensitive cases come first.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.helpers.cases import TILES, Case, check, results
+from tests.runtime.test_launch import huge
+from tritonattn import Config, attention, config, reference
+from tritonattn.kernels import tile
+
+pytestmark = pytest.mark.interpreted
+
+FLOAT64 = {
+    "window": ((32, 16), {"n_q": 70, "n_k": 70, "window": (7, 4), "d": 24}),
+    "gqa, ragged, split": ((16, 32), {"n_q": 37, "n_k": 37, "heads": 2, "d": 40, "dv": 72}),
+    "causal, more keys": ((16, 16), {"n_q": 37, "n_k": 70, "causal": True, "align": "bottom_right"}),
+    "rows without keys": ((16, 32), {"n_q": 70, "n_k": 37, "causal": True, "align": "bottom_right", "scale": -0.7}),
+    "causal, more queries": ((16, 16), {"n_q": 70, "n_k": 33, "causal": True, "dv": 96, "scale": 0.0}),
+    "causal, aligned": ((32, 16), {"n_q": 32, "n_k": 64, "causal": True}),
+    "left": ((16, 32), {"n_q": 70, "n_k": 64, "window": (9, None), "layout": "strided"}),
+    "wide window": ((16, 16), {"n_q": 80, "n_k": 80, "window": (40, 33), "layout": "columns"}),
+    "expanded": ((16, 64), {"n_q": 20, "n_k": 20, "heads": 2, "kv_heads": 2, "layout": "expanded"}),
+    "bias of a head, window": ((16, 32), {"n_q": 33, "n_k": 33, "heads": 2, "pairs": ("head-bias",), "window": (7, 4)}),
+    "bias, causal": ((32, 32), {"n_q": 17, "n_k": 50, "heads": 2, "kv_heads": 2, "batch": (2,), "pairs": ("bias",),
+                                "causal": True, "scale": -0.7}),
+    "key bias and mask": ((32, 32), {"n_q": 40, "n_k": 33, "heads": 2, "batch": (2,), "pairs": ("key-bias", "mask")}),
+}
+
+
+def test_parts_of_a_tile_are_the_narrowest():
+    """The widths are powers of two, at least 16, and no other choice of at most two is narrower."""
+    powers = [2**i for i in range(4, 10)]
+    for size in range(1, 513):
+        parts = [tile.main_width(size)] + [tile.tail_width(size)] * tile.has_two_parts(size)
+        assert sum(parts) == min(x for x in (*powers, *map(sum, itertools.combinations(powers, 2))) if x >= size), size
+        assert set(parts) <= set(powers) and parts == sorted(parts, reverse=True), size
+
+
+@pytest.mark.parametrize("name", FLOAT64)
+def test_float64_matches_the_definition(name, device):
+    tiles, case = FLOAT64[name]
+    check(Case(**case), torch.float64, device, tiles=Config(*tiles))
+
+
+def assert_same(tensors, tolerance=1e-9, **options):
+    ours, expected = (results(function, *tensors, **options) for function in (attention, reference.attention))
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=1e-9)
+
+
+def test_three_batch_dimensions_that_do_not_merge(device):
+    q, k, v, do, dlse = Case(batch=(2, 2, 2), n_q=5, n_k=5).tensors(torch.float64, device)
+    q = q.permute(2, 1, 0, 3, 4, 5).contiguous().permute(2, 1, 0, 3, 4, 5)
+    assert_same((q, k[:, :1].expand(k.shape), v, do, dlse))
+
+
+def test_scores_far_below_zero(device):
+    """Scores near -1e4: the score 0 of a key past the end would outweigh all others."""
+    q, k, v, do, dlse = Case(n_q=37, n_k=37).tensors(torch.float64, device)
+    q[..., 0], k[..., 0] = 1, -1e4 * 4
+    with config.pinned(TILES):
+        assert_same((q, k, v, do, dlse), tolerance=1e-6)
+
+
+def attend_row_by_row(q, k, v, *, window, align, return_lse):
+    """The definition on the keys that each row attends to: NaN in other keys cannot take part."""
+    visible, group = reference.visible(q.shape[2], k.shape[2], window=window, align=align), q.shape[1] // k.shape[1]
+    o, lse = [], []
+    for head, i in itertools.product(range(q.shape[1]), range(q.shape[2])):
+        s = k[0, head // group, visible[i]] @ q[0, head, i] * q.shape[-1] ** -0.5
+        o.append(s.softmax(0) @ v[0, head // group, visible[i]])
+        lse.append(s.logsumexp(0))
+    return torch.stack(o).view(*q.shape[:3], -1), torch.stack(lse).view(q.shape[:3])
+
+
+def spoiled(first_rows, dtype=torch.float64, **case):
+    """Tensors of a case with NaN or infinities in those that `first_rows` names, from that row on, each in another head."""
+    q, k, v, do, _ = tensors = Case(**case).tensors(dtype, "cpu")
+    v.abs_()  # an infinity in do then makes dP one infinity, and dP - delta NaN in whatever order delta is summed
+    for i, (name, x) in enumerate({"k": k, "v": v, "q": q, "do": do}.items()):
+        if name in first_rows:
+            rows = x[0, i % x.shape[1], first_rows[name]:]
+            rows[0, -1] = torch.nan if name in "kq" else torch.inf
+            if name == "v":
+                rows[1, 0], rows[0, 1], rows[1, 1] = -torch.inf, torch.inf, -torch.inf
+    return tensors
+
+
+NON_FINITE = {
+    "causal": ((32, 16), (None, 0), "top_left", {"k": 30, "v": 30, "q": 8, "do": 8},
+              {"n_q": 32, "n_k": 32, "heads": 4, "kv_heads": 2}),
+    "left": ((32, 16), (12, None), "top_left", {"k": 3, "v": 3, "q": 28, "do": 28},
+            {"n_q": 32, "n_k": 32, "heads": 4, "kv_heads": 4}),
+    "window": ((16, 32), (7, 4), "top_left", {"k": 6, "v": 6, "q": 29, "do": 29},
+               {"n_q": 37, "n_k": 37, "heads": 2, "kv_heads": 2, "d": 40, "dv": 72}),
+    "bottom right": ((32, 16), (None, 0), "bottom_right", {"k": 36, "v": 36, "q": 6, "do": 6},
+                     {"n_q": 24, "n_k": 47, "heads": 4, "kv_heads": 4}),
+    "bfloat16": ((32, 16), (None, 0), "top_left", {"k": 30, "v": 30},
+                 {"n_q": 32, "n_k": 32, "heads": 2, "kv_heads": 2, "dv": 40, "dtype": torch.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("name", NON_FINITE)
+def test_nan_and_infinity_reach_unmasked_pairs_only(name):
+    tiles, window, align, first_rows, case = NON_FINITE[name]
+    tensors, options = spoiled(first_rows, **case), {"window": window, "align": align}
+    with config.pinned(Config(*tiles)):
+        ours = results(attention, *tensors, **options)
+    expected = results(attend_row_by_row, *(x.double() for x in tensors), **options)
+    tolerance = 0.1 if "dtype" in case else 1e-9
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance, equal_nan=True, check_dtype=False)
+
+
+def test_one_gradient_alone_is_nan_safe():
+    *inputs, do, dlse = spoiled({"q": 8, "do": 8}, n_q=24, n_k=24, heads=2, kv_heads=2, d=40)
+    options = {"window": (None, 0), "align": "top_left"}
+    exact = results(attend_row_by_row, *inputs, do, dlse, **options)[2:]
+    for x, expected in zip(inputs, exact):
+        x.requires_grad_()
+        with config.pinned(Config(32, 16)):
+            ours, = torch.autograd.grad(attention(*inputs, **options, return_lse=True), x, (do, dlse))
+        x.requires_grad_(False)
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("case", [{"dv": 64}, {"dv": 72, "causal": True}], ids=["one part", "two parts"])
+def test_dq_of_uniform_data_is_precise(case, device):
+    """dS is a small difference there: the rounding error of o must be added back."""
+    q, k, v, do, dlse = Case(n_q=64, n_k=64, d=64, **case).tensors(torch.bfloat16, device, family="uniform")
+    ours = results(attention, q, k, v, do, 0 * dlse)[2].double()
+    exact = results(reference.attention, *(x.double() for x in (q, k, v, do, 0 * dlse)))[2]
+    assert (ours - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_cotangent_of_lse_with_far_strides():
+    """All statistics of rows are dense tensors of our own, except the cotangent of lse."""
+    q, k, v = (x.requires_grad_() for x in Case().tensors(torch.float32, "cpu")[:3])
+    dlse = huge((1, 1, 40), (8, 8, 2**26), torch.float32)
+    with config.pinned(Config(16, 16)):
+        ours = torch.autograd.grad(attention(q, k, v, return_lse=True)[1], (q, k), dlse)
+    torch.testing.assert_close(ours, torch.autograd.grad(reference.attention(q, k, v, return_lse=True)[1], (q, k), dlse))

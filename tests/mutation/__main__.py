@@ -1,0 +1,5 @@
+"""Entry of `python -m tests.mutation`."""
+
+from .run import main
+
+main()

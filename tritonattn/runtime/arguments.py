@@ -1,0 +1,459 @@
+"""Every argument check, and the record in which the checked arguments travel to the kernels.
+
+    attention(q, k, v, ...)                         -> prepare      --+
+                                                                      +-> AttentionInputs -> custom_op.py -> launch.py
+    scaled_dot_product_attention(query, key, ...)   -> prepare_sdpa --+
+"""
+
+import itertools
+import math
+import numbers
+import operator
+import reprlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from ..block_mask import BlockMask
+from ..gpu import INTERPRETED, LARGEST_HEAD, TRITON, gpu_of
+from ..problem import Problem
+
+NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
+LARGEST_SCALE = 2.3e38      # times log2(e) it is still a float32
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# a constant, since Dynamo of torch 2.11 cannot trace the call
+AUTOCAST_DEVICES = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device)]
+
+
+class AttentionInputs(NamedTuple):
+    """The checked arguments of one call: tensors, then numbers. The torch ops take the fields in this order.
+
+    q [*batch, H, L, D], k [*batch, Hk, S, D] and v [*batch, Hk, S, DV]; bias and mask have as many dimensions as q, each of
+    the size of the scores [*batch, H, L, S] or 1.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None         # q's dtype or float32
+    mask: Tensor | None = None         # booleans, True takes part
+    kv_blocks: Tensor | None = None    # of a BlockMask, broadcast like the mask: [..., query blocks, 2 + kv blocks], int32
+    q_blocks: Tensor | None = None     # [..., kv blocks, 2 + query blocks], int32
+    seed: Tensor | None = None         # [1] int64, where dropout_p is not 0
+    key_lengths: Tensor | None = None  # [*batch] int32, contiguous
+    scale: float = 1.0
+    left: int | None = None            # of the window
+    right: int | None = None
+    bottom_right: bool = False         # the last query is aligned with the last key of each sequence
+    dropout_p: float = 0.0
+
+    @property
+    def problem(self) -> Problem:
+        """The same without the tensors."""
+        return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
+                          self.dropout_p, self.key_lengths, self.kv_blocks)
+
+
+def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
+            softcap=None, sink=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
+    """Check the arguments of `attention` and return them as the kernels take them. Draws the seed of dropout if it is None."""
+    reject_unsupported(softcap=softcap, sink=sink)
+    check_tensors(q=q, k=k, v=v)
+    q, k, v = cast_for_autocast(q, k, v)
+    check_dtype_and_device(q=q, k=k, v=v)
+    check_sizes(("q", "k", "v"), q, k, v)
+    bias, masks = pairwise_argument("bias", bias, q, k, v), mask_argument(mask, q, k, v)
+    scale = check_scale(scale, q.shape[-1])
+    left, right = check_window(causal, window)
+    bottom_right = check_align(align, q.shape[-2], k.shape[-2], left is not None or right is not None, key_lengths)
+    key_lengths = lengths_argument(key_lengths, q, k, v)
+    dropout_p = check_probability(dropout_p)
+    seed = seed_argument(dropout_p, dropout_seed, q.device)
+    *tensors, scale = with_equal_batches(q, k, v, bias, masks, scale)
+    return AttentionInputs(*tensors, seed, key_lengths, scale, left, right, bottom_right, dropout_p)
+
+
+def problem_of(q, k, v, *, return_lse=False, precise_grad=True, **options) -> Problem:
+    """Return the Problem of `attention` with these arguments. Launches nothing and draws no random number."""
+    check_tensors(q=q, k=k, v=v)
+    if options.get("dropout_p") and options.get("dropout_seed") is None:
+        options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
+    return prepare(q, k, v, **options).problem
+
+
+def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> AttentionInputs:
+    """Check the arguments of torch's function and return them as the kernels take them. Draws the seed of dropout."""
+    check_tensors(query=query, key=key, value=value)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected True or False, got {describe(flag)}")
+    query, key, value = cast_for_autocast(query, key, value)
+    check_dtype_and_device(query=query, key=key, value=value)
+    dropout_p, scale = (x.item() if isinstance(x, Tensor) and x.dim() == 0 and not x.requires_grad else x
+                        for x in (dropout_p, scale))
+    query, key, value = (repeat_uneven_heads if enable_gqa else broadcast_heads)(query, key, value)
+    check_sizes(("query", "key", "value"), query, key, value)
+    bias, masks, causal, bottom_right = torch_mask_argument(attn_mask, is_causal, query, key, value)
+    scale = check_scale(scale, query.shape[-1])
+    if isinstance(dropout_p, (numbers.Real, torch.SymFloat)) and dropout_p < 0:
+        dropout_p = 0.0
+    dropout_p = check_probability(dropout_p)
+    seed = seed_argument(dropout_p, None, query.device)
+    *tensors, scale = with_equal_batches(query, key, value, bias, masks, scale)
+    return AttentionInputs(*tensors, seed, None, scale, None, 0 if causal else None, bottom_right, dropout_p)
+
+
+def prepare_dropout(shape, dropout_p, dropout_seed) -> tuple[float, Tensor]:
+    """Check the arguments of `dropout_mask` and return the probability and the seed, [1] int64."""
+    if len(shape) != 4:
+        raise ValueError(f"shape: expected four sizes (batch, heads, queries, keys), got {tuple(shape)}")
+    dropout_p = check_probability(dropout_p)
+    if not isinstance(dropout_seed, Tensor):
+        raise RuntimeError(f"dropout_seed: expected one int64 on the device of the queries, got {describe(dropout_seed)}")
+    seed = seed_argument(1.0, dropout_seed, dropout_seed.device)
+    check_kernels_run_on(dropout_seed=seed)
+    return dropout_p, seed
+
+
+def as_torch_error(error, arguments, options):
+    """Return torch's error for a call that our checks refuse, with ours below it; ours alone where torch accepts the call."""
+    if any(isinstance(x, Tensor) and (x.layout != torch.strided or x.is_nested or isinstance(x, CausalBias))
+           for x in arguments):
+        return error
+    devices = [x.device for x in arguments[:3] if isinstance(x, Tensor)]
+    if len(devices) == 3:
+        arguments = (*cast_for_autocast(*arguments[:3]), *arguments[3:])
+    if len(devices) == 3 and len(set(devices)) > 1:
+        q, k, v = devices
+        return RuntimeError(f"Expected query, key, and value to have the same device type, but got query.device: {q} "
+                            f"key.device: {k} and value.device: {v} instead.\n{error}")
+    try:
+        # meta tensors: torch runs its checks and computes nothing
+        tensors = (x.detach().to("meta") if isinstance(x, Tensor) else x for x in arguments[:4])
+        torch._C._nn.scaled_dot_product_attention(*tensors, *arguments[4:], **options)
+    except Exception as torch_error:
+        return type(torch_error)(f"{torch_error}\n{error}")
+    return error
+
+
+def with_equal_batches(q, k, v, bias, masks, scale):
+    """Give every tensor a head dimension, q, k and v equal batch dimensions, and each at least one column."""
+    q, k, v, bias, *masks = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, *masks))
+    batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
+    q = q.expand(*batch, *q.shape[-3:])
+    k, v = (x.expand(*batch, heads, *x.shape[-2:]) for x in (k, v))
+    if q.shape[-1] == 0:
+        # an empty product is 0, and so is that of one column of zeros
+        q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
+    v = v if v.shape[-1] else torch.nn.functional.pad(v, (0, 1))
+    return q, k, v, bias, *masks, scale
+
+
+def restore_shape(o, lse, q, k, v):
+    """Take the column and the head dimension off o and lse that `with_equal_batches` added to q, k and v."""
+    o = o if v.shape[-1] else o.narrow(-1, 0, 0)
+    return (o.squeeze(-3), lse.squeeze(-2)) if max(q.dim(), k.dim(), v.dim()) == 2 else (o, lse)
+
+
+def repeat_uneven_heads(query, key, value):
+    """Repeat the heads of key and value to the query's where they differ: torch's GQA accepts that."""
+    if min(query.dim(), key.dim(), value.dim()) < 3:
+        raise RuntimeError("enable_gqa: expected query, key and value with a head dimension, at least 3-D, "
+                           f"got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
+    heads, key_heads, value_heads = (x.shape[-3] for x in (query, key, value))
+    if key_heads != value_heads and key_heads and value_heads and heads % key_heads == heads % value_heads == 0:
+        key, value = (x.repeat_interleave(heads // x.shape[-3], -3) for x in (key, value))
+    return query, key, value
+
+
+def broadcast_heads(query, key, value):
+    """Broadcast the query's head dimension like a batch dimension: torch's rule without GQA."""
+    if max(query.dim(), key.dim(), value.dim()) < 3:
+        return query, key, value
+    query, key, value = (x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value))
+    heads = query.shape[-3]
+    for x in (key, value):
+        if heads == 1:
+            heads = x.shape[-3]
+        elif x.shape[-3] not in (1, heads):
+            raise RuntimeError(f"key and value: expected as many heads as query or one, {query.shape[-3]} or 1, got "
+                               f"{key.shape[-3]} and {value.shape[-3]}; for grouped heads pass enable_gqa=True")
+    # a single key head stays single: the kernels share it
+    return query.expand(*query.shape[:-3], heads, *query.shape[-2:]), key, value
+
+
+def cast_for_autocast(*tensors):
+    """Cast floating-point tensors, but not float64, to the dtype of autocast, as torch does for its own attention."""
+    device = tensors[0].device.type
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def pairwise_argument(name, x, q, k, v):
+    """Return a bias or mask with as many dimensions as the scores, each of their size or 1; None stays None."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {describe(x)}")
+    dtypes = {"mask": (torch.bool,), "bias": (torch.float32, q.dtype), "attn_mask": (torch.bool, torch.float32, q.dtype)}[name]
+    if torch.is_autocast_enabled(q.device.type) and x.dtype in (torch.float16, torch.bfloat16):
+        x = x.to(q.dtype)
+    check_dense(name, x)
+    if x.dtype not in dtypes:
+        raise RuntimeError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {x.dtype}")
+    if x.device != q.device:
+        raise RuntimeError(f"{name}: expected {q.device}, where the queries are, got {x.device}")
+    heads = () if max(q.dim(), k.dim(), v.dim()) == 2 else (q.shape[-3] if q.dim() > 2 else 1,)
+    shape = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), *heads, q.shape[-2], k.shape[-2])
+    try:
+        # not by comparing sizes, which may be symbols without a value while a program is exported
+        x.expand(shape)
+    except RuntimeError:
+        torch_message = broadcast_message(shape, x.shape) + "\n" if name == "attn_mask" else ""
+        raise RuntimeError(f"{torch_message}{name}: expected a shape that broadcasts to {tuple(shape)}, got "
+                           f"{tuple(x.shape)}") from None
+    return with_rank(x, len(shape))
+
+
+def broadcast_message(shape, mask_shape):
+    """Return torch's message, in eager mode, for a mask of `mask_shape` that does not broadcast to scores of `shape`."""
+    sides = itertools.zip_longest(reversed(shape), reversed(mask_shape), fillvalue=1)
+    wrong = [(len(shape) - 1 - i, a, b) for i, (a, b) in enumerate(sides) if b != a and 1 not in (a, b)]
+    if wrong:
+        dimension, a, b = wrong[0]
+        return f"The size of tensor a ({a}) must match the size of tensor b ({b}) at non-singleton dimension {dimension}"
+    extra = mask_shape[:max(0, len(mask_shape) - len(shape))]
+    larger = [*extra, *reversed([max(pair) for pair in zip(reversed(shape), reversed(mask_shape))])]
+    return f"output with shape {list(shape)} doesn't match the broadcast shape {larger}"
+
+
+def with_rank(x, rank):
+    """Add dimensions of size 1 in front. Indexing with None would fail for fake CUDA tensors on a machine without a GPU."""
+    return x.reshape(*(1,) * (rank - x.dim()), *x.shape)
+
+
+def mask_argument(mask, q, k, v):
+    """Return the mask as `pairwise_argument` does, and kv_blocks and q_blocks, which are None without a BlockMask."""
+    if not isinstance(mask, BlockMask):
+        return pairwise_argument("mask", mask, q, k, v), None, None
+    sizes = q.shape[-2], k.shape[-2]
+    if mask.mask.shape[-2:] != sizes:
+        raise RuntimeError(f"mask: expected a block mask of {sizes[0]} queries and {sizes[1]} keys, got one of shape "
+                           f"{tuple(mask.mask.shape)}; its last two dimensions do not broadcast")
+    if not mask.is_current():
+        raise RuntimeError("mask: expected the mask as it was when block_mask() read it, got one that was changed since; "
+                           "call block_mask() again")
+    pairwise = pairwise_argument("mask", mask.mask, q, k, v)
+    return pairwise, *(with_rank(x, pairwise.dim()) for x in (mask.kv_blocks, mask.q_blocks))
+
+
+def lengths_argument(lengths, q, k, v):
+    """Return one int32 for each batch, contiguous; None stays None."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        got = lengths.dtype if isinstance(lengths, Tensor) else describe(lengths)
+        raise TypeError(f"key_lengths: expected a tensor of int32 or int64, got {got}")
+    if lengths.device != q.device:
+        raise RuntimeError(f"key_lengths: expected {q.device}, where the queries are, got {lengths.device}")
+    batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    try:
+        # clamp before the cast: a length beyond 32 bits still means all keys
+        return lengths.expand(batch).clamp(0, k.shape[-2]).to(torch.int32).contiguous()
+    except RuntimeError:
+        shapes = f"{tuple(batch)}, got {tuple(lengths.shape)}"
+        raise RuntimeError(f"key_lengths: expected a shape that broadcasts to {shapes}") from None
+
+
+def torch_mask_argument(attn_mask, is_causal, query, key, value):
+    """Return what torch's one argument stands for: bias, masks (as `mask_argument`), causal, and aligned bottom-right."""
+    if attn_mask is None:
+        return None, NO_MASK, is_causal, False
+    if isinstance(attn_mask, CausalBias):
+        if is_causal:
+            raise ValueError("CausalBias should not be used with causal=True\nis_causal: expected False with a CausalBias, "
+                             "got True")
+        sizes = attn_mask.seq_len_q, attn_mask.seq_len_kv
+        if sizes != (query.shape[-2], key.shape[-2]):
+            raise RuntimeError(f"attn_mask: expected a CausalBias of {query.shape[-2]} queries and {key.shape[-2]} keys, "
+                               f"got one of {sizes[0]} and {sizes[1]}")
+        return None, NO_MASK, True, attn_mask.variant == CausalVariant.LOWER_RIGHT
+    if is_causal:
+        # some of torch's backends accept both
+        raise RuntimeError("_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True\n"
+                           "attn_mask: expected None where is_causal=True, got a mask")
+    pairwise = pairwise_argument("attn_mask", attn_mask, query, key, value)
+    if pairwise.dtype == torch.bool:
+        return None, (pairwise, None, None), False, False
+    return pairwise, NO_MASK, False, False
+
+
+def seed_argument(p, seed, device):
+    """Return one int64 on the device where weights may be dropped, else None. A drawn seed comes from torch's generator:
+    manual_seed, checkpointing, graphs and torch.compile treat it as any other random number."""
+    if seed is None:
+        return torch.randint(2**62, (1,), device=device) if p else None
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else describe(seed)
+        raise RuntimeError(f"dropout_seed: expected one int64 on {device}, got {got}")
+    # a copy: the caller may increment his own before the backward pass reads it
+    return seed.reshape(1).clone() if p else None
+
+
+def reject_unsupported(**arguments):
+    """Raise NotImplementedError for an argument that is not None."""
+    for name, value in arguments.items():
+        if value is not None:
+            raise NotImplementedError(f"{name} is not supported yet (got {describe(value)}); leave it out")
+
+
+def describe(value) -> str:
+    """Return a value in a few words: a tensor's shape, or a short repr."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
+
+
+def check_dense(name, x):
+    """Raise RuntimeError for a sparse or nested tensor."""
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested one" if x.is_nested else f"layout {x.layout}"
+        raise RuntimeError(f"{name}: expected a dense (strided) tensor, got {got}")
+
+
+def check_tensors(**tensors):
+    """Raise unless each is a dense tensor with at least two dimensions."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        check_dense(name, x)
+        if x.dim() < 2:
+            raise RuntimeError(f"{name}: expected at least 2 dimensions, [..., length, size], got {x.dim()}")
+
+
+def check_dtype_and_device(**tensors):
+    """Raise RuntimeError unless all have one supported dtype and one device that runs kernels."""
+    (first, q), *_ = tensors.items()
+    for name, x in tensors.items():
+        if x.dtype != q.dtype:
+            raise RuntimeError(f"{name}: expected the dtype of {first}, {q.dtype}, got {x.dtype}")
+        if x.device != q.device:
+            raise RuntimeError(f"{name}: expected the device of {first}, {q.device}, got {x.device}")
+    check_kernels_run_on(**{first: q})
+    if q.dtype not in DTYPES and not (INTERPRETED and q.dtype == torch.float64):
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise RuntimeError(f"{first}: expected dtype {supported} (float64 in Triton's interpreter only), got {q.dtype}")
+
+
+def check_kernels_run_on(**tensors):
+    """Raise RuntimeError unless kernels run on the device of these tensors."""
+    if not TRITON:
+        raise RuntimeError("Triton is not installed: install it next to torch; on a machine without a GPU, "
+                           "pip install 'tritonattn[cpu]'")
+    for name, x in tensors.items():
+        if x.device.type == "cpu" and not INTERPRETED:
+            raise RuntimeError(f"{name}: expected a tensor on a GPU, got one on the CPU; to run the kernels there in Triton's "
+                               "interpreter, set TRITON_INTERPRET=1 before Python starts")
+
+
+def check_sizes(names, q, k, v):
+    """Raise RuntimeError unless lengths, head sizes, head counts and batch dimensions of q, k and v fit."""
+    q_name, k_name, v_name = names
+    if k.shape[-1] != q.shape[-1]:
+        raise RuntimeError(f"{k_name}: expected the head size of {q_name}, {q.shape[-1]}, got {k.shape[-1]}")
+    if v.shape[-2] != k.shape[-2]:
+        raise RuntimeError(f"{v_name}: expected the length of {k_name}, {k.shape[-2]}, got {v.shape[-2]}")
+    for name, x in zip(names, (q, k, v)):
+        if x.shape[-1] > 256 and x.shape[-1] > largest_head(x):
+            raise RuntimeError(head_size_message(name, x))
+    heads = [1 if x.dim() == 2 else x.shape[-3] for x in (q, k, v)]
+    if heads[1] != heads[2] and 1 not in heads[1:]:
+        raise RuntimeError(f"{v_name}: expected the head count of {k_name}, {heads[1]}, or 1, got {heads[2]}")
+    for name, count in zip((k_name, v_name), heads[1:]):
+        if heads[0] % count if count else heads[0]:
+            raise RuntimeError(f"{name}: expected a head count dividing {heads[0]}, got {count}")
+    try:
+        torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(x.shape[:-3])) for x in (q, k, v))
+        raise RuntimeError(f"{q_name}, {k_name}, {v_name}: expected batch dimensions that broadcast, got {shapes}") from None
+
+
+def largest_head(x) -> int:
+    """Return the largest head size that kernels take in this tensor's dtype on its device."""
+    return gpu_of(x.device).largest_head(x.dtype) if x.device.type == "cuda" else LARGEST_HEAD
+
+
+def head_size_message(name, x) -> str:
+    """Return the limit of the head size, its cause and the remedy."""
+    limit, dtype = largest_head(x), str(x.dtype).removeprefix("torch.")
+    if limit == LARGEST_HEAD:
+        why, fix = "in every dtype", "larger heads, such as 576 with values of 512 (MLA), are not supported yet"
+    else:
+        gpu = gpu_of(x.device)
+        why = f"in {dtype} with the {gpu.shared_memory} bytes of shared memory of {gpu.name}"
+        fix = f"float16 and bfloat16 take up to {LARGEST_HEAD}"
+    return f"{name}: expected a head size of at most {limit} {why}, got {x.shape[-1]}; {fix}"
+
+
+def check_scale(scale, d) -> float:
+    """Return the scale, 1/sqrt(d) for None. Raises TypeError or ValueError."""
+    if scale is None:
+        return 1.0 / math.sqrt(d) if d else 1.0
+    if isinstance(scale, Tensor) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"scale: expected a number or None, got {describe(scale)}; multiply q by a learned scale, so that it "
+                        "gets a gradient")
+    if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {str(scale)[:24]}")
+    return torch.sym_float(scale)
+
+
+def check_probability(p) -> float:
+    """Return the probability of dropout. Raises TypeError, or ValueError outside [0, 1]."""
+    if isinstance(p, Tensor) or not isinstance(p, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"dropout_p: expected a number, got {describe(p)}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout_p: expected a probability, between 0 and 1, got {p}")
+    return torch.sym_float(p)
+
+
+def check_window(causal, window):
+    """Return the sides (left, right), None where unbounded. Raises TypeError or ValueError."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected True or False, got {describe(causal)}")
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise TypeError(f"window: expected a pair (left, right), got {describe(window)}")
+    left, right = (check_side(name, side) for name, side in zip(("left", "right"), window))
+    return left, 0 if causal else right
+
+
+def check_side(name, side):
+    """Return one side of a window as an integer or None."""
+    if side is None:
+        return None
+    if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool):
+        try:
+            if isinstance(side, bool) or (isinstance(side, Tensor) and (side.dim() or side.dtype == torch.bool)):
+                raise TypeError
+            side = operator.index(side)
+        except TypeError:
+            raise TypeError(f"window: expected {name} to be an integer or None, got {describe(side)}") from None
+    if side < 0:
+        raise ValueError(f"window: expected {name} to be at least 0, got {side}; None is unbounded (FlashAttention's -1)")
+    return side
+
+
+def check_align(align, n_q, n_k, bounded, key_lengths) -> bool:
+    """Return whether the last query is aligned with the last key. Raises ValueError where `align` must be given."""
+    if align not in (None, "top_left", "bottom_right"):
+        raise ValueError(f"align: expected 'top_left' or 'bottom_right', got {align!r}")
+    if align is None and bounded and key_lengths is not None:
+        raise ValueError("align: expected 'top_left' or 'bottom_right', since sequences of their own lengths can be aligned "
+                         "both ways, got None")
+    if align is None and bounded and n_q != n_k:
+        raise ValueError(f"align: expected 'top_left' or 'bottom_right', since {n_q} queries and {n_k} keys can be aligned "
+                         "both ways, got None")
+    return align == "bottom_right"
