@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import triton
 
+from tritonattn import __version__
 from tritonattn import gpu as gpus
 from tritonattn.analysis.cost_model import estimate
 from tritonattn.autotune import trials
@@ -54,7 +55,6 @@ from tritonattn.gpu import Gpu
 from tritonattn.measure import environment
 from tritonattn.measure.journal import Journal, JournalError, digest
 from tritonattn.problem import Problem
-from tritonattn.version import VERSION
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -345,7 +345,7 @@ def build(gpu: Gpu, folder: Path = FOLDER, work: Path = Path("build"), jobs: int
             rows[key] = row = builder.row(key, rows)
             print(f"{gpu.name}  {key[0]:8} {8 * key[1]:2} bits  {key[2]:3}  {key[3]:6} {row.filled.config!s:14} "
                   f"{row.underfilled.config!s:14} {row.filled.accepted_fault}", flush=True)
-    provenance = {"tritonattn": VERSION, "kernel_hash": kernel_hash()} | tritons
+    provenance = {"tritonattn": __version__, "kernel_hash": kernel_hash()} | tritons
     rows = {key: rows[key] for key in row_keys_of(gpu)}
     return write_table(Table(path.stem, {"name": gpu.name} | gpu_fingerprint(gpu), provenance, rows), folder)
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from tests.analysis.test_compile_report import compiled
+from tests.helpers.compile_server import compiled
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis.compile_report import KernelReport
 from tritonattn.analysis.sass import Loop
@@ -260,6 +260,6 @@ def test_a_child_compiles_with_the_precision_that_it_is_told():
     jobs = [("forward", problem, Config(64, 32, 8, 2), gpu.KNOWN["sm_100"], each) for each in ("ieee", "tf32", "ieee")]
     with Workers(1) as workers:
         found = list(workers.map(jobs))
-    assert [(each.precision, each.path, each.best_path) for each in found] == [
+    assert [(each.precision, each.mma_instruction, each.best_mma_instruction) for each in found] == [
         ("ieee", "", ""), ("tf32", "UTCHMMA", "UTCHMMA"), ("ieee", "", "")]
     assert found[1].duplicated == 1.0 and found[1].tensor_memory > 0 == found[0].tensor_memory and found[0] == found[2]

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from perf.config_table import LIGHT_SPILLS
-from tests.analysis.test_compile_report import compiled
+from tests.helpers.compile_server import compiled
 from tests.helpers.shipped_rows import OWN, PROVED
 from tritonattn.configs import shipped as tables
 from tritonattn.configs.shipped import WIDTHS
@@ -235,6 +235,7 @@ def test_what_is_given_for_each_pair_fits_hardly_spills_and_is_computed_once(arc
 def test_variants_that_are_not_used_leave_no_trace():
     """Plain attention, instruction by instruction, is what it is with every variant cut out of the kernels' source."""
     # not as a part of the tests, which would have the kernels interpreted
-    found = compiled("import json, sys; sys.path.append('tests/helpers'); import bare; print(json.dumps(bare.compare()))")
+    found = compiled("import json, sys; sys.path.append('tests/helpers'); import bare; print(json.dumps(bare.compare()))",
+                     fresh=True)
     for cell, (same, ours, bare) in found.items():
         assert same and ours > 100, f"{cell}: {ours} instructions, {bare} without the variants"

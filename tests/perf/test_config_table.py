@@ -10,10 +10,10 @@ import triton
 
 from perf import config_table
 from perf.config_table import LIGHT_SPILLS, Builder, Result
-from tests.analysis.test_compile_report import compiled
 from tests.autotune.test_prune import GOOD, H200, LOOP, MI300X
 from tests.autotune.test_sweep import begun, quiet
 from tests.helpers import corpus
+from tests.helpers.compile_server import compiled
 from tritonattn import Config, gpu
 from tritonattn.autotune import prune, sweep
 from tritonattn.autotune import trials as runs

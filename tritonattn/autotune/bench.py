@@ -71,7 +71,7 @@ class Bench:
             for tensor in MAKES[self.kernel]:
                 if not torch.equal(first[tensor].view(torch.uint8), second[tensor].view(torch.uint8)):
                     return Check(worst, "not repeatable", f"{tensor}, {name}")
-                error = accuracy.error(first[tensor], exact[tensor])
+                error = accuracy.max_error(first[tensor], exact[tensor])
                 if not error <= allowed[tensor]:
                     return Check(worst, "incorrect", f"{tensor} is off by {error:.1e}, {allowed[tensor]:.1e} allowed, {name}")
                 worst[tensor] = max(worst.get(tensor, (0.0, 1.0)), (error, allowed[tensor]), key=lambda pair: pair[0] / pair[1])
@@ -79,7 +79,7 @@ class Bench:
                 # without a gradient to come it is another binary
                 with pinned(forward=Config.parse(config)), torch.no_grad():
                     bare = attention(*given[0][:3], bias=given[0][4], **given[1])
-                if not accuracy.error(bare, exact["o"]) <= allowed["o"]:
+                if not accuracy.max_error(bare, exact["o"]) <= allowed["o"]:
                     return Check(worst, "incorrect", f"o without a gradient, {name}")
         return Check(worst)
 
@@ -127,7 +127,7 @@ class Bench:
             # it is float32 whatever the inputs are
             wide = torch.promote_types(self.problem.dtype, torch.float32)
             torchs["lse"] = outcome(reference.attention, tensors, as_defined(options, tensors), ("lse",), wide)["lse"]
-        allowed = {tensor: min(ENORMOUS, FLOOR + accuracy.allowed(torchs[tensor], exact[tensor], torchs[tensor].dtype))
+        allowed = {tensor: min(ENORMOUS, FLOOR + accuracy.tolerance(torchs[tensor], exact[tensor], torchs[tensor].dtype))
                    for tensor in wanted}
         return name, (tensors, options), exact, allowed
 

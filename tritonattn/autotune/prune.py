@@ -106,10 +106,11 @@ def _against(report):
         return "unclear", "no loop with exponentials"
     spilled = f"{report.loop_spills} in the loop" if report.loop_spills else ""
     besides = f", and spills {spilled}" if spilled else ""
-    if report.path != report.best_path:
-        return "wrong tensor path", f"{report.path or 'none'} instead of {report.best_path or 'none'}{besides}"
+    if report.mma_instruction != report.best_mma_instruction:
+        expected = report.best_mma_instruction or "none"
+        return "wrong tensor path", f"{report.mma_instruction or 'none'} instead of {expected}{besides}"
     # without tensor cores a product has no instruction of its own to count
-    duplicated = report.duplicated if report.path else 1.0
+    duplicated = report.duplicated if report.mma_instruction else 1.0
     if duplicated >= DUPLICATE_PRODUCTS or report.redone >= DUPLICATE_EXPONENTIALS:
         return "duplicate work", f"products x {duplicated:.2f}, exponentials x {report.redone:.2f}{besides}"
     if report.serialized:

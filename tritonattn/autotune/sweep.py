@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import triton
 
+from .. import __version__
 from ..configs.kernel_hash import kernel_hash
 from ..configs.shipped import gpu_fingerprint
 from ..measure import journal
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
-from ..version import VERSION
 from .search import FAILURES, LONG, Search
 from .trials import ENVIRONMENT, PLAN, RESULTS, SCHEMA, Job, Trial
 from .tuner import TuningSetup, job_of, static_of
@@ -52,7 +52,7 @@ def plan_of(problems: Iterable[tuple[Problem, Iterable[str]]], lab: TuningSetup,
 
 def versions() -> dict:
     """What must be the same for a sweep to go on."""
-    return {"tritonattn": VERSION, "triton": triton.__version__, "torch": torch.__version__}
+    return {"tritonattn": __version__, "triton": triton.__version__, "torch": torch.__version__}
 
 
 def begin(folder: Path, plan: dict, here: dict) -> None:
