@@ -45,7 +45,7 @@ class Expected(NamedTuple):
 
     def errors(self, names, tensors) -> dict[str, list[float]]:
         """Return {name: [error, allowed error]}."""
-        return {name: [accuracy.error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, tensors)}
+        return {name: [accuracy.max_error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, tensors)}
 
 
 @dataclass
@@ -122,7 +122,7 @@ def expected_tensors(case: Case, inputs) -> Expected:
         return dict(zip(names, (tensors,) if do is None else tensors))
 
     exact, rounded = tensors_by_name(wide), tensors_by_name(problem.dtype)
-    allowed = {name: accuracy.allowed(rounded[name], exact[name], problem.dtype) for name in names}
+    allowed = {name: accuracy.tolerance(rounded[name], exact[name], problem.dtype) for name in names}
     if unbounded := [name for name, limit in allowed.items() if not math.isfinite(limit)]:
         raise ValueError(f"{', '.join(unbounded)}: the definition in {problem.dtype} is not finite")
     return Expected(exact, allowed)

@@ -11,7 +11,7 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 # one whole number for each folder; files at the root have their own
 FLOORS = {
-    "version": 0, "reference": 0, "kernels": 0, "problem": 1, "config": 1, "gpu": 1, "block_mask": 1, "measure": 2,
+    "reference": 0, "kernels": 0, "problem": 1, "config": 1, "gpu": 1, "block_mask": 1, "measure": 2,
     "configs": 2, "runtime": 3, "attention": 4, "analysis": 5, "integrations": 5, "autotune": 6, "cli": 7,
 }
 # inside a folder, a file imports only files that stand before it
@@ -22,10 +22,11 @@ ORDER = {
     "runtime": ["arguments", "interpreter", "launch", "custom_op"],
     "analysis": ["sass", "compile_report", "cost_model", "explain"],
     "integrations": ["dispatch_log", "aten_overrides", "sdpa_patch", "transformers"],
-    "autotune": ["worker_pool", "prune", "config_table", "trials", "record_problems", "search", "bench", "tune", "first_call",
-                 "sweep", "replay", "measured", "sweep_report"],
-    "cli": ["format", "doctor", "selftest", "demo", "tuning", "main"],
-    "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "gpu"],
+    "autotune": ["worker_pool", "prune", "trials", "record_problems", "search", "bench", "tune", "first_call", "sweep",
+                 "replay", "sweep_report"],
+    "cli": ["format", "reports", "doctor", "selftest", "demo", "tuning", "inspection", "main"],
+    "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "gpu",
+             "config_table"],
 }
 
 

@@ -1,33 +1,41 @@
 """Exact attention in Triton, forward and backward, plugging into PyTorch."""
 
-import os as _os
+__version__ = "0.1.0"
+
+import importlib
+import os
 
 from . import config, reference
-from .analysis.explain import explain
 from .attention import attention, dropout_mask, scaled_dot_product_attention
-from .autotune.record_problems import record_problems
 from .block_mask import BlockMask, block_mask
-from .config import Config
+from .config import Config, pinned
 from .integrations.dispatch_log import fallback_report
 from .integrations.sdpa_patch import disable, enable, swapped
 from .problem import Problem
-from .version import VERSION as __version__
+
+# imported on first use, so that `import tritonattn` loads no tuning and no inspection
+_LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_problems", "tune": ".autotune.tune"}
 
 __all__ = [
     "BlockMask", "Config", "Problem", "__version__", "attention", "block_mask", "config", "disable", "dropout_mask",
-    "enable", "explain", "fallback_report", "record_problems", "reference", "scaled_dot_product_attention", "swapped", "tune",
+    "enable", "explain", "fallback_report", "pinned", "record_problems", "reference", "scaled_dot_product_attention",
+    "swapped", "tune",
 ]
 
-if _os.environ.get("TRITONATTN_AUTOTUNE"):
+
+def __getattr__(name: str):
+    """Import `explain`, `record_problems` or `tune` on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+if os.environ.get("TRITONATTN_AUTOTUNE"):
     from .autotune import first_call
 
     first_call.install()
-
-
-def __getattr__(name):
-    """Import the tuner on first use."""
-    if name == "tune":
-        from .autotune.tune import tune
-
-        return tune
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

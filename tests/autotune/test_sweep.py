@@ -10,11 +10,9 @@ from tests.autotune.test_tune import H200, PROBLEM, Compilers, Surface
 from tests.helpers import corpus
 from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import gpu
-from tritonattn.autotune import measured, prune, replay, search, sweep
+from tritonattn.autotune import prune, replay, search, sweep
 from tritonattn.autotune import trials as runs
 from tritonattn.autotune.tune import TuningSetup
-from tritonattn.configs import shipped as tables
-from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.user_cache import Cache
 from tritonattn.measure.journal import JournalError
 
@@ -190,56 +188,3 @@ def test_a_config_that_was_not_tried_raises(recorded):
         bench.check("16x16w1s1")
     failed = next(trial for trial in recorded.trials if trial.status == "incorrect")
     assert replay.ReplayBench({failed.config: failed}).check(failed.config).reason == "incorrect"
-
-
-# --- tables of what was measured
-
-
-def test_a_table_takes_what_was_measured(tmp_path):
-    folder, setup = begun(tmp_path)
-    sweep.resume(folder, setup, say=quiet)
-    shipped, = (each for each in tables.shipped_tables() if each.name == "h200")
-    path = tables.write_table(dataclasses.replace(shipped, made=shipped.made | {"source": kernel_hash()}), tmp_path)
-    new = tables.read_table(measured.build([runs.read(folder)], H200, path, tmp_path / "."))
-    entry = new.rows["forward", 2, 128, "full"].many
-    assert (entry.config, entry.source, entry.shared_memory) == ("64x128w4s2e1", "measured", 65536)
-    assert new.rows["dkdv", 2, 128, "edges"].many.source == "measured"
-    others = [key for key in shipped.rows if key not in (("forward", 2, 128, "full"), ("dkdv", 2, 128, "edges"))]
-    assert all(new.rows[key] == shipped.rows[key] for key in others)
-    assert new.rows["forward", 2, 128, "full"].few == shipped.rows["forward", 2, 128, "full"].few
-
-
-def test_a_synthetic_sweep_makes_no_table(tmp_path):
-    with pytest.raises(ValueError, match="expected sweeps that were timed, got a synthetic one"):
-        measured.build([corpus.made_up()], H200, tables.FOLDER / "h200.json", tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"arch": "sm_80"}, {"sms": 114}, {"memory": 80 << 30}], ids=str)
-def test_a_sweep_of_another_gpu_makes_no_row_of_this(change, tmp_path):
-    folder, setup = begun(tmp_path)
-    sweep.resume(folder, setup, say=quiet)
-    run = runs.read(folder)
-    run = dataclasses.replace(run, plan=run.plan | {"gpu": run.plan["gpu"] | change})
-    with pytest.raises(ValueError, match="expected a sweep of the kernels and the GPU of this table"):
-        measured.build([run], H200, tables.FOLDER / "h200.json", tmp_path)
-
-
-def test_what_a_map_could_not_use_and_what_lost_its_incumbent_make_no_row(recorded):
-    job = recorded.jobs[0]
-    good, = (trial for trial in recorded.of(job).values() if trial.config == job.incumbent)
-    fast = dataclasses.replace(good, config="256x64w8s2", samples=(1e-6,) * len(good.samples))
-    alone = dataclasses.replace(good, config="128x32w4s2", samples=(1e-6,), beside=())
-    # a tile that no table is made with unless it was timed
-    little = dataclasses.replace(good, config="32x64w4s2", samples=tuple(seconds / 2 for seconds in good.samples))
-    small = dataclasses.replace(job, configs=(job.incumbent, fast.config, alone.config, little.config))
-    run = dataclasses.replace(recorded, jobs=(small,), trials=(good, fast, alone, little))
-    (_, by_config), = measured.slowdowns([run], H200).items()
-    assert by_config == {job.incumbent: [2.0], "256x64w8s2": [None], "128x32w4s2": [None], "32x64w4s2": [1.0]}
-    outcome, = replay.replay(run, "exhaustive", [0])
-    assert outcome.pick == fast.config and outcome.regret == 0, "seconds and ratios are not mixed"
-
-
-def test_a_row_takes_what_does_best_over_all_its_problems():
-    by_config = {"a": [1.0, 1.5, 1.5], "b": [1.2, 1.2, 1.2], "c": [1.0, 1.0, None]}
-    assert measured._best(by_config) == "b", "c was not timed everywhere"
-    assert measured._best({"b": [1.0], "a": [1.0]}) == "a"

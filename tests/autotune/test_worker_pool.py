@@ -135,7 +135,7 @@ def test_compilers_use_the_requested_precision_and_return_what_is_refused():
     jobs = [("forward", problem, Config(64, 32, 8, 2), blackwell, precision) for precision in ("ieee", "tf32", "ieee")]
     with Workers(1) as workers:
         *reports, failure = workers.map([*jobs, ("forward", PROBLEM, Config(64, 64), unknown)])
-    assert [(report.precision, report.path, report.best_path) for report in reports] == [
+    assert [(report.precision, report.mma_instruction, report.best_mma_instruction) for report in reports] == [
         ("ieee", "", ""), ("tf32", "UTCHMMA", "UTCHMMA"), ("ieee", "", "")]
     assert reports[1].duplicated == 1.0 and reports[1].tensor_memory > 0 == reports[0].tensor_memory
     assert reports[0] == reports[2]

@@ -1,4 +1,4 @@
-"""The doctor finds what is planted, says how to mend it, and leaves no trace."""
+"""The doctor reports planted problems with a fix, and writes nothing."""
 
 import importlib.metadata
 import json
@@ -18,8 +18,8 @@ from tritonattn.cli.main import main
 
 
 @pytest.fixture(autouse=True)
-def sound(monkeypatch, tmp_path):
-    """A machine without a GPU where everything fits, whatever this one is."""
+def healthy(monkeypatch, tmp_path):
+    """A machine without a GPU and without problems, whatever this one is."""
     monkeypatch.setattr(doctor, "compiles", lambda: False)
     monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
     monkeypatch.setattr(triton, "__version__", "3.6.0")
@@ -30,7 +30,7 @@ def sound(monkeypatch, tmp_path):
 
 
 def declare(monkeypatch, *requirements):
-    """What torch's metadata asks for."""
+    """Set the requirements in torch's metadata."""
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["filelock", *requirements])
 
 
@@ -72,13 +72,13 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
 
 
-def test_a_sound_machine_is_well(capsys):
+def test_machine_without_problems(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("all well\n") and "mend" not in out
+    assert out.endswith("\nOK\n") and "fix" not in out
 
 
-@pytest.mark.parametrize("plant, names, mend", [
+@pytest.mark.parametrize("plant, names, fix", [
     (old_torch, ["torch"], "pip install --upgrade 'torch>=2.11'"),
     (old_triton, ["triton"], "pip install 'triton>=3.6'"),
     (other_triton_than_pinned, ["triton"], "pip install 'triton==3.7.1'"),
@@ -88,14 +88,14 @@ def test_a_sound_machine_is_well(capsys):
     (unwritable_cache, ["cache"], "set TRITON_CACHE_DIR"),
     (full_disk, ["cache"], "set TRITON_CACHE_DIR"),
 ])
-def test_what_will_not_work_is_bad_and_has_a_mend(monkeypatch, capsys, plant, names, mend):
+def test_problem_is_bad_and_has_a_fix(monkeypatch, capsys, plant, names, fix):
     plant(monkeypatch)
     bad = [finding for finding in doctor.findings() if finding.status == "bad"]
     assert [finding.name for finding in bad] == names
-    assert bad[0].mend.startswith(mend)
+    assert bad[0].fix.startswith(fix)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert f"mend: {mend}" in out and out.endswith(f"will not work: {', '.join(names)}\n")
+    assert f"fix: {fix}" in out and out.endswith(f"problems: {', '.join(names)}\n")
 
 
 @pytest.mark.parametrize("requirement, pin", [
@@ -104,15 +104,15 @@ def test_what_will_not_work_is_bad_and_has_a_mend(monkeypatch, capsys, plant, na
     ('triton (==3.6.0) ; platform_system == "Linux"', "triton==3.6.0"),
     ('triton-rocm==3.6.0; platform_system == "Linux"', "triton-rocm==3.6.0"),
     ('triton==3.7.1; platform_system == "Windows"', None),
-    ('triton==3.5.1; platform_system == "Linux"', None),  # of a torch that is too old itself
+    ('triton==3.5.1; platform_system == "Linux"', None),  # a torch that is too old itself
     ("tritonclient==2.0.0", None),
 ])
-def test_the_triton_that_torch_declares(monkeypatch, requirement, pin):
+def test_pinned_triton_is_read_from_torchs_metadata(monkeypatch, requirement, pin):
     declare(monkeypatch, requirement)
     assert doctor.pinned_by_torch() == pin
 
 
-def test_a_torch_without_metadata_pins_nothing(monkeypatch):
+def test_torch_without_metadata_pins_nothing(monkeypatch):
     def requires(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -120,24 +120,24 @@ def test_a_torch_without_metadata_pins_nothing(monkeypatch):
     assert doctor.pinned_by_torch() is None and found("triton").status == "ok"
 
 
-def test_a_patch_of_triton_does_not_matter(monkeypatch):
+def test_patch_release_of_triton_is_ignored(monkeypatch):
     declare(monkeypatch, 'triton==3.7.1; platform_system == "Linux"')
     monkeypatch.setattr(triton, "__version__", "3.7.0+git1234")
     assert found("triton").status == "ok"
 
 
-def test_with_a_gpu_the_interpreter_is_not_needed(monkeypatch):
+def test_interpreter_problem_is_a_note_with_a_gpu(monkeypatch):
     monkeypatch.setattr(doctor, "compiles", lambda: True)
     new_numpy(monkeypatch)
-    assert found("interpreter").status == "note" and found("interpreter").mend
+    assert found("interpreter").status == "note" and found("interpreter").fix
 
 
-def test_without_a_gpu_the_cache_is_not_needed(monkeypatch):
+def test_cache_problem_is_a_note_without_a_gpu(monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert found("cache").status == "note" and found("cache").mend
+    assert found("cache").status == "note" and found("cache").fix
 
 
-def test_a_gpu_is_described(monkeypatch):
+def test_gpus_are_listed_by_model(monkeypatch):
     monkeypatch.setattr(doctor, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -145,12 +145,12 @@ def test_a_gpu_is_described(monkeypatch):
     assert found("gpu") == doctor.Finding("gpu", "2 x H200, sm_90, 227 KiB of shared memory")
 
 
-def test_looking_writes_nothing(tmp_path):
-    assert "still to be made" in found("cache").value
+def test_nothing_is_written(tmp_path):
+    assert "not created yet" in found("cache").value
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cache_is_where_triton_keeps_it(monkeypatch, tmp_path):
+def test_cache_folder_follows_triton_home(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_CACHE_DIR")
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     assert found("cache").value.startswith(str(tmp_path / ".triton" / "cache"))
@@ -159,6 +159,6 @@ def test_the_cache_is_where_triton_keeps_it(monkeypatch, tmp_path):
 def test_json(capsys):
     assert main(["doctor", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [set(entry) for entry in listed] == [{"name", "value", "status", "mend"}] * len(listed)
+    assert [set(entry) for entry in listed] == [{"name", "value", "status", "fix"}] * len(listed)
     names = [entry["name"] for entry in listed]
     assert names[:5] == ["python", "tritonattn", "torch", "triton", "numpy"] and {"gpu", "interpreter", "cache"} <= {*names}

@@ -1,20 +1,19 @@
-"""The command line: what it accepts, what it returns, and that it finds its way into the interpreter."""
+"""The command line: arguments, exit codes, output, and the processes that it starts."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.analysis.test_compile_report import report
-from tests.analysis.test_cost_model import LOOP
-from tritonattn import gpu
+import tritonattn
+from tests.helpers.kernel_reports import LOOP, report
 from tritonattn.analysis import compile_report
-from tritonattn.cli import doctor, selftest
-from tritonattn.cli import main as cli
+from tritonattn.cli import doctor, main, selftest
 from tritonattn.cli.demo import demo
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +22,7 @@ WRONG = selftest.Result("causal", "float32", "dk", 1e-2, 1e-6)
 
 
 def run(*command, **environment):
-    """A new Python that was told nothing of the interpreter."""
+    """Run Python without TRITON_INTERPRET."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=inherited | environment, capture_output=True, text=True,
                           timeout=300)
@@ -32,26 +31,27 @@ def run(*command, **environment):
 @pytest.fixture
 def compiled_without_a_gpu(monkeypatch):
     """A process whose kernels are compiled, on a machine that cannot run them."""
-    monkeypatch.setattr(cli, "INTERPRETED", False)
+    monkeypatch.setattr(main, "INTERPRETED", False)
     monkeypatch.setattr(doctor, "INTERPRETED", False)
     monkeypatch.setattr(doctor, "compiles", lambda: False)
 
 
 @pytest.mark.parametrize("argv", [[], ["dmeo"], ["demo", "--speed"], ["demo", "--steps", "many"],
-                                  ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"], ["lens", "--target", "gtx"],
+                                  ["selftest", "--device", "tpu"], ["doctor", "--device", "cpu"],
+                                  ["inspect", "--target", "gtx"],
                                   ["explain", "--gpu", "h200"], ["explain", "--shape", "1x1x1x1x1", "--gpu", "sm_1"],
-                                  ["table"], ["table", "build", "h200", "--like", "gtx"], ["tune"],
+                                  ["tune"],
                                   ["tune", "--shape", "1x1x1x1x1", "--trials", "0"],
-                                  ["sweep"], ["replay"], ["cache"], ["cache", "clear"], ["cache", "show"]])
+                                  ["sweep"], ["replay"], ["cache"], ["cache", "clear"]])
 def test_wrong_usage_is_2(argv, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(argv)
+        main.main(argv)
     assert exit.value.code == 2 and "usage: tritonattn" in capsys.readouterr().err
 
 
-def test_a_gpu_that_is_not_there_is_wrong_usage(compiled_without_a_gpu, capsys):
+def test_device_cuda_without_a_gpu_is_wrong_usage(compiled_without_a_gpu, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(["selftest", "--device", "cuda"])
+        main.main(["selftest", "--device", "cuda"])
     assert exit.value.code == 2 and "--device: expected cpu" in capsys.readouterr().err
 
 
@@ -60,128 +60,131 @@ def test_a_gpu_that_is_not_there_is_wrong_usage(compiled_without_a_gpu, capsys):
     (["demo", "--help"], ["--text", "--steps", "--out", "demo.png"]),
     (["selftest", "--help"], ["--json", "--device"]),
     (["doctor", "--help"], ["--json"]),
-    (["lens", "--help"], ["--target", "--config", "--compare", "--sass", "--plot", "--json", "sm_90"]),
+    (["inspect", "--help"], ["--target", "--config", "--compare", "--sass", "--plot", "--json", "sm_90"]),
     (["explain", "--help"], ["--shape", "--gpu", "--causal"]),
-    (["table", "build", "--help"], ["--everything", "--jobs", "--from"]),
-    (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["merge", "verify", "export"]),
-    (["--version"], ["tritonattn", cli.VERSION]),
+    (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["path", "ls", "clear"]),
+    (["--version"], ["tritonattn", tritonattn.__version__]),
 ])
 def test_help_and_version(argv, words, capsys):
     with pytest.raises(SystemExit) as exit:
-        cli.main(argv)
+        main.main(argv)
     out = capsys.readouterr().out
     assert exit.value.code == 0 and all(word in out for word in words)
 
 
-def test_the_demo_gets_its_options(monkeypatch):
-    asked = []
-    monkeypatch.setattr(demo, "run", lambda *options: asked.append(options) or 1)
-    assert cli.main(["demo"]) == 1, "the exit code is the demo's"
-    cli.main(["demo", "--text", "a.txt", "--steps", "3", "--out", "b.png"])
-    assert asked == [(None, None, "demo.png"), ("a.txt", 3, "b.png")]
+def test_demo_receives_its_options(monkeypatch):
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda *options: calls.append(options) or 1)
+    assert main.main(["demo"]) == 1, "the exit code is the demo's"
+    main.main(["demo", "--text", "a.txt", "--steps", "3", "--out", "b.png"])
+    assert calls == [(None, None, "demo.png"), ("a.txt", 3, "b.png")]
 
 
-def test_wrong_input_is_one_line_and_2(monkeypatch, capsys):
+def test_input_error_is_one_line_and_2(monkeypatch, capsys):
     def refuse(*options):
         raise demo.InputError("text: expected at least 66 characters, got 3")
 
     monkeypatch.setattr(demo, "run", refuse)
-    assert cli.main(["demo", "--text", "a.txt"]) == 2
+    assert main.main(["demo", "--text", "a.txt"]) == 2
     assert capsys.readouterr().err == "text: expected at least 66 characters, got 3\n"
 
 
 @pytest.mark.parametrize("results, code", [([GOOD], 0), ([GOOD, WRONG], 1)])
-def test_the_exit_code_of_the_selftest(monkeypatch, capsys, results, code):
+def test_exit_code_of_selftest(monkeypatch, capsys, results, code):
     monkeypatch.setattr(selftest, "run", lambda device: results)
-    assert cli.main(["selftest"]) == code
-    out = capsys.readouterr().out
-    assert out.startswith(f"tritonattn {cli.VERSION} on ") and ("WRONG" in out) == bool(code)
-    assert cli.main(["selftest", "--json"]) == code
+    assert main.main(["selftest"]) == code
+    output = capsys.readouterr().out
+    assert output.startswith(f"tritonattn {tritonattn.__version__} on ") and ("WRONG" in output) == bool(code)
+    assert main.main(["selftest", "--json"]) == code
     assert [entry["agrees"] for entry in json.loads(capsys.readouterr().out)] == [result.agrees for result in results]
 
 
 @pytest.mark.parametrize("argv", [["demo", "--steps", "3"], ["selftest", "--json"], ["selftest", "--device", "cpu"]])
-def test_kernels_without_a_gpu_go_to_an_interpreted_process(monkeypatch, compiled_without_a_gpu, argv):
+def test_commands_without_a_gpu_start_an_interpreted_process(monkeypatch, compiled_without_a_gpu, argv):
     calls = []
     monkeypatch.setattr(subprocess, "call", lambda command, env: calls.append((command, env["TRITON_INTERPRET"])) or 7)
-    assert cli.main(argv) == 7, "the exit code is the child's"
+    assert main.main(argv) == 7, "the exit code is the child's"
     assert calls == [([sys.executable, "-m", "tritonattn", *argv], "1")]
 
 
-def test_an_interpreter_that_cannot_work_is_not_started(monkeypatch, compiled_without_a_gpu, capsys):
+def test_unusable_interpreter_is_not_started(monkeypatch, compiled_without_a_gpu, capsys):
     monkeypatch.setattr(doctor, "of_interpreter", lambda: doctor.Finding("interpreter", "on; old", "bad", "pip install it"))
     monkeypatch.setattr(subprocess, "call", pytest.fail)
-    assert cli.main(["selftest"]) == 1
-    assert capsys.readouterr().err == "interpreter: on; old; mend: pip install it\n"
+    assert main.main(["selftest"]) == 1
+    assert capsys.readouterr().err == "interpreter: on; old; fix: pip install it\n"
 
 
-LENS = "-m", "tritonattn", "lens", "--head-dim", "64"
+INSPECT = "-m", "tritonattn", "inspect", "--head-dim", "64"
 
 
-def test_the_lens_in_a_new_process(tmp_path):
-    done = run(*LENS, "--target", "sm_90,mi300x", "--direction", "backward", "--causal", "--plot", str(tmp_path / "a.png"))
+def test_inspect_in_a_new_process(tmp_path):
+    done = run(*INSPECT, "--target", "sm_90,mi300x", "--direction", "backward", "--causal", "--plot", str(tmp_path / "a.png"))
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[0].startswith("GPU") and len(lines) >= 7, done.stderr
     assert [line.split()[2] for line in lines[1:7]] == ["delta", "dq", "dkdv"] * 2
     assert (tmp_path / "a.png").stat().st_size > 5000
-    done = run(*LENS, "--direction", "forward", "--config", "64x64w4s2", "--json", TRITON_INTERPRET="1")
+    done = run(*INSPECT, "--direction", "forward", "--config", "64x64w4s2", "--json", TRITON_INTERPRET="1")
     found, = json.loads(done.stdout)
-    assert (found["config"], found["kernel"], found["path"], found["ptxas"]) == ("64x64w4s2", "forward", "HGMMA", [])
-    done = run(*LENS, "--direction", "forward", "--compare", "64x64w4s2", "128x64w8s2", "--sass")
+    assert (found["config"], found["kernel"], found["mma_instruction"], found["ptxas"]) == ("64x64w4s2", "forward", "HGMMA", [])
+    done = run(*INSPECT, "--direction", "forward", "--compare", "64x64w4s2", "128x64w8s2", "--sass")
     assert "64x64w4s2  128x64w8s2" in done.stdout and done.stdout.count("HGMMA.64x64x16.F32") > 8
 
 
 @pytest.mark.parametrize("options, words", [
     (["--config", "64x64"], "config: expected the form"), (["--head-dim", "600"], "head size from 1 to 512"),
-    (["--plot", "no such folder/a.png", "--direction", "forward"], "no such folder"),
+    (["--plot", "no such folder/a.png"], "plot: expected a file in a folder that can be written to"),
 ])
-def test_what_the_lens_cannot_look_at_is_one_line_and_2(options, words):
-    done = run(*LENS, *options)
-    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+def test_input_error_of_inspect_is_found_before_compiling(options, words, monkeypatch, compiled_without_a_gpu, capsys):
+    monkeypatch.setattr(compile_report, "inspect_kernel", lambda *_: pytest.fail("compiling has started"))
+    assert main.main(["inspect", *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_missing_matplotlib_is_found_before_compiling(monkeypatch, compiled_without_a_gpu, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(compile_report, "inspect_kernel", lambda *_: pytest.fail("compiling has started"))
+    assert main.main(["inspect", "--plot", "a.png"]) == 2
+    assert capsys.readouterr().err == "matplotlib is not installed; fix: pip install 'tritonattn[demo]'\n"
+
+
+def test_compiler_error_is_one_line_and_1(monkeypatch, compiled_without_a_gpu, capsys):
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed")
+
+    monkeypatch.setattr(compile_report, "inspect_kernel", fail)
+    assert main.main(["inspect"]) == 1
+    assert capsys.readouterr().err == "compilation failed: RuntimeError: 'PassManager::run failed'\n"
 
 
 @pytest.mark.parametrize("options, error", [
     ([], ValueError("ptxas: expected PTX")), (["--compare", "64x64w4s2", "128x64w8s2"], RuntimeError("Cannot find ptxas")),
     ([], subprocess.TimeoutExpired("ptxas", 120)), ([], FileNotFoundError("ptxas")),
 ], ids=["refused", "compare", "hangs", "gone"])
-def test_what_ptxas_says_stands_below_the_reports(options, error, monkeypatch, compiled_without_a_gpu, capsys):
+def test_remarks_of_ptxas_are_printed_below_the_reports(options, error, monkeypatch, compiled_without_a_gpu, capsys):
     def remarks(kernel, problem, chosen, target):
         if target.arch == "sm_80":
             raise error
         return ["C7510: Potential Performance Loss"]
 
-    monkeypatch.setattr(compile_report, "inspect_kernel", lambda kernel, problem, chosen, target: report(target, chosen, (LOOP,)))
+    monkeypatch.setattr(compile_report, "inspect_kernel", lambda _, problem, config, target: report(target, config, (LOOP,)))
     monkeypatch.setattr(compile_report, "ptxas_remarks", remarks)
-    assert cli.main(["lens", "--target", "h200,a100", "--direction", "forward", *options]) == 0
+    assert main.main(["inspect", "--target", "h200,a100", "--direction", "forward", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     count = max(1, len(options) - 1)
-    said = [line.split(": ", 1)[1] for line in lines if line.startswith("ptxas on sm_")]
-    assert said == ["C7510: Potential Performance Loss"] * count + [f"no remarks: {error}"] * count
-    assert len(lines) > 2 * count, "and the reports above"
+    printed = [line.split(": ", 1)[1] for line in lines if line.startswith("ptxas on sm_")]
+    assert printed == ["C7510: Potential Performance Loss"] * count + [f"no remarks: {error}"] * count
+    assert len(lines) > 2 * count, "the reports come first"
 
 
 def test_explain_on_the_command_line(capsys):
-    assert cli.main(["explain", "--shape", "2x32x8x4096x128", "--causal", "--gpu", "h200,sm_80"]) == 0
+    assert main.main(["explain", "--shape", "2x32x8x4096x128", "--causal", "--gpu", "h200,sm_80"]) == 0
     out = capsys.readouterr().out
     assert "on H200 (sm_90)" in out and "on A100 (sm_80)" in out and out.count("forward") == 2
-    assert cli.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--json"]) == 0
+    assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["kernels"][0]["origin"] == "table"
-    assert cli.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
+    assert main.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
     assert capsys.readouterr().err.startswith("shape: expected")
-
-
-def test_a_table_is_asked_for_as_it_should_be(monkeypatch, compiled_without_a_gpu, tmp_path):
-    from tritonattn.autotune import config_table
-    asked = []
-    def build(target, cells, *options):
-        asked.append((target.name, len(list(cells)), *options))
-
-    monkeypatch.setattr(config_table, "build", build)
-    assert cli.main(["table", "build", "h200,a100", "--out", str(tmp_path), "--work", "w", "--jobs", "3", "--everything"]) == 0
-    options = (tmp_path, Path("w"), 3, config_table.EVERYTHING, None)
-    assert asked == [("H200", 103, *options), ("A100", 88, *options)]
-    assert cli.main(["table", "build", "l40s", "--like", "a100", "--also", "python3"]) == 0
-    assert asked[2][5].rows == config_table.shipped_like(gpu.KNOWN["sm_80"]).rows and asked[2][6] == "python3"
 
 
 def test_ctrl_c_has_no_traceback(monkeypatch):
@@ -189,10 +192,10 @@ def test_ctrl_c_has_no_traceback(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(selftest, "run", interrupt)
-    assert cli.main(["selftest"]) == 130
+    assert main.main(["selftest"]) == 130
 
 
-def test_a_new_process_finds_its_way_into_the_interpreter():
+def test_demo_starts_in_the_interpreter():
     done = run("-m", "tritonattn", "demo", "--text", "no such file")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "no such file" in done.stderr, done.stderr
 
@@ -204,8 +207,8 @@ def test_doctor_in_a_new_process():
 
 
 @pytest.mark.parametrize("argv, code, words", [
-    (["--help"], 0, "selftest"), (["doctor"], 1, "mend: pip install 'triton"), (["selftest"], 1, "it needs triton"),
-    (["lens"], 1, "triton: missing; mend: pip install 'triton"),
+    (["--help"], 0, "selftest"), (["doctor"], 1, "fix: pip install 'triton"), (["selftest"], 1, "it needs triton"),
+    (["inspect"], 1, "triton: missing; fix: pip install 'triton"),
     (["explain", "--gpu", "h200", "--shape", "1x1x1x64x64"], 0, "h200.json")])
 def test_without_triton(argv, code, words):
     hide = "import sys; sys.modules['triton'] = None; from tritonattn.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -235,23 +238,19 @@ def kept(tmp_path, monkeypatch):
 
 
 def said(capsys, *argv, code=0):
-    assert cli.main(list(argv)) == code
+    assert main.main(list(argv)) == code
     return capsys.readouterr().out
 
 
-def test_the_cache_is_listed_shown_exported_merged_and_cleared(kept, capsys, tmp_path, monkeypatch):
+def test_the_cache_is_listed_and_cleared(kept, capsys, tmp_path):
     assert said(capsys, "cache", "path").strip() == str(tmp_path / "cache")
     line, = said(capsys, "cache", "ls").splitlines()
-    assert "H200" in line and "64x128w4s2e1" in line and line.startswith("forward-")
-    assert json.loads(said(capsys, "cache", "show", line.split()[0]))["config"] == "64x128w4s2e1"
-    assert cli.main(["cache", "show", "nothing"]) == 2 and "expected the name of one record" in capsys.readouterr().err
-    assert said(capsys, "cache", "verify") == "all is well\n"
-    said(capsys, "cache", "export", str(tmp_path / "all.json"))
-    monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "other"))
-    assert said(capsys, "cache", "merge", str(tmp_path / "all.json")) == "1 taken over, 0 kept\n"
-    assert said(capsys, "cache", "ls").split()[0] == line.split()[0]
-    assert said(capsys, "cache", "clear", "--yes") == "1 removed\n" and said(capsys, "cache", "ls") == ""
-    assert cli.main(["cache", "merge", str(tmp_path / "none")]) == 2 and "none" in capsys.readouterr().err
+    assert "H200" in line and "64x128w4s2e1" in line and line.startswith("forward-") and line.endswith(" us")
+    kept.store.put(replace(next(kept.store.records())[1], versions={"triton": "1.0.0"}))
+    kept.store.put(replace(next(kept.store.records())[1], kernel_hash="0" * 12))
+    states = [line.rpartition(" us")[2].strip() for line in said(capsys, "cache", "ls").splitlines()]
+    assert sorted(states) == ["another Triton", "other kernels"]
+    assert said(capsys, "cache", "clear", "--yes") == "removed 2 files\n" and said(capsys, "cache", "ls") == ""
 
 
 def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_gpu):
@@ -264,24 +263,24 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
         get_config("forward", Problem.parse("1x8x8x2048x96", torch.float16), kept.gpu)
     lines = said(capsys, "tune", "--from", str(tmp_path / "shapes"), "--trials", "4").splitlines()
     assert len(lines) == 2 and lines[0].startswith("forward  1x8x2048x96 float16 full: ") and "4 tried" in lines[0]
-    assert cli.main(["tune", "--shape", "4x32"]) == 2 and "shape: expected BATCH" in capsys.readouterr().err
-    assert cli.main(["tune", "--from", str(tmp_path / "none")]) == 2
+    assert main.main(["tune", "--shape", "4x32"]) == 2 and "shape: expected BATCH" in capsys.readouterr().err
+    assert main.main(["tune", "--from", str(tmp_path / "none")]) == 2
 
 
 def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path, compiled_without_a_gpu):
     folder = str(tmp_path / "sweep")
-    assert cli.main(["sweep", folder]) == 2 and "has no sweep to resume; to begin one, add --shape" in capsys.readouterr().err
+    assert main.main(["sweep", folder]) == 2 and "has no sweep to resume; to begin one, add --shape" in capsys.readouterr().err
     argv = ["sweep", folder, "--shape", "4x32x32x4096x128", "--kernels", "forward", "--rounds", "3"]
     out = said(capsys, *argv)
     assert out.endswith("done\n") and "Sweep of 1 jobs" in out and "64x128w4s2e1" in out
-    assert cli.main(argv) == 2 and "already has a sweep" in capsys.readouterr().err
+    assert main.main(argv) == 2 and "already has a sweep" in capsys.readouterr().err
     assert said(capsys, "sweep", folder).endswith("done\n")
     out = said(capsys, "replay", folder, "--seeds", "2")
     assert [line.split()[0] for line in out.splitlines()] == ["strategy", "halving", "static", "random", "exhaustive"]
     replayed = json.loads(said(capsys, "replay", folder, "--strategy", "halving", "--seeds", "2", "--json"))
     assert replayed["strategies"]["halving"]["largest"] == 0 and replayed["synthetic"] is False
-    assert cli.main(["replay", str(tmp_path)]) == 2 and "no sweep can be read" in capsys.readouterr().err
-    assert cli.main(["sweep", str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
+    assert main.main(["replay", str(tmp_path)]) == 2 and "no sweep can be read" in capsys.readouterr().err
+    assert main.main(["sweep", str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
     assert not (tmp_path / "y").exists()
     out = said(capsys, "report", folder, "--out", str(tmp_path / "report"), "--plot")
     assert "Sweep of 1 jobs" in out and out.count("wrote ") == 3
@@ -291,9 +290,9 @@ def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path,
 @pytest.mark.parametrize("command", [["tune"], ["sweep", "new"]])
 def test_without_a_gpu_the_error_names_the_command(command, monkeypatch, compiled_without_a_gpu, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr("tritonattn.gpu.INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main([*command, "--shape", "1x1x1x128x64"]) == 2
+    assert main.main([*command, "--shape", "1x1x1x128x64"]) == 2
     assert capsys.readouterr().err == f"{command[0]} needs a GPU, but torch finds no GPU\n"
     assert not list(tmp_path.iterdir())
 
@@ -307,7 +306,7 @@ def test_the_synthetic_sweep_of_the_repository_is_reported_and_replayed(capsys, 
 
 def test_report_checks_for_matplotlib_before_it_reads(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert cli.main(["report", str(tmp_path / "none"), "--plot"]) == 2
+    assert main.main(["report", str(tmp_path / "none"), "--plot"]) == 2
     assert capsys.readouterr().err == '--plot needs matplotlib: pip install "tritonattn[demo]"\n'
 
 
@@ -327,4 +326,4 @@ def test_tables_are_compared_and_checked(capsys, tmp_path):
     assert said(capsys, "table", "validate") == "all is well\n"
     assert "expected a config that fits H200, got 32x32w4s1" in said(capsys, "table", "validate", str(path), code=1)
     (tmp_path / "torn.json").write_text("{")
-    assert cli.main(["table", "validate", str(tmp_path / "torn.json")]) == 2
+    assert main.main(["table", "validate", str(tmp_path / "torn.json")]) == 2

@@ -1,4 +1,4 @@
-"""The self-test passes, and where a kernel is wrong it says so, and which."""
+"""The self-test passes on correct kernels, and names the wrong tensors of a wrong kernel."""
 
 import json
 import math
@@ -15,21 +15,21 @@ SMALL = selftest.Case("small", (torch.float32,), (2, 1, 20, 20, 16, 16), selftes
 
 @pytest.fixture
 def small(monkeypatch):
-    """Only one small problem, and the same one twice."""
+    """Replace the problems by one small one, which also runs twice."""
     monkeypatch.setattr(selftest, "CASES", (SMALL,))
     monkeypatch.setattr(selftest, "TWICE", SMALL._replace(name="twice"))
 
 
 @pytest.fixture
 def plant(monkeypatch, small):
-    """plant(kernel, written, change): after each run of the kernel, change(tensor) that it wrote, in place."""
+    """plant(kernel, output, change): after each run of the kernel, apply change(tensor) in place to one of its outputs."""
     run = launch.run
 
-    def planted(kernel, written, change):
+    def planted(kernel, output, change):
         def run_and_change(call, device):
             run(call, device)
             if call.kernel is kernel:
-                change(written(call.arguments).ptr)
+                change(output(call.arguments).ptr)
 
         monkeypatch.setattr(launch, "run", run_and_change)
 
@@ -49,7 +49,7 @@ def test_every_kernel_agrees(device):
     assert table.endswith(f"all {len(results)} tensors agree")
 
 
-def test_problems_are_the_ones_that_tell():
+def test_problems_cover_ragged_tiles_grouped_heads_and_dtypes():
     sizes = [case.sizes for case in selftest.CASES]
     assert all(n % 16 for case in sizes for n in case[2:4]), "a length that tiles divide"
     assert all(n % 16 for case in selftest.CASES for n in selftest._longer(case).sizes[2:4]), "on a GPU"
@@ -57,31 +57,31 @@ def test_problems_are_the_ones_that_tell():
     assert {dtype for case in selftest.CASES for dtype in case.dtypes} == {torch.float32, torch.float16, torch.bfloat16}
 
 
-@pytest.mark.parametrize("kernel, written, tensors", [
-    (forward.forward_kernel, lambda given: given[3].o, {"o", "dq", "dk"}),  # o, and through delta what needs it
-    (forward.forward_kernel, lambda given: given[3].lse, {"lse", "dq", "dk", "dv"}),
-    (backward.delta_kernel, lambda given: given[4], {"dq", "dk"}),
-    (backward.dq_kernel, lambda given: given[3], {"dq"}),
-    (backward.dkdv_kernel, lambda given: given[3], {"dk"}),
-    (backward.dkdv_kernel, lambda given: given[4], {"dv"}),
+@pytest.mark.parametrize("kernel, output, tensors", [
+    (forward.forward_kernel, lambda arguments: arguments[3].o, {"o", "dq", "dk"}),  # dq and dk by way of delta
+    (forward.forward_kernel, lambda arguments: arguments[3].lse, {"lse", "dq", "dk", "dv"}),
+    (backward.delta_kernel, lambda arguments: arguments[4], {"dq", "dk"}),
+    (backward.dq_kernel, lambda arguments: arguments[3], {"dq"}),
+    (backward.dkdv_kernel, lambda arguments: arguments[3], {"dk"}),
+    (backward.dkdv_kernel, lambda arguments: arguments[4], {"dv"}),
 ])
-def test_an_error_of_one_percent_is_found(plant, device, kernel, written, tensors):
-    plant(kernel, written, lambda x: x.mul_(1.01))
+def test_error_of_one_percent_is_found(plant, device, kernel, output, tensors):
+    plant(kernel, output, lambda x: x.mul_(1.01))
     results = selftest.run(device)
     assert wrong(results) == tensors
-    assert not wrong(results, "twice"), "wrong, but wrong the same way twice"
+    assert not wrong(results, "twice"), "wrong in the same way twice"
     names = ", ".join(tensor for tensor in selftest.TENSORS if tensor in tensors)
     assert selftest.table(results).endswith(f"{len(tensors)} of 10 tensors are wrong: {names}")
 
 
-def test_the_table_names_the_worst_tensor(plant, device):
-    plant(backward.dkdv_kernel, lambda given: given[3], lambda x: x.mul_(1.01))
+def test_table_names_the_worst_tensor(plant, device):
+    plant(backward.dkdv_kernel, lambda arguments: arguments[3], lambda x: x.mul_(1.01))
     line = selftest.table(selftest.run(device)).splitlines()[1].split()
     assert line[:3] == ["small", "float32", "dk"] and line[-1] == "WRONG"
 
 
-def test_nan_is_wrong_and_json_stays_json(plant, device):
-    plant(backward.dq_kernel, lambda given: given[3], lambda x: x[..., 0, 0].fill_(math.nan))
+def test_nan_is_wrong_and_null_in_json(plant, device):
+    plant(backward.dq_kernel, lambda arguments: arguments[3], lambda x: x[..., 0, 0].fill_(math.nan))
     results = selftest.run(device)
     assert wrong(results) == {"dq"}
     listed = json.loads(json.dumps(selftest.as_json(results), allow_nan=False))
@@ -89,17 +89,17 @@ def test_nan_is_wrong_and_json_stays_json(plant, device):
     assert [entry["tensor"] for entry in listed if entry["error"] is None] == ["dq"]
 
 
-def test_one_bit_that_changes_from_run_to_run_is_found(plant, device):
+def test_bit_that_changes_between_runs_is_found(plant, device):
     runs = []
 
     def flip_last_bit(dk):
         runs.append(dk)
         dk.view(-1)[:1].view(torch.int16)[0] ^= len(runs) % 2
 
-    plant(backward.dkdv_kernel, lambda given: given[3], flip_last_bit)
+    plant(backward.dkdv_kernel, lambda arguments: arguments[3], flip_last_bit)
     results = selftest.run(device)
     assert not wrong(results) and wrong(results, "twice") == {"dk"}
 
 
-def test_what_is_not_finite_does_not_agree():
-    assert not selftest.Result("", "", "", math.inf, math.inf).agrees, "torch may overflow, these kernels may not"
+def test_infinite_error_does_not_agree():
+    assert not selftest.Result("", "", "", math.inf, math.inf).agrees, "torch may overflow, our kernels may not"

@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers.cases import Case, check, results
 from tests.helpers.tolerance import agree
-from tritonattn import Config, Problem, attention, config, gpu, reference
+from tritonattn import Problem, attention, config, gpu, reference
 from tritonattn.analysis import compile_report
 from tritonattn.configs import lookup, shipped
 from tritonattn.runtime import launch
@@ -48,7 +48,7 @@ def test_every_shipped_config_is_right(width, mask, fill, dtype, device):
     n = 256 if mask == "full" else 300
     case = Case(heads=2, kv_heads=1, n_q=n, n_k=n, d=width, dv=width, causal=mask != "full",
                 window=(99, None) if mask == "window" else (None, None), pairs=("bias",) if mask == "pairs" else ())
-    pins = {kernel: Config.parse(getattr(row, fill).config) for kernel, row in found.items() if row is not None}
+    pins = {kernel: getattr(row, fill).config for kernel, row in found.items() if row is not None}
     with config.pinned(**pins):
         check(case, dtype, device, tiles=None)
 
@@ -157,7 +157,7 @@ def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path,
     with lab.compilers:
         record = tune.tune_kernel(kernel, problem, lab, "table")
     assert record.seconds <= record.default_seconds * 1.05 and all(error <= allowed for error, allowed in record.check.values())
-    assert str(lookup.get_config(kernel, problem, gpu.gpu_of(device))) == record.config
+    assert lookup.get_config(kernel, problem, gpu.gpu_of(device)) == record.config
     assert lookup.lookup_config(kernel, problem, gpu.gpu_of(device)).origin == "cache"
     lookup.clear_lookup_cache()
 

@@ -17,6 +17,6 @@ def agree(name, ours, torchs, exact, dtype):
     if dtype == torch.float64:
         limit = 1e-9 * max(1.0, accuracy.largest(exact))
     else:
-        limit = accuracy.allowed(torchs, exact, dtype, ulps=ULPS[dtype], smallest=1e-3)
-    error = accuracy.error(ours, exact)
+        limit = accuracy.tolerance(torchs, exact, dtype, ulps=ULPS[dtype], smallest=1e-3)
+    error = accuracy.max_error(ours, exact)
     assert error <= limit < math.inf, f"{name}: expected an error of at most {limit:.2e}, got {error:.2e}"

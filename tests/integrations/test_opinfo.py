@@ -62,6 +62,6 @@ def test_torchs_samples(dtype, device):
         # the samples are of size 9, and where few keys are seen dS is what is left of large numbers that cancel
         lost = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 9 * 9 * 8 * 4
         for name, (mine, torchs, exact) in results.items():
-            allowed = accuracy.allowed(torchs, exact, dtype) + lost
+            allowed = accuracy.tolerance(torchs, exact, dtype) + lost
             shapes = [tuple(x.shape) for x in tensors.values()]
-            assert accuracy.error(mine, exact) <= allowed, (name, shapes, options)
+            assert accuracy.max_error(mine, exact) <= allowed, (name, shapes, options)

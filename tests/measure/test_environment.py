@@ -1,4 +1,4 @@
-"""What is recorded of a machine identifies it, and the source that ran."""
+"""The recorded environment: versions, the digest of the source, the commit."""
 
 import json
 import shutil
@@ -21,42 +21,43 @@ def package(tmp_path, monkeypatch):
 
 
 def test_versions_and_names(device):
-    found = environment.environment_of(device)
-    assert found["torch"] == torch.__version__ and found["tritonattn"] == tritonattn.__version__
-    assert (found["sensors"] is None) == (not COMPILED)
-    assert (found["arch"] == "interpreter") == (not COMPILED) and (found["driver"] is None) == (not COMPILED)
-    assert json.loads(json.dumps(found)) == found
+    record = environment.environment_of(device)
+    assert record["torch"] == torch.__version__ and record["tritonattn"] == tritonattn.__version__
+    assert (record["sensors"] is None) == (not COMPILED)
+    assert (record["arch"] == "interpreter") == (not COMPILED) and (record["driver"] is None) == (not COMPILED)
+    assert json.loads(json.dumps(record)) == record
 
 
 def edited(path, action):
-    """The digest of the source after something is done to a file."""
+    """Apply `action` to a file and return the digest of the source."""
     action(path)
     return environment.source_digest()
 
 
-def test_the_source_is_known_wherever_it_lies(package):
+def test_digest_changes_with_every_file_that_a_measurement_runs(package):
     digests = [environment.source_digest()]
-    for name in ("kernels/forward.py", "launch.py", "ops.py", "attention.py", "config.py", "timing.py", "clock.py"):
+    for name in ("kernels/forward.py", "runtime/launch.py", "runtime/custom_op.py", "attention.py", "config.py",
+                 "measure/timing.py", "measure/device_timer.py"):
         digests.append(edited(package / name, lambda path: path.write_text(path.read_text() + "# another line\n")))
     digests.append(edited(package / "kernels" / "forward.py", lambda path: path.rename(path.with_name("forwards.py"))))
     assert len(set(digests)) == len(digests) == 9
 
 
-def test_what_does_not_run_is_no_part_of_the_source(package):
+def test_digest_ignores_files_that_a_measurement_does_not_run(package):
     before = environment.source_digest()
-    for name in ("doctor.py", "demo.py", "selftest.py", "__main__.py"):
+    for name in ("cli/doctor.py", "cli/demo/demo.py", "cli/selftest.py", "__main__.py"):
         assert edited(package / name, lambda path: path.write_text("")) == before
     assert edited(package / "new.py", lambda path: path.write_text("")) == before
 
 
-def test_files_beside_the_package_that_run_too(package, tmp_path):
+def test_digest_includes_extra_files(package, tmp_path):
     (tmp_path / "rivals.py").write_text("1")
     first = environment.source_digest(tmp_path / "rivals.py")
     (tmp_path / "rivals.py").write_text("2")
     assert len({environment.source_digest(), first, environment.source_digest(tmp_path / "rivals.py")}) == 3
 
 
-def test_the_commit_is_of_the_packages_own_repository(package, tmp_path):
+def test_commit_is_that_of_the_packages_repository(package, tmp_path):
     assert environment.commit() is None
 
     def git(*arguments):
@@ -70,11 +71,11 @@ def test_the_commit_is_of_the_packages_own_repository(package, tmp_path):
     assert git("rev-parse", "HEAD").startswith(commit) and len(commit) == 12
     (tmp_path / "untracked").write_text("")
     assert environment.commit() == commit
-    (package / "version.py").write_text("")
+    (package / "__main__.py").write_text("")
     assert environment.commit() == commit + "-dirty"
 
 
-def test_a_repository_around_it_is_not_its_own(package, tmp_path, monkeypatch):
+def test_commit_of_a_surrounding_repository_is_ignored(package, tmp_path, monkeypatch):
     subprocess.run(["git", "-C", tmp_path, "init"], check=True, capture_output=True)
     inner = tmp_path / "site-packages" / "tritonattn"
     shutil.copytree(package, inner)
@@ -84,5 +85,9 @@ def test_a_repository_around_it_is_not_its_own(package, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "folder"), [("NVIDIA H200", "nvidia-h200"), ("CPU, interpreted", "cpu-interpreted"),
                                               ("NVIDIA GeForce RTX 4090 / D", "nvidia-geforce-rtx-4090-d")])
-def test_names_as_folders(name, folder):
+def test_slug(name, folder):
     assert environment.slug(name) == folder
+
+
+def test_every_pattern_matches_a_file():
+    assert all(list(environment.PACKAGE.glob(pattern)) for pattern in environment.RUNS)

@@ -5,7 +5,7 @@ What Triton specializes, compiles and checks at a launch is all its own; only th
 
 import re
 
-from tests.analysis.test_compile_report import compiled
+from tests.helpers.compile_server import compiled
 
 FAKE = """
 import json, torch
@@ -85,7 +85,7 @@ except RuntimeError as error:
 
 def test_every_kernel_is_launched_as_the_lens_compiled_it():
     """Records as arguments go through Triton's own launch path; the binary that it makes is the one that lens reads."""
-    found = compiled(LAUNCHES)
+    found = compiled(LAUNCHES, fresh=True)
     assert len(found) == 13
     for name, (launched, programs, same, binaries) in found.items():
         assert launched == [[programs, 1, 1]] and programs > 0, name
@@ -93,7 +93,7 @@ def test_every_kernel_is_launched_as_the_lens_compiled_it():
 
 
 def test_what_needs_too_much_is_refused_before_it_is_launched():
-    said, caused, launched = compiled(TOO_LARGE)
+    said, caused, launched = compiled(TOO_LARGE, fresh=True)
     assert re.fullmatch(r"forward: expected a config that fits .+, got 128x128w8s6, which takes \d+ of 232448 "
                         r"\(shared memory\), for .+x1024x128.*", said), said
     assert caused and not launched

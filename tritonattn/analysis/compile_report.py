@@ -76,7 +76,7 @@ class KernelReport:
         return issued > len(self.products) and loop.waits >= issued
 
     @functools.cached_property
-    def resident(self) -> dict[str, int]:
+    def blocks_by_resource(self) -> dict[str, int]:
         """How many blocks of this kernel each resource of an SM has room for."""
         sm, warps = self.gpu.multiprocessor, self.config.num_warps
         rooms = {"warps": sm.warps // warps, "blocks": sm.blocks, "registers": sm.warps_with(self.registers) // warps}
@@ -89,15 +89,15 @@ class KernelReport:
     @property
     def occupancy(self) -> int:
         """Blocks of this kernel that one SM holds at a time."""
-        return min(self.resident.values())
+        return min(self.blocks_by_resource.values())
 
     @property
-    def limit(self) -> str:
+    def occupancy_limiter(self) -> str:
         """The resource that allows no more blocks."""
-        return min(self.resident, key=self.resident.get)
+        return min(self.blocks_by_resource, key=self.blocks_by_resource.get)
 
     @property
-    def path(self) -> str | None:
+    def mma_instruction(self) -> str | None:
         """The instructions that make products in the loops ("HGMMA"); "" where none of the tensor cores' is among them.
 
         None: not disassembled.
@@ -107,7 +107,7 @@ class KernelReport:
         return "+".join(sorted({re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops for name in loop.products}))
 
     @property
-    def best_path(self) -> str:
+    def best_mma_instruction(self) -> str:
         """The one that this GPU has for this dtype."""
         if self.precision == "ieee" and not self.gpu.is_amd:
             return ""

@@ -101,7 +101,7 @@ def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:
         alu, floats = alu - products, floats + products
     words = sum(_words(name) for name in loop.instructions if kind(name) == "shared")
     return {
-        "tensor": report.needed * report.duplicated / (rate(report, peaks) * _reached(report, loop)) if report.path else 0.0,
+        "tensor": report.needed * report.duplicated / (rate(report, peaks) * _reached(report, loop)) if report.mma_instruction else 0.0,
         "special": (counts.get("special", 0) + singles) * threads / peaks.exponentials,
         "fp32": floats * threads / peaks.fp32,
         "alu": alu * threads / LANES_OF_ALU,
@@ -177,7 +177,7 @@ def rate(report: KernelReport, peaks: Peaks) -> float:
     an eighth; without tensor cores a lane does two."""
     if report.problem.dtype.itemsize == 2:
         return peaks.tensor
-    return 2 * peaks.fp32 if not report.path else peaks.tensor / (8 if report.gpu.is_amd else 2)
+    return 2 * peaks.fp32 if not report.mma_instruction else peaks.tensor / (8 if report.gpu.is_amd else 2)
 
 
 def _pairs(problem):

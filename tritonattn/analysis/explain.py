@@ -29,7 +29,7 @@ class KernelChoice:
     @property
     def seen(self) -> dict | None:
         """Registers, shared memory, occupancy and what bounds the loop, from wherever they are known."""
-        return self.pinned or (asdict(self.entry) if self.entry else self.record and self.record.static)
+        return self.pinned or (self.entry.as_json() if self.entry else self.record and self.record.static)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Explanation:
 
     def as_json(self) -> dict:
         return {"problem": self.problem.as_json(), "gpu": self.gpu.name, "arch": self.gpu.arch, "engine": ENGINE,
-                "kernels": [asdict(line) | {"record": line.record and line.record.as_json()} for line in self.lines]}
+                "kernels": [asdict(line) | {"entry": line.entry and line.entry.as_json(),
+                                            "record": line.record and line.record.as_json()} for line in self.lines]}
 
     def __str__(self):
         text = [f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: {ENGINE}"]
@@ -57,8 +58,8 @@ class Explanation:
                 text.append(f"{'':9}the compiler refuses it: {line.pinned['refused']}")
             elif line.seen and line.seen.get("registers") is not None:
                 text.append(f"{'':9}{_in_words(line.seen)}")
-            if line.entry and line.entry.exception:
-                text.append(f"{'':9}in spite of {line.entry.exception}: nothing better was found")
+            if line.entry and line.entry.accepted_fault:
+                text.append(f"{'':9}in spite of {line.entry.accepted_fault}: nothing better was found")
             for reason in dict.fromkeys(line.lost.values()):
                 names = ", ".join(name for name, why in line.lost.items() if why == reason)
                 text.append(f"{'':9}{reason}: {names}")
@@ -103,9 +104,9 @@ def _line(kernel, problem, on):
         return KernelChoice(kernel, str(pinned), "pinned", None, None, {}, pinned=_compiled(kernel, problem, pinned, on))
     found = lookup.lookup_config(kernel, problem, on)
     entry = getattr(found.row, found.fill) if found.row else None
-    lost = found.row.lost if found.row else {}
+    lost = found.row.rejected if found.row else {}
     if found.record and found.record.default != found.record.config:
-        lost = {found.record.default: "slower" if found.record.default_seconds else "it could not be timed"}
+        lost = {str(found.record.default): "slower" if found.record.default_seconds else "it could not be timed"}
     return KernelChoice(kernel, str(found.config), found.origin, found.table, entry, lost, found.record)
 
 

@@ -77,7 +77,7 @@ class Bench:
             for tensor in OUTPUTS[self.kernel]:
                 if not torch.equal(first[tensor].view(torch.uint8), second[tensor].view(torch.uint8)):
                     return Check(worst, "not repeatable", f"{tensor}, {name}")
-                error = accuracy.error(first[tensor], exact[tensor])
+                error = accuracy.max_error(first[tensor], exact[tensor])
                 if not error <= allowed[tensor]:
                     return Check(worst, "incorrect", f"{tensor}: error {error:.1e}, {allowed[tensor]:.1e} allowed, {name}")
                 worst[tensor] = max(worst.get(tensor, (0.0, 1.0)), (error, allowed[tensor]), key=lambda pair: pair[0] / pair[1])
@@ -85,7 +85,7 @@ class Bench:
                 # inference uses another binary
                 with pinned(forward=Config.parse(config)), torch.no_grad():
                     o = attention(*tensors[:3], bias=tensors[4], **options)
-                if not accuracy.error(o, exact["o"]) <= allowed["o"]:
+                if not accuracy.max_error(o, exact["o"]) <= allowed["o"]:
                     return Check(worst, "incorrect", f"o without a gradient, {name}")
         return Check(worst)
 
@@ -134,7 +134,7 @@ class Bench:
             # float32 whatever the dtype of the inputs
             wide = torch.promote_types(self.problem.dtype, torch.float32)
             rounded["lse"] = results_of(reference.attention, tensors, reference_options, ("lse",), wide)["lse"]
-        allowed = {tensor: min(HUGE, ROUNDING + accuracy.allowed(rounded[tensor], exact[tensor], rounded[tensor].dtype))
+        allowed = {tensor: min(HUGE, ROUNDING + accuracy.tolerance(rounded[tensor], exact[tensor], rounded[tensor].dtype))
                    for tensor in names}
         return name, (tensors, options), exact, allowed
 

@@ -108,10 +108,11 @@ def _reason(report):
         return "unclear", "no loop with exponentials"
     spills = f"{report.loop_spills} in the loop" if report.loop_spills else ""
     also = f", and spills {spills}" if spills else ""
-    if report.path != report.best_path:
-        return "wrong tensor path", f"{report.path or 'none'} instead of {report.best_path or 'none'}{also}"
+    if report.mma_instruction != report.best_mma_instruction:
+        expected = report.best_mma_instruction or "none"
+        return "wrong tensor path", f"{report.mma_instruction or 'none'} instead of {expected}{also}"
     # without tensor cores a dot has no instruction of its own to count
-    duplicated = report.duplicated if report.path else 1.0
+    duplicated = report.duplicated if report.mma_instruction else 1.0
     if duplicated >= DUPLICATE_PRODUCTS or report.redone >= DUPLICATE_EXPONENTIALS:
         return "duplicate work", f"products x {duplicated:.2f}, exponentials x {report.redone:.2f}{also}"
     if report.serialized:

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 import triton
 
+from .. import __version__
 from ..configs.kernel_hash import kernel_hash
 from ..configs.shipped import gpu_fingerprint
 from ..measure import journal
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
-from ..version import VERSION
 from .search import FAILURES, LONG, Search
 from .trials import ENVIRONMENT, PLAN, RESULTS, SCHEMA, Job, Trial
 from .tune import TuningSetup, job_of, static_of
@@ -58,7 +58,7 @@ def conditions(setup: TuningSetup) -> dict:
 
 def versions() -> dict:
     """Return the versions that decide about binaries and times."""
-    return {"tritonattn": VERSION, "triton": triton.__version__, "torch": torch.__version__}
+    return {"tritonattn": __version__, "triton": triton.__version__, "torch": torch.__version__}
 
 
 def begin(folder: Path, plan: dict, environment: dict) -> None:

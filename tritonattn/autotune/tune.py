@@ -114,7 +114,7 @@ def candidate_configs(kernel: str, problem: Problem, on: Gpu) -> list[str]:
                    and row.mask == shipped.mask and row.width >= shipped.width] if table.gpu["arch"] == on.arch else []
         # what fits a wider head fits a narrower one, but not the reverse
         for row in sorted(similar, key=lambda row: row.width):
-            configs |= {getattr(row, fill).config: None for fill in FILLS if getattr(row, fill).fits(on)}
+            configs |= {str(getattr(row, fill).config): None for fill in FILLS if getattr(row, fill).fits(on)}
     return list(configs)[:MOST_FROM_TABLES]
 
 
@@ -129,9 +129,9 @@ def job_of(kernel: str, problem: Problem, setup: TuningSetup, strategy: str) -> 
     incumbent = str(lookup_config(kernel, problem, setup.gpu).config)
     if strategy == "table":
         return Job(kernel, problem, tuple(candidate_configs(kernel, problem, setup.gpu)), incumbent), {}
-    stale = setup.store.hint(key_of(kernel, problem, setup.gpu), setup.gpu)
+    stale = setup.store.get_stale(key_of(kernel, problem, setup.gpu), setup.gpu)
     configs = dict.fromkeys([*candidates(kernel, problem, setup.gpu), Config.parse(incumbent),
-                             *([Config.parse(stale.config)] if stale else [])])
+                             *([stale.config] if stale else [])])
     verdicts = {str(verdict.config): verdict for verdict in survey(kernel, problem, setup.gpu, configs, setup.compilers)}
     names = [name for name, verdict in verdicts.items() if verdict.reason is None]
     return Job(kernel, problem, tuple(dict.fromkeys([*names, incumbent])), incumbent), verdicts
@@ -184,7 +184,7 @@ def _compiled(kernel, problem, config, setup) -> dict:
 
 def keep(record: Record, setup: TuningSetup) -> None:
     """Store a record in the cache, for the next call of this process too."""
-    setup.store.put(record, setup.gpu)
+    setup.store.put(record)
     clear_lookup_cache()
 
 
@@ -194,8 +194,9 @@ def record_of(search: Search, winner: str, static: dict, setup: TuningSetup, run
     incumbent = search.trials.get(job.incumbent)
     q20, median, q80 = quantiles(trial.samples)
     versions = {name: setup.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
-    return Record(key_of(job.kernel, job.problem, setup.gpu), trial.config, median, q20, q80, len(trial.samples), job.incumbent,
-                  incumbent and incumbent.seconds, {name: list(pair) for name, pair in trial.check.items()}, static,
+    return Record(key_of(job.kernel, job.problem, setup.gpu), Config.parse(trial.config), median, q20, q80, len(trial.samples),
+                  Config.parse(job.incumbent), incumbent and incumbent.seconds,
+                  {name: list(pair) for name, pair in trial.check.items()}, static,
                   {"name": setup.gpu.name} | tables.gpu_fingerprint(setup.gpu), versions | {"triton": triton.__version__},
                   kernel_hash(), run)
 

@@ -1,9 +1,8 @@
-"""Whether the kernels are right on this machine: small problems against float64, in a few seconds.
+"""A check of the kernels on this machine: small problems against float64, in a few seconds.
 
-The rule, on the largest error of each tensor: |ours - exact| <= 2 |torch - exact| + rounding, where `exact` is
-tritonattn.reference.attention in float64 and `torch` is the same function in the dtype of the problem. A wrong o or
-lse points to the forward kernel, dq alone to the dq kernel, dk or dv alone to dkdv, dq and dk together to delta.
-The first run on a GPU compiles the kernels too, and that takes longer than all the rest.
+Every tensor follows the rule of measure/accuracy.py, where `exact` is tritonattn.reference.attention in float64 and `torch`
+the same function in the problem's dtype. A wrong o or lse points to the forward kernel, dq alone to the dq kernel, dk or dv
+alone to dkdv, dq and dk together to delta. The first run on a GPU also compiles the kernels, which takes longer.
 """
 
 import math
@@ -19,15 +18,16 @@ from ..attention import attention
 from ..gpu import INTERPRETED
 from ..measure import accuracy
 from ..problem import Problem, Window
+from .format import columns
 
 TENSORS = ("o", "lse", "dq", "dk", "dv")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CAUSAL = (None, 0)
-LONGER = 5  # a GPU's tiles are larger and its steps cheap: lengths grow, so that there too a loop takes several steps
+LONGER = 5  # factor of the lengths on a GPU, whose tiles are larger: its loops too should take several steps
 
 
 class Case(NamedTuple):
-    """A problem, the dtypes it is posed in, its sizes (heads, kv_heads, n_q, n_k, d, dv) and who sees whom."""
+    """A problem: its dtypes, sizes (heads, kv_heads, n_q, n_k, d, dv) and mask."""
 
     name: str
     dtypes: tuple[torch.dtype, ...]
@@ -37,22 +37,22 @@ class Case(NamedTuple):
     shifted: bool = False
 
 
-# no tile divides these lengths; sizes repeat and shifts are multiples of 16, which saves a GPU compilations
+# no tile divides these lengths; repeated sizes, and shifts that are multiples of 16, save compilations on a GPU
 CASES = (
     Case("full, sizes 40 and 24", (F32, F16, BF16), (1, 1, 37, 90, 40, 24)),
-    Case("scores shifted far down", (F32, BF16), (1, 1, 37, 90, 40, 24), shifted=True),
+    Case("scores shifted down", (F32, BF16), (1, 1, 37, 90, 40, 24), shifted=True),
     Case("causal, grouped heads", (F32, BF16), (2, 1, 75, 75, 32, 32), CAUSAL),
     Case("causal, more keys", (F32, F16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right"),
-    Case("rows that see no key", (F32, BF16), (2, 1, 69, 37, 32, 32), CAUSAL, "bottom_right"),
+    Case("rows without keys", (F32, BF16), (2, 1, 69, 37, 32, 32), CAUSAL, "bottom_right"),
     Case("sliding window", (F32, F16), (1, 1, 100, 100, 32, 32), (70, 64)),
     Case("causal, size 128", (F16,), (1, 1, 75, 75, 128, 128), CAUSAL),
 )
-TWICE = Case("the same twice, in bytes", (F16,), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right")
+TWICE = Case("repeated, in bytes", (F16,), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right")
 
 
 @dataclass(frozen=True)
 class Result:
-    """How far one tensor of one problem is from exact, and how far it may be."""
+    """The error of one tensor of one problem, and its tolerance."""
 
     problem: str
     dtype: str
@@ -70,31 +70,31 @@ class Result:
 
 
 def run(device: torch.device) -> list[Result]:
-    """A result for every tensor of every problem, and of one problem run twice."""
+    """Check every tensor of every problem, and of one problem that runs twice."""
     bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     tasks = [(_check, case, dtype) for case in CASES for dtype in case.dtypes] + [(_repeat, TWICE, F16)]
     with warnings.catch_warnings():
-        # what a GPU computes past the end of a tensor, and drops, may overflow; numpy warns of it in the interpreter
+        # values past the end of a tensor are discarded but may overflow, which NumPy warns about in the interpreter
         warnings.simplefilter("ignore", RuntimeWarning)
         return [result for check, case, dtype in tasks if bf16 or dtype != BF16
                 for result in check(case if INTERPRETED else _longer(case), dtype, device)]
 
 
 def table(results: list[Result]) -> str:
-    """A line for each problem, with its worst tensor, and a verdict on all."""
-    lines = [f"{'problem':26}{'dtype':10}{'worst':7}{'error':>9}{'allowed':>9}"]
+    """Format one line per problem, with its worst tensor, and a verdict."""
+    rows = [("problem", "dtype", "worst", "error", "allowed", "")]
     for _, group in groupby(results, lambda result: (result.problem, result.dtype)):
         worst = max(group, key=lambda result: result.ratio)
-        lines.append(f"{worst.problem:26}{worst.dtype:10}{worst.tensor:7}{worst.error:9.1e}{worst.allowed:9.1e}  "
-                     + ("ok" if worst.agrees else "WRONG"))
+        rows.append((worst.problem, worst.dtype, worst.tensor, f"{worst.error:.1e}", f"{worst.allowed:.1e}",
+                     "ok" if worst.agrees else "WRONG"))
     wrong = [result.tensor for result in results if not result.agrees]
     names = ", ".join(name for name in TENSORS if name in wrong)
-    return "\n".join([*lines, f"{len(wrong)} of {len(results)} tensors are wrong: {names}" if wrong
+    return "\n".join([*columns(rows, left=(0, 1, 2, 5)), f"{len(wrong)} of {len(results)} tensors are wrong: {names}" if wrong
                       else f"all {len(results)} tensors agree"])
 
 
 def as_json(results: list[Result]) -> list[dict]:
-    """Every tensor; an error that is not finite is null, as JSON has no word for it."""
+    """Return every tensor's result as plain data; an error that is not finite becomes None, since JSON has no NaN."""
     def finite(x):
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
@@ -102,51 +102,51 @@ def as_json(results: list[Result]) -> list[dict]:
 
 
 def _check(case: Case, dtype: torch.dtype, device: torch.device) -> list[Result]:
-    """One problem, held against float64."""
+    """Compare one problem with float64."""
     inputs = _inputs(case, dtype, device)
-    exact = _outcome(reference.attention, case, [x.double() for x in inputs])
-    torchs, ours = _outcome(reference.attention, case, inputs), _outcome(attention, case, inputs)
-    # lse is float32 whatever the inputs are: float32 arithmetic is its measure
-    torchs["lse"] = _outcome(reference.attention, case, [x.float() for x in inputs])["lse"]
+    exact = _results(reference.attention, case, [x.double() for x in inputs])
+    torch_results, ours = _results(reference.attention, case, inputs), _results(attention, case, inputs)
+    # lse is float32 for every dtype, so its tolerance comes from float32 arithmetic
+    torch_results["lse"] = _results(reference.attention, case, [x.float() for x in inputs])["lse"]
     results = []
     for name in TENSORS:
-        allowed = accuracy.allowed(torchs[name], exact[name], ours[name].dtype)
-        results.append(Result(case.name, _name(dtype), name, accuracy.error(ours[name], exact[name]), allowed))
+        allowed = accuracy.tolerance(torch_results[name], exact[name], ours[name].dtype)
+        results.append(Result(case.name, _name(dtype), name, accuracy.max_error(ours[name], exact[name]), allowed))
     return results
 
 
 def _repeat(case: Case, dtype: torch.dtype, device: torch.device) -> list[Result]:
-    """One problem run twice; the error is the number of bytes that differ, and none may."""
+    """Run one problem twice; the error is the number of bytes that differ, of which none is allowed."""
     inputs = _inputs(case, dtype, device)
-    first, second = (_outcome(attention, case, inputs) for _ in range(2))
+    first, second = (_results(attention, case, inputs) for _ in range(2))
     differ = {name: (first[name].view(torch.uint8) != second[name].view(torch.uint8)).sum().item() for name in TENSORS}
     return [Result(case.name, _name(dtype), name, float(differ[name]), 0.0) for name in TENSORS]
 
 
 def _longer(case: Case) -> Case:
-    """The same problem with lengths for a GPU."""
+    """Return the same problem with lengths for a GPU."""
     heads, kv_heads, n_q, n_k, *widths = case.sizes
     window = tuple(side and side * LONGER for side in case.window)
     return case._replace(sizes=(heads, kv_heads, n_q * LONGER, n_k * LONGER, *widths), window=window)
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """q, k, v, do, dlse: random normal, the same numbers on every device."""
+    """Return random normal q, k, v, do, dlse, the same on every device."""
     heads, _, n_q, _, d, dv = case.sizes
     q, k, v = Problem((1,), *case.sizes, dtype).tensors()
     # do has the shape of queries as wide as v, and dlse that of values one wide
     do, _, dlse = Problem((1,), heads, heads, n_q, n_q, dv, 1, dtype).tensors(seed=1)
     if case.shifted:
-        # softmax does not mind, but a running maximum that starts at a finite number does; at 16 bits torch would
-        # round scores of -1e4 to steps of several units, and that would allow anything
+        # softmax is invariant, but a running maximum that starts at a finite number would be wrong; at 16 bits torch
+        # rounds scores of -1e4 to multiples of several units, which would make the tolerance useless
         q[..., 0], k[..., 0] = (-1e4 if dtype == F32 else -128) * math.sqrt(d), 1
     return [x.to(device) for x in (q, k, v, do, dlse.squeeze(-1))]
 
 
-def _outcome(attend, case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Output, log-sum-exp and gradients of one kind of attention, by name."""
+def _results(function, case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return output, log-sum-exp and gradients of an attention function, by name."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    o, lse = attend(q, k, v, window=case.window, align=case.align, return_lse=True)
+    o, lse = function(q, k, v, window=case.window, align=case.align, return_lse=True)
     do, dlse = (x.to(out.dtype) for x, out in zip(inputs[3:], (o, lse)))
     return dict(zip(TENSORS, (o, lse, *torch.autograd.grad((o, lse), (q, k, v), (do, dlse)))))
 

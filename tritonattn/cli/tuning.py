@@ -1,4 +1,4 @@
-"""Tuning commands: python -m tritonattn tune | sweep | replay | report | table | cache."""
+"""Tuning commands: python -m tritonattn tune | sweep | replay | report | cache."""
 
 import argparse
 import contextlib
@@ -9,22 +9,19 @@ from pathlib import Path
 
 import torch
 
-from .. import gpu
 from ..autotune import record_problems, replay, search, trials
 from ..autotune.record_problems import RecordingError
-from ..config import Config
-from ..configs import shipped, user_cache
+from ..configs import user_cache
 from ..configs.kernel_hash import kernel_hash
-from ..configs.shipped import FILLS, FOLDER, TableError
 from ..measure.journal import JournalError
 from ..problem import Problem
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-ERRORS = (ValueError, OSError, RuntimeError, JournalError, TableError, RecordingError)  # of input
+ERRORS = (ValueError, OSError, RuntimeError, JournalError, RecordingError)  # of input
 
 
-def add(commands, gpus) -> None:
-    """Add these commands to a parser; `gpus` parses the names of GPUs."""
+def add(commands) -> None:
+    """Add these commands to a parser."""
     _add_tune(commands)
     _add_sweep(commands)
     replay_parser = commands.add_parser("replay", help="compare search strategies on a recorded sweep, without a GPU")
@@ -38,7 +35,6 @@ def add(commands, gpus) -> None:
     report.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the sweep's own folder)")
     report.add_argument("--plot", action="store_true", help="also draw heat.png: the best time of each tile (needs matplotlib)")
     report.set_defaults(run=_checked(_report))
-    _add_table(commands, gpus)
     _add_cache(commands)
 
 
@@ -72,45 +68,13 @@ def _add_sweep(commands) -> None:
     sweep.set_defaults(run=_checked(_sweep), compiled=True)
 
 
-def _add_table(commands, gpus) -> None:
-    table = commands.add_parser("table", help="make, compare or check the shipped tables of configs")
-    kinds = table.add_subparsers(required=True, metavar="build|diff|validate")
-    build = kinds.add_parser("build", help="from what the compiler makes of the kernels, or from sweeps")
-    build.add_argument("gpus", type=gpus, metavar="GPU,...", help="models or architectures: h200,a100")
-    how = build.add_mutually_exclusive_group()
-    how.add_argument("--from", dest="sweeps", type=Path, nargs="+", metavar="FOLDER", help="sweeps that were timed there")
-    how.add_argument("--everything", action="store_true", help="look for better configs of float32 and all head sizes too")
-    how.add_argument("--like", type=gpus, metavar="GPU", help="look at another GPU's configs, at more where they fail: faster")
-    build.add_argument("--also", metavar="PYTHON", help="a Python with another Triton, which the rows must do well with too")
-    build.add_argument("--work", default="build", metavar="FOLDER", help="journals, to go on from (default: %(default)s)")
-    build.add_argument("--out", metavar="FOLDER", help="where the files go (default: the package's configs)")
-    build.add_argument("--jobs", type=_count, metavar="N", help="compilers side by side (default: one for each core)")
-    build.set_defaults(run=_checked(_table_build), compiled=True)
-    diff = kinds.add_parser("diff", help="the rows in which two tables differ")
-    diff.add_argument("paths", type=Path, nargs=2, metavar="FILE")
-    diff.set_defaults(run=_checked(_table_diff))
-    validate = kinds.add_parser("validate", help="whether tables are whole, fit their GPU and are of the kernels as they are")
-    validate.add_argument("paths", type=Path, nargs="*", metavar="FILE", help="default: all that are shipped")
-    validate.set_defaults(run=_checked(_table_validate))
-
-
 def _add_cache(commands) -> None:
-    kept = commands.add_parser("cache", help="the configs that were tuned on this machine")
-    kinds = kept.add_subparsers(required=True, metavar="path|ls|show|verify|merge|export|clear")
-    for name, text, run in (("path", "print its folder", _cache_path), ("ls", "list what is there", _cache_ls),
-                            ("verify", "list what no call will use, and why", _cache_verify)):
-        kinds.add_parser(name, help=text).set_defaults(run=_checked(run))
-    show = kinds.add_parser("show", help="print a record with everything that is known of it")
-    show.add_argument("name", help="the name of its file, or how it begins")
-    show.set_defaults(run=_checked(_cache_show))
-    merge = kinds.add_parser("merge", help="take over another cache's folder, or an exported file")
-    merge.add_argument("path", type=Path)
-    merge.set_defaults(run=_checked(_cache_merge))
-    export = kinds.add_parser("export", help="write all records to one file, to be merged elsewhere")
-    export.add_argument("path", type=Path)
-    export.set_defaults(run=_checked(_cache_export))
-    clear = kinds.add_parser("clear", help="remove all records")
-    clear.add_argument("--yes", action="store_true", required=True, help="say so: nothing brings them back")
+    cache = commands.add_parser("cache", help="the configs tuned on this machine")
+    actions = cache.add_subparsers(required=True, metavar="path|ls|clear")
+    actions.add_parser("path", help="print the folder").set_defaults(run=_checked(_cache_path))
+    actions.add_parser("ls", help="list the tuned configs").set_defaults(run=_checked(_cache_ls))
+    clear = actions.add_parser("clear", help="remove all tuned configs")
+    clear.add_argument("--yes", action="store_true", required=True, help="confirm: this cannot be undone")
     clear.set_defaults(run=_checked(_cache_clear))
 
 
@@ -222,91 +186,18 @@ def _report(arguments) -> None:
         print(f"wrote {path}")
 
 
-def _table_build(arguments) -> None:
-    from ..autotune import config_table, measured
-
-    out, work = Path(arguments.out or FOLDER), Path(arguments.work)
-    look = config_table.EVERYTHING if arguments.everything else config_table.USUAL
-    if arguments.like:
-        look = config_table.shipped_like(arguments.like[0])
-    for target in arguments.gpus:
-        if arguments.sweeps:
-            found = [trials.read(folder) for folder in arguments.sweeps]
-            path = next((FOLDER / f"{each.name}.json" for each in shipped.shipped_tables() if each.is_of(target)), None)
-            if path is None:
-                raise ValueError(f"table: expected a GPU with a shipped table, got {target.name}")
-            print(f"wrote {measured.build(found, target, path, out)}")
-        else:
-            print(f"wrote {config_table.build(target, config_table.cells(target), out, work, arguments.jobs, look, arguments.also)}")
-
-
-def _table_diff(arguments) -> int:
-    old, new = map(shipped.read_table, arguments.paths)
-    lines = []
-    for key in dict.fromkeys([*old.rows, *new.rows]):
-        for fill in FILLS:
-            before, after = (getattr(table.rows.get(key), fill, None) for table in (old, new))
-            if (before and before.config) != (after and after.config):
-                told = [f"{entry.config} ({entry.source})" if entry else "nothing" for entry in (before, after)]
-                lines.append(f"{key[0]:8} {8 * key[1]} bits {key[2]:3} {key[3]:6} {fill:4}  {told[0]} -> {told[1]}")
-    print("\n".join(lines) or "the same configs everywhere")
-    return 1 if lines else 0
-
-
-def _table_validate(arguments) -> int:
-    wrong = []
-    for path in arguments.paths or sorted(FOLDER.glob("*.json")):
-        table = shipped.read_table(path)
-        on = next((known for known in gpu.KNOWN.values() if table.is_of(known)), None)
-        if table.made.get("source") != kernel_hash():
-            wrong.append(f"{path}: expected to be made from the kernels {kernel_hash()}, got {table.made.get('source')}")
-        for row in table.rows.values():
-            for fill in FILLS:
-                entry = getattr(row, fill)
-                try:
-                    Config.parse(entry.config)
-                except ValueError as error:
-                    wrong.append(f"{path}, {row.key}, {fill}: {error}")
-                if on and not entry.fits(on):
-                    wrong.append(f"{path}, {row.key}, {fill}: expected a config that fits {on.name}, got {entry.config}")
-    print("\n".join(wrong) or "all is well")
-    return 1 if wrong else 0
-
-
 def _cache_path(arguments) -> int:
-    print(user_cache.current_cache().folder or "none: no home was found; set TRITONATTN_CACHE_DIR")
-    return 0 if user_cache.current_cache().folder else 1
+    folder = user_cache.current_cache().folder
+    print(folder or "none: no home folder; set TRITONATTN_CACHE_DIR")
+    return 0 if folder else 1
 
 
 def _cache_ls(arguments) -> None:
     for path, record in user_cache.current_cache().records():
-        state = "stale" if record.stale else "old kernels" if record.source != kernel_hash() else ""
-        told = f"{record.config}  {record.seconds * 1e6:.0f} us  {state}".rstrip()
-        print(f"{path.stem}  {record.gpu['name']}  {record.key}  {told}")
-
-
-def _cache_show(arguments) -> None:
-    found = [record for path, record in user_cache.current_cache().records() if path.name.startswith(arguments.name)]
-    if len(found) != 1:
-        raise ValueError(f"cache: expected the name of one record, got {arguments.name!r}, which {len(found)} have")
-    print(json.dumps(found[0].as_json(), indent=1))
-
-
-def _cache_verify(arguments) -> int:
-    lines = user_cache.current_cache().verify()
-    print("\n".join(lines) or "all is well")
-    return 1 if lines else 0
-
-
-def _cache_merge(arguments) -> None:
-    taken, kept = user_cache.current_cache().merge(arguments.path)
-    print(f"{taken} taken over, {kept} kept")
-
-
-def _cache_export(arguments) -> None:
-    user_cache.current_cache().export(arguments.path)
-    print(f"wrote {arguments.path}")
+        state = "other kernels" if record.kernel_hash != kernel_hash() else "another Triton" if record.stale else ""
+        line = f"{path.stem}  {record.gpu['name']}  {record.key}  {record.config}  {record.seconds * 1e6:.0f} us  {state}"
+        print(line.rstrip())
 
 
 def _cache_clear(arguments) -> None:
-    print(f"{user_cache.current_cache().clear()} removed")
+    print(f"removed {user_cache.current_cache().clear()} files")

@@ -1,4 +1,4 @@
-"""A digest of the kernels' code. It names the binaries that a shipped table or a tuned config was made from.
+"""A digest of the kernels' code, which identifies the kernels that a shipped table or a tuned config was made for.
 
     source -> syntax tree without docstrings, annotations of locals or names of locals -> SHA-256 -> 12 hexadecimal digits
 
@@ -18,9 +18,9 @@ SOURCES = ("kernels/*.py", "runtime/launch.py")
 
 @functools.cache
 def kernel_hash() -> str:
-    """Return twelve hexadecimal digits of the kernels of this package."""
+    """Return the digest of this package's kernels: twelve hexadecimal digits."""
     paths = [path for pattern in SOURCES for path in sorted(PACKAGE.glob(pattern))]
-    assert len(paths) > len(SOURCES), f"kernel_hash: expected files for each of {SOURCES}, found {paths}"
+    assert len(paths) > len(SOURCES), f"kernel_hash: expected files for {SOURCES}, got {paths}"
     return hash_sources({path.relative_to(PACKAGE).as_posix(): path.read_text() for path in paths})
 
 
@@ -33,7 +33,7 @@ def hash_sources(sources: dict[str, str]) -> str:
 
 
 def _dump(node) -> str:
-    """Return a tree as text, without what is empty: versions of Python differ in that, and ast.dump with them."""
+    """Return a tree as text without empty fields, which differ between versions of Python (as ast.dump does)."""
     if isinstance(node, list):
         return f"[{','.join(map(_dump, node))}]"
     if not isinstance(node, ast.AST):
@@ -49,7 +49,7 @@ class _Canonical(ast.NodeTransformer):
         self._numbers = numbers or {}
 
     def visit_FunctionDef(self, node):
-        # a nested function sees the names of the one around it
+        # a nested function may use the names of the enclosing one
         names = dict.fromkeys(_bound_names(node))
         inner = _Canonical(self._numbers | {name: f"v{len(self._numbers) + i}" for i, name in enumerate(names)})
         node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
@@ -81,13 +81,13 @@ class _Canonical(ast.NodeTransformer):
 
 
 def _arguments(node):
-    given = node.args
-    rest = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
-    return [*given.posonlyargs, *given.args, *given.kwonlyargs, *rest]
+    arguments = node.args
+    variadic = [argument for argument in (arguments.vararg, arguments.kwarg) if argument is not None]
+    return [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *variadic]
 
 
 def _bound_names(function):
-    """Parameters, and every name that the function assigns, in order of appearance."""
+    """Yield the parameters, and every name that the function assigns, in order of appearance."""
     yield from (argument.arg for argument in _arguments(function))
     for node in ast.walk(function):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):

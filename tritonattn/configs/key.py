@@ -1,11 +1,11 @@
-"""What a tuned config is for: a kernel, and of its problem everything that may change which config is best.
+"""The key of a tuned config: a kernel, and the properties of its problem that may change which config is best.
 
-Sizes that hardly matter by themselves fall into buckets; dtype, head sizes, mask and features never do.
+Lengths and the number of tiles fall into buckets. Dtype, head sizes, mask and features are kept exactly.
 """
 
 import bisect
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -13,40 +13,37 @@ from ..block_mask import TILE
 from ..gpu import Gpu
 from ..problem import Problem
 
-QUERIES = (1, 16, 64, 256, 1024, 4096)              # upper ends of the buckets; what is longer has one of its own
-KEYS = tuple(128 << i for i in range(10))           # 128 to 65536; what is longer falls into the last
-WAVES = (0.5, 1.0, 4.0)                             # of blocks of TILE rows, one on each SM
+QUERY_BUCKETS = (1, 16, 64, 256, 1024, 4096)        # upper ends; longer problems share a bucket of their own
+KEY_BUCKETS = tuple(128 << i for i in range(10))    # upper ends, 128 to 65536; longer problems fall into the last
+WAVES = (0.5, 1.0, 4.0)                             # bounds between FILL_BUCKETS: blocks of TILE rows per SM
 FILL_BUCKETS = ("under half", "under one", "under four", "more")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One kind of launch."""
+    """One kind of kernel launch."""
 
     kernel: str
     dtype: str
     d: int
     dv: int
-    precision: str | None      # of float32 products: "ieee" or "tf32", which need other shared memory
-    mask: str                  # "full", "causal" or "window"
+    precision: str | None      # of float32 products: "ieee" or "tf32", which need different amounts of shared memory
+    mask: str                  # "full" (no structural mask), "causal" or "window"
     window: tuple              # left and right: None, 0, or the upper end of a bucket
     ragged: bool               # the loop ends within a tile of TILE rows
-    features: tuple[str, ...]  # what is given for each pair or batch: "bias float32", "masked", "mapped", ...
+    features: tuple[str, ...]  # "bias float32", "masked", "mapped", "dropout", "lengths"
     group: int                 # query heads per key head
-    queries: int | None        # the upper end of a bucket; None: more than all of them
-    keys: int                  # likewise, clamped
-    fill: str                  # one of FILLS
+    queries: int | None        # upper end of a bucket of QUERY_BUCKETS; None: above the last
+    keys: int                  # upper end of a bucket of KEY_BUCKETS
+    fill: str                  # one of FILL_BUCKETS
 
     def as_json(self) -> dict:
         return asdict(self) | {"features": list(self.features), "window": list(self.window)}
 
     @staticmethod
     def from_json(content: dict) -> "Key":
-        """The key whose `as_json` this is. TypeError, KeyError: it is of no key."""
-        known = {field.name: content[field.name] for field in fields(Key)}
-        if len(known) != len(content):
-            raise TypeError(f"expected the fields of a key, got {', '.join(sorted(set(content) - set(known)))} besides")
-        return Key(**known | {"features": tuple(content["features"]), "window": tuple(content["window"])})
+        """Return the key with this `as_json`. Raise TypeError or KeyError where fields are missing or unknown."""
+        return Key(**content | {"features": tuple(content["features"]), "window": tuple(content["window"])})
 
     def __str__(self):
         sizes = f"d{self.d}" if self.d == self.dv else f"d{self.d}/{self.dv}"
@@ -58,34 +55,37 @@ class Key:
 
 
 def key_of(kernel: str, problem: Problem, gpu: Gpu) -> Key:
-    """The key of this kernel of this problem on this GPU."""
-    walked = problem.n_q if kernel == "dkdv" else problem.n_k
-    given = {"masked": problem.masked, "mapped": problem.mapped, "dropout": problem.dropout, "lengths": problem.lengths}
+    """Return the key of a kernel for a problem on a GPU."""
+    loop_length = problem.n_q if kernel == "dkdv" else problem.n_k
+    flags = {"masked": problem.masked, "mapped": problem.mapped, "dropout": problem.dropout, "lengths": problem.lengths}
     bias = () if problem.bias is None else (f"bias {_name(problem.bias)}",)
-    queries = bisect.bisect_left(QUERIES, problem.n_q)
+    queries = bisect.bisect_left(QUERY_BUCKETS, problem.n_q)
     return Key(kernel, _name(problem.dtype), problem.d, problem.dv, precision(problem), problem.mask,
-               tuple(map(_window_bucket, problem.window)), bool(problem.lengths or walked % TILE),
-               (*bias, *(name for name, there in given.items() if there)), problem.group,
-               QUERIES[queries] if queries < len(QUERIES) else None,
-               KEYS[min(bisect.bisect_left(KEYS, problem.n_k), len(KEYS) - 1)],
+               tuple(map(_window_bucket, problem.window)), bool(problem.lengths or loop_length % TILE),
+               (*bias, *(name for name, is_set in flags.items() if is_set)), problem.group,
+               QUERY_BUCKETS[queries] if queries < len(QUERY_BUCKETS) else None, _key_bucket(problem.n_k),
                FILL_BUCKETS[bisect.bisect_right(WAVES, waves(kernel, problem, gpu))])
 
 
 def precision(problem: Problem) -> str | None:
-    """What torch.set_float32_matmul_precision allows, for float32."""
+    """Return the precision of float32 products that torch.set_float32_matmul_precision allows; None for other dtypes."""
     if problem.dtype != torch.float32:
         return None
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _window_bucket(side):
-    return side if side in (None, 0) else KEYS[min(bisect.bisect_left(KEYS, side), len(KEYS) - 1)]
-
-
 def waves(kernel: str, problem: Problem, gpu: Gpu) -> float:
-    """How many blocks of TILE queries, or keys, there are for each SM."""
+    """Return the number of blocks of TILE queries (of TILE keys for dK/dV) per SM."""
     heads, rows = (problem.kv_heads, problem.n_k) if kernel == "dkdv" else (problem.heads, problem.n_q)
     return math.prod(problem.batch) * heads * -(-rows // TILE) / gpu.sms
+
+
+def _key_bucket(length):
+    return KEY_BUCKETS[min(bisect.bisect_left(KEY_BUCKETS, length), len(KEY_BUCKETS) - 1)]
+
+
+def _window_bucket(side):
+    return side if side in (None, 0) else _key_bucket(side)
 
 
 def _name(dtype) -> str:

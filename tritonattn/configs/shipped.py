@@ -1,8 +1,7 @@
-"""Configs that were chosen beforehand: one JSON file per GPU in configs/, one row per kernel, dtype, head size and mask.
+"""Shipped tables: one JSON file per GPU in data/, one row per kernel, dtype size, head size and class of masks.
 
-A row holds two configs: for problems whose tiles fill the GPU ("many"), and for those whose do not ("few"). Each says where
-it comes from and what its binary takes; `lost` says why others are out.
-`python -m tritonattn table build` makes these files (tuning/table.py).
+A row holds two configs: for problems whose tiles fill the GPU ("filled") and for those whose tiles do not ("underfilled").
+README.md explains how to read a row; `python -m perf.config_table` makes the files.
 """
 
 import functools
@@ -10,53 +9,61 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..config import Config
 from ..gpu import Gpu
 
 FOLDER = Path(__file__).parent / "data"
-SCHEMA = 1
-FILLS = ("many", "few")
+SCHEMA = 2
+FILLS = ("filled", "underfilled")
 SOURCES = {
     "static-model": "from the binaries alone",
     "measured": "timed on this GPU",
 }
 MASKS = ("full", "edges", "window", "pairs")
-SIZE_TOLERANCE = 0.1  # sizes of memory and cache that differ by less are the same: drivers keep some for themselves
-# a row serves head sizes up to its own
-WIDTHS = (64, 96, 128, 192, 256, 512)
+WIDTHS = (64, 96, 128, 192, 256, 512)  # a row serves head sizes up to its width
+SIZE_TOLERANCE = 0.1  # relative; drivers reserve some memory, so sizes that differ by less count as equal
 
 
 class TableError(Exception):
-    """A file that is no table, or of a later version than this one reads."""
+    """A file that is not a table, or has a newer schema than this version reads."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A config of a row, and what its binary takes."""
+    """A config of a row and the resources of its binary."""
 
-    config: str
+    config: Config
     source: str               # one of SOURCES
-    registers: int | None     # None: not looked at
-    shared_memory: int        # bytes per block, at the most
-    tensor_memory: int        # columns per block, at the most
-    occupancy: int | None     # blocks per SM
-    bound: str | None         # the unit that the loop keeps busy longest, as far as the model sees
-    exception: str = ""       # what speaks against it, where nothing better was found
+    registers: int | None     # per thread; None: unknown
+    shared_memory: int        # bytes per block
+    tensor_memory: int        # columns per block
+    occupancy: int | None     # blocks per SM; None: unknown
+    bound: str | None         # the unit that limits the loop, according to the cost model
+    accepted_fault: str = ""  # a reason against the config, accepted because every other candidate was worse
 
     def fits(self, gpu: Gpu) -> bool:
         return self.shared_memory <= gpu.shared_memory and self.tensor_memory <= gpu.tensor_memory
 
+    def as_json(self) -> dict:
+        content = asdict(self) | {"config": str(self.config)}
+        return content if self.accepted_fault else {name: content[name] for name in content if name != "accepted_fault"}
+
+    @staticmethod
+    def from_json(content: dict) -> "Entry":
+        return Entry(**content | {"config": Config.parse(content["config"])})
+
 
 @dataclass(frozen=True)
 class Row:
-    """The configs of one kernel for a size of numbers, a width of heads and a class of masks."""
+    """The configs of one kernel for an item size, a head size and a class of masks."""
 
     kernel: str
     itemsize: int  # bytes
     width: int
-    mask: str      # one of MASKS: none; causal or ragged lengths; bounded on the left; something for each pair
-    many: Entry
-    few: Entry
-    lost: dict[str, str] = field(default_factory=dict)  # {config: reason}
+    mask: str      # "full": none; "edges": causal or ragged; "window": bounded on the left; "pairs": values per (query, key)
+    filled: Entry
+    underfilled: Entry
+    rejected: dict[str, str] = field(default_factory=dict)  # {config: reason}
 
     @property
     def key(self) -> tuple:
@@ -65,60 +72,56 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """One file: whose it is, how it was made, and its rows by key."""
+    """The content of one file, its rows by key."""
 
     name: str
-    gpu: dict       # name, arch, sms, shared_memory, l2, memory; None stands for any
-    made: dict      # versions, and a digest of the kernels' source
+    gpu: dict         # name and fingerprint; None stands for an unknown size, which matches any
+    provenance: dict  # versions of tritonattn and Triton, and the kernel hash
     rows: dict
 
-    def is_of(self, gpu: Gpu) -> bool:
-        """Whether it was made for just this GPU: its fingerprint, not its name."""
-        mine = gpu_fingerprint(gpu)
-        sizes = [(self.gpu[name], mine[name]) for name in ("l2", "memory")]
-        return (all(self.gpu[name] == mine[name] for name in ("arch", "sms", "shared_memory"))
+    def matches(self, gpu: Gpu) -> bool:
+        """Return whether the table was made for this model of GPU. The fingerprint decides, not the name."""
+        other = gpu_fingerprint(gpu)
+        sizes = [(self.gpu[name], other[name]) for name in ("l2", "memory")]
+        return (all(self.gpu[name] == other[name] for name in ("arch", "sms", "shared_memory"))
                 and all(None in pair or abs(pair[0] - pair[1]) <= SIZE_TOLERANCE * pair[0] for pair in sizes))
 
 
 def gpu_fingerprint(gpu: Gpu) -> dict:
-    """What tells GPUs apart that run the same config at another speed; as its vendor says where no device was asked.
+    """Return the properties that distinguish GPUs on which one config runs at different speeds; sizes in bytes.
 
-    AMD's drivers tell of one die's cache, its vendor of all: there it is left out.
+    Sizes that no device reported come from the data sheet. AMD's cache is None: its driver reports the cache of one die,
+    the data sheet that of all.
     """
-    l2, memory = (mine or (gpu.peaks and theirs(gpu.peaks)) for mine, theirs in (
-        (gpu.l2, lambda peaks: peaks.l2), (gpu.memory, lambda peaks: peaks.memory)))
-    l2 = None if gpu.is_amd else l2
+    l2 = None if gpu.is_amd else gpu.l2 or (gpu.peaks and gpu.peaks.l2)
+    memory = gpu.memory or (gpu.peaks and gpu.peaks.memory)
     return {"arch": gpu.arch, "sms": gpu.sms, "shared_memory": gpu.shared_memory, "l2": l2, "memory": memory}
 
 
 @functools.cache
 def shipped_tables() -> tuple[Table, ...]:
-    """Every table that comes with the package."""
+    """Return every table of the package."""
     return tuple(read_table(path) for path in sorted(FOLDER.glob("*.json")))
 
 
 def read_table(path: Path) -> Table:
-    """The table in a file. Raises TableError."""
+    """Return the table in a file. Raise TableError."""
     try:
         content = json.loads(path.read_text())
-        if content["schema"] > SCHEMA:
-            raise TableError(f"{path}: expected schema {SCHEMA}, got {content['schema']}; a newer tritonattn wrote it")
-        rows = [Row(**row | {fill: Entry(**row[fill]) for fill in FILLS}) for row in content["rows"]]
-        return Table(path.stem, content["gpu"], content["made"], {row.key: row for row in rows})
+        if content["schema"] != SCHEMA:
+            raise TableError(f"{path}: expected schema {SCHEMA}, got {content['schema']}")
+        rows = [Row(**row | {fill: Entry.from_json(row[fill]) for fill in FILLS}) for row in content["rows"]]
+        return Table(path.stem, content["gpu"], content["provenance"], {row.key: row for row in rows})
     except (ValueError, KeyError, TypeError) as error:
         raise TableError(f"{path}: expected a table of configs, got {type(error).__name__}: {error}") from error
 
 
 def write_table(table: Table, folder: Path = FOLDER) -> Path:
-    """The file of a table, whole or not at all; a row a line, so that a change can be read."""
-    rows = [json.dumps(asdict(row) | {fill: _as_json(getattr(row, fill)) for fill in FILLS}) for row in table.rows.values()]
-    head = json.dumps({"schema": SCHEMA, "gpu": table.gpu, "made": table.made})[:-1]
+    """Write a table atomically, with one row per line so that changes can be reviewed. Return its path."""
+    rows = [json.dumps(asdict(row) | {fill: getattr(row, fill).as_json() for fill in FILLS}) for row in table.rows.values()]
+    head = json.dumps({"schema": SCHEMA, "gpu": table.gpu, "provenance": table.provenance})[:-1]
     path = folder / f"{table.name}.json"
-    beside = path.with_suffix(".part")
-    beside.write_text(head + ',\n"rows": [\n' + ",\n".join(rows) + "\n]}\n")
-    beside.replace(path)
+    partial = path.with_suffix(".part")
+    partial.write_text(head + ',\n"rows": [\n' + ",\n".join(rows) + "\n]}\n")
+    partial.replace(path)
     return path
-
-
-def _as_json(entry):
-    return {name: value for name, value in asdict(entry).items() if (name, value) != ("exception", "")}

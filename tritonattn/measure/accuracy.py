@@ -1,26 +1,27 @@
-"""The rule of accuracy: |ours - exact| <= 2 |torch at the same dtype - exact| + rounding, on the largest error."""
+"""The accuracy rule: |ours - exact| <= 2 |torch at the same dtype - exact| + rounding, on the largest error of a tensor."""
 
 import math
 
 import torch
 
-LIMIT = 2  # times torch's error: both round, each in its own order
-ULPS = 4   # sums are taken in another order than torch's, then stored: a few roundings of the largest number
+TORCH_ERRORS = 2  # times torch's error: both round, each in another order
+ULPS = 4          # of the largest number: sums in another order than torch's, then stored
 
 
-def error(x: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest distance; inf where something is nan. -inf is no distance away from -inf."""
-    distance = (x.to(exact.dtype) - exact).abs().masked_fill(x == exact, 0)
-    return distance.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if x.numel() else 0.0
+def max_error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the largest |x - exact|; inf if x has a NaN or another infinity. Equal infinities have no error."""
+    error = (x.to(exact.dtype) - exact).abs().masked_fill(x == exact, 0)
+    return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if x.numel() else 0.0
 
 
-def allowed(torchs: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, ulps: float = ULPS, smallest: float = 0.0) -> float:
-    """Return the largest error that a tensor of this dtype may have, from torch's result and the exact one.
+def tolerance(torch_result: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, ulps: float = ULPS,
+              smallest: float = 0.0) -> float:
+    """Return the largest error that a result of this dtype may have, given torch's result and the exact one.
 
-    `ulps` is the number of roundings, of the largest magnitude but of at least `smallest`. The limit is inf where torch's
-    result is not finite but the exact one is: torch's error is then no measure.
+    `ulps` is the number of roundings, relative to the largest magnitude but at least to `smallest`. The tolerance is inf if
+    torch's result is not finite where the exact one is: torch's error is then no measure.
     """
-    return LIMIT * error(torchs, exact) + ulps * torch.finfo(dtype).eps * max(largest(exact), smallest)
+    return TORCH_ERRORS * max_error(torch_result, exact) + ulps * torch.finfo(dtype).eps * max(largest(exact), smallest)
 
 
 def largest(x: torch.Tensor) -> float:

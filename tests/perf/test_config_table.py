@@ -1,0 +1,393 @@
+"""The table builder: which configs become rows of a shipped table, and when a table may be restamped."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+import triton
+
+from perf import config_table
+from perf.config_table import LIGHT_SPILLS, Builder, Result
+from tests.autotune.test_prune import GOOD, H200, LOOP, MI300X
+from tests.autotune.test_sweep import begun, quiet
+from tests.helpers import corpus
+from tests.helpers.compile_server import compiled
+from tritonattn import Config, gpu
+from tritonattn.autotune import prune, sweep
+from tritonattn.autotune import trials as runs
+from tritonattn.autotune.worker_pool import Failure
+from tritonattn.configs import lookup, shipped
+from tritonattn.configs.kernel_hash import kernel_hash
+from tritonattn.configs.shipped import Entry
+
+BOUNDED = ("forward", 2, 512, "full")  # a row that is neither searched nor checked on other problems
+
+
+class FakeJournal:
+    def __init__(self, entries=()):
+        self.entries = list(entries)
+
+    def append(self, entry):
+        self.entries.append(json.loads(json.dumps(entry)))
+
+
+class FakeWorkers:
+    """Compilers that return what `compile(job)` returns."""
+
+    def __init__(self, compile):
+        self.compile, self.jobs = compile, []
+
+    def map(self, jobs):
+        self.jobs += jobs
+        return map(self.compile, jobs)
+
+
+def result(text, filled, underfilled=None, reason=None, **fields):
+    cycles = {} if filled is None else {"filled": filled, "underfilled": underfilled or filled}
+    return Result(Config.parse(text), reason, **{"registers": 100, "shared_memory": 1000, "occupancy": 1, "bound": "issue",
+                                                 "cycles": cycles} | fields)
+
+
+def journal_of(key, results, **variants):
+    """A journal with results for the row's example, and {variant: results} for others."""
+    return FakeJournal({"row": list(key), "variant": name, "config": str(each.config),
+                        "result": dataclasses.asdict(each) | {"config": None}}
+                       for name, group in {"": results, **variants}.items() for each in group)
+
+
+def row_of(key, config, *rejected):
+    entry = Entry(Config.parse(config), "static-model", 1, 1, 0, 1, "issue")
+    return shipped.Row(*key, filled=entry, underfilled=entry, rejected=dict.fromkeys(rejected, "slower"))
+
+
+def spilling(count):
+    loop = dataclasses.replace(LOOP, instructions=LOOP.instructions + ("STL",) * count)
+    return dataclasses.replace(GOOD, loops=(loop,))
+
+
+def test_a_row_takes_the_fastest_config_of_each_fill_and_lists_the_others():
+    results = [result("32x32w4s1", 9.0, 1.0), result("32x16w4s1", 5.0, 7.0), result("16x32w4s1", 1.0, 0.1, "spill"),
+               result("16x16w4s1", 6.0, 6.0)]
+    builder = Builder(H200, FakeJournal(), None)
+    row = builder.choose(BOUNDED, results)
+    assert (str(row.filled.config), str(row.underfilled.config)) == ("32x16w4s1", "32x32w4s1")
+    assert row.rejected == {"16x16w4s1": "slower", "16x32w4s1": "spill"} and not row.filled.accepted_fault
+    only = builder.choose(BOUNDED, results[2:3])
+    assert str(only.filled.config) == "16x32w4s1" and only.filled.accepted_fault == "spill"
+    with pytest.raises(config_table.NothingFits, match=r"H200.*got none \(16x16w4s1: shared memory\)"):
+        builder.choose(BOUNDED, [result("16x16w4s1", None, reason="shared memory")])
+
+
+def test_the_modelled_time_of_spilling_configs_is_penalized():
+    results = [result("32x32w8s1", 1.0, reason="spill", spills=1141), result("32x16w4s2", 1.03, reason="spill", spills=400),
+               result("64x32w4s2", 1.5, reason="spill", spills=2), result("16x32w4s2", 1.2, reason="duplicate work"),
+               result("32x32w4s1", 9.0), result("16x16w4s1", 0.1, reason="register collapse"),
+               result("64x16w4s2", 1.05, reason="serialized", spills=1141), result("16x16w4s2", None, reason="shared memory")]
+    assert [str(each.config) for each in Builder(H200, FakeJournal(), None).order(results, "filled")] == [
+        "32x32w4s1", "64x32w4s2", "16x32w4s2", "32x16w4s2", "32x32w8s1", "64x16w4s2", "16x16w4s1"]
+
+
+def test_the_known_configs_are_those_of_the_old_row_of_neighbours_and_of_the_other_gpu():
+    key, narrower = ("forward", 2, 128, "edges"), ("forward", 2, 96, "edges")
+    builder = Builder(H200, FakeJournal(), None, None, {key: row_of(key, "64x64w4s2", "128x64w8s2e1")},
+                      {key: row_of(key, "128x128w8s3", "64x32w4s1")})
+    configs = builder.known_configs(key, {narrower: row_of(narrower, "32x32w4s2e1", "16x16w4s1")})
+    assert set(map(str, configs)) == {"64x64w4s2", "128x64w8s2e1", "32x32w4s2e1", "128x128w8s3e1", "64x32w4s1"}
+    exact = ("forward", 4, 64, "edges")
+    assert Builder(H200, FakeJournal(), None, None, {exact: row_of(exact, "64x16w4s2", "16x16w4s1")},
+                   {exact: row_of(exact, "32x32w4s1")}).known_configs(exact, {}) == {Config(64, 16, 4, 2)}
+
+
+@pytest.mark.parametrize("key, on, stages", [
+    (("forward", 2, 128, "full"), H200, (2, 3)), (("forward", 2, 128, "full"), MI300X, (1, 2)),
+    (("forward", 2, 512, "full"), H200, (1, 2, 3)), (("forward", 4, 128, "edges"), H200, (1, 2)),
+], ids=str)
+def test_numbers_of_stages(key, on, stages):
+    assert config_table.stages_of(key, on) == stages
+
+
+def test_largest_tiles_of_a_search():
+    def largest(on, *key):
+        tiles = [config for config in prune.candidates(key[0], config_table.example_problem(key, "filled", on), on)
+                 if config_table.sensible(key, config, on)]
+        return max(max(config.block_m, config.block_n) for config in tiles)
+
+    assert largest(H200, "forward", 2, 128, "full") == largest(H200, "forward", 2, 256, "edges") == 128
+    # products have 64 rows on Hopper, and 16 for each of AMD's four waves: wide heads need as many too
+    assert largest(H200, "forward", 2, 512, "full") == largest(H200, "dq", 2, 256, "pairs") == 64
+    assert largest(H200, "dq", 4, 64, "edges") == largest(MI300X, "dq", 4, 512, "edges") == 64
+    assert largest(H200, "forward", 4, 128, "edges") == 32
+
+
+@pytest.mark.parametrize("key, known, search", [
+    (("forward", 2, 96, "edges"), result("64x64w4s2e1", 2.0), False),
+    # the known config has a fault, or does not fit
+    (("forward", 2, 96, "edges"), result("64x64w4s2e1", 2.0, reason="spill"), True),
+    (("forward", 4, 128, "edges"), result("32x32w4s1", 2.0, reason="spill"), True),
+    (("forward", 4, 512, "edges"), result("16x16w4s1", None, reason="shared memory"), True),
+    (("forward", 4, 128, "edges"), result("64x16w4s1", 2.0), True),
+    (("forward", 2, 512, "edges"), result("16x32w4s1", 2.0, reason="wrong tensor path"), True),
+    # wide heads of float32 spill with every config and take long to compile
+    (("forward", 4, 256, "edges"), result("32x32w8s1", 2.0, reason="spill"), False),
+], ids=str)
+@pytest.mark.parametrize("like", [{}, None])
+def test_a_row_is_searched_if_its_known_configs_have_faults(key, known, search, like, monkeypatch):
+    new = "16x32w4s1" if key[1] == 4 else "64x32w8s2e1"
+    # with TF32, tiles of 64 rows do not fit
+    tf32 = [result(text, 1.0, shared_memory=H200.shared_memory + text.startswith("64"), reason="shared memory")
+            for text in (new, "64x16w4s1", "32x32w4s1", "32x32w8s1", "16x16w4s1")]
+    monkeypatch.setattr(config_table, "candidates", lambda *_: [Config.parse(new)])
+    journal = journal_of(key, [known, result(new, 1.0)], tf32=tf32)
+    row = Builder(H200, journal, None, None, {key: row_of(key, str(known.config))}, like).row(key, {})
+    assert str(row.filled.config) == (new if search else str(known.config))
+    assert set(row.rejected) == ({str(known.config)} if search else set())
+
+
+def test_usual_rows_are_searched_but_not_with_like(monkeypatch):
+    key = ("forward", 2, 256, "full")
+    monkeypatch.setattr(config_table, "candidates", lambda *_: [Config(64, 32, 4, 2, 1)])
+    journal = journal_of(key, [result("64x64w4s2e1", 2.0), result("64x32w4s2e1", 1.0)])
+    for like, config in ((None, "64x32w4s2e1"), ({}, "64x64w4s2e1")):
+        row = Builder(H200, journal, None, None, {key: row_of(key, "64x64w4s2e1")}, like).row(key, {})
+        assert str(row.filled.config) == config
+
+
+def test_configs_with_faults_on_other_problems_are_passed_over():
+    key = ("forward", 2, 64, "edges")
+    results = [result(text, cycles) for text, cycles in (("64x64w4s2e1", 1.0), ("128x64w8s2e1", 2.0), ("64x32w4s2e1", 3.0))]
+
+    def choose(**faults):
+        """The row where these configs (c0 to c2) have these faults with a map and with lengths."""
+        variants = {f"with {name}": [dataclasses.replace(each, reason=reason, note=note) for each, (reason, note) in zip(
+            results, [faults.get(f"c{i}", {}).get(name, (None, "")) for i in range(3)])] for name in ("a map", "lengths")}
+        return Builder(H200, journal_of(key, results, **variants), None).choose(key, results)
+
+    spill, both = ("spill", "3 in the loop"), {"a map": ("spill", "9"), "lengths": ("serialized", "")}
+    assert str(choose().filled.config) == "64x64w4s2e1" and not choose().filled.accepted_fault
+    second = choose(c0={"a map": ("serialized", "")})
+    assert str(second.filled.config) == "128x64w8s2e1" and not second.filled.accepted_fault
+    assert second.rejected == {"64x64w4s2e1": "serialized", "64x32w4s2e1": "slower"}
+    least = choose(c0=both, c1={"a map": spill}, c2=both).filled
+    assert (str(least.config), least.accepted_fault) == ("128x64w8s2e1", "spill: 3 in the loop, with a map")
+
+
+def test_a_config_is_checked_on_other_problems_and_with_a_second_triton():
+    key, config = ("forward", 2, 128, "pairs"), Config(128, 128, 8, 2, 1)
+    usual, second, journal = FakeWorkers(lambda _: GOOD), FakeWorkers(lambda _: spilling(LIGHT_SPILLS)), FakeJournal()
+    assert Builder(H200, journal, usual, second).faults(key, config) == []
+    assert [job[1].masked for job in usual.jobs] == [True, False, True] and len(second.jobs) == 4
+    assert Builder(H200, journal, None, FakeWorkers(None)).faults(key, config) == [], "all results are in the journal"
+    usual, second = FakeWorkers(lambda _: spilling(1)), FakeWorkers(lambda _: spilling(LIGHT_SPILLS + 1))
+    faults = Builder(H200, FakeJournal(), usual, second).faults(key, config)
+    assert "spill: 1 in the loop, with a mask" in faults and "spill: 17 in the loop, by another Triton" in faults
+    assert len(faults) == 7
+
+
+def test_other_problems_use_the_same_row():
+    for width, mask, count in ((128, "full", 0), (128, "edges", 1), (64, "edges", 2), (128, "window", 0), (128, "pairs", 3)):
+        problems = config_table.other_problems(("forward", 2, width, mask))
+        assert len(problems) == count and all(lookup.mask_class("forward", each) == mask for each in problems.values())
+    for key in (("forward", 4, 64, "pairs"), ("forward", 2, 256, "pairs")):
+        assert config_table.other_problems(key) == {}
+
+
+def test_a_float32_row_fits_with_tf32_and_records_the_larger_binary():
+    key = ("forward", 4, 64, "edges")
+    results = [result("64x32w4s1", 1.0), result("32x32w4s1", 2.0), result("32x16w4s1", 3.0)]
+    workers = FakeWorkers(lambda job: dataclasses.replace(
+        GOOD, shared_memory=H200.shared_memory + 1 if job[2].block_m == 64 else 5000))
+    journal = journal_of(key, results)
+    row = Builder(H200, journal, workers).choose(key, results)
+    assert (str(row.filled.config), row.filled.shared_memory, row.filled.occupancy) == ("32x32w4s1", 5000, 1)
+    assert row.underfilled == row.filled and row.rejected == {"64x32w4s1": "shared memory", "32x16w4s1": "slower"}
+    assert [(job[2].block_m, job[4]) for job in workers.jobs] == [(64, "tf32"), (32, "tf32")], "each config once"
+    again = Builder(H200, journal, None)
+    assert again.choose(key, results) == row, "all results are in the journal"
+    with pytest.raises(config_table.NothingFits, match="expected a config that fits with TF32, got 1 that do not"):
+        again.choose(key, results[:1])
+    refused = Builder(H200, FakeJournal(), FakeWorkers(
+        lambda job: Failure("compile error", "refused") if job[2].block_m == 64 else GOOD)).choose(key, results)
+    assert refused.rejected["64x32w4s1"] == "compile error"
+
+
+def test_a_failure_that_may_not_repeat_is_not_kept_in_the_journal():
+    journal = FakeJournal()
+    failures = {16: Failure("compile timeout", "slow", lasting=False), 32: Failure("compile error", "refused")}
+    builder = Builder(H200, journal, FakeWorkers(lambda job: failures[job[2].block_m]))
+    reasons = {str(each.config): each.reason for each in builder.compile(BOUNDED, [Config(16, 16), Config(32, 32)])}
+    assert reasons == {"16x16w4s2": "compile timeout", "32x32w4s2": "compile error"}
+    assert [entry["config"] for entry in journal.entries] == ["32x32w4s2"]
+
+
+def test_a_result_holds_what_the_compiler_reported():
+    underfilled = config_table.example_problem(("forward", 2, 128, "full"), "underfilled", H200)
+    good = config_table.result_of(GOOD.config, GOOD, underfilled)
+    assert (good.reason, good.fault, good.entry.accepted_fault) == (None, "", "")
+    assert (good.registers, good.shared_memory, good.occupancy) == (GOOD.registers, GOOD.shared_memory, GOOD.occupancy)
+    assert good.cycles["filled"] != good.cycles["underfilled"] > 0
+    faulty = config_table.result_of(GOOD.config, spilling(3), underfilled)
+    assert faulty.fault == faulty.entry.accepted_fault == "spill: 3 in the loop" and faulty.spills == 3
+    assert not config_table.result_of(GOOD.config, dataclasses.replace(GOOD, shared_memory=1 << 30), underfilled).cycles
+
+
+def test_example_problems_fill_the_gpu_or_half_of_it_and_belong_to_their_row():
+    for key in config_table.row_keys_of(H200):
+        for fill in shipped.FILLS:
+            problem = config_table.example_problem(key, fill, H200)
+            assert lookup.gpu_fill(key[0], problem, H200) == fill and lookup.mask_class(key[0], problem) == key[3]
+            assert problem.d == key[2] and min(problem.dtype.itemsize, 4) == key[1]
+
+
+def test_the_triton_of_another_python():
+    assert config_table.triton_of(sys.executable) == triton.__version__
+    with pytest.raises(ValueError, match="expected a Python with Triton"):
+        config_table.triton_of("false")
+
+
+BUILD = """
+import json, pathlib, tempfile
+from tritonattn import gpu
+from tritonattn.configs import shipped
+from perf import config_table
+key, on = ("forward", 2, 64, "full"), gpu.KNOWN["sm_90"]
+config_table.row_keys_of = lambda gpu: [key]
+config_table.sensible = lambda key, config, gpu: str(config) in ("64x64w4s2e1", "128x128w8s2e1", "128x128w8s3e1")
+with tempfile.TemporaryDirectory() as folder:
+    folder = pathlib.Path(folder)
+    path = config_table.build(on, folder, folder)
+    table, journal = path.read_text(), next(folder.glob("*.jsonl")).read_text()
+    config_table.build(on, folder, folder)
+    row = shipped.read_table(path).rows[key]
+    print(json.dumps([table == path.read_text(), journal == next(folder.glob("*.jsonl")).read_text(), str(row.filled.config),
+                      row.filled.registers, sorted(row.rejected) + [str(row.underfilled.config)]]))
+"""
+
+
+def test_a_build_is_repeatable_and_compiles_nothing_twice():
+    same_table, same_journal, filled, registers, others = compiled(BUILD)
+    assert same_table and same_journal and registers > 100
+    assert {"64x64w4s2e1", "128x128w8s2e1", "128x128w8s3e1"} <= {*others, filled}
+
+
+# sweeps
+
+@pytest.fixture
+def swept(tmp_path):
+    folder, setup = begun(tmp_path)
+    sweep.carry_on(folder, setup, say=quiet)
+    return runs.read(folder)
+
+
+def test_a_table_takes_the_results_of_a_sweep(swept, tmp_path):
+    old, = (table for table in shipped.shipped_tables() if table.name == "h200")
+    new = shipped.read_table(config_table.build_from_sweeps(H200, [swept], tmp_path))
+    entry = new.rows["forward", 2, 128, "full"].filled
+    assert (str(entry.config), entry.source, entry.shared_memory) == ("64x128w4s2e1", "measured", 65536)
+    assert new.rows["dkdv", 2, 128, "edges"].filled.source == "measured"
+    assert all(new.rows[key] == row for key, row in old.rows.items()
+               if key not in (("forward", 2, 128, "full"), ("dkdv", 2, 128, "edges")))
+    assert new.rows["forward", 2, 128, "full"].underfilled == old.rows["forward", 2, 128, "full"].underfilled
+
+
+def test_a_synthetic_sweep_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="expected measured sweeps, got a synthetic one"):
+        config_table.build_from_sweeps(H200, [corpus.made_up()], tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"gpu": {"arch": "sm_80"}}, {"gpu": {"sms": 114}}, {"gpu": {"memory": 80 << 30}},
+                                    {"source": "0" * 12}], ids=str)
+def test_a_sweep_of_another_gpu_or_of_other_kernels_is_rejected(change, swept, tmp_path):
+    plan = swept.plan | change | {"gpu": swept.plan["gpu"] | change.get("gpu", {})}
+    with pytest.raises(ValueError, match="expected a sweep of the GPU and the kernels of this table"):
+        config_table.build_from_sweeps(H200, [dataclasses.replace(swept, plan=plan)], tmp_path)
+
+
+def test_slowdowns_leave_out_large_tiles_and_configs_timed_without_the_incumbent():
+    recorded = corpus.made_up()
+    job = recorded.jobs[0]
+    good, = (trial for trial in recorded.of(job).values() if trial.config == job.incumbent)
+    large = dataclasses.replace(good, config="256x64w8s2", samples=(1e-6,) * len(good.samples))
+    alone = dataclasses.replace(good, config="128x32w4s2", samples=(1e-6,), beside=())
+    fast = dataclasses.replace(good, config="32x64w4s2", samples=tuple(seconds / 2 for seconds in good.samples))
+    small = dataclasses.replace(job, configs=(job.incumbent, large.config, alone.config, fast.config))
+    run = dataclasses.replace(recorded, jobs=(small,), trials=(good, large, alone, fast))
+    (_, by_config), = config_table.slowdowns([run], H200).items()
+    assert by_config == {job.incumbent: [2.0], "256x64w8s2": [None], "128x32w4s2": [None], "32x64w4s2": [1.0]}
+
+
+def test_the_least_slowdown_is_over_all_problems():
+    by_config = {"a": [1.0, 1.5, 1.5], "b": [1.2, 1.2, 1.2], "c": [1.0, 1.0, None]}
+    assert config_table.least_slowdown(by_config) == "b", "c was not timed everywhere"
+    assert config_table.least_slowdown({"b": [1.0], "a": [1.0]}) == "a"
+
+
+# restamping and the command line
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the H200's table that was made from other kernels, with few rows; and compilers that agree with it."""
+    table, = (table for table in shipped.shipped_tables() if table.name == "h200")
+    rows = {key: row for key, row in table.rows.items() if key[0] == "forward"}
+    provenance = table.provenance | {"kernel_hash": "0" * 12, "triton": triton.__version__}
+    shipped.write_table(dataclasses.replace(table, rows=rows, provenance=provenance), tmp_path)
+    entries = [(key[2], key[3], entry) for key, row in rows.items() if key[1] == 2 for entry in (row.filled, row.underfilled)]
+
+    def agree(job):
+        entry = next(entry for width, mask, entry in entries if (width, mask, entry.config) == (
+            job[1].d, lookup.mask_class("forward", job[1]), job[2]))
+        return dataclasses.replace(GOOD, registers=entry.registers, shared_memory=entry.shared_memory)
+
+    return tmp_path, agree
+
+
+def test_a_restamped_table_changes_its_kernel_hash_alone(copied):
+    folder, agree = copied
+    old, workers = shipped.read_table(folder / "h200.json"), FakeWorkers(agree)
+    new = shipped.read_table(config_table.restamp(H200, workers, folder))
+    assert new.provenance == old.provenance | {"kernel_hash": kernel_hash()} and new.rows == old.rows
+    assert {(job[1].d, job[1].dtype) for job in workers.jobs} == {(64, torch.bfloat16), (128, torch.bfloat16)}
+    assert len(workers.jobs) == 2 * sum(key[1] == 2 and key[2] in (64, 128) for key in old.rows)
+
+
+@pytest.mark.parametrize("binary", [lambda good: dataclasses.replace(good, registers=good.registers + 1),
+                                    lambda good: dataclasses.replace(good, shared_memory=good.shared_memory + 16),
+                                    lambda good: dataclasses.replace(good, tensor_memory=64),
+                                    lambda good: Failure("compile error", "refused")])
+def test_a_table_is_not_restamped_if_one_binary_differs(binary, copied):
+    folder, agree = copied
+    text = (folder / "h200.json").read_text()
+
+    def differ(job):
+        return binary(agree(job)) if job[1].d == 128 else agree(job)
+
+    with pytest.raises(ValueError, match="compiles to another binary"):
+        config_table.restamp(H200, FakeWorkers(differ), folder)
+    assert (folder / "h200.json").read_text() == text
+
+
+def test_a_table_is_not_restamped_with_another_version_of_triton(copied, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "9.9.9")
+    with pytest.raises(ValueError, match=r"made with Triton .*, got 9\.9\.9"):
+        config_table.restamp(H200, FakeWorkers(None), copied[0])
+
+
+def test_the_command_line(monkeypatch, capsys, tmp_path):
+    calls = []
+    for name in ("build", "build_from_sweeps", "restamp"):
+        monkeypatch.setattr(config_table, name, lambda on, *arguments, name=name: calls.append((name, on.name, *arguments)))
+    monkeypatch.setattr(runs, "read", lambda folder: folder.name)
+    argv = ["h200", "sm_80", "--like", "l40s", "--also", "python3", "--out", str(tmp_path), "--jobs", "3"]
+    assert config_table.main(argv) == 0
+    assert [call[:3] for call in calls] == [("build", "H200", tmp_path), ("build", "A100", tmp_path)]
+    assert calls[0][4:] == (3, gpu.named("l40s"), "python3")
+    assert config_table.main(["h200", "--from-sweeps", "a", "b"]) == 0
+    assert calls[2] == ("build_from_sweeps", "H200", ["a", "b"], shipped.FOLDER)
+    assert config_table.main(["h200", "--restamp"]) == 0 and calls[3][:2] == ("restamp", "H200")
+    for wrong in (["gtx"], [], ["h200", "--restamp", "--like", "a100"]):
+        with pytest.raises(SystemExit):
+            config_table.main(wrong)
+    monkeypatch.setattr(config_table, "restamp", lambda *_: (_ for _ in ()).throw(ValueError("another binary")))
+    capsys.readouterr()
+    assert config_table.main(["h200", "--restamp"]) == 1 and capsys.readouterr().err == "another binary\n"

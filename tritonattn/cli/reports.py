@@ -1,0 +1,107 @@
+"""Compile reports as a table, side by side, as JSON, and as a picture of the cycles that each unit is busy."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from ..analysis import sass
+from ..analysis.compile_report import KernelReport
+from ..analysis.cost_model import estimate
+from ..autotune.prune import REASONS, check_report
+from .format import columns
+
+UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
+SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
+HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", *UNITS, "bound",
+        "of peak"]
+
+
+def table(reports: Sequence[KernelReport]) -> str:
+    """Format one line per report. The units' columns are cycles of an SM in one iteration of the loop without a mask."""
+    return "\n".join([*columns([HEAD, *map(_row, reports)], left=(0, 1, 2, 9)), *warnings(reports)])
+
+
+def _row(report):
+    model, limiter = estimate(report), report.occupancy_limiter
+    row = [f"{report.gpu.name}, {report.gpu.arch}", report.kernel, str(report.config), str(report.registers),
+           str(report.stack), str(report.loop_spills), f"{report.shared_memory / 1024:g}K", str(report.tensor_memory),
+           f"{report.occupancy} ({SHORT.get(limiter, limiter)})"]
+    if model is None:
+        return row + ["-"] * (4 + len(UNITS))
+    work = f"{report.duplicated:.2f}x" if report.mma_instruction else "-"
+    cycles = [f"{model.rounds[0][unit]:.0f}" for unit in UNITS]
+    return [*row, report.mma_instruction or "none", work, *cycles, model.bound, f"{model.share:.0%}"]
+
+
+def warnings(reports: Sequence[KernelReport]) -> list[str]:
+    """Return one line per kernel that pruning would reject, with the reason."""
+    verdicts = [(report, check_report(report)) for report in reports if report.kernel != "delta"]
+    return [f"{report.gpu.arch} {report.kernel} {report.config}: {verdict.reason}: {REASONS[verdict.reason]}"
+            + (f" ({verdict.note})" if verdict.note else "") for report, verdict in verdicts if verdict.reason]
+
+
+def side_by_side(reports: Sequence[KernelReport]) -> str:
+    """Format one column per report and one line per figure; instructions are per warp, in the loop without a mask."""
+    all_figures = [figures(report) for report in reports]
+    rows = [["", *(str(report.config) for report in reports)]]
+    rows += [[name, *(str(each.get(name, 0)) for each in all_figures)]
+             for name in dict.fromkeys(name for each in all_figures for name in each)]
+    title = f"{reports[0].kernel} on {reports[0].gpu.name} ({reports[0].gpu.arch}), {reports[0].problem}"
+    return "\n".join([title, *columns(rows), *warnings(reports)])
+
+
+def figures(report: KernelReport) -> dict:
+    """Return every figure of a report by its name in `side_by_side`."""
+    rows = {"registers": report.registers, "stack": report.stack, "spills": report.spills, "loop spills": report.loop_spills,
+            "shared memory": report.shared_memory, "tensor memory": report.tensor_memory, "threads": report.threads,
+            "blocks per SM": report.occupancy, "limited by": report.occupancy_limiter}
+    if report.gpu.is_amd:
+        rows |= {"accumulation registers": report.accumulation, "scalar registers": report.scalar,
+                 "spilled registers": report.spilled}
+    rows |= {f"registers of partition {i}": registers for i, registers in enumerate(report.partitions)}
+    for loop in (report.loops or ())[:1]:
+        rows |= {"instructions": len(loop.instructions), **{f"  {name}": n for name, n in loop.products.items()}}
+        rows |= {f"  {kind}": loop.counts[kind] for kind in sass.KINDS if kind in loop.counts and kind != "tensor"}
+    if (model := estimate(report)) is not None:
+        rows |= {f"cycles: {unit}": round(model.rounds[0][unit]) for unit in UNITS}
+        rows |= {"cycles per iteration": round(model.round_cycles[0]), "bound by": model.bound, "waves": model.waves,
+                 "share of peak": f"{model.share:.1%}"}
+    return rows
+
+
+def as_json(report: KernelReport) -> dict:
+    """Return a report and its estimate as plain data, without the text of the loops."""
+    loops = None if report.loops is None else [{"instructions": len(loop.instructions), "kinds": loop.counts,
+                                                "products": loop.products} for loop in report.loops]
+    model = estimate(report)
+    names = ("kernel", "registers", "stack", "spills", "loop_spills", "shared_memory", "tensor_memory", "accumulation",
+             "scalar", "spilled", "threads", "fits", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision", "serialized",
+             "mma_instruction")
+    return {name: getattr(report, name) for name in names} | {
+        "gpu": report.gpu.name, "arch": report.gpu.arch, "config": str(report.config), "problem": report.problem.as_json(),
+        "partitions": list(report.partitions), "loops": loops,
+        "model": None if model is None else asdict(model) | {"bound": model.bound}, "warnings": warnings([report]),
+    }
+
+
+def plot(reports: Sequence[KernelReport], path: str) -> None:
+    """Draw one bar per report: its units' cycles in one iteration of the loop without a mask, per 1000 scores of the tile."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    from ..measure.drawing import rc_params
+
+    shown = [(report, model) for report in reports if (model := estimate(report)) is not None]
+    with style.context(rc_params({})):
+        figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
+        axes = figure.add_subplot()
+        left = [0.0] * len(shown)
+        for unit in UNITS:
+            width = [1000 * model.rounds[0][unit] / (report.config.block_m * report.config.block_n) for report, model in shown]
+            # at positions and not at labels, since two labels may be the same
+            axes.barh(range(len(shown)), width, left=left, label=unit)
+            left = [a + b for a, b in zip(left, width)]
+        axes.set_yticks(range(len(shown)), [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown])
+        axes.invert_yaxis()
+        axes.set_xlabel("cycles of an SM that each unit is busy, per 1000 scores (units run in parallel; the longest binds)")
+        axes.legend(ncols=len(UNITS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+        figure.savefig(path, dpi=150)
