@@ -217,7 +217,7 @@ def make_plan(arguments, device: torch.device) -> Plan:
     commit = facts.pop("commit")
     facts["source"] = environment.source_digest(Path(baselines.__file__), Path(measure.__file__))
     # configs tuned on this machine are used here too, and other configs are other kernels
-    tuned = {path.name: record.config for path, record in user_cache.current_cache().records()}
+    tuned = {path.name: str(record.config) for path, record in user_cache.current_cache().records()}
     facts["tuned"] = journal.digest(tuned) if tuned else None
     budget = timing.TimingBudget() if device.type == "cuda" else INTERPRETED_BUDGET
     budget = replace(budget, seconds=arguments.seconds) if arguments.seconds else budget
