@@ -92,11 +92,11 @@ import json, torch
 from tritonattn import Problem, gpu
 from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
-found = []
+arch, found = gpu.KNOWN[{arch!r}], []
 for kernel in ("forward", "delta", "dq", "dkdv"):
     for dtype, d, dv, group in (("float16", 17, 1, 1), ("bfloat16", 129, 33, 4), ("float32", 40, 64, 2)):
         problem = Problem((2,), 8, 8 // group, 1000, 1000, d, dv, getattr(torch, dtype), (100, 0))
-        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN[{arch!r}]), gpu.KNOWN[{arch!r}])
+        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, arch), arch)
         found.append([str(problem), str(report.config), report.fits, report.registers])
 print(json.dumps(found))
 """
@@ -117,12 +117,12 @@ from tritonattn import Problem, gpu
 from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
 windows = {"full": (None, None), "causal": (None, 0), "window": (100, 0)}
-found = []
+hopper, found = gpu.KNOWN["sm_90"], []
 for kernel in ("forward", "dq", "dkdv"):
     for dtype, d in (("bfloat16", 64), ("float16", 128)):
         for window, n in (("full", 1000), ("window", 1024), ("window", 1000)):
             problem = Problem((64,), 8, 8, n, n, d, d, getattr(torch, dtype), windows[window])
-            report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN["sm_90"]), gpu.KNOWN["sm_90"])
+            report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, hopper), hopper)
             found.append([kernel, d, window, n, str(report.config), report.serialized, report.fits])
 print(json.dumps(found))
 """
