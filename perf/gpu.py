@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from tritonattn.autotune import trials
 
 from . import cases, results
@@ -152,6 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--commit", metavar="ID", help="commit to record, for a source tree without its repository")
     top.add_argument("--ptxas", metavar="FILE", help="repeat the tests with this ptxas (see perf/README.md)")
     options = top.parse_args(argv)
+    if not torch.cuda.is_available():
+        top.error("perf.gpu needs a GPU, and torch detects none")
     options.out.mkdir(parents=True, exist_ok=True)
     visit = Visit(options, time.monotonic() + 60 * options.minutes)
     try:

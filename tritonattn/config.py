@@ -1,4 +1,4 @@
-"""How a problem is run: block sizes, warps, stages. A value, chosen before the launch and passed in (configs/lookup.py)."""
+"""Config: block sizes, warps and stages of a kernel. Looked up before a launch (configs/lookup.py) and passed in."""
 
 import contextlib
 import re
@@ -11,7 +11,7 @@ KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
 class Config:
     """Queries and keys per tile, warps per program, and tiles in flight in the pipelined loop.
 
-    edge_stages=1 leaves the last stretch of a masked loop out of the pipeline (kernels/window.py says why).
+    edge_stages=1 keeps the masked end of a loop out of the software pipeline (see kernels/window.py).
     """
 
     block_m: int
@@ -34,7 +34,7 @@ class Config:
 
     @staticmethod
     def parse(text: str) -> "Config":
-        """The config that prints as `text`: "128x64w8s3" is Config(128, 64, num_warps=8, num_stages=3)."""
+        """Return the config printed as `text`: "128x64w8s3" is Config(128, 64, num_warps=8, num_stages=3)."""
         match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(?:e(1))?", text)
         if not match:
             raise ValueError(f"config: expected the form 128x64w8s3, got {text!r}")
@@ -49,10 +49,13 @@ _pinned: list[dict[str, Config]] = []  # the innermost last
 
 @contextlib.contextmanager
 def pinned(config: Config | None = None, **kernels: Config):
-    """Run every kernel with `config`, or those named with their own: `pinned(forward=Config(128, 64))`.
+    """Run every kernel with `config`, or each named kernel with its own: `pinned(forward=Config(128, 64))`.
 
-    For bug reports, tests and reproducible bits. Process-wide, since backward passes run in threads of their own;
+    For bug reports, tests and reproducible bits. Process-wide, since autograd runs backward passes in other threads;
     keep it open until the backward pass is done.
+
+    Raises:
+        TypeError: a name that is no kernel's, or a value that is no Config.
     """
     unknown = set(kernels) - set(KERNELS)
     if unknown:
@@ -65,10 +68,10 @@ def pinned(config: Config | None = None, **kernels: Config):
     try:
         yield
     finally:
-        # by identity: blocks of different threads may overlap
+        # by identity, since blocks of different threads may overlap
         _pinned[:] = [other for other in _pinned if other is not layer]
 
 
 def pinned_config(kernel: str) -> Config | None:
-    """The config that the innermost `pinned` has for this kernel."""
+    """Return the config of the innermost `pinned` with this kernel, or None."""
     return next((layer[kernel] for layer in reversed(_pinned) if kernel in layer), None)

@@ -1,4 +1,4 @@
-"""What is asked: shapes, dtype and variant of one attention call, without its tensors.
+"""Problem: shapes, dtype and variant of one attention call, without its tensors.
 
     q [*batch, heads, n_q, d]   k [*batch, kv_heads, n_k, d]   v [*batch, kv_heads, n_k, dv]
 """
@@ -13,7 +13,7 @@ Window = tuple[int | None, int | None]
 
 @dataclass(frozen=True)
 class Problem:
-    """A hashable description of one call. Query i sees key j if -left <= j - (i + shift) <= right."""
+    """A hashable description of one call. Query i attends to key j if -left <= j - (i + shift) <= right."""
 
     batch: tuple[int, ...]
     heads: int
@@ -25,16 +25,16 @@ class Problem:
     dtype: torch.dtype
     window: Window = (None, None)
     shift: int = 0
-    bias: torch.dtype | None = None  # of an entry for each pair that is added to its score, broadcast or not
-    masked: bool = False             # whether there is a boolean for each pair
+    bias: torch.dtype | None = None  # dtype of the bias
+    masked: bool = False             # a boolean mask is given
     dropout: bool = False
-    lengths: bool = False            # whether each batch has its own number of keys, n_k at the most
-    mapped: bool = False             # whether it is known which tiles of the mask are seen whole, in part or not at all
+    lengths: bool = False            # each batch has its own number of keys, at most n_k
+    mapped: bool = False             # the mask is a BlockMask
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
-           key_lengths=None, lists=None) -> "Problem":
-        """The problem that these tensors pose; a side of the window that excludes nothing is dropped."""
+           key_lengths=None, kv_blocks=None) -> "Problem":
+        """Return the problem of these tensors. A side of the window that excludes nothing becomes None."""
         n_q, n_k = q.shape[-2], k.shape[-2]
         shift = n_k - n_q if bottom_right else 0
         left, right = window
@@ -43,11 +43,11 @@ class Problem:
         right = None if right is None or right >= n_k - 1 - shift else right
         return Problem(tuple(q.shape[:-3]), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
                        (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
-                       dropout_p > 0, key_lengths is not None, lists is not None)
+                       dropout_p > 0, key_lengths is not None, kv_blocks is not None)
 
     @staticmethod
     def parse(shape: str, dtype: torch.dtype, causal: bool = False) -> "Problem":
-        """The problem of "2x32x8x4096x128": batch, heads, heads of keys, length, head size. ValueError for another form."""
+        """Return the problem of "2x32x8x4096x128": batch, heads, kv heads, length, head size. Raises ValueError."""
         try:
             batch, heads, kv_heads, n, d = map(int, shape.split("x"))
         except ValueError:
@@ -64,15 +64,15 @@ class Problem:
 
     @property
     def mask(self) -> str:
-        """The class of the mask: full, causal or window."""
+        """The class of the window: full, causal or window."""
         return "full" if self.window == (None, None) else "causal" if self.window == (None, 0) else "window"
 
     def pairs(self) -> int:
-        """How many (query, key) pairs of one head see each other."""
+        """Return the number of (query, key) pairs of one head inside the window."""
         left, right = self.window
 
         def keys_up_to(reach):
-            """sum over queries i of clamp(i + shift + reach + 1, 0, n_k)"""
+            """Return the sum over queries i of clamp(i + shift + reach + 1, 0, n_k)."""
             low, high = self.shift + reach + 1, self.shift + reach + self.n_q
             low_cut, high_cut = min(max(low, 0), self.n_k), min(max(high, 0), self.n_k)
             rising = (low_cut + high_cut) * (high_cut - low_cut + 1) // 2
@@ -80,16 +80,16 @@ class Problem:
             after = self.n_k * max(high - max(high_cut, low), 0)
             return rising + before + after if self.n_q else 0
 
-        seen = self.n_q * self.n_k if right is None else keys_up_to(right)
-        return seen if left is None else seen - keys_up_to(-left - 1)
+        pairs = self.n_q * self.n_k if right is None else keys_up_to(right)
+        return pairs if left is None else pairs - keys_up_to(-left - 1)
 
     def flops(self, direction: str = "forward") -> int:
-        """Floating-point operations of the pairs that see each other. Backward is five products to forward's two."""
+        """Return the floating-point operations of the pairs in the window: two products forward, five backward."""
         per_pair = {"forward": self.d + self.dv, "backward": 3 * self.d + 2 * self.dv}[direction]
         return 2 * math.prod(self.batch) * self.heads * self.pairs() * per_pair
 
     def tensors(self, device="cpu", seed: int = 0):
-        """Random normal q, k, v of this problem; on device "meta" they have no data."""
+        """Return random normal q, k, v of this problem; on device "meta", tensors without data."""
         rng = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
         def draw(heads, n, width):
@@ -98,26 +98,26 @@ class Problem:
         return tuple(draw(*size) for size in self._sizes())
 
     def bytes(self, direction: str = "forward") -> int:
-        """Bytes that must move at the least: q, k and v read once, every result written once. Biases and masks, whose own
-        shapes are not known here, are not counted."""
+        """Return the least memory traffic: inputs read once, results written once. Without biases and masks, whose shapes
+        are not part of a Problem."""
         q, k, v = (math.prod(self.batch) * heads * n * width for heads, n, width in self._sizes())
         o, rows = q // max(self.d, 1) * self.dv, math.prod(self.batch) * self.heads * self.n_q
         numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + 2 * o}[direction]
         return numbers * self.dtype.itemsize + rows * 4  # lse, in float32
 
     def _sizes(self):
-        """Heads, length and width of q, k and v."""
+        """Return heads, length and width of q, k and v."""
         return (self.heads, self.n_q, self.d), (self.kv_heads, self.n_k, self.d), (self.kv_heads, self.n_k, self.dv)
 
     def as_json(self) -> dict:
-        """The fields as JSON knows them; `from_json` reads them back."""
+        """Return the fields in JSON's types. `from_json` is the inverse."""
         return asdict(self) | {"dtype": _name(self.dtype), "bias": self.bias and _name(self.bias)}
 
     @staticmethod
     def from_json(fields: dict) -> "Problem":
-        """The problem whose `as_json` this is."""
+        """Return the problem with this `as_json`."""
         lists = {name: tuple(fields[name]) for name in ("batch", "window")}
-        # what was recorded before there were biases has none
+        # records from before biases existed have no such key
         dtypes = {name: fields.get(name) and getattr(torch, fields[name]) for name in ("dtype", "bias")}
         return Problem(**fields | lists | dtypes)
 

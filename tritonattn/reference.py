@@ -1,6 +1,6 @@
-"""The definition of attention, in plain PyTorch: what every kernel is measured against.
+"""The definition of attention in plain PyTorch. Every kernel is tested against it.
 
-    S = scale Q K^T          P = softmax of S over the keys a query sees          O = P V
+    S = scale Q K^T + bias          P = softmax of S over the keys that a query attends to          O = P V
 """
 
 import torch
@@ -8,68 +8,66 @@ import torch
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
               keep=None, dropout_p=0.0, return_lse=False):
-    """Attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
+    """Compute attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
-    the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False hides a pair) broadcast to
-    [..., H, L, S]; key_lengths has the batch's shape. With dropout_p, `keep` says which weights are kept (booleans, see
-    `tritonattn.dropout_mask`). Memory grows with L x S. Inputs are taken to be finite and well formed, but for -inf in the
-    bias.
+    the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False masks a pair) broadcast to
+    [..., H, L, S]; key_lengths has the batch's shape. With dropout_p, `keep` (booleans, see `tritonattn.dropout_mask`) is
+    True for the weights to keep. Takes O(L S) memory. Inputs are not checked; they must be finite, but for -inf in the bias.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:
         k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
-    seen = visible(q.shape[-2], k.shape[-2], causal=causal, window=window, align=align, key_lengths=key_lengths,
-                   device=q.device)
+    inside = visible(q.shape[-2], k.shape[-2], causal=causal, window=window, align=align, key_lengths=key_lengths,
+                     device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = q @ k.mT * scale
     s = s if bias is None else s + bias
-    s = s.masked_fill(~(seen if mask is None else seen & mask), -torch.inf)
-    # a row that sees nothing has no softmax: its output is 0 and its log-sum-exp -inf
-    blind = (s == -torch.inf).all(-1, keepdim=True)
-    s = s.masked_fill(blind, 0.0)
-    p = s.softmax(-1).masked_fill(blind, 0.0)
+    s = s.masked_fill(~(inside if mask is None else inside & mask), -torch.inf)
+    # a fully masked row has no softmax: its output is 0 and its log-sum-exp -inf
+    masked_rows = (s == -torch.inf).all(-1, keepdim=True)
+    s = s.masked_fill(masked_rows, 0.0)
+    p = s.softmax(-1).masked_fill(masked_rows, 0.0)
     if dropout_p:
         p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
     o = p.to(v.dtype) @ v
     if not return_lse:
         return o
     lse = s.logsumexp(-1) if s.shape[-1] else s.sum(-1)
-    return o, lse.masked_fill(blind.squeeze(-1), -torch.inf)
+    return o, lse.masked_fill(masked_rows.squeeze(-1), -torch.inf)
 
 
 def by_heads(q, k, v, do=None, *, dtype=torch.float64, scores=2**27, **options):
-    """o in `dtype`, and with do also dq, dk and dv, a few heads at a time: what `attention` gives, at any size.
+    """Return `attention`'s o in `dtype`, and with do also dq, dk and dv, a few heads at a time, so that any size fits.
 
-    Shapes as in `attention`, batch dimensions equal; the options are those of `attention` that are the same for every head.
-    No more than `scores` of them (or one head's) are formed at once, and no more numbers of keys and values are copied,
-    which with few queries are the most.
+    Shapes as in `attention`, with equal batch dimensions; options are those of `attention` that are the same for every head.
+    At most `scores` scores (or one head's) are formed at once, and at most as many elements of keys and values are copied.
     """
     heads, kv_heads = q.shape[-3], k.shape[-3]
     (n_q, n_k), wide = (q.shape[-2], k.shape[-2]), torch.promote_types(dtype, torch.float32)
     flat_q, flat_k, flat_v, flat_do = (x if x is None else x.flatten(0, -3) for x in (q, k, v, do))
     o = q.new_empty(flat_q.shape[0], n_q, v.shape[-1], dtype=dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (flat_q, flat_k, flat_v)) if do is not None else (None,) * 3
-    few = max(1, scores // max(1, n_q * n_k, n_k * (k.shape[-1] + v.shape[-1])))
-    for some in torch.arange(len(flat_q), device=q.device).split(few):
-        of_key = some // heads * kv_heads + some % heads // (heads // kv_heads)
-        parts = [x[i].to(dtype).unsqueeze(1).requires_grad_(do is not None)
-                 for x, i in ((flat_q, some), (flat_k, of_key), (flat_v, of_key))]
-        part = attention(*parts, **options)
-        o[some] = part.detach().squeeze(1)
+    n_heads = max(1, scores // max(1, n_q * n_k, n_k * (k.shape[-1] + v.shape[-1])))
+    for rows in torch.arange(len(flat_q), device=q.device).split(n_heads):
+        kv_rows = rows // heads * kv_heads + rows % heads // (heads // kv_heads)
+        leaves = [x[i].to(dtype).unsqueeze(1).requires_grad_(do is not None)
+                  for x, i in ((flat_q, rows), (flat_k, kv_rows), (flat_v, kv_rows))]
+        chunk = attention(*leaves, **options)
+        o[rows] = chunk.detach().squeeze(1)
         if do is not None:
-            gradients = torch.autograd.grad(part, parts, flat_do[some].to(dtype).unsqueeze(1))
-            for sum_, i, gradient in zip((dq, dk, dv), (some, of_key, of_key), gradients):
-                sum_.index_add_(0, i, gradient.squeeze(1).to(wide))
+            gradients = torch.autograd.grad(chunk, leaves, flat_do[rows].to(dtype).unsqueeze(1))
+            for total, i, gradient in zip((dq, dk, dv), (rows, kv_rows, kv_rows), gradients):
+                total.index_add_(0, i, gradient.squeeze(1).to(wide))
     o = o.view(*q.shape[:-1], -1)
     return o if do is None else (o, dq.view_as(q), dk.view_as(k), dv.view_as(v))
 
 
 def visible(n_q, n_k, *, causal=False, window=(None, None), align=None, key_lengths=None, device=None):
-    """[n_q, n_k] booleans: query i sees key j if -left <= j - (i + shift) <= right.
+    """Return [n_q, n_k] booleans: True where query i may attend to key j, -left <= j - (i + shift) <= right.
 
-    shift is 0 for align="top_left", n_k - n_q for "bottom_right"; causal bounds right by 0. With key_lengths [...] there are
-    [..., 1, n_q, n_k], and n_k is each one's own.
+    shift is 0 for align="top_left", n_k - n_q for "bottom_right"; causal bounds right by 0. With key_lengths [...] the result
+    is [..., 1, n_q, n_k], and each sequence's length takes the place of n_k.
     """
     left, right = window
     if causal:
@@ -78,9 +76,9 @@ def visible(n_q, n_k, *, causal=False, window=(None, None), align=None, key_leng
     shift = n - n_q if align == "bottom_right" else 0
     cols = torch.arange(n_k, device=device)
     distance = cols - torch.arange(n_q, device=device)[:, None] - shift
-    seen = torch.ones_like(distance, dtype=torch.bool) & (cols < n)
+    inside = torch.ones_like(distance, dtype=torch.bool) & (cols < n)
     if left is not None:
-        seen &= distance >= -left
+        inside &= distance >= -left
     if right is not None:
-        seen &= distance <= right
-    return seen
+        inside &= distance <= right
+    return inside

@@ -1,6 +1,6 @@
-"""Every kernel compiles for every GPU, without one: it fits, does not spill in its loop, and has no mask where none is.
+"""Kernels compiled for every GPU, without a GPU: they fit, do not spill in their loops, and have no mask where none is needed.
 
-Each GPU is compiled for in a process of its own, since here the kernels are interpreted.
+Compilation runs in another process, because the kernels of this one are interpreted.
 """
 
 import os
@@ -44,9 +44,9 @@ with Workers(2) as workers:
 print(json.dumps(found))
 """
 KERNELS = ("forward", "dq", "dkdv")
-# instructions in a loop that spill, with what no row was proved on: by a Triton that did not make the tables, or on AMD
+# limit on spills in a loop where no row was checked: with another version of Triton than the tables', or on AMD
 UNSEEN = 32
-# an hour of a core: every row of every table
+# every row of every table takes an hour of a core
 EVERY = os.environ.get("TRITONATTN_EVERY_ROW") == "1"
 
 
@@ -64,7 +64,7 @@ def test_every_shipped_row(arch):
 
 
 def check_rows(arch, **cells):
-    """Each row compiles, fits, and has the registers, memory and faults that it states.
+    """Assert that each row compiles, fits, and has the registers, memory and faults that it states.
 
     The other rows were compiled when the table was made: test_shipped.py asserts that the kernels are still the same.
     """
@@ -94,11 +94,11 @@ import json, torch
 from tritonattn import Problem, gpu
 from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
-found = []
+arch, found = gpu.KNOWN[{arch!r}], []
 for kernel in ("forward", "delta", "dq", "dkdv"):
     for dtype, d, dv, group in (("float16", 17, 1, 1), ("bfloat16", 129, 33, 4), ("float32", 40, 64, 2)):
         problem = Problem((2,), 8, 8 // group, 1000, 1000, d, dv, getattr(torch, dtype), (100, 0))
-        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN[{arch!r}]), gpu.KNOWN[{arch!r}])
+        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, arch), arch)
         found.append([str(problem), str(report.config), report.fits, report.registers])
 print(json.dumps(found))
 """
@@ -106,7 +106,7 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_86", "sm_100", "gfx942"])
-def test_odd_sizes_and_grouped_heads_fit_where_the_tables_send_them(arch):
+def test_odd_sizes_and_grouped_heads_fit(arch):
     found = compiled(ODD.format(arch=arch))
     assert len(found) == 12
     for row in found:
@@ -119,20 +119,20 @@ from tritonattn import Problem, gpu
 from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
 windows = {"full": (None, None), "causal": (None, 0), "window": (100, 0)}
-found = []
+hopper, found = gpu.KNOWN["sm_90"], []
 for kernel in ("forward", "dq", "dkdv"):
     for dtype, d in (("bfloat16", 64), ("float16", 128)):
         for window, n in (("full", 1000), ("window", 1024), ("window", 1000)):
             problem = Problem((64,), 8, 8, n, n, d, d, getattr(torch, dtype), windows[window])
-            report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, gpu.KNOWN["sm_90"]), gpu.KNOWN["sm_90"])
+            report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, hopper), hopper)
             found.append([kernel, d, window, n, str(report.config), report.serialized, report.fits])
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
-def test_no_product_waits_for_another_on_hopper():
-    """Whatever the mask: the last stretch is not pipelined, which else would serialize all of them."""
+def test_products_are_not_serialized_on_hopper():
+    """The masked tail is not pipelined: a second pipelined loop would serialize the products of both."""
     for *row, serialized, fits in compiled(WAITS):
         assert fits and (not serialized or not PROVED), row
 
@@ -159,13 +159,13 @@ print(json.dumps({"full": selects((None, None), 1024), "ragged": selects((None, 
 """
 
 
-def test_the_full_stretch_has_no_mask():
-    """In Triton's own form of the code: compares and selects of the size of a tile of scores, loop by loop."""
+def test_the_unmasked_stretch_has_no_mask_code():
+    """Counts, in each loop of Triton's IR, the compares and selects of the size of a tile of scores."""
     found = compiled(MASKS)
     for kernel in KERNELS:
         assert found["full"][kernel] == [0], f"{kernel}: full attention has one loop, without a mask"
-        full, edge = found["ragged"][kernel]
-        assert full == 0 and edge > 0, f"{kernel}: only the last tile of a ragged length has a mask"
+        unmasked, tail = found["ragged"][kernel]
+        assert unmasked == 0 and tail > 0, f"{kernel}: only the last tile of a ragged length has a mask"
         loops = found["causal"][kernel]
         assert 0 in loops and max(loops) > 0, f"{kernel}: causal has a loop without a mask and one with it"
 
@@ -184,8 +184,8 @@ print(json.dumps([work(d) for d in (64, 72, 96, 128)]))
 
 
 @pytest.mark.slow
-def test_a_head_of_96_is_not_computed_as_128():
-    """Two parts, 64 + 32, take three quarters of the products and of the shared memory; 72 takes 64 + 16."""
+def test_head_size_96_takes_three_quarters_of_128():
+    """Its two parts, 64 + 32, take three quarters of the products and of the shared memory; head size 72 takes 64 + 16."""
     (of_64, _), (of_72, _), (of_96, shared_96), (of_128, shared_128) = compiled(PRODUCTS)
     assert of_64 * 2 == of_128 and of_72 * 8 == of_128 * 5
     assert of_96 * 4 == of_128 * 3 and shared_96 * 4 == shared_128 * 3
@@ -215,8 +215,8 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_what_is_given_for_each_pair_fits_hardly_spills_and_is_computed_once(arch):
-    """At head size 64. Exponentials were computed twice wherever a mask was loaded after the product (kernels/scores.py)."""
+def test_score_mods_fit_hardly_spill_and_duplicate_no_work(arch):
+    """Loading a mask after the dot makes warps compute duplicate exponentials (kernels/scores.py)."""
     kernels, names = ("forward", "dq", "dkdv", "dbias"), ("bias", "mask", "dropout", "lengths", "map")
     for row in compiled(PAIRS.format(arch=arch, kernels=kernels, sizes=(64,), names=names)):
         # a bias with heads in groups is what no row was proved on
@@ -232,8 +232,8 @@ def test_what_is_given_for_each_pair_fits_hardly_spills_and_is_computed_once(arc
 
 
 @pytest.mark.slow
-def test_variants_that_are_not_used_leave_no_trace():
-    """Plain attention, instruction by instruction, is what it is with every variant cut out of the kernels' source."""
+def test_unused_variants_add_no_instruction():
+    """The binaries of plain attention are those of kernels without the source of any variant (helpers/bare.py)."""
     # not as a part of the tests, which would have the kernels interpreted
     found = compiled("import json, sys; sys.path.append('tests/helpers'); import bare; print(json.dumps(bare.compare()))",
                      fresh=True)

@@ -34,6 +34,7 @@ def shell(tmp_path, monkeypatch):
         path.chmod(0o755)
         monkeypatch.setattr(gpu.sys, "executable", str(path))
         monkeypatch.setattr(gpu, "GRACE", 1)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return Visit(options(tmp_path), time.monotonic() + 60)
 
     return install
@@ -180,6 +181,13 @@ def test_whole_visit(shell, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["--out", str(tmp_path), "--stages", "truth,rest"])
     assert "unknown rest; known are truth, baseline, tuning" in capsys.readouterr().err
+
+
+def test_missing_gpu_is_an_error_before_any_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert "needs a GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_peaks_are_rates(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from perf.baselines import Implementation
 from perf.cases import CAUSAL, Case, problem
 from tests.helpers.fake_gpu import FakeGpu
 from tritonattn import gpu, reference
+from tritonattn.config import Config
 from tritonattn.measure import environment, journal, timing
 
 CPU = torch.device("cpu")
@@ -235,6 +237,16 @@ def test_plan_depends_on_what_changes_results_and_on_nothing_else(monkeypatch, t
         with monkeypatch.context() as patch:
             patch.setattr(module, "__file__", str(tmp_path / "edited.py"))
             assert plan().path(tmp_path) != first.path(tmp_path)
+
+
+def test_configs_tuned_on_this_machine_change_the_plan(monkeypatch, tmp_path):
+    arguments, paths = run.parser().parse_args(["--baselines", "eager"]), set()
+    for tuned in ([], ["64x64w4s2"], ["128x64w4s2"]):
+        cached = [(tmp_path / "key.json", types.SimpleNamespace(config=Config.parse(text))) for text in tuned]
+        cache = types.SimpleNamespace(records=lambda cached=cached: iter(cached))
+        monkeypatch.setattr(run.user_cache, "current_cache", lambda cache=cache: cache)
+        paths.add(run.make_plan(arguments, CPU).path(tmp_path))
+    assert len(paths) == 3
 
 
 def test_kernel_names_are_read_after_all_timing(stage, monkeypatch):

@@ -1,12 +1,14 @@
-"""The mended interpreter computes what a GPU would."""
+"""The patched interpreter computes the numbers that a GPU computes."""
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from tests.helpers import memory_guard
+from tritonattn.kernels import backward, forward, scores
 from tritonattn.runtime import interpreter
 
 pytestmark = pytest.mark.interpreted
@@ -69,6 +71,14 @@ def test_a_row_of_a_product_is_the_same_wherever_it_stands(dtype):
     product[(1,)](a, b, c, 32, "ieee")
     product[(1,)](a[order].contiguous(), b, rows, 32, "ieee")
     assert torch.equal(rows, c[order]) and torch.equal(c, exact.float())
+
+
+def test_kernels_are_called_without_patching_again():
+    """The module prefix of the kernels is right; a wrong one would only cost time."""
+    kernels = [value for module in (forward, backward, scores) for value in vars(module).values()
+               if isinstance(value, InterpretedFunction) and value.fn.__module__ != "triton.language.standard"]
+    assert len(kernels) > 10 and all(kernel.fn.__module__.startswith(interpreter.KERNELS) for kernel in kernels)
+    assert not convert.fn.__module__.startswith(interpreter.KERNELS)
 
 
 def test_an_old_triton_with_a_new_numpy_is_refused(monkeypatch):

@@ -23,6 +23,7 @@ from ..problem import Problem
 NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
 LARGEST_SCALE = 2.3e38      # times log2(e) it is still a float32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
 # a constant, since Dynamo of torch 2.11 cannot trace the call
 AUTOCAST_DEVICES = [device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device)]
 
@@ -97,7 +98,7 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
     check_sizes(("query", "key", "value"), query, key, value)
     bias, masks, causal, bottom_right = torch_mask_argument(attn_mask, is_causal, query, key, value)
     scale = check_scale(scale, query.shape[-1])
-    if isinstance(dropout_p, (numbers.Real, torch.SymFloat)) and dropout_p < 0:
+    if isinstance(dropout_p, NUMBERS) and dropout_p < 0:
         dropout_p = 0.0
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, None, query.device)
@@ -141,7 +142,7 @@ def as_torch_error(error, arguments, options):
 def with_equal_batches(q, k, v, bias, masks, scale):
     """Give every tensor a head dimension, q, k and v equal batch dimensions, and each at least one column."""
     q, k, v, bias, *masks = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, *masks))
-    batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    batch = batch_shape(q, k, v)
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
     q = q.expand(*batch, *q.shape[-3:])
     k, v = (x.expand(*batch, heads, *x.shape[-2:]) for x in (k, v))
@@ -150,6 +151,14 @@ def with_equal_batches(q, k, v, bias, masks, scale):
         q, k, scale = torch.nn.functional.pad(q, (0, 1)), torch.nn.functional.pad(k, (0, 1)), 1.0
     v = v if v.shape[-1] else torch.nn.functional.pad(v, (0, 1))
     return q, k, v, bias, *masks, scale
+
+
+def batch_shape(q, k, v):
+    """Return the batch dimensions of q, k and v, broadcast. Raises RuntimeError where they do not."""
+    shapes = [x.shape[:-3] for x in (q, k, v)]
+    # broadcast_shapes is slow, but compares no symbol that has no value
+    equal = not torch.compiler.is_compiling() and shapes[0] == shapes[1] == shapes[2]
+    return shapes[0] if equal else torch.broadcast_shapes(*shapes)
 
 
 def restore_shape(o, lse, q, k, v):
@@ -203,13 +212,14 @@ def pairwise_argument(name, x, q, k, v):
     dtypes = {"mask": (torch.bool,), "bias": (torch.float32, q.dtype), "attn_mask": (torch.bool, torch.float32, q.dtype)}[name]
     if torch.is_autocast_enabled(q.device.type) and x.dtype in (torch.float16, torch.bfloat16):
         x = x.to(q.dtype)
-    check_dense(name, x)
+    if x.layout != torch.strided or x.is_nested:
+        raise RuntimeError(layout_message(name, x))
     if x.dtype not in dtypes:
         raise RuntimeError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {x.dtype}")
     if x.device != q.device:
         raise RuntimeError(f"{name}: expected {q.device}, where the queries are, got {x.device}")
     heads = () if max(q.dim(), k.dim(), v.dim()) == 2 else (q.shape[-3] if q.dim() > 2 else 1,)
-    shape = (*torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3]), *heads, q.shape[-2], k.shape[-2])
+    shape = (*batch_shape(q, k, v), *heads, q.shape[-2], k.shape[-2])
     try:
         # not by comparing sizes, which may be symbols without a value while a program is exported
         x.expand(shape)
@@ -261,7 +271,7 @@ def lengths_argument(lengths, q, k, v):
         raise TypeError(f"key_lengths: expected a tensor of int32 or int64, got {got}")
     if lengths.device != q.device:
         raise RuntimeError(f"key_lengths: expected {q.device}, where the queries are, got {lengths.device}")
-    batch = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    batch = batch_shape(q, k, v)
     try:
         # clamp before the cast: a length beyond 32 bits still means all keys
         return lengths.expand(batch).clamp(0, k.shape[-2]).to(torch.int32).contiguous()
@@ -317,11 +327,9 @@ def describe(value) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else reprlib.repr(value)
 
 
-def check_dense(name, x):
-    """Raise RuntimeError for a sparse or nested tensor."""
-    if x.layout != torch.strided or x.is_nested:
-        got = "a nested one" if x.is_nested else f"layout {x.layout}"
-        raise RuntimeError(f"{name}: expected a dense (strided) tensor, got {got}")
+def layout_message(name, x) -> str:
+    """Return the message for a sparse or nested tensor."""
+    return f"{name}: expected a dense (strided) tensor, got {'a nested one' if x.is_nested else f'layout {x.layout}'}"
 
 
 def check_tensors(**tensors):
@@ -329,7 +337,8 @@ def check_tensors(**tensors):
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        check_dense(name, x)
+        if x.layout != torch.strided or x.is_nested:
+            raise RuntimeError(layout_message(name, x))
         if x.dim() < 2:
             raise RuntimeError(f"{name}: expected at least 2 dimensions, [..., length, size], got {x.dim()}")
 
@@ -376,7 +385,7 @@ def check_sizes(names, q, k, v):
         if heads[0] % count if count else heads[0]:
             raise RuntimeError(f"{name}: expected a head count dividing {heads[0]}, got {count}")
     try:
-        torch.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+        batch_shape(q, k, v)
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape[:-3])) for x in (q, k, v))
         raise RuntimeError(f"{q_name}, {k_name}, {v_name}: expected batch dimensions that broadcast, got {shapes}") from None
@@ -403,21 +412,21 @@ def check_scale(scale, d) -> float:
     """Return the scale, 1/sqrt(d) for None. Raises TypeError or ValueError."""
     if scale is None:
         return 1.0 / math.sqrt(d) if d else 1.0
-    if isinstance(scale, Tensor) or not isinstance(scale, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scale, NUMBERS):
         raise TypeError(f"scale: expected a number or None, got {describe(scale)}; multiply q by a learned scale, so that it "
                         "gets a gradient")
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {str(scale)[:24]}")
-    return torch.sym_float(scale)
+    return scale if isinstance(scale, torch.SymFloat) else float(scale)
 
 
 def check_probability(p) -> float:
     """Return the probability of dropout. Raises TypeError, or ValueError outside [0, 1]."""
-    if isinstance(p, Tensor) or not isinstance(p, (numbers.Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(p, NUMBERS):
         raise TypeError(f"dropout_p: expected a number, got {describe(p)}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout_p: expected a probability, between 0 and 1, got {p}")
-    return torch.sym_float(p)
+    return p if isinstance(p, torch.SymFloat) else float(p)
 
 
 def check_window(causal, window):
@@ -426,14 +435,14 @@ def check_window(causal, window):
         raise TypeError(f"causal: expected True or False, got {describe(causal)}")
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise TypeError(f"window: expected a pair (left, right), got {describe(window)}")
-    left, right = (check_side(name, side) for name, side in zip(("left", "right"), window))
+    left, right = window
+    left = left if left is None else check_side("left", left)
+    right = right if right is None else check_side("right", right)
     return left, 0 if causal else right
 
 
 def check_side(name, side):
-    """Return one side of a window as an integer or None."""
-    if side is None:
-        return None
+    """Return one side of a window as an integer."""
     if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool):
         try:
             if isinstance(side, bool) or (isinstance(side, Tensor) and (side.dim() or side.dtype == torch.bool)):

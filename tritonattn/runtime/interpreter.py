@@ -1,13 +1,14 @@
-"""Triton's interpreter, mended: the numbers it computes are those that a GPU would.
+"""Fixes for Triton's interpreter, so that it computes the numbers that a GPU computes.
 
-As it comes, it keeps bfloat16 as raw 16-bit integers and multiplies those, rounds to bfloat16 by truncation,
-ignores TF32, and has NumPy multiply matrices, which sums in an order that depends on the processor and on where
-in a tile a row stands; on one GPU all rows are summed alike. Here casts round to the nearest (ties to even),
-arithmetic of bfloat16 goes through float32, TF32 products round their inputs (ties away from zero, as
-cvt.rna.tf32.f32 does), and a product is summed in float64 and rounded before it is added: that is more exact than
-a GPU's sum, and the order hardly ever leaves a trace, once in some 2^29 numbers where nothing cancels.
-Only what the kernels of this package use is mended; `tl.sum` of bfloat16 values is not. Calls of device
-functions are also made cheaper, which halves the time.
+                     unpatched                              patched
+    bfloat16         arithmetic on its bits as integers     arithmetic in float32
+    casts to it      truncate                               round to nearest, ties to even
+    TF32 products    exact                                  round the inputs, ties away from zero (cvt.rna.tf32.f32)
+    products         NumPy's order of summation             sum in float64, then round
+
+NumPy's order depends on the processor and on a row's position; on a GPU it is the same for all rows. The float64 sum is more
+exact than a GPU's, and its order changes about one result in 2^29. Only operations that this package's kernels use are
+fixed: `tl.sum` of bfloat16 is not. Calls of device functions are also made cheaper, which halves the time.
 """
 
 import contextlib
@@ -20,18 +21,18 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 Handle = interpreter.TensorHandle
-# the package whose functions need no further patching of Triton's language
-KERNELS = f"{__package__.rpartition('.')[0]}.kernels"
-one_at_a_time = threading.RLock()  # the interpreter's state is the process's
+# device functions of these modules need no further patching of Triton's language
+KERNELS = f"{__package__.rpartition('.')[0]}.kernels."
+one_at_a_time = threading.RLock()  # the interpreter's state is global to the process
 
 
 def to_float32(bits):
-    """bfloat16, as the interpreter stores it, to float32."""
+    """Convert bfloat16, as the interpreter stores it, to float32."""
     return (np.asarray(bits, np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def to_bfloat16(x):
-    """float32 to the bits of the nearest bfloat16; nan stays nan."""
+    """Convert float32 to the bits of the nearest bfloat16; NaN stays NaN."""
     x = np.asarray(x, np.float32)
     bits = x.view(np.uint32)
     half = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -41,7 +42,7 @@ def to_bfloat16(x):
 
 
 def to_tf32(x):
-    """float32 to the nearest number of 10 mantissa bits."""
+    """Round float32 to 10 mantissa bits."""
     x = np.ascontiguousarray(x, np.float32)
     with np.errstate(over="ignore"):
         rounded = ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
@@ -49,7 +50,7 @@ def to_tf32(x):
 
 
 def problem() -> str | None:
-    """What keeps the interpreter from working here, with the mend; None if nothing does."""
+    """Return why the interpreter does not work with the installed versions, and the fix; None if it does."""
     if _version(triton) < (3, 7) and _version(np) >= (2, 4):
         return (f"Triton {triton.__version__}'s interpreter needs NumPy below 2.4, found {np.__version__}: "
                 "pip install 'numpy<2.4', or a newer Triton")
@@ -62,14 +63,14 @@ def _version(module):
 
 @contextlib.contextmanager
 def patched():
-    """Mended, and without numpy's warnings about what is no error on a GPU: overflow to inf, nan in lanes not kept."""
+    """Run the block with the patched interpreter, one thread at a time, without NumPy's warnings about overflow and NaN."""
     patch()
     with one_at_a_time, np.errstate(all="ignore"):
         yield
 
 
 class Builder(interpreter.InterpreterBuilder):
-    """The interpreter's arithmetic, with bfloat16 and TF32 as a GPU has them."""
+    """The interpreter's operations, with the bfloat16 and TF32 arithmetic of a GPU."""
 
     def cast_impl(self, src, dst_type):
         have, want = src.dtype.scalar, dst_type.scalar
@@ -103,7 +104,7 @@ class Builder(interpreter.InterpreterBuilder):
 
 
 def call_function(function, *args, **kwargs):
-    """Call a device function. As it comes, every call patches Triton's language anew, once more than is needed here."""
+    """Call a device function. Triton's own version patches the language at each call, which our kernels do not need."""
     if not function.fn.__module__.startswith(KERNELS):
         interpreter._patch_lang(function.fn)
     try:
@@ -114,7 +115,7 @@ def call_function(function, *args, **kwargs):
 
 @functools.cache
 def patch() -> None:
-    """Mend the interpreter of this process, once."""
+    """Patch the interpreter of this process, once. Raises RuntimeError where it cannot work."""
     if problem():
         raise RuntimeError(problem())
     if isinstance(tl.max, triton.runtime.JITFunction):
