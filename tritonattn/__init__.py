@@ -14,7 +14,7 @@ from .integrations.sdpa_patch import disable, enable, swapped
 from .problem import Problem
 
 # imported on first use, so that `import tritonattn` loads no tuning and no inspection
-_LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_problems", "tune": ".autotune"}
+_LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_problems", "tune": ".autotune.tune"}
 
 __all__ = [
     "BlockMask", "Config", "Problem", "__version__", "attention", "block_mask", "config", "disable", "dropout_mask",

@@ -1,7 +1,7 @@
-"""The bench on real kernels, in the interpreter: right configs pass, wrong kernels do not; and in a process of its own."""
+"""The bench on interpreted kernels: correct configs pass, wrong kernels do not; and in a child process."""
 
 import itertools
-import sys
+import pickle
 import time
 
 import pytest
@@ -9,9 +9,7 @@ import torch
 
 from tritonattn import Config, Problem, attention
 from tritonattn.autotune import bench as benches
-from tritonattn.autotune import isolation
-from tritonattn.autotune.bench import Bench, hard, outcome
-from tritonattn.autotune.isolation import Isolated
+from tritonattn.autotune.bench import Bench, IsolatedBench, hard_inputs, results_of
 from tritonattn.autotune.search import Check
 from tritonattn.autotune.worker_pool import Failure
 from tritonattn.measure.device_timer import Host
@@ -23,13 +21,13 @@ CAUSAL = Problem((1,), 2, 1, 48, 48, 16, 16, torch.float32, (None, 0))
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kernel, problem", [("forward", CAUSAL), ("dkdv", TINY)], ids=["forward", "dkdv"])
-def test_a_right_config_passes_and_is_timed(kernel, problem, device):
+def test_a_correct_config_passes_and_is_timed(kernel, problem, device):
     bench = Bench(kernel, problem, device)
     check = bench.check("32x64w4s2")
-    assert check.reason is None and set(check.errors) == set(benches.MAKES[kernel])
+    assert check.reason is None and set(check.errors) == set(benches.OUTPUTS[kernel])
     assert all(0 < error <= allowed for error, allowed in check.errors.values())
-    found = bench.times(["32x64w4s2", "64x64w4s2"], 3)
-    assert all(len(samples) == 3 and min(samples) > 0 for samples in found.values()) and bench.now() > 0
+    results = bench.times(["32x64w4s2", "64x64w4s2"], 3)
+    assert all(len(samples) == 3 and min(samples) > 0 for samples in results.values()) and bench.now() > 0
 
 
 TORN = itertools.cycle((0.0, 2e-3))
@@ -54,7 +52,7 @@ def test_a_wrong_kernel_does_not_pass(fault, reason, device, monkeypatch):
 
 
 @pytest.mark.interpreted
-def test_what_raises_is_told_and_the_others_go_on(device, monkeypatch):
+def test_an_error_is_the_result_of_its_config_and_the_others_are_timed(device, monkeypatch):
     real = launch.run
 
     def run(call, on):
@@ -65,9 +63,9 @@ def test_what_raises_is_told_and_the_others_go_on(device, monkeypatch):
     monkeypatch.setattr(launch, "run", run)
     bench = Bench("forward", TINY, device)
     assert bench.check("32x64w4s2") == Check({}, "launch error", "RuntimeError: out of resource: shared memory")
-    found = bench.times(["32x64w4s2", "64x64w4s2"], 2)
-    assert found["32x64w4s2"] == Failure("launch error", "RuntimeError: out of resource: shared memory")
-    assert len(found["64x64w4s2"]) == 2
+    results = bench.times(["32x64w4s2", "64x64w4s2"], 2)
+    assert results["32x64w4s2"] == Failure("launch error", "RuntimeError: out of resource: shared memory")
+    assert len(results["64x64w4s2"]) == 2
 
 
 @pytest.mark.interpreted
@@ -87,143 +85,153 @@ VARIANTS = {"full": {}, "causal": {"window": (None, 0)}, "window": {"window": (9
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_hard_inputs_are_what_they_are_called(name):
+def test_hard_inputs_have_the_property_of_their_name(name):
     problem = Problem((3,), 4, 2, 500, 500, 32, 16, torch.float16, **VARIANTS[name])
-    found = {each[0]: each[1:] for each in hard(problem, "cpu", 0)}
-    assert ("rows that see nothing" in found) == (name not in ("full", "dropout"))
-    (q, k, v, do, bias), options = found["large scores"]
+    cases = {case[0]: case[1:] for case in hard_inputs(problem, "cpu", 0)}
+    assert ("fully masked rows" in cases) == (name not in ("full", "dropout"))
+    (q, k, v, do, bias), options = cases["large scores"]
     assert (q.float() @ k.repeat_interleave(2, 1).float().mT).abs().max() > 500 and do.shape[-1] == v.shape[-1] == 16
     assert (bias is not None) == (name == "bias") and ("mask" in options) == (name in ("mask", "map"))
-    (q, k, _, _, _), _ = found["nan past the ends"]
+    (q, k, _, _, _), _ = cases["nan past the ends"]
     beyond = q.as_strided((q.shape[-1] + 1,), (1,), q.storage_offset())
     assert q.isfinite().all() and beyond[-1].isnan() and not k.is_contiguous()
     if name not in ("full", "dropout"):
-        tensors, options = found["rows that see nothing"]
-        lse, = outcome(benches.reference.attention, tensors, benches.as_defined(options, tensors), ("lse",)).values()
-        blind = (lse == -torch.inf).flatten(0, -2).all(0) if name != "lengths" else (lse[0] == -torch.inf).all()
-        assert blind.any() and (lse > -torch.inf).any()
+        tensors, options = cases["fully masked rows"]
+        options = benches.options_of_reference(options, tensors)
+        lse = results_of(benches.reference.attention, tensors, options, ("lse",))["lse"]
+        masked = (lse == -torch.inf).flatten(0, -2).all(0) if name != "lengths" else (lse[0] == -torch.inf).all()
+        assert masked.any() and (lse > -torch.inf).any()
 
 
 @pytest.mark.interpreted
-def test_the_launch_that_is_timed_writes_what_attention_gives(device):
-    """Not another problem, nor half of it."""
+def test_the_timed_launch_writes_the_results_of_attention(device):
     tensors, _ = benches.draw(CAUSAL, device, 0)
-    kept = []
+    outputs = []
     real = custom_op.empty_outputs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benches, "empty_results", lambda *arguments: kept.append(real(*arguments)) or kept[-1])
-        call = benches.launches("forward", CAUSAL, device, 0)(Config(32, 64))
+        patch.setattr(benches, "empty_outputs", lambda *arguments: outputs.append(real(*arguments)) or outputs[-1])
+        call = benches.launcher("forward", CAUSAL, device, 0)(Config(32, 64))
     launch.run(call, torch.device(device))
-    torch.testing.assert_close(kept[0][0], attention(*tensors[:3], causal=True), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs[0][0], attention(*tensors[:3], causal=True), rtol=1e-5, atol=1e-5)
 
 
-# --- in a process of its own
+# --- in a child process
 
+LOST = Failure("device lost", "RuntimeError: CUDA error")
+# without the package: importing torch takes seconds
 CHILD = """
-import os, sys, time
-from tritonattn.autotune import search, worker_pool
-def answer(kind, *rest):
-    if kind == "open":
-        return None
-    bad = [c for c in (rest[:1] if kind == "check" else rest[0]) if c in ("hang", "die", "raise")]
-    for what in bad:
-        if what == "hang":
-            time.sleep(600)
-        if what == "die":
-            os._exit(9)
-        raise RuntimeError("CUDA error")
-    return search.Check() if kind == "check" else {c: (1.0,) * rest[1] for c in rest[0]}
-worker_pool.serve(answer, "device lost")
+import os, pickle, time
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv[1]))
+while True:
+    content = pipe.recv_bytes()
+    if b"open" in content:
+        {opening}
+        continue
+    kind, *rest = pickle.loads(content)
+    names = rest[:1] if kind == "check" else rest[0]
+    if "hang" in names:
+        time.sleep(600)
+    if "die" in names:
+        os._exit(9)
+    if "raise" in names:
+        pipe.send_bytes({failure})
+    elif kind == "check":
+        pipe.send_bytes({correct})
+    else:
+        pipe.send({{name: (1.0,) * rest[1] for name in names}})
 """
 
 
+def child(opening="pipe.send(None)", failure=LOST):
+    return CHILD.format(opening=opening, failure=pickle.dumps(failure), correct=pickle.dumps(Check()))
+
+
 @pytest.fixture
-def isolated(monkeypatch):
-    monkeypatch.setattr(isolation, "CHECKING", 15.0)
-    monkeypatch.setattr(isolation, "TIMING", 15.0)
-    with Isolated("forward", TINY, "cpu", command=(sys.executable, "-c", CHILD)) as bench:
+def isolated():
+    with IsolatedBench("forward", TINY, "cpu", code=child()) as bench:
         yield bench
 
 
-def test_what_hangs_or_dies_is_told_and_a_new_process_goes_on(isolated):
+def test_a_config_that_hangs_or_dies_is_reported_and_a_new_process_continues(isolated, monkeypatch):
     assert isolated.check("good").reason is None
-    first = isolated._child.pid
-    assert isolated.check("die").reason == "device lost" and isolated.check("good").reason is None
-    assert isolated._child.pid != first
+    first = isolated._child.process
+    assert isolated.check("die").reason == "device lost" and first.poll() == 9
+    assert isolated.check("good").reason is None and isolated._child.process.pid != first.pid
     assert isolated.check("raise").note == "RuntimeError: CUDA error"
-    began = time.monotonic()
-    assert isolated.check("hang").reason == "hang" and time.monotonic() - began < 60
     assert isolated.check("good").reason is None
-
-
-def test_the_culprit_among_many_is_found_and_the_others_are_timed(isolated):
-    found = isolated.times(["a", "die", "b"], 4)
-    assert found["die"].code == "device lost" and found["a"] == found["b"] == (1.0,) * 4
-    assert isolated.times(["die"], 4)["die"].code == "device lost"
-
-
-def test_how_long_a_sample_takes_is_learned_from_one_that_gives_one(monkeypatch):
-    """Not from a launch that is refused in a moment, nor from a process that begins; and one that hangs is not asked again."""
-    asked, clock = [], [0.0]
-
-    def ask(job, timeout):
-        asked.append((job[1], timeout))
-        took = {"hang": timeout, "refused": 0.001}.get(job[1][0], 2.0)
-        clock[0] += took
-        if job[1][0] == "hang":
-            return Failure("hang", "no answer", lasting=False)
-        return {config: Failure("launch error", "no") if config == "refused" else (1.0,) * job[2] for config in job[1]}
-
-    bench = Isolated("forward", TINY, "cpu")
-    def opened():
-        clock[0] += 40.0
-
-    monkeypatch.setattr(bench, "_ask", ask)
-    monkeypatch.setattr(bench, "_open", opened)
-    monkeypatch.setattr(bench, "now", lambda: clock[0])
-    found = bench.times(["hang", "refused", "a", "b"], 4)
-    assert found["hang"].code == "hang" and found["refused"].code == "launch error" and found["a"] == found["b"] == (1.0,) * 4
-    first, patience = isolation.FIRST, isolation.TIMING + (isolation.SAMPLE + 2.0) * 8
-    assert asked == [(["hang"], first), (["refused"], first), (["a"], first), (["a", "b"], patience)]
-    assert bench.times(["b"], 1) == {"b": (1.0,)} and len(asked) == 5, "and what is known is not learned again"
-    assert Isolated("forward", TINY, "cpu").times([], 4) == {}
-
-
-def test_a_group_that_takes_too_long_together_is_halved(monkeypatch):
-    together = CHILD.replace("bad = [", "if kind == 'times' and len(rest[0]) > 2: time.sleep(600)\n    bad = [")
-    monkeypatch.setattr(isolation, "TIMING", 12.0)
-    monkeypatch.setattr(isolation, "SAMPLE", 0.0)
-    with Isolated("forward", TINY, "cpu", command=(sys.executable, "-c", together)) as bench:
-        assert bench.times(["a", "b", "c", "d"], 1) == dict.fromkeys("abcd", (1.0,))
-
-
-@pytest.mark.parametrize("opening", ["raise RuntimeError('no such device')", "os._exit(3)"])
-def test_a_process_that_cannot_open_the_bench_is_no_configs_fault(opening):
-    broken = CHILD.replace("return None", opening)
-    with Isolated("forward", TINY, "cuda:7", command=(sys.executable, "-c", broken)) as bench:
-        with pytest.raises(RuntimeError, match="bench: expected a process that can use cuda:7, got"):
-            bench.check("good")
-        assert bench._child is None
-
-
-def test_no_room_is_no_configs_fault():
-    full = CHILD.replace("raise RuntimeError", "import torch; raise torch.OutOfMemoryError")
-    with Isolated("forward", TINY, "cpu", command=(sys.executable, "-c", full)) as bench:
-        with pytest.raises(RuntimeError, match="bench: expected room for the tensors of"):
-            bench.check("raise")
-
-
-def test_its_process_is_gone_at_the_end(isolated):
-    isolated.check("good")
-    child = isolated._child
+    monkeypatch.setattr(benches, "CHECK_LIMIT", 1.0)
+    start = time.monotonic()
+    assert isolated.check("hang").reason == "hang" and time.monotonic() - start < 30
+    last = isolated._child
+    assert last is None and isolated.check("good").reason is None
+    child = isolated._child.process
     isolated.__exit__()
     assert child.poll() is not None and isolated._child is None
 
 
+def test_the_failing_config_of_a_group_is_found_and_the_others_are_timed(isolated):
+    results = isolated.times(["a", "die", "b"], 4)
+    assert results["die"].code == "device lost" and results["a"] == results["b"] == (1.0,) * 4
+    assert isolated.times(["die"], 4)["die"].code == "device lost"
+
+
+def scripted(monkeypatch, seconds, together=None):
+    """Return an IsolatedBench without a process, whose clock moves by `seconds` of each config, and the list of its jobs."""
+    bench, jobs, clock = IsolatedBench("forward", TINY, "cpu"), [], [0.0]
+
+    def ask(job, limit):
+        jobs.append((job[1], limit))
+        clock[0] += min(limit, seconds(job[1][0]))
+        if job[1] == ["hang"] or len(job[1]) > (together or len(job[1])):
+            return Failure("hang", "no result", lasting=False)
+        return {config: Failure("launch error", "no") if config == "refused" else (1.0,) * job[2] for config in job[1]}
+
+    def start():
+        clock[0] += 40.0
+
+    monkeypatch.setattr(bench, "_ask", ask)
+    monkeypatch.setattr(bench, "_start", start)
+    monkeypatch.setattr(bench, "now", lambda: clock[0])
+    return bench, jobs
+
+
+def test_the_time_of_a_sample_is_measured_on_a_config_that_gives_one(monkeypatch):
+    """Neither a hanging nor a refused config counts, nor the start of the process; and a hanging one is not timed again."""
+    bench, jobs = scripted(monkeypatch, lambda name: {"hang": 1e9, "refused": 0.001}.get(name, 2.0))
+    results = bench.times(["hang", "refused", "a", "b"], 4)
+    assert results["hang"].code == "hang" and results["refused"].code == "launch error"
+    assert results["a"] == results["b"] == (1.0,) * 4
+    first, limit = benches.FIRST_LIMIT, benches.BASE_LIMIT + (benches.SAMPLE_LIMIT + 2.0) * 8
+    assert jobs == [(["hang"], first), (["refused"], first), (["a"], first), (["a", "b"], limit)]
+    assert bench.times(["b"], 1) == {"b": (1.0,)} and len(jobs) == 5, "it is measured once"
+    assert IsolatedBench("forward", TINY, "cpu").times([], 4) == {}
+
+
+def test_a_group_that_is_too_slow_only_together_is_split(monkeypatch):
+    bench, _ = scripted(monkeypatch, lambda name: 1.0, together=2)
+    assert bench.times(["a", "b", "c", "d"], 1) == dict.fromkeys("abcd", (1.0,))
+
+
+@pytest.mark.parametrize("opening", [f"pipe.send_bytes({pickle.dumps(LOST)})", "os._exit(3)"], ids=["error", "exit"])
+def test_a_process_that_cannot_use_the_device_raises(opening):
+    with IsolatedBench("forward", TINY, "cuda:7", code=child(opening)) as bench:
+        with pytest.raises(RuntimeError, match="bench: a new process cannot use cuda:7: "):
+            bench.check("good")
+        assert bench._child is None
+
+
+def test_out_of_memory_raises():
+    code = child(failure=Failure("device lost", "OutOfMemoryError: CUDA out of memory"))
+    with IsolatedBench("forward", TINY, "cpu", code=code) as bench:
+        with pytest.raises(RuntimeError, match="bench: no room for the tensors of"):
+            bench.check("raise")
+
+
 @pytest.mark.interpreted
-def test_a_real_bench_in_a_process_of_its_own(device):
-    with Isolated("forward", TINY, "cpu") as bench:
+def test_a_real_bench_in_a_child_process(device):
+    with IsolatedBench("forward", TINY, "cpu") as bench:
         assert bench.check("32x64w4s2").reason is None
         assert bench.check("32x48w4s2").reason == "launch error", "no such config"
-        found = bench.times(["32x64w4s2"], 2)
-    assert len(found["32x64w4s2"]) == 2
+        results = bench.times(["32x64w4s2"], 2)
+    assert len(results["32x64w4s2"]) == 2

@@ -1,4 +1,4 @@
-"""Problems written down while a model runs."""
+"""Problems recorded while a model runs."""
 
 import json
 import threading
@@ -16,18 +16,18 @@ A = Problem((1,), 2, 2, 64, 64, 32, 32, torch.float16)
 B = Problem((2,), 2, 2, 64, 64, 32, 32, torch.float16, (None, 0))
 
 
-def test_problems_and_how_often_their_kernels_ran(tmp_path):
+def test_problems_and_the_calls_of_their_kernels_are_recorded(tmp_path):
     path = tmp_path / "shapes.jsonl"
     with tritonattn.record_problems(path):
         for kernel, problem in (("forward", A), ("forward", B), ("forward", A), ("dq", A)):
             lookup.get_config(kernel, problem, H200)
-        assert len(record_problems.read(path)) == 2, "what came for the first time is there at once"
-    lookup.get_config("forward", dataclass_of(A), H200)
+        assert len(record_problems.read(path)) == 2, "a new problem is written at once"
+    lookup.get_config("forward", shorter(A), H200)
     assert record_problems.read(path) == [(A, {"forward": 2, "dq": 1}), (B, {"forward": 1})]
     assert [each.name for each in tmp_path.iterdir()] == ["shapes.jsonl"]
 
 
-def dataclass_of(problem):
+def shorter(problem):
     return Problem.from_json(problem.as_json() | {"n_q": 7})
 
 
@@ -37,10 +37,10 @@ def test_a_real_call_forward_and_backward(device, tmp_path):
     with tritonattn.record_problems(tmp_path / "x"), config.pinned(Config(16, 16)):
         tritonattn.attention(q, k, v, causal=True).sum().backward()
     (problem, kernels), = record_problems.read(tmp_path / "x")
-    assert problem.mask == "causal" and kernels == {"forward": 1, "delta": 1, "dq": 1, "dkdv": 1}, "pinned ones too"
+    assert problem.mask == "causal" and kernels == {"forward": 1, "delta": 1, "dq": 1, "dkdv": 1}, "also with a pinned config"
 
 
-def test_an_error_in_the_block_loses_nothing_and_blocks_may_overlap(tmp_path):
+def test_an_error_in_the_block_loses_nothing_and_blocks_may_nest(tmp_path):
     with pytest.raises(KeyError), tritonattn.record_problems(tmp_path / "outer"):
         with tritonattn.record_problems(tmp_path / "inner"):
             lookup.get_config("forward", A, H200)
@@ -52,20 +52,21 @@ def test_an_error_in_the_block_loses_nothing_and_blocks_may_overlap(tmp_path):
 
 def test_threads_are_all_counted(tmp_path):
     with tritonattn.record_problems(tmp_path / "x"):
-        threads = [threading.Thread(target=lambda: [lookup.get_config("forward", A, H200) for _ in range(50)]) for _ in range(8)]
+        threads = [threading.Thread(target=lambda: [lookup.get_config("forward", A, H200) for _ in range(50)])
+                   for _ in range(8)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
     assert record_problems.read(tmp_path / "x") == [(A, {"forward": 400})]
 
 
-def test_a_folder_that_is_not_there_is_told_before_anything_runs(tmp_path):
+def test_a_missing_folder_raises_before_anything_runs(tmp_path):
     with pytest.raises(OSError), tritonattn.record_problems(tmp_path / "none" / "x"):
         raise AssertionError("it ran")
 
 
-def test_a_disk_that_fails_later_is_warned_of_and_stops_nobody(tmp_path):
+def test_a_later_write_error_is_a_warning(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.warns(UserWarning, match="expected to write problems, got FileNotFoundError"):
+    with pytest.warns(UserWarning, match="problems cannot be written: FileNotFoundError"):
         with tritonattn.record_problems(tmp_path / "folder" / "x"):
             (tmp_path / "folder" / "x").unlink()
             (tmp_path / "folder").rmdir()
@@ -75,7 +76,7 @@ def test_a_disk_that_fails_later_is_warned_of_and_stops_nobody(tmp_path):
 @pytest.mark.parametrize("line", [json.dumps({"problem": A.as_json(), "kernels": {"forward": "many"}}),
                                   json.dumps({"problem": A.as_json() | {"dtype": "nn"}, "kernels": {}}),
                                   "", "{}", "[1]", json.dumps({"problem": {"batch": 1}, "kernels": {}}), "nothing"])
-def test_what_holds_no_problems_is_said(line, tmp_path):
+def test_a_file_without_problems_raises(line, tmp_path):
     (tmp_path / "x").write_text(line + "\n")
     with pytest.raises(record_problems.RecordingError, match="line 1: expected a problem"):
         record_problems.read(tmp_path / "x")

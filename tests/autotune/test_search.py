@@ -1,4 +1,4 @@
-"""Races on a virtual GPU: who wins, who may not, what it costs, and what noise, drift and faults do to it."""
+"""Searches on a virtual GPU: the winner, the cost, and the effect of noise, drift and faults."""
 
 import json
 import random
@@ -20,114 +20,115 @@ TRUE = {name: 1e-6 * microseconds for name, (microseconds, _) in SURFACE.items()
 TEN = {f"c{i}": 1e-3 * (1 + 0.1 * i) for i in range(10)}
 
 
-def race_of(bench, incumbent="c9", names=None, **options):
+def search_of(bench, incumbent="c9", names=None, **options):
     return Search(Job("forward", PROBLEM, tuple(names or bench.true), incumbent), bench, **options)
 
 
 @pytest.mark.parametrize("strategy", search.STRATEGIES)
-def test_every_strategy_finds_the_fastest_of_ten_and_times_the_incumbent_beside_it(strategy):
+def test_every_strategy_finds_the_fastest_of_ten_and_times_the_incumbent_in_the_same_rounds(strategy):
     bench = FakeBench(TEN, jitter=0.001)
-    found = run_search(race_of(bench, "c4"), strategy)
-    # two of them look at the first eight alone, in the order of the job
-    assert found.winner() == "c0"
-    trial = found.trials["c0"]
+    search_run = run_search(search_of(bench, "c4"), strategy)
+    # two strategies time only the first eight, in the order of the job
+    assert search_run.winner() == "c0"
+    trial = search_run.trials["c0"]
     assert trial.status == "ok" and len(trial.beside) == len(trial.samples) and trial.check == {"o": (1e-3, 2e-3)}
     assert trial.ratio == pytest.approx(1 / 1.4, rel=0.01)
 
 
-def test_the_same_seed_gives_the_same_race():
+def test_the_same_seed_gives_the_same_search():
     ends = []
     for _ in range(2):
-        found = run_search(race_of(FakeBench(TEN, jitter=0.01)), "random", seed=3)
-        ends.append([(trial.config, trial.samples) for trial in found.trials.values()])
+        search_run = run_search(search_of(FakeBench(TEN, jitter=0.01)), "random", seed=3)
+        ends.append([(trial.config, trial.samples) for trial in search_run.trials.values()])
     assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("strategy", search.STRATEGIES)
-def test_what_is_wrong_hangs_or_loses_the_device_never_wins_and_stops_nobody(strategy):
+def test_a_wrong_hanging_or_device_losing_config_never_wins_and_the_others_are_timed(strategy):
     bench = FakeBench(TEN, wrong=["c0"], torn=["c1"], hangs=["c2"], poison=["c3"])
-    found = run_search(race_of(bench, "c5"), strategy)
-    assert found.winner() == "c4"
-    assert {name: trial.status for name, trial in found.trials.items() if trial.status != "ok"} == {
+    search_run = run_search(search_of(bench, "c5"), strategy)
+    assert search_run.winner() == "c4"
+    assert {name: trial.status for name, trial in search_run.trials.items() if trial.status != "ok"} == {
         "c0": "incorrect", "c1": "not repeatable", "c2": "hang", "c3": "device lost"}
-    assert all(trial.status in search.FAILURES or trial.status == "ok" for trial in found.trials.values())
-    assert not {"c0", "c1"} & set(bench.timed), "what is wrong is not even timed"
-    assert not found.trials["c2"].samples
+    assert all(trial.status in search.FAILURES or trial.status == "ok" for trial in search_run.trials.values())
+    assert not {"c0", "c1"} & set(bench.timed), "incorrect configs are not timed"
+    assert not search_run.trials["c2"].samples
 
 
 def test_each_config_is_checked_once_and_a_failed_one_not_timed_again():
     bench = FakeBench(TEN, hangs=["c0"])
-    run_search(race_of(bench), "halving")
+    run_search(search_of(bench), "halving")
     assert sorted(bench.checked) == sorted(TEN) and bench.timed.count("c0") == 1
 
 
-def test_where_everything_fails_there_is_no_winner():
-    assert run_search(race_of(FakeBench(TEN, wrong=list(TEN))), "halving").winner() is None
-    assert run_search(race_of(FakeBench(TEN, hangs=list(TEN))), "halving").winner() is None
+def test_there_is_no_winner_if_everything_fails():
+    assert run_search(search_of(FakeBench(TEN, wrong=list(TEN))), "halving").winner() is None
+    assert run_search(search_of(FakeBench(TEN, hangs=list(TEN))), "halving").winner() is None
 
 
-def test_an_incumbent_that_fails_on_the_way_loses_its_place_to_nobody():
+def test_there_is_no_winner_if_the_incumbent_fails_after_it_was_timed():
     class Tired(FakeBench):
         """Everything hangs in the last rung."""
 
         def times(self, configs, rounds):
-            found = super().times(configs, rounds)
-            return found if rounds < search.FINAL else dict.fromkeys(found, search.Failure("hang", "no answer"))
+            search_run = super().times(configs, rounds)
+            return search_run if rounds < search.FINAL else dict.fromkeys(search_run, search.Failure("hang", "no answer"))
 
-    assert run_search(race_of(Tired(TEN), "c5"), "halving").winner() is None
+    assert run_search(search_of(Tired(TEN), "c5"), "halving").winner() is None
 
 
-def test_an_incumbent_that_fails_leaves_the_others_without_one_beside():
-    found = run_search(race_of(FakeBench(TEN, wrong=["c9"])), "halving")
-    assert found.winner() == "c0" and found.trials["c0"].beside == () and found.trials["c0"].ratio is None
+def test_without_a_correct_incumbent_the_fastest_wins_and_has_no_ratio():
+    search_run = run_search(search_of(FakeBench(TEN, wrong=["c9"])), "halving")
+    assert search_run.winner() == "c0" and search_run.trials["c0"].beside == () and search_run.trials["c0"].ratio is None
 
 
 def test_the_incumbent_stays_unless_it_is_slower_by_more_than_a_percent():
     close = {"new": 1.0e-3, "old": 1.009e-3}
-    assert run_search(race_of(FakeBench(close), "old"), "halving").winner() == "old"
-    assert run_search(race_of(FakeBench(close | {"old": 1.011e-3}), "old"), "halving").winner() == "new"
+    assert run_search(search_of(FakeBench(close), "old"), "halving").winner() == "old"
+    assert run_search(search_of(FakeBench(close | {"old": 1.011e-3}), "old"), "halving").winner() == "new"
 
 
-def test_of_those_that_cannot_be_told_apart_the_one_with_less_shared_memory_wins():
+def test_of_configs_within_the_noise_the_one_with_less_shared_memory_wins():
     bench = FakeBench({"a": 1e-3, "b": 1e-3, "slow": 2e-3}, jitter=0.01, seed=1)
-    found = run_search(race_of(bench, "slow"), "exhaustive")
-    assert found.winner({"a": 2, "b": 1, "slow": 0}.get) == "b" and found.winner({"a": 1, "b": 2, "slow": 0}.get) == "a"
+    search_run = run_search(search_of(bench, "slow"), "exhaustive")
+    assert search_run.winner({"a": 2, "b": 1, "slow": 0}.get) == "b"
+    assert search_run.winner({"a": 1, "b": 2, "slow": 0}.get) == "a"
 
 
-def test_a_budget_of_trials_and_of_seconds_ends_a_race_with_what_there_is():
+def test_a_search_ends_with_its_budget_of_trials_or_seconds():
     bench = FakeBench(TEN)
-    found = run_search(race_of(bench, budget=Budget(trials=4)), "exhaustive")
-    assert len(found.trials) == 4 and found.winner() == "c0"
-    # a check takes 0.01 s: the first six are tried, and timed once though it is late
+    search_run = run_search(search_of(bench, budget=Budget(trials=4)), "exhaustive")
+    assert len(search_run.trials) == 4 and search_run.winner() == "c0"
+    # a check takes 0.01 s: the first six are tried, and timed once though the budget is used up
     bench = FakeBench(TEN)
-    found = run_search(race_of(bench, budget=Budget(seconds=0.055)), "halving")
-    assert len(bench.checked) == 6 and found.winner() == "c0" and len(found.trials["c0"].samples) == 1
+    search_run = run_search(search_of(bench, budget=Budget(seconds=0.055)), "halving")
+    assert len(bench.checked) == 6 and search_run.winner() == "c0" and len(search_run.trials["c0"].samples) == 1
     bench = FakeBench(TEN)
-    found = run_search(race_of(bench, budget=Budget(seconds=0.13)), "halving")
-    assert len(bench.checked) == 10 and found.winner() == "c0" and 3 <= len(found.trials["c0"].samples) < 60
+    search_run = run_search(search_of(bench, budget=Budget(seconds=0.13)), "halving")
+    assert len(bench.checked) == 10 and search_run.winner() == "c0" and 3 <= len(search_run.trials["c0"].samples) < 60
 
 
 @pytest.mark.parametrize("distort", [lambda config, seconds: 1 / seconds,
                                      lambda config, seconds: random.Random(config).random()], ids=["inverted", "random"])
-def test_whatever_the_clock_says_the_pick_is_right_and_was_offered(distort):
+def test_with_any_clock_the_winner_is_correct_and_was_offered(distort):
     for strategy in search.STRATEGIES:
         bench = FakeBench(TEN, wrong=["c0", "c7"], distort=distort)
-        assert run_search(race_of(bench), strategy).winner() in set(TEN) - {"c0", "c7"}
+        assert run_search(search_of(bench), strategy).winner() in set(TEN) - {"c0", "c7"}
 
 
-def test_the_spread_is_that_of_a_median():
+def test_the_spread_is_the_standard_error_of_a_median():
     rng, medians = random.Random(0), []
     for _ in range(300):
         samples = [rng.gauss(1, 0.01) for _ in range(25)]
         medians.append(statistics.median(samples))
     assert statistics.stdev(medians) == pytest.approx(0.0025, rel=0.15)
-    found = [spread([rng.gauss(1, 0.01) for _ in range(25)]) for _ in range(300)]
-    assert statistics.fmean(found) == pytest.approx(0.0025, rel=0.15)
+    search_run = [spread([rng.gauss(1, 0.01) for _ in range(25)]) for _ in range(300)]
+    assert statistics.fmean(search_run) == pytest.approx(0.0025, rel=0.15)
     assert spread([1.0]) == search.UNKNOWN and spread([2.0] * 5) == 0
 
 
 def sequential(true, seed):
-    """What most tuners do: one after the other, the median of thirty. Regret and device seconds."""
+    """Return the regret and the device seconds of timing one config after the other, by the median of thirty samples."""
     bench, order = FakeBench(true, seed, **NOISE), list(true)
     random.Random(seed).shuffle(order)
     medians = {name: statistics.median(bench.sample(name) for _ in range(30)) for name in order}
@@ -138,23 +139,23 @@ NOISE = {"drift": 0.05, "jitter": 0.01, "spikes": 0.02, "regimes": 0.002}
 
 
 @pytest.mark.parametrize("incumbent", ["128x64w8s3e1", "64x64w4s2e1", "128x128w8s3e1"])
-def test_the_default_strategy_is_nearly_never_wrong_for_a_quarter_of_the_time(incumbent):
+def test_halving_has_little_regret_in_a_quarter_of_the_device_time(incumbent):
     """5 % of drift, 1 % of jitter, 2 % of spikes: the 95th percentile of its regret is at most 0.5 %."""
     regrets, seconds = [], []
     for seed in range(300):
         names = list(TRUE)
         random.Random(seed).shuffle(names)
         bench = FakeBench(TRUE, seed, **NOISE)
-        winner = run_search(race_of(bench, incumbent, names), "halving", seed).winner(lambda name: SURFACE[name][1])
+        winner = run_search(search_of(bench, incumbent, names), "halving", seed).winner(lambda name: SURFACE[name][1])
         regrets.append(TRUE[winner] / min(TRUE.values()) - 1)
         seconds.append(bench.device_seconds)
     others = [sequential(TRUE, seed) for seed in range(30)]
     assert sorted(regrets)[285] <= 0.005
     assert statistics.fmean(seconds) <= 0.25 * statistics.fmean(spent for _, spent in others)
-    # the study can tell: without turns the same noise leads astray
+    # the test has power: sequential timing fails under the same noise
     assert sorted(regret for regret, _ in others)[28] > 0.005
 
 
-def test_a_check_has_a_reason_or_none():
+def test_checks_and_failures_have_reasons():
     assert Check().reason is None
     assert set(search.FAILURES) == {"incorrect", "not repeatable", "launch error", "hang", "device lost"}

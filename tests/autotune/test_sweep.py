@@ -1,4 +1,4 @@
-"""Sweeps: frozen, resumable after any kill, and replayed without a GPU."""
+"""Sweeps: a frozen plan, resumption after a kill at any byte, and replay without a GPU."""
 
 import dataclasses
 import json
@@ -6,13 +6,13 @@ import random
 
 import pytest
 
-from tests.autotune.test_tuner import H200, PROBLEM, Compilers, Surface
+from tests.autotune.test_tune import H200, PROBLEM, Compilers, Surface
 from tests.helpers import corpus
 from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import gpu
 from tritonattn.autotune import prune, replay, search, sweep
 from tritonattn.autotune import trials as runs
-from tritonattn.autotune.tuner import TuningSetup
+from tritonattn.autotune.tune import TuningSetup
 from tritonattn.configs.user_cache import Cache
 from tritonattn.measure.journal import JournalError
 
@@ -29,7 +29,7 @@ class Steady(FakeBench):
         return self.true[config]
 
 
-def lab_of(tmp_path, bench=None, on=H200):
+def setup_of(tmp_path, bench=None, on=H200):
     bench = bench or Steady(Surface("64x128w4s2e1"), hangs=["32x64w4s2e1"], wrong=["64x128w4s4e1"])
     return TuningSetup(on, bench_of(bench), Compilers(spilling=SPILLING), Cache(tmp_path / "cache"), {"gpu": "made up"})
 
@@ -39,9 +39,9 @@ def quiet(*_, **__):
 
 
 def begun(tmp_path, name="run", **options):
-    lab = lab_of(tmp_path, **options)
-    sweep.begin(tmp_path / name, sweep.plan_of(JOBS, lab, rounds=5, say=quiet), lab.environment)
-    return tmp_path / name, lab
+    setup = setup_of(tmp_path, **options)
+    sweep.begin(tmp_path / name, sweep.plan_of(JOBS, setup, rounds=5, say=quiet), setup.environment)
+    return tmp_path / name, setup
 
 
 def results(folder):
@@ -49,8 +49,8 @@ def results(folder):
 
 
 def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
-    folder, lab = begun(tmp_path)
-    assert sweep.carry_on(folder, lab)
+    folder, setup = begun(tmp_path)
+    assert sweep.resume(folder, setup)
     run = runs.read(folder)
     assert [job.kernel for job in run.jobs] == ["forward", "dkdv"] and run.environment == {"gpu": "made up"}
     for job in run.jobs:
@@ -60,11 +60,11 @@ def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
         ok = [trial for trial in trials.values() if trial.status == "ok"]
         assert all(len(trial.samples) == len(trial.beside) == 5 and trial.static["shared_memory"] for trial in ok)
         assert trials[job.incumbent].samples and trials[job.incumbent].ratio == 1
-        against = [trial for trial in trials.values() if trial.status == "spill"]
-        assert {trial.config for trial in against} <= SPILLING and len(against) >= 2
-        doubted = [name for name, trial in trials.items() if trial.status in sweep.DOUBTFUL and trial.samples]
-        # one in ten of those is timed all the same, and keeps its reason
-        assert sorted(set(doubted) - {job.incumbent}) == run.plan["doubted"][job.name] != []
+        spilling = [trial for trial in trials.values() if trial.status == "spill"]
+        assert {trial.config for trial in spilling} <= SPILLING and len(spilling) >= 2
+        controls = [name for name, trial in trials.items() if trial.status in sweep.EXCLUDED and trial.samples]
+        # one in ten of the excluded configs is timed, and keeps its reason
+        assert sorted(set(controls) - {job.incumbent}) == run.plan["doubted"][job.name] != []
     forward = run.of(run.jobs[0])
     assert forward["32x64w4s2e1"].status == "hang" and forward["64x128w4s4e1"].status == "incorrect"
     ok = [trial for trial in forward.values() if trial.status == "ok"]
@@ -73,87 +73,87 @@ def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
     assert "best 64x128w4s2e1" in out and "min left" in out
 
 
-def test_a_kill_anywhere_changes_nothing(tmp_path):
-    folder, lab = begun(tmp_path, "whole")
-    sweep.carry_on(folder, lab, say=quiet)
+def test_a_kill_at_any_byte_changes_nothing(tmp_path):
+    folder, setup = begun(tmp_path, "whole")
+    sweep.resume(folder, setup, say=quiet)
     whole, content = results(folder), (folder / runs.RESULTS).read_bytes()
     rng = random.Random(0)
     for at in sorted(rng.sample(range(200, len(content)), 12)):
-        again, lab = begun(tmp_path, f"cut-{at}")
-        assert (again / runs.PLAN).read_text() == (folder / runs.PLAN).read_text(), "plans are repeatable"
+        again, setup = begun(tmp_path, f"cut-{at}")
+        assert (again / runs.PLAN).read_text() == (folder / runs.PLAN).read_text(), "plans are reproducible"
         (again / runs.RESULTS).write_bytes(content[:at])
-        sweep.carry_on(again, lab, say=quiet)
+        sweep.resume(again, setup, say=quiet)
         assert results(again) == whole
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
-    folder, lab = begun(tmp_path)
-    sweep.carry_on(folder, lab, say=quiet)
+def test_a_finished_sweep_times_nothing_again(tmp_path):
+    folder, setup = begun(tmp_path)
+    sweep.resume(folder, setup, say=quiet)
     bench = Steady({})
     before = (folder / runs.RESULTS).read_bytes()
-    assert sweep.carry_on(folder, lab_of(tmp_path, bench), say=quiet) and not bench.timed
+    assert sweep.resume(folder, setup_of(tmp_path, bench), say=quiet) and not bench.timed
     assert (folder / runs.RESULTS).read_bytes() == before
 
 
-def test_ctrl_c_keeps_what_is_there(tmp_path):
+def test_an_interrupted_sweep_resumes(tmp_path):
     class Interrupted(Steady):
         def times(self, configs, rounds):
             if len(self.timed) > 30:
                 raise KeyboardInterrupt
             return super().times(configs, rounds)
 
-    folder, lab = begun(tmp_path, bench=Interrupted(Surface("64x128w4s2e1")))
+    folder, setup = begun(tmp_path, bench=Interrupted(Surface("64x128w4s2e1")))
     with pytest.raises(KeyboardInterrupt):
-        sweep.carry_on(folder, lab, say=quiet)
-    some = len(results(folder))
-    assert some > 20
-    assert sweep.carry_on(folder, lab_of(tmp_path), say=quiet) and len(results(folder)) > some
+        sweep.resume(folder, setup, say=quiet)
+    done = len(results(folder))
+    assert done > 20
+    assert sweep.resume(folder, setup_of(tmp_path), say=quiet) and len(results(folder)) > done
 
 
-def test_time_is_up(tmp_path):
-    folder, lab = begun(tmp_path)
-    assert not sweep.carry_on(folder, lab, seconds=-1, say=quiet)
+def test_a_sweep_resumes_after_its_time_limit(tmp_path):
+    folder, setup = begun(tmp_path)
+    assert not sweep.resume(folder, setup, seconds=-1, say=quiet)
     assert not any(trial.samples for trial in results(folder))
-    assert sweep.carry_on(folder, lab, say=quiet)
+    assert sweep.resume(folder, setup, say=quiet)
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"on": gpu.named("h100")}, "expected to go on with gpu .*H200.*got .*H100"),
-    ({"versions": {"triton": "9"}}, "expected to go on with versions"), ({"source": "0" * 12}, "expected to go on with source"),
+    ({"on": gpu.named("h100")}, "planned with gpu .*H200.*this is .*H100"),
+    ({"versions": {"triton": "9"}}, "planned with versions"), ({"source": "0" * 12}, "planned with source"),
 ])
-def test_it_goes_on_only_where_it_began(change, words, tmp_path, monkeypatch):
-    folder, lab = begun(tmp_path)
+def test_a_sweep_resumes_only_with_the_same_gpu_versions_and_kernels(change, words, tmp_path, monkeypatch):
+    folder, setup = begun(tmp_path)
     if "on" in change:
-        lab.gpu = change["on"]
+        setup.gpu = change["on"]
     if "versions" in change:
         monkeypatch.setattr(sweep, "versions", lambda: change["versions"])
     if "source" in change:
         monkeypatch.setattr(sweep, "kernel_hash", lambda: change["source"])
     with pytest.raises(JournalError, match=words):
-        sweep.carry_on(folder, lab, say=quiet)
+        sweep.resume(folder, setup, say=quiet)
 
 
-def test_a_folder_that_has_a_sweep_or_none_is_told(tmp_path):
-    folder, lab = begun(tmp_path)
-    with pytest.raises(FileExistsError, match="expected a folder without a sweep"):
+def test_a_folder_with_or_without_a_sweep_raises(tmp_path):
+    folder, setup = begun(tmp_path)
+    with pytest.raises(FileExistsError, match="already has a sweep"):
         begun(tmp_path)
-    with pytest.raises(JournalError, match="expected a sweep's plan, got FileNotFoundError"):
-        sweep.carry_on(tmp_path / "none", lab)
-    with pytest.raises(JournalError, match="expected a sweep, got FileNotFoundError"):
+    with pytest.raises(JournalError, match="no plan of a sweep can be read: FileNotFoundError"):
+        sweep.resume(tmp_path / "none", setup)
+    with pytest.raises(JournalError, match="no sweep can be read: FileNotFoundError"):
         runs.read(tmp_path / "none")
     (folder / runs.PLAN).write_text("{}")
-    with pytest.raises(JournalError, match="got KeyError"):
-        sweep.carry_on(folder, lab)
+    with pytest.raises(JournalError, match="can be read: KeyError"):
+        sweep.resume(folder, setup)
 
 
-def test_a_plan_that_was_edited_is_told(tmp_path):
-    folder, lab = begun(tmp_path)
-    sweep.carry_on(folder, lab, say=quiet)
+def test_an_edited_plan_raises(tmp_path):
+    folder, setup = begun(tmp_path)
+    sweep.resume(folder, setup, say=quiet)
     plan = json.loads((folder / runs.PLAN).read_text())
     (folder / runs.PLAN).write_text(json.dumps(plan | {"rounds": 6}))
     with pytest.raises(JournalError, match="expected the plan"):
-        sweep.carry_on(folder, lab)
-    with pytest.raises(JournalError, match="expected results of its plan"):
+        sweep.resume(folder, setup)
+    with pytest.raises(JournalError, match="the results are of the plan"):
         runs.read(folder)
 
 
@@ -166,7 +166,7 @@ def recorded():
 
 
 @pytest.mark.parametrize("strategy", replay.REPLAYED)
-def test_any_strategy_runs_on_a_recorded_sweep(recorded, strategy):
+def test_every_strategy_replays_a_recorded_sweep(recorded, strategy):
     found = replay.replay(recorded, strategy, seeds=range(3))
     assert {each.job for each in found} == {job.name for job in recorded.jobs}
     trials = {(job.name, name): trial for job in recorded.jobs for name, trial in recorded.of(job).items()}
@@ -174,7 +174,7 @@ def test_any_strategy_runs_on_a_recorded_sweep(recorded, strategy):
     assert replay.replay(recorded, strategy, seeds=range(3)) == found, "seeded"
 
 
-def test_halving_and_exhaustion_find_the_best_and_a_budget_costs(recorded):
+def test_halving_and_exhaustive_find_the_best_and_a_small_budget_does_not(recorded):
     found = {name: replay.summary(replay.replay(recorded, name, range(10))) for name in ("halving", "exhaustive")}
     assert found["halving"]["p95"] <= 0.02 and found["exhaustive"]["p95"] <= 0.02
     assert found["halving"]["device_seconds"] < found["exhaustive"]["device_seconds"]
@@ -182,9 +182,9 @@ def test_halving_and_exhaustion_find_the_best_and_a_budget_costs(recorded):
     assert few["mean"] > found["halving"]["mean"] and few["trials"] <= 3
 
 
-def test_what_was_not_tried_cannot_be_asked_for(recorded):
-    bench = replay.Recorded(recorded.of(recorded.jobs[0]))
-    with pytest.raises(KeyError, match="expected a config that the sweep tried"):
+def test_a_config_that_was_not_tried_raises(recorded):
+    bench = replay.ReplayBench(recorded.of(recorded.jobs[0]))
+    with pytest.raises(KeyError, match="was not tried in this sweep"):
         bench.check("16x16w1s1")
     failed = next(trial for trial in recorded.trials if trial.status == "incorrect")
-    assert replay.Recorded({failed.config: failed}).check(failed.config).reason == "incorrect"
+    assert replay.ReplayBench({failed.config: failed}).check(failed.config).reason == "incorrect"

@@ -221,18 +221,19 @@ def test_without_triton(argv, code, words):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """A cache with one record in it."""
-    from tests.autotune.test_tuner import H200, PROBLEM, Compilers, Surface
+    """A cache with one record in it, and a virtual GPU to tune for."""
+    from tests.autotune.test_tune import H200, PROBLEM, Compilers, Surface
     from tests.helpers.fake_bench import FakeBench, bench_of
-    from tritonattn.autotune import tuner
+    from tritonattn.autotune import tune
     from tritonattn.configs import lookup, user_cache
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "cache"))
     lookup.clear_lookup_cache()
-    lab = tuner.TuningSetup(H200, bench_of(FakeBench(Surface("64x128w4s2e1"))), Compilers(), user_cache.current_cache())
-    monkeypatch.setattr(tuner, "local_setup", lambda *_, **__: lab)
-    tuner.tune_kernel("forward", PROBLEM, lab)
-    yield lab
+    bench = bench_of(FakeBench(Surface("64x128w4s2e1")))
+    setup = tune.TuningSetup(H200, bench, Compilers(), user_cache.current_cache())
+    monkeypatch.setattr(tune, "local_setup", lambda *_, **__: setup)
+    tune.tune_kernel("forward", PROBLEM, setup)
+    yield setup
     lookup.clear_lookup_cache()
 
 
@@ -256,8 +257,8 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
     from tritonattn import Problem, record_problems
     from tritonattn.configs.lookup import get_config
 
-    said_ = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--causal", "--strategy", "static")
-    assert said_.count("times as fast as") == 6 and f"kept in {tmp_path / 'cache'}" in said_
+    out = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--causal", "--strategy", "static")
+    assert out.count("times as fast as") == 6 and f"stored in {tmp_path / 'cache'}" in out
     with record_problems(tmp_path / "shapes"):
         get_config("forward", Problem.parse("1x8x8x2048x96", torch.float16), kept.gpu)
     lines = said(capsys, "tune", "--from", str(tmp_path / "shapes"), "--trials", "4").splitlines()
@@ -268,17 +269,61 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
 
 def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path, compiled_without_a_gpu):
     folder = str(tmp_path / "sweep")
-    assert main.main(["sweep", folder]) == 2 and "expected a sweep that has begun, or --shape" in capsys.readouterr().err
+    assert main.main(["sweep", folder]) == 2 and "has no sweep to resume; to begin one, add --shape" in capsys.readouterr().err
     argv = ["sweep", folder, "--shape", "4x32x32x4096x128", "--kernels", "forward", "--rounds", "3"]
     out = said(capsys, *argv)
-    assert "all is done" in out and "summary.csv" in out and "64x128w4s2e1" in out
-    assert (tmp_path / "sweep/t4.json").exists() and list((tmp_path / "sweep/plots").glob("*.png"))
-    assert main.main(argv) == 2 and "expected a folder without a sweep" in capsys.readouterr().err
-    assert "all is done" in said(capsys, "sweep", folder)
+    assert out.endswith("done\n") and "Sweep of 1 jobs" in out and "64x128w4s2e1" in out
+    assert main.main(argv) == 2 and "already has a sweep" in capsys.readouterr().err
+    assert said(capsys, "sweep", folder).endswith("done\n")
     out = said(capsys, "replay", folder, "--seeds", "2")
     assert [line.split()[0] for line in out.splitlines()] == ["strategy", "halving", "static", "random", "exhaustive"]
-    found = json.loads(said(capsys, "replay", folder, "--strategy", "halving", "--seeds", "2", "--json"))
-    assert found["strategies"]["halving"]["largest"] == 0 and found["synthetic"] is False
-    assert main.main(["replay", str(tmp_path)]) == 2 and "expected a sweep" in capsys.readouterr().err
-    assert main.main([*argv[:1], str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
-    assert json.loads(said(capsys, "report", folder, "--json"))
+    replayed = json.loads(said(capsys, "replay", folder, "--strategy", "halving", "--seeds", "2", "--json"))
+    assert replayed["strategies"]["halving"]["largest"] == 0 and replayed["synthetic"] is False
+    assert main.main(["replay", str(tmp_path)]) == 2 and "no sweep can be read" in capsys.readouterr().err
+    assert main.main(["sweep", str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+    out = said(capsys, "report", folder, "--out", str(tmp_path / "report"), "--plot")
+    assert "Sweep of 1 jobs" in out and out.count("wrote ") == 3
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.csv", "t4.json", "heat.png"}
+
+
+@pytest.mark.parametrize("command", [["tune"], ["sweep", "new"]])
+def test_without_a_gpu_the_error_names_the_command(command, monkeypatch, compiled_without_a_gpu, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tritonattn.gpu.INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main.main([*command, "--shape", "1x1x1x128x64"]) == 2
+    assert capsys.readouterr().err == f"{command[0]} needs a GPU, but torch finds no GPU\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_synthetic_sweep_of_the_repository_is_reported_and_replayed(capsys, tmp_path):
+    folder = str(ROOT / "notebooks/data/synthetic_sweep")
+    out = said(capsys, "report", folder, "--out", str(tmp_path))
+    assert out.startswith("Sweep of 4 jobs; synthetic: no GPU was timed") and out.count("wrote ") == 2
+    assert said(capsys, "replay", folder, "--seeds", "1").startswith("synthetic: no GPU was timed\n")
+
+
+def test_report_checks_for_matplotlib_before_it_reads(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main.main(["report", str(tmp_path / "none"), "--plot"]) == 2
+    assert capsys.readouterr().err == '--plot needs matplotlib: pip install "tritonattn[demo]"\n'
+
+
+def test_tables_are_compared_and_checked(capsys, tmp_path):
+    from dataclasses import replace
+
+    from tritonattn.configs import shipped as tables
+
+    shipped = next(table for table in tables.shipped_tables() if table.name == "h200")
+    key, row = next(iter(shipped.rows.items()))
+    changed = replace(row, many=replace(row.many, config="32x32w4s1", shared_memory=1 << 20))
+    path = tables.write_table(replace(shipped, rows=shipped.rows | {key: changed}), tmp_path)
+    same = str(tables.FOLDER / "h200.json")
+    assert said(capsys, "table", "diff", same, same) == "the same configs everywhere\n"
+    line, = said(capsys, "table", "diff", same, str(path), code=1).splitlines()
+    assert line.split()[:5] == ["forward", "16", "bits", "64", "full"] and line.endswith("-> 32x32w4s1 (static-model)")
+    assert said(capsys, "table", "validate") == "all is well\n"
+    assert "expected a config that fits H200, got 32x32w4s1" in said(capsys, "table", "validate", str(path), code=1)
+    (tmp_path / "torn.json").write_text("{")
+    assert main.main(["table", "validate", str(tmp_path / "torn.json")]) == 2

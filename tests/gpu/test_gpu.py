@@ -149,13 +149,13 @@ def test_the_lens_reads_what_the_driver_loads(kernel, device):
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path, monkeypatch):
     """From the door to the cache, in a process of its own; the few configs of the tables."""
-    from tritonattn.autotune import tuner
+    from tritonattn.autotune import tune
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
     lookup.clear_lookup_cache()
-    problem, lab = Problem((2,), 8, 2, 1000, 1000, 64, 64, torch.bfloat16, (None, 0)), tuner.local_setup(device)
+    problem, lab = Problem((2,), 8, 2, 1000, 1000, 64, 64, torch.bfloat16, (None, 0)), tune.local_setup(device)
     with lab.compilers:
-        record = tuner.tune_kernel(kernel, problem, lab, "table")
+        record = tune.tune_kernel(kernel, problem, lab, "table")
     assert record.seconds <= record.default_seconds * 1.05 and all(error <= allowed for error, allowed in record.check.values())
     assert lookup.get_config(kernel, problem, gpu.gpu_of(device)) == record.config
     assert lookup.lookup_config(kernel, problem, gpu.gpu_of(device)).origin == "cache"
@@ -163,9 +163,9 @@ def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path,
 
 
 def test_a_config_that_needs_too_much_is_told_and_the_bench_goes_on(device):
-    from tritonattn.autotune.isolation import Isolated
+    from tritonattn.autotune.bench import IsolatedBench
 
-    with Isolated("forward", Problem((1,), 2, 2, 512, 512, 128, 128, torch.bfloat16), device) as bench:
+    with IsolatedBench("forward", Problem((1,), 2, 2, 512, 512, 128, 128, torch.bfloat16), device) as bench:
         assert bench.check("128x128w8s8").reason == "launch error"
         assert bench.check("64x64w4s2").reason is None
         found = bench.times(["128x128w8s8", "64x64w4s2"], 3)

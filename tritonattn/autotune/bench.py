@@ -1,13 +1,14 @@
-"""One kernel of one problem on a device, with any config: held against the definition, then timed in turns with others.
+"""Check and time one kernel of one problem with any config; in this process (Bench), or in one of its own (IsolatedBench).
 
-    check   on inputs made to be hard, twice, to the bit; at the problem's own size where the definition is not too large
-    times   on the device's own clock (timing.py), cold, or warm where a launch takes less than 100 us; so many rounds, each
-            with one sample of every config
+    check   against the definition, twice, bit for bit, on inputs that are hard to get right (`hard_inputs`); at the
+            problem's own size where the definition is not too large
+    times   with the device's clock (measure/timing.py): rounds in which every config gives one sample
 """
 
 import dataclasses
 import functools
 import math
+import time
 
 import torch
 
@@ -24,16 +25,21 @@ from ..runtime import launch
 from ..runtime.arguments import prepare
 from ..runtime.custom_op import empty_outputs
 from .search import Check
-from .worker_pool import Failure
+from .worker_pool import Child, Failure, serve
 
-# of each kernel's trials: the tensors it makes
-MAKES = {"forward": ("o", "lse"), "delta": ("dq",), "dq": ("dq",), "dkdv": ("dk", "dv"), "dbias": ("dbias",)}
-# each config is tried once before it is timed: there are many
-EFFORT = timing.TimingBudget(settle=(0.2, 1.0), long=0.0)
-LARGEST = 2**27  # scores of the definition at the problem's own size; beyond that it is not formed
-DROPPED = 0.5         # as the lens compiles it
-FLOOR = 3e-5          # that anything may be off: what is exactly 0 may come of float32 sums that are rounded
-ENORMOUS = 1e30       # JSON has no word for what is infinite
+# the tensors that each kernel computes
+OUTPUTS = {"forward": ("o", "lse"), "delta": ("dq",), "dq": ("dq",), "dkdv": ("dk", "dv"), "dbias": ("dbias",)}
+# many configs are timed, so each is tried only once before
+BUDGET = timing.TimingBudget(settle=(0.2, 1.0), long=0.0)
+LARGEST = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
+DROPOUT_P = 0.5       # as in analysis/compile_report.py
+ROUNDING = 3e-5       # absolute error that is always allowed: an exact 0 may come from rounded float32 sums
+HUGE = 1e30           # stands for infinity, which JSON does not have
+
+# limits of IsolatedBench in seconds, compiling included
+OPEN_LIMIT, CHECK_LIMIT, FIRST_LIMIT = 300.0, 180.0, 300.0
+BASE_LIMIT, SAMPLE_LIMIT = 60.0, 0.5  # before the first sample; for each sample, on top of the time of one
+LONGEST_SAMPLE = 60.0
 
 
 class DeviceLost(RuntimeError):
@@ -41,110 +47,111 @@ class DeviceLost(RuntimeError):
 
 
 class Bench:
-    """A kernel of a problem, ready to be run with any config."""
+    """One kernel of one problem on a device, ready to run with any config."""
 
-    def __init__(self, kernel: str, problem: Problem, device, stopwatch=None, effort: timing.TimingBudget = EFFORT, seed: int = 0):
+    def __init__(self, kernel: str, problem: Problem, device, timer=None, budget: timing.TimingBudget = BUDGET, seed: int = 0):
         self.kernel, self.problem, self.device = kernel, problem, torch.device(device)
-        self.stopwatch = stopwatch or device_timer.timer_of(self.device)
-        self._effort, self._seed, self._truths, self._call = effort, seed, None, None
+        self._timer = timer or device_timer.timer_of(self.device)
+        self._budget, self._seed, self._cases, self._launch = budget, seed, None, None
 
     def now(self) -> float:
-        return self.stopwatch.now()
+        return self._timer.now()
 
     def check(self, config: str) -> Check:
-        """Run with this config on everything that `hard` gives, twice."""
-        if self._truths is None:
-            self._truths = [self._truth(*given) for given in hard(self.problem, self.device, self._seed)]
+        """Run this config twice on all `hard_inputs` and compare it with the definition."""
+        if self._cases is None:
+            self._cases = [self._with_tolerance(*case) for case in hard_inputs(self.problem, self.device, self._seed)]
         try:
             return self._check(config)
         except torch.OutOfMemoryError:
-            # no fault of the config's
+            # not the fault of this config
             raise
-        except Exception as error:  # whatever the compiler or the launch raises is told
+        except Exception as error:  # any error of the compiler or the launch is the result of this config
             return Check({}, *self._reason(error))
 
     def _check(self, config):
         worst = {}
-        for name, given, exact, allowed in self._truths:
+        for name, (tensors, options), exact, allowed in self._cases:
             with pinned(**{self.kernel: Config.parse(config)}):
-                first, second = (outcome(attention, *given, MAKES[self.kernel]) for _ in range(2))
-            for tensor in MAKES[self.kernel]:
+                first, second = (results_of(attention, tensors, options, OUTPUTS[self.kernel]) for _ in range(2))
+            for tensor in OUTPUTS[self.kernel]:
                 if not torch.equal(first[tensor].view(torch.uint8), second[tensor].view(torch.uint8)):
                     return Check(worst, "not repeatable", f"{tensor}, {name}")
                 error = accuracy.max_error(first[tensor], exact[tensor])
                 if not error <= allowed[tensor]:
-                    return Check(worst, "incorrect", f"{tensor} is off by {error:.1e}, {allowed[tensor]:.1e} allowed, {name}")
+                    return Check(worst, "incorrect", f"{tensor}: error {error:.1e}, {allowed[tensor]:.1e} allowed, {name}")
                 worst[tensor] = max(worst.get(tensor, (0.0, 1.0)), (error, allowed[tensor]), key=lambda pair: pair[0] / pair[1])
             if self.kernel == "forward":
-                # without a gradient to come it is another binary
+                # inference uses another binary
                 with pinned(forward=Config.parse(config)), torch.no_grad():
-                    bare = attention(*given[0][:3], bias=given[0][4], **given[1])
-                if not accuracy.max_error(bare, exact["o"]) <= allowed["o"]:
+                    o = attention(*tensors[:3], bias=tensors[4], **options)
+                if not accuracy.max_error(o, exact["o"]) <= allowed["o"]:
                     return Check(worst, "incorrect", f"o without a gradient, {name}")
         return Check(worst)
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
-        """`rounds` samples of each in seconds, round by round, in turns; where one fails, the others once more without it."""
-        self._call = self._call or launches(self.kernel, self.problem, self.device, self._seed)
-        configs, found = list(configs), {}
-        with self.stopwatch.context():
+        """Return `rounds` interleaved samples of each config in seconds. If one fails, the others are timed again."""
+        self._launch = self._launch or launcher(self.kernel, self.problem, self.device, self._seed)
+        configs, results = list(configs), {}
+        with self._timer.context():
             while configs:
                 try:
-                    contenders = {config: timing.Timed([self._launch(config)]) for config in configs}
-                    turns = timing.InterleavedTimer(contenders, self.stopwatch, self._effort)
-                    turns.settle()
+                    timed = {config: timing.Timed([self._call(config)]) for config in configs}
+                    timer = timing.InterleavedTimer(timed, self._timer, self._budget)
+                    timer.settle()
                     for _ in range(rounds):
-                        turns.take()
-                    return found | {config: turns.timing(config).samples for config in configs}
-                except timing.TimedError as failed:
-                    found[failed.name] = Failure(*self._reason(failed.__cause__))
-                    configs.remove(failed.name)
-        return found
+                        timer.take()
+                    return results | {config: timer.timing(config).samples for config in configs}
+                except timing.TimedError as error:
+                    results[error.name] = Failure(*self._reason(error.__cause__))
+                    configs.remove(error.name)
+        return results
 
-    def _launch(self, config):
+    def _call(self, config):
         @functools.cache
         def prepared():
-            return self._call(Config.parse(config))
+            return self._launch(Config.parse(config))
 
-        # prepared at its first use, so that what it raises is this contender's
+        # prepared at the first call, so that an error is attributed to this config
         return lambda: launch.run(prepared(), self.device)
 
     def _reason(self, error) -> tuple[str, str]:
-        """Code and words for what was raised. Raises DeviceLost where nothing can run after it."""
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        """Return the reason code and the message of an error. Raises DeviceLost if the device is unusable after it."""
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         try:
-            self.stopwatch.synchronize()
+            self._timer.synchronize()
         except RuntimeError as lost:
-            raise DeviceLost(said) from lost
-        return "launch error", said
+            raise DeviceLost(message) from lost
+        return "launch error", message
 
-    def _truth(self, name, tensors, options):
-        """What is exact on these inputs, and how far from it a kernel may be."""
-        wanted = MAKES[self.kernel]
-        exact = outcome(reference.attention, tensors, as_defined(options, tensors), wanted, torch.float64)
-        torchs = outcome(reference.attention, tensors, as_defined(options, tensors), wanted)
-        if "lse" in wanted:
-            # it is float32 whatever the inputs are
+    def _with_tolerance(self, name, tensors, options):
+        """Return a case with its exact results and the error allowed for each."""
+        names = OUTPUTS[self.kernel]
+        reference_options = options_of_reference(options, tensors)
+        exact = results_of(reference.attention, tensors, reference_options, names, torch.float64)
+        rounded = results_of(reference.attention, tensors, reference_options, names)
+        if "lse" in names:
+            # float32 whatever the dtype of the inputs
             wide = torch.promote_types(self.problem.dtype, torch.float32)
-            torchs["lse"] = outcome(reference.attention, tensors, as_defined(options, tensors), ("lse",), wide)["lse"]
-        allowed = {tensor: min(ENORMOUS, FLOOR + accuracy.tolerance(torchs[tensor], exact[tensor], torchs[tensor].dtype))
-                   for tensor in wanted}
+            rounded["lse"] = results_of(reference.attention, tensors, reference_options, ("lse",), wide)["lse"]
+        allowed = {tensor: min(HUGE, ROUNDING + accuracy.tolerance(rounded[tensor], exact[tensor], rounded[tensor].dtype))
+                   for tensor in names}
         return name, (tensors, options), exact, allowed
 
 
-def outcome(attend, tensors, options: dict, wanted: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
-    """The tensors that one kind of attention makes of q, k, v, do and a bias or None, by name; in `dtype`, if given."""
+def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
+    """Return the named results of an attention function for (q, k, v, do, bias or None), computed in `dtype` if given."""
     q, k, v, do, bias = (x if x is None else x.detach().to(dtype or x.dtype) for x in tensors)
     leaves = {name: x.requires_grad_() for name, x in (("dq", q), ("dk", k), ("dv", v), ("dbias", bias)) if x is not None}
-    o, lse = attend(q, k, v, bias=bias, return_lse=True, **options)
-    asked = [name for name in wanted if name in leaves]
-    gradients = torch.autograd.grad(o, [leaves[name] for name in asked], do.to(o.dtype)) if asked else ()
-    made = {"o": o.detach(), "lse": lse.detach()} | dict(zip(asked, gradients))
-    return {name: made[name] for name in wanted}
+    o, lse = function(q, k, v, bias=bias, return_lse=True, **options)
+    wanted = [name for name in names if name in leaves]
+    gradients = torch.autograd.grad(o, [leaves[name] for name in wanted], do.to(o.dtype)) if wanted else ()
+    results = {"o": o.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
+    return {name: results[name] for name in names}
 
 
-def as_defined(options: dict, tensors) -> dict:
-    """The same options, as the definition takes them."""
+def options_of_reference(options: dict, tensors) -> dict:
+    """Return the options of `attention` as `reference.attention` takes them."""
     q, k = tensors[:2]
     options = dict(options)
     if "mask" in options:
@@ -156,60 +163,63 @@ def as_defined(options: dict, tensors) -> dict:
 
 
 def draw(problem: Problem, device, seed: int) -> tuple[list, dict]:
-    """q, k, v, do and a bias or None, random normal; and the other options of attention. What is given for each pair is
-    shared by all batches; a mask, and what would be huge, by all heads too."""
+    """Draw [q, k, v, do, bias or None] from a normal distribution, and the other options of `attention`.
+
+    All batches share a bias and a mask; all heads share a mask, and a bias that would be larger than LARGEST.
+    """
     rng = torch.Generator(device).manual_seed(seed)
     q, k, v = problem.tensors(device, seed)
     do = torch.randn(*q.shape[:-1], problem.dv, dtype=problem.dtype, device=device, generator=rng)
     large = problem.heads * problem.n_q * problem.n_k > LARGEST
-    pairs = (*(1 for _ in problem.batch), 1 if large else problem.heads, problem.n_q, problem.n_k)
-    bias = None if problem.bias is None else torch.randn(pairs, dtype=problem.bias, device=device, generator=rng)
+    shape = (*(1 for _ in problem.batch), 1 if large else problem.heads, problem.n_q, problem.n_k)
+    bias = None if problem.bias is None else torch.randn(shape, dtype=problem.bias, device=device, generator=rng)
     options = {"window": problem.window, "align": "bottom_right" if problem.shift else "top_left"}
     if problem.masked:
-        mask = torch.rand(*pairs[:-3], 1, *pairs[-2:], device=device, generator=rng) < 0.9
-        # whole tiles of it are seen by none, and by all
+        mask = torch.rand(*shape[:-3], 1, *shape[-2:], device=device, generator=rng) < 0.9
+        # whole tiles are masked, and whole tiles are not
         mask[..., : problem.n_q // 2, : problem.n_k // 4], mask[..., problem.n_q // 2:, problem.n_k // 2:] = False, True
         options["mask"] = block_mask(mask) if problem.mapped else mask
     if problem.lengths:
         options["key_lengths"] = torch.randint(problem.n_k // 2, problem.n_k + 1, problem.batch, dtype=torch.int32,
                                                device=device, generator=rng)
     if problem.dropout:
-        options |= {"dropout_p": DROPPED, "dropout_seed": torch.tensor([seed], dtype=torch.int64, device=device)}
+        options |= {"dropout_p": DROPOUT_P, "dropout_seed": torch.tensor([seed], dtype=torch.int64, device=device)}
     return [q, k, v, do, bias], options
 
 
-def hard(problem: Problem, device, seed: int) -> list[tuple]:
-    """(name, tensors, options): small inputs of the same kind that are hard to do right, and one head of its own size."""
+def hard_inputs(problem: Problem, device, seed: int) -> list[tuple]:
+    """Return (name, tensors, options) of small inputs of the same kind that are hard to get right, and of one head of the
+    problem's own size."""
     size = (70, 100) if gpu.INTERPRETED else (300, 400)
     n_q, n_k = min(size[0], problem.n_q), min(size[1], problem.n_k)
     left, right = (side if side in (None, 0) else min(side, n_k // 3) for side in problem.window)
     small = dataclasses.replace(problem, batch=(2,), heads=2 * problem.group, kv_heads=2, n_q=n_q, n_k=n_k, shift=0,
                                 window=(left, right))
-    found = [("ragged lengths", *draw(small, device, seed)), ("large scores", *draw(small, device, seed + 1)),
-             ("nan past the ends", *draw(small, device, seed + 2))]
-    found[1][1][0].mul_(32)
-    found[2] = (found[2][0], [x if x is None else in_nans(x) for x in found[2][1]], found[2][2])
-    if (blind := blinded(small, device, seed + 3)) is not None:
-        found.append(("rows that see nothing", *blind))
+    scores = draw(small, device, seed + 1)
+    scores[0][0].mul_(32)
+    tensors, options = draw(small, device, seed + 2)
+    cases = [("ragged lengths", *draw(small, device, seed)), ("large scores", *scores),
+             ("nan past the ends", [x if x is None else surrounded_by_nan(x) for x in tensors], options)]
+    if (masked := with_masked_rows(small, device, seed + 3)) is not None:
+        cases.append(("fully masked rows", *masked))
     own = dataclasses.replace(problem, batch=(1,), heads=problem.group, kv_heads=1)
     if own.heads * own.n_q * own.n_k <= LARGEST and not gpu.INTERPRETED:
-        found.append(("one head of its own size", *draw(own, device, seed + 4)))
-    return found
+        cases.append(("one head of the problem's own size", *draw(own, device, seed + 4)))
+    return cases
 
 
-def in_nans(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers inside of a larger tensor that is nan everywhere else."""
-    around = torch.full((*x.shape[:-2], x.shape[-2] + 64, x.shape[-1] + 64), torch.nan, dtype=x.dtype, device=x.device)
-    inside = around[..., : x.shape[-2], : x.shape[-1]]
-    return inside.copy_(x)
+def surrounded_by_nan(x: torch.Tensor) -> torch.Tensor:
+    """Return a copy of x inside a larger tensor that is nan everywhere else."""
+    outer = torch.full((*x.shape[:-2], x.shape[-2] + 64, x.shape[-1] + 64), torch.nan, dtype=x.dtype, device=x.device)
+    return outer[..., : x.shape[-2], : x.shape[-1]].copy_(x)
 
 
-def blinded(problem: Problem, device, seed: int) -> tuple | None:
-    """Inputs where some queries see no key; None where the problem has nothing that hides one, or hardly a query."""
+def with_masked_rows(problem: Problem, device, seed: int) -> tuple | None:
+    """Return inputs in which some queries attend to no key, or None if nothing in this problem can mask a whole row."""
     if problem.n_q < 4:
         return None
     if problem.window[1] is not None:
-        # the first queries stand before the first key
+        # the first queries come before the first key
         n_k = max(1, problem.n_q // 2)
         problem = dataclasses.replace(problem, n_k=n_k, shift=n_k - problem.n_q)
     tensors, options = draw(problem, device, seed)
@@ -227,24 +237,137 @@ def blinded(problem: Problem, device, seed: int) -> tuple | None:
     return tensors, options
 
 
-def launches(kernel: str, problem: Problem, device, seed: int):
-    """What makes of a config the launch.KernelLaunch of this kernel, on inputs that are drawn once; what it needs has run."""
+def launcher(kernel: str, problem: Problem, device, seed: int):
+    """Return a function from a Config to the launch.KernelLaunch of this kernel; the kernels that it depends on have run."""
     tensors, options = draw(problem, device, seed)
     inputs = prepare(*tensors[:3], bias=tensors[4], **options)
-    here, do = gpu.gpu_of(inputs.q.device), tensors[3]
+    local_gpu, do = gpu.gpu_of(inputs.q.device), tensors[3]
     o, lse, residual, excess = empty_outputs(inputs.q, inputs.v, inputs.bias, problem.dtype.itemsize == 2)
-    kept, over = (residual,) if residual.numel() else (), () if inputs.bias is None else (excess,)
+    residuals, excesses = (residual,) if residual.numel() else (), () if inputs.bias is None else (excess,)
     delta = torch.empty_like(lse)
-    queries = Queries(inputs.q, do, lse, delta, over)
-    into = {name: torch.empty_like(x) for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v))}
+    queries = Queries(inputs.q, do, lse, delta, excesses)
+    dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))
     dbias = None if inputs.bias is None else torch.empty_like(inputs.bias)
-    calls = {
-        "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, kept, over)),
-        "delta": lambda config: launch.delta_launch(problem, config, o, kept[0] if kept else None, do, None, delta),
-        "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, into["q"]),
-        "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, into["k"], into["v"]),
+    launches = {
+        "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, residuals, excesses)),
+        "delta": lambda config: launch.delta_launch(problem, config, o, residuals[0] if residuals else None, do, None, delta),
+        "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
+        "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),
         "dbias": lambda config: launch.dbias_launch(problem, config, inputs, queries, dbias),
     }
     for before in ("forward", "delta")[: 0 if kernel == "forward" else 1 if kernel == "delta" else 2]:
-        launch.run(calls[before](lookup_config(before, problem, here).config), inputs.q.device)
-    return calls[kernel]
+        launch.run(launches[before](lookup_config(before, problem, local_gpu).config), inputs.q.device)
+    return launches[kernel]
+
+
+class IsolatedBench:
+    """A Bench in a child process, which is replaced when a config hangs or makes the device unusable. A context manager."""
+
+    CODE = f"from {__name__} import serve_bench; serve_bench()"
+
+    def __init__(self, kernel: str, problem: Problem, device: str, seed: int = 0, code: str = CODE):
+        """code: what the child runs, for tests."""
+        self._bench, self._code = (kernel, problem, str(device), seed), code
+        self._child: Child | None = None
+        self._sample_seconds: float | None = None
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def check(self, config: str) -> Check:
+        """Check a config as Bench.check does."""
+        result = self._ask(("check", config), CHECK_LIMIT)
+        return Check({}, result.code, result.message) if isinstance(result, Failure) else result
+
+    def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
+        """Time configs as Bench.times does. If the child fails, each config is tried alone, then the rest together again."""
+        results = self._time_one_sample(configs)
+        while remaining := [config for config in configs if config not in results]:
+            answer = self._ask(("times", remaining, rounds), self._limit(rounds * len(remaining)))
+            if not isinstance(answer, Failure):
+                return results | answer
+            if len(remaining) == 1:
+                return results | {remaining[0]: answer}
+            alone = {config: self._time_alone(config, self._limit(1)) for config in remaining}
+            failures = {config: result for config, result in alone.items() if isinstance(result, Failure)}
+            if not failures:
+                # together they take too long, or too much memory
+                half = len(remaining) // 2
+                return results | self.times(remaining[:half], rounds) | self.times(remaining[half:], rounds)
+            results |= failures
+        return results
+
+    def _time_one_sample(self, configs) -> dict[str, Failure]:
+        """Measure how long a sample takes, with the first config that gives one. Return the failures before it."""
+        failures = {}
+        for config in configs if self._sample_seconds is None else ():
+            if self._child is None:
+                # starting takes long, and is not part of a sample
+                self._start()
+            start = self.now()
+            result = self._time_alone(config, FIRST_LIMIT)
+            if not isinstance(result, Failure):
+                self._sample_seconds = min(self.now() - start, LONGEST_SAMPLE)
+                break
+            failures[config] = result
+        return failures
+
+    def _time_alone(self, config, limit):
+        result = self._ask(("times", [config], 1), limit)
+        return result if isinstance(result, Failure) else result[config]
+
+    def _limit(self, samples) -> float:
+        return BASE_LIMIT + (SAMPLE_LIMIT + self._sample_seconds) * samples
+
+    def _ask(self, job, limit):
+        """Return the child's result; after a Failure the child is gone. Raises RuntimeError if no child can do any job."""
+        if self._child is None:
+            self._start()
+        result = self._exchange(job, limit)
+        if isinstance(result, Failure):
+            self.__exit__()
+            if "OutOfMemoryError" in result.message:
+                raise RuntimeError(f"bench: no room for the tensors of {self._bench[1]}: {result.message}")
+        return result
+
+    def _exchange(self, job, limit):
+        try:
+            self._child.send(job)
+            return self._child.receive(limit)
+        except TimeoutError:
+            return Failure("hang", f"no result in {limit:.0f} s", lasting=False)
+        except EOFError:
+            return Failure("device lost", "its process ended", lasting=False)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _start(self):
+        self._child = Child(self._code, uses_gpu=True)
+        result = self._exchange(("open", *self._bench), OPEN_LIMIT)
+        if isinstance(result, Failure):
+            # no config is to blame
+            self.__exit__()
+            raise RuntimeError(f"bench: a new process cannot use {self._bench[2]}: {result.message}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        child, self._child = self._child, None
+        if child is not None:
+            child.stop()
+
+
+def serve_bench() -> None:
+    """Answer the jobs of an IsolatedBench: ("open", ...), then ("check", config) and ("times", configs, rounds)."""
+    benches = []
+
+    def answer(kind, *arguments):
+        if kind == "open":
+            kernel, problem, device, seed = arguments
+            benches[:] = [Bench(kernel, problem, device, seed=seed)]
+            return None
+        return getattr(benches[0], kind)(*arguments)
+
+    serve(answer, "device lost")

@@ -1,8 +1,7 @@
-"""TRITONATTN_AUTOTUNE=quick: the first call of each kind times a few configs, and those after it use the best.
+"""TRITONATTN_AUTOTUNE=quick: the first call of each kind times at most eight configs of the shipped tables.
 
-At most eight, all from the shipped tables, in a process of its own: nothing of what is tried runs in the caller's. Never
-while a CUDA graph is captured, in the interpreter, under torch.use_deterministic_algorithms, or where several processes
-would have to agree. Calls in other threads go on meanwhile with what they would have used without it.
+Configs run in a child process. Nothing is timed while a CUDA graph is captured, in the interpreter, under
+torch.use_deterministic_algorithms, or with several ranks. Calls of other threads continue meanwhile with the current config.
 """
 
 import dataclasses
@@ -22,23 +21,23 @@ from ..problem import Problem
 VARIABLE = "TRITONATTN_AUTOTUNE"
 
 
-class Quick:
-    """What is told of every lookup (config.watch). `tune` is called for each new key, once, by one thread at a time."""
+class FirstCallTuner:
+    """An observer of config lookups that calls `tune` once for each new key, in one thread at a time."""
 
     def __init__(self, tune):
         self._tune, self._seen, self._busy = tune, set(), threading.Lock()
-        # the thread that was tuning does not live in the child
-        os.register_at_fork(after_in_child=self._after_fork)
+        # the thread that holds the lock does not exist in a forked child
+        os.register_at_fork(after_in_child=self._renew_lock)
 
-    def _after_fork(self):
+    def _renew_lock(self):
         self._busy = threading.Lock()
 
     def __call__(self, kernel: str, problem: Problem, on: Gpu) -> None:
         if kernel == "delta" or on is gpu.INTERPRETER or config.pinned_config(kernel) is not None:
             return
         key = key_of(kernel, problem, on)
-        # whoever comes while a key is being timed does not wait
-        if key in self._seen or forbidden() or not self._busy.acquire(blocking=False):
+        # calls that come while another key is timed do not wait
+        if key in self._seen or cannot_time() or not self._busy.acquire(blocking=False):
             return
         try:
             if key in self._seen:
@@ -46,46 +45,46 @@ class Quick:
             self._seen.add(key)
             if lookup.lookup_config(kernel, problem, on).origin != "cache":
                 self._tune(kernel, problem, on)
-        except Exception as error:  # a training run is worth more than a tuned config
+        except Exception as error:  # a call must not fail because tuning does
             warnings.warn(f"{VARIABLE}: {kernel} of {problem} was not tuned: {type(error).__name__}: {error}", stacklevel=2)
         finally:
             self._busy.release()
 
 
-def forbidden() -> str | None:
-    """Why nothing may be timed now."""
+def cannot_time() -> str | None:
+    """Return the reason why nothing may be timed now, or None."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
     if torch.are_deterministic_algorithms_enabled():
-        return "deterministic algorithms are asked for"
+        return "deterministic algorithms are enabled"
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return "several processes would have to agree: tune before, with tritonattn.tune"
+        return "several ranks would have to agree: call tritonattn.tune before"
     return None
 
 
-def from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
-    """Tune with what the tables have. RuntimeError: the current device is another than the tensors'."""
-    from .tuner import tune_kernel
+def tune_from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
+    """Tune with strategy "table". Raises RuntimeError if the current device is not the one of the tensors."""
+    from .tune import tune_kernel
 
     device = torch.device("cuda", torch.cuda.current_device())
     if gpu.gpu_of(device) != on:
-        raise RuntimeError(f"expected the tensors on the current device, {device}, got them on another GPU")
-    tune_kernel(kernel, problem, dataclasses.replace(_lab(device), store=user_cache.current_cache()), "table")
+        raise RuntimeError(f"the tensors are on another GPU than the current device, {device}")
+    tune_kernel(kernel, problem, dataclasses.replace(_setup(device), store=user_cache.current_cache()), "table")
 
 
 @functools.cache
-def _lab(device):
-    """Once for each device: asking for its driver takes a second."""
-    from .tuner import local_setup
+def _setup(device):
+    """Return the setup of a device. Cached: reading the driver's version takes a second."""
+    from .tune import local_setup
 
     return local_setup(device)
 
 
 def install(environment=os.environ) -> None:
-    """Begin to watch, if the environment asks for it; what it asks for wrongly is warned of."""
-    asked = environment.get(VARIABLE, "off").lower()
-    if asked == "quick":
-        lookup.add_observer(Quick(from_tables))
-    elif asked not in ("off", "0", ""):
-        warnings.warn(f"{VARIABLE}: expected quick or off, got {asked!r}; nothing is tuned", stacklevel=2)
+    """Observe lookups from now on if TRITONATTN_AUTOTUNE is "quick"; warn about an unknown value."""
+    value = environment.get(VARIABLE, "off").lower()
+    if value == "quick":
+        lookup.add_observer(FirstCallTuner(tune_from_tables))
+    elif value not in ("off", "0", ""):
+        warnings.warn(f"{VARIABLE}: expected quick or off, got {value!r}; nothing is tuned", stacklevel=2)

@@ -1,6 +1,6 @@
-"""What a model asks for: every problem that comes by while a block runs, to be tuned for later.
+"""Record the problems that a model poses, to tune them later.
 
-    one JSON line each: {"problem": {...}, "kernels": {"forward": 96, "dq": 96, "dkdv": 96}}     kernels and how often
+    one JSON line each: {"problem": {...}, "kernels": {"forward": 96, "dq": 96, "dkdv": 96}}     kernels and their calls
 """
 
 import contextlib
@@ -22,37 +22,37 @@ class RecordingError(Exception):
 
 @contextlib.contextmanager
 def record_problems(path):
-    """Write to `path` which problems attention is given inside the block, one line for each: for `tritonattn tune --from`.
+    """Write the problems of all attention calls inside the block to `path`, for `tritonattn tune --from`.
 
-    In all threads of this process; of several under torch.distributed the others add their rank to the name. The file is
-    whole at any moment: it is replaced when a problem comes for the first time, and at the end, when the counts are known.
-    Raises OSError where it cannot be written, before anything runs; what fails later is warned of.
+    All threads of this process are recorded. Under torch.distributed the ranks after the first add their rank to the name.
+    The file is replaced as a whole when a new problem comes, and at the end with the final counts. Raises OSError if the
+    file cannot be written at the start; later failures are warnings.
     """
     dist = torch.distributed
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    seen, lock, path = {}, threading.Lock(), Path(f"{path}.rank{rank}" if rank else path)
+    counts, lock, path = {}, threading.Lock(), Path(f"{path}.rank{rank}" if rank else path)
 
     def write():
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        beside.write_text("".join(json.dumps({"problem": problem.as_json(), "kernels": kernels}) + "\n"
-                                  for problem, kernels in seen.items()))
-        beside.replace(path)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text("".join(json.dumps({"problem": problem.as_json(), "kernels": kernels}) + "\n"
+                                for problem, kernels in counts.items()))
+        part.replace(path)
 
     def try_to_write():
         try:
             write()
         except OSError as error:
-            warnings.warn(f"{path}: expected to write problems, got {type(error).__name__}: {error}", stacklevel=2)
+            warnings.warn(f"{path}: problems cannot be written: {type(error).__name__}: {error}", stacklevel=2)
 
-    def watch(kernel, problem, gpu):
+    def count(kernel, problem, gpu):
         with lock:
-            kernels = seen.setdefault(problem, {})
+            kernels = counts.setdefault(problem, {})
             kernels[kernel] = kernels.get(kernel, 0) + 1
             if kernels[kernel] == 1:
                 try_to_write()
 
     write()
-    with lookup.observed(watch):
+    with lookup.observed(count):
         try:
             yield
         finally:
@@ -61,15 +61,15 @@ def record_problems(path):
 
 
 def read(path) -> list[tuple[Problem, dict[str, int]]]:
-    """The problems in a file, with their kernels and how often each ran. Raises RecordingError."""
-    found = []
+    """Return the problems in a file, each with its kernels and their calls. Raises RecordingError."""
+    problems = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             content = json.loads(line)
             problem, kernels = Problem.from_json(content["problem"]), dict(content["kernels"])
             if not isinstance(problem.dtype, torch.dtype) or any(type(times) is not int for times in kernels.values()):
-                raise TypeError("no dtype, or no counts")
-            found.append((problem, kernels))
+                raise TypeError("the dtype or a count is invalid")
+            problems.append((problem, kernels))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordingError(f"{path}, line {number}: expected a problem and its kernels, got {line[:60]!r}") from error
-    return found
+    return problems

@@ -1,13 +1,13 @@
-"""Who is the fastest: configs are timed in turns, and fewer and fewer of them oftener and oftener.
+"""Search strategies over interleaved timings: which configs are timed, and how many samples each gets.
 
-    halving    all, one sample each -> those within half again of the best, three each -> the fastest third, nine each ->
-               ... -> the last four, sixty each
-    static     the incumbent, and the seven that the model expects to be the fastest
-    table      what would be used anyway, and what the tables have for others of its kind: another job, not another race
-    random     thirty of them, drawn          exhaustive    all of them, thirty samples each
+    halving     one sample of each config -> the configs within 1.5 times the best, three samples -> the fastest third, nine
+                -> ... -> the last four, sixty: successive halving (Jamieson & Talwalkar 2016)
+    static      the incumbent and the seven configs that the model ranks first
+    table       the incumbent and what the shipped tables hold for similar problems (the job differs, not the search)
+    random      thirty configs, drawn        exhaustive   all configs, thirty samples each
 
-A strategy says who is timed and how often; the race keeps what came of it, and who may not go on. Whoever is timed, the
-incumbent is timed in the same rounds: only so is "faster" more than drift.
+The incumbent, which calls use so far, is timed in every round, so that clock and thermal drift affect both sides of a
+comparison equally.
 """
 
 import contextlib
@@ -22,44 +22,44 @@ from .trials import Job, Trial
 from .worker_pool import Failure
 
 FAILURES = {
-    "incorrect": "its results are off by more than rounding",
+    "incorrect": "a result differs from the definition by more than rounding",
     "not repeatable": "two runs gave different bits",
-    "launch error": "the device refused it, or the launch raised",
-    "hang": "it did not come back in time",
-    "device lost": "it ended the process, or left the device unusable",
+    "launch error": "the device rejected it, or the launch raised an error",
+    "hang": "it did not finish in time",
+    "device lost": "it ended the process, or made the device unusable",
 }
-TIE = 0.01     # share of the best time by which the incumbent may be slower and stay
-UNKNOWN = 0.1  # the spread of one or two samples: a guess on the safe side
-HOPELESS = 1.5               # halving: slower than this many times the best, after one sample, is out
-FIRST, KEPT, LAST = 3, 3, 4  # then samples at first; one of so many goes on; so many are left at last
-FINAL = 60                   # samples of those
-SHORT, LONG = 10, 30         # samples where there is one rung alone
-FEW, RANDOM = 8, 30           # configs of "static" and "random"
+TIE = 0.01     # the incumbent stays if it is slower than the best by at most this share
+UNKNOWN = 0.1  # the assumed spread of one or two samples
+HOPELESS = 1.5               # halving: multiples of the best time beyond which a config is dropped after one sample
+FIRST, KEPT, LAST = 3, 3, 4  # halving: samples of the second rung; one in KEPT continues; configs of the last rung
+FINAL = 60                   # halving: samples of the last rung
+SHORT, LONG = 10, 30         # samples of strategies with a single rung
+FEW, RANDOM = 8, 30          # configs of "static" and "random"
 
 
 @dataclass
 class Budget:
-    """When a race ends at the latest. What was timed until then counts."""
+    """Limits of a search. At the end of the budget the samples so far decide."""
 
-    trials: int | None = None       # configs that are tried
-    seconds: float = math.inf       # on the bench's clock; who was found right by then is timed once at least
+    trials: int | None = None       # configs
+    seconds: float = math.inf       # on the bench's clock; configs that were checked are still timed once
 
 
 class BudgetExhausted(Exception):
-    """The budget is."""
+    """The budget is used up."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Whether a config is right: the worst error of each tensor beside what it may be, over all inputs."""
+    """The correctness of a config: the worst error of each tensor and its limit, over all inputs."""
 
     errors: dict = field(default_factory=dict)  # {tensor: (error, allowed)}
-    reason: str | None = None                   # one of FAILURES; None: nothing is wrong
+    reason: str | None = None                   # one of FAILURES; None if correct
     note: str = ""
 
 
 class Bench(Protocol):
-    """Where configs, by their names, are checked and timed. A Failure is one config's; it has one of FAILURES."""
+    """Checks and times configs by their names. A Failure concerns one config; its code is one of FAILURES."""
 
     def check(self, config: str) -> Check: ...
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]: ...
@@ -68,7 +68,7 @@ class Bench(Protocol):
 
 @dataclass
 class Search:
-    """One job on a bench. `trials` has what came of each config that was tried, in that order."""
+    """The search for the best config of one job. `trials` holds the result of each config, in the order of trying."""
 
     job: Job
     bench: Bench
@@ -76,114 +76,121 @@ class Search:
     trials: dict[str, Trial] = field(default_factory=dict)
 
     def __post_init__(self):
-        self._began, self._alone = self.bench.now(), False
+        self._start, self._lost_incumbent = self.bench.now(), False
 
     @property
-    def alive(self) -> list[str]:
-        """Those that nothing speaks against so far, as the job has them, the incumbent first."""
+    def candidates(self) -> list[str]:
+        """The configs of the job that have not failed, in its order, after the incumbent."""
         names = dict.fromkeys((self.job.incumbent, *self.job.configs))
         return [name for name in names if name not in self.trials or self.trials[name].status == "ok"]
 
-    def take(self, configs: Sequence[str], rounds: int) -> list[str]:
-        """Time these and the incumbent in turns; those that came through, the fastest first. Raises Spent."""
-        able = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self._right(name)]
-        if self._late and any(trial.samples for trial in self.trials.values()):
+    def time_round(self, configs: Sequence[str], rounds: int) -> list[str]:
+        """Time these configs and the incumbent, interleaved. Return those that did not fail, the fastest first.
+
+        Raises BudgetExhausted.
+        """
+        correct = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self._is_correct(name)]
+        if self._is_late and any(trial.samples for trial in self.trials.values()):
             raise BudgetExhausted
-        found = self.bench.times(able, rounds) if able else {}
-        beside = found.get(self.job.incumbent, ())
-        # without an incumbent to compare with, nobody takes its place
-        self._alone |= isinstance(beside, Failure) and bool(self.trials[self.job.incumbent].samples)
-        for name, samples in found.items():
+        results = self.bench.times(correct, rounds) if correct else {}
+        incumbent = results.get(self.job.incumbent, ())
+        # the samples of earlier rounds can no longer be compared with later ones
+        self._lost_incumbent |= isinstance(incumbent, Failure) and bool(self.trials[self.job.incumbent].samples)
+        for name, samples in results.items():
             if isinstance(samples, Failure):
                 change = {"status": samples.code, "note": samples.message, "samples": (), "beside": ()}
             else:
-                change = {"samples": tuple(samples), "beside": () if isinstance(beside, Failure) else tuple(beside)}
+                change = {"samples": tuple(samples), "beside": () if isinstance(incumbent, Failure) else tuple(incumbent)}
             self.trials[name] = replace(self.trials[name], **change)
-        timed = [name for name in dict.fromkeys(configs) if name in found and self.trials[name].status == "ok"]
+        timed = [name for name in dict.fromkeys(configs) if name in results and self.trials[name].status == "ok"]
         return sorted(timed, key=lambda name: (self.trials[name].seconds, name))
 
-    def _right(self, name) -> bool:
-        """Whether it may be timed: each is checked once, before that."""
+    def _is_correct(self, name) -> bool:
+        """Whether a config may be timed. Each is checked once; beyond the budget only the first is."""
         if name not in self.trials:
-            if self.trials and (self._late or len(self.trials) >= (self.budget.trials or math.inf)):
+            if self.trials and (self._is_late or len(self.trials) >= (self.budget.trials or math.inf)):
                 return False
-            began, found = self.bench.now(), self.bench.check(name)
-            self.trials[name] = Trial(self.job.name, name, found.reason or "ok", found.note, check=dict(found.errors),
-                                      check_seconds=round(self.bench.now() - began, 3))
+            start, check = self.bench.now(), self.bench.check(name)
+            self.trials[name] = Trial(self.job.name, name, check.reason or "ok", check.note, check=dict(check.errors),
+                                      check_seconds=round(self.bench.now() - start, 3))
         return self.trials[name].status == "ok"
 
     @property
-    def _late(self) -> bool:
-        return self.bench.now() - self._began > self.budget.seconds
+    def _is_late(self) -> bool:
+        return self.bench.now() - self._start > self.budget.seconds
 
     def winner(self, shared_memory: Callable[[str], int] = lambda name: 0) -> str | None:
-        """The fastest of those with the most samples. Nobody takes the incumbent's place for less than TIE or twice the
-        spread of the median; of others that differ by no more than that spread, the one with less shared memory does.
+        """Return the fastest config among those with the most samples, or None if nothing could be timed.
 
-        None: nothing could be timed, or the incumbent failed on the way.
+        The incumbent stays if it is slower by less than TIE or twice the spread of the median. Other configs that differ by
+        less than that spread are equal, and the one with the least shared memory wins. There is no winner if the incumbent
+        failed after it had been timed.
         """
-        if self._alone:
-            return None
         timed = {name: trial for name, trial in self.trials.items() if trial.status == "ok" and trial.samples}
-        if not timed:
+        if not timed or self._lost_incumbent:
             return None
         most = max(len(trial.samples) for trial in timed.values())
         last = {name: trial for name, trial in timed.items() if len(trial.samples) == most}
         best = min(last, key=lambda name: (last[name].seconds, name))
-        unsure = 2 * spread(last[best].samples)
-        if self.job.incumbent in last and last[self.job.incumbent].seconds <= last[best].seconds * (1 + max(TIE, unsure)):
+        margin = 2 * spread(last[best].samples)
+        if self.job.incumbent in last and last[self.job.incumbent].seconds <= last[best].seconds * (1 + max(TIE, margin)):
             return self.job.incumbent
-        equals = [name for name, trial in last.items() if trial.seconds <= last[best].seconds * (1 + unsure)]
+        equals = [name for name, trial in last.items() if trial.seconds <= last[best].seconds * (1 + margin)]
         return min(equals, key=lambda name: (shared_memory(name), last[name].seconds, name))
 
 
 def spread(samples: Sequence[float]) -> float:
-    """How far the median of so many samples may lie off, as a share of it: its standard error, from their deviations."""
+    """Return the standard error of the median of these samples, as a share of it."""
     if len(samples) < 3:
         return UNKNOWN
     middle = statistics.median(samples)
     deviation = statistics.median(abs(x - middle) for x in samples)
-    # of a normal distribution: 1.48 deviations are one sigma, and a median is 1.25 times as uncertain as a mean
+    # normal distribution: sigma is 1.48 median absolute deviations, and the median's error 1.25 times that of the mean
     return 1.48 * 1.25 * deviation / math.sqrt(len(samples)) / middle
 
 
 Strategy = Callable[[Search, random.Random], None]
 
 
-def halving(race: Search, rng: random.Random) -> None:
-    left = race.take(race.alive, 1)
-    limit = HOPELESS * race.trials[left[0]].seconds if left else 0.0
-    left, rounds = [name for name in left if race.trials[name].seconds <= limit], FIRST
-    while len(left) > LAST:
-        left = race.take(left, rounds)
-        left, rounds = left[:max(LAST, math.ceil(len(left) / KEPT))], rounds * 3
-    race.take(left, FINAL)
+def halving(search: Search, rng: random.Random) -> None:
+    """Successive halving; the module's docstring has the schedule."""
+    names = search.time_round(search.candidates, 1)
+    limit = HOPELESS * search.trials[names[0]].seconds if names else 0.0
+    names, rounds = [name for name in names if search.trials[name].seconds <= limit], FIRST
+    while len(names) > LAST:
+        names = search.time_round(names, rounds)
+        names, rounds = names[:max(LAST, math.ceil(len(names) / KEPT))], rounds * 3
+    search.time_round(names, FINAL)
 
 
-def static(race: Search, rng: random.Random) -> None:
-    race.take(race.alive[:FEW], SHORT)
+def static(search: Search, rng: random.Random) -> None:
+    """Time the incumbent and the configs that the model ranks first."""
+    search.time_round(search.candidates[:FEW], SHORT)
 
 
-def table(race: Search, rng: random.Random) -> None:
-    race.take(race.alive, SHORT)
+def table(search: Search, rng: random.Random) -> None:
+    """Time all configs of a job that comes from the tables."""
+    search.time_round(search.candidates, SHORT)
 
 
-def randomly(race: Search, rng: random.Random) -> None:
-    names = race.alive
-    race.take(rng.sample(names, min(RANDOM, len(names))), SHORT)
+def random_subset(search: Search, rng: random.Random) -> None:
+    """Time configs drawn at random."""
+    names = search.candidates
+    search.time_round(rng.sample(names, min(RANDOM, len(names))), SHORT)
 
 
-def exhaustive(race: Search, rng: random.Random) -> None:
-    race.take(race.alive, LONG)
+def exhaustive(search: Search, rng: random.Random) -> None:
+    """Time all configs."""
+    search.time_round(search.candidates, LONG)
 
 
 STRATEGIES: dict[str, Strategy] = {
-    "halving": halving, "static": static, "table": table, "random": randomly, "exhaustive": exhaustive,
+    "halving": halving, "static": static, "table": table, "random": random_subset, "exhaustive": exhaustive,
 }
 
 
-def run_search(race: Search, strategy: str, seed: int = 0) -> Search:
-    """Let a strategy have its way with a race until it is done or the budget is spent; what was timed until then counts."""
+def run_search(search: Search, strategy: str, seed: int = 0) -> Search:
+    """Run a strategy until it is done or the budget is used up, and return the search."""
     with contextlib.suppress(BudgetExhausted):
-        STRATEGIES[strategy](race, random.Random(seed))
-    return race
+        STRATEGIES[strategy](search, random.Random(seed))
+    return search

@@ -1,13 +1,13 @@
-"""A folder that holds a sweep: what was planned, what came of each config, and where.
+"""The record of a sweep: a folder with its plan, the result of each config, and the environment.
 
     plan.json         kernels, problems and configs, frozen; its digest is in the first line of the results
-    results.jsonl     a journal: one line per config that was tried, in the order of trying
-    environment.json  GPU, versions, clocks: what a number needs to be believed
+    results.jsonl     a journal: one line for each config that was tried, in the order of trying
+    environment.json  GPU, versions, clocks
 """
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..measure import journal
@@ -23,8 +23,8 @@ class Job:
 
     kernel: str
     problem: Problem
-    configs: tuple[str, ...]  # in the order of the static ranking, those first that are expected to be the fastest
-    incumbent: str            # what a call would have used before; among the configs
+    configs: tuple[str, ...]  # by their modelled time, the fastest first
+    incumbent: str            # the config that calls use so far; one of the configs
 
     @property
     def name(self) -> str:
@@ -41,17 +41,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one config. Times in seconds."""
+    """The result of one config. Times in seconds."""
 
     job: str       # its name
     config: str
-    status: str    # "ok", one of survey.REASONS, or one of race.FAILURES
+    status: str    # "ok", one of prune.REASONS, or one of search.FAILURES
     note: str = ""
-    samples: tuple[float, ...] = ()  # of one launch each; round by round in turns with those `beside`
-    beside: tuple[float, ...] = ()   # the incumbent's, in the same rounds: what drifts has drifted for both
+    samples: tuple[float, ...] = ()  # one launch each
+    beside: tuple[float, ...] = ()   # the incumbent's samples in the same rounds
     check: dict = field(default_factory=dict)   # {tensor: [error, allowed]}, the worst over all inputs
     static: dict = field(default_factory=dict)  # registers, stack, shared_memory, tensor_memory, occupancy, bound, cycles
-    check_seconds: float = 0.0  # until it was found right or not, compiling included
+    check_seconds: float = 0.0  # compiling included
 
     @property
     def seconds(self) -> float | None:
@@ -60,11 +60,11 @@ class Trial:
 
     @property
     def ratio(self) -> float | None:
-        """The time as a multiple of the incumbent's: the median over the rounds. What drifts does not touch it."""
+        """The time as a multiple of the incumbent's: the median over the rounds, in which clock drift cancels."""
         return statistics.median(a / b for a, b in zip(self.samples, self.beside)) if self.beside else None
 
     def as_json(self) -> dict:
-        return asdict(self) | {"samples": list(self.samples), "beside": list(self.beside)}
+        return vars(self) | {"samples": list(self.samples), "beside": list(self.beside)}
 
     @staticmethod
     def from_json(content: dict) -> "Trial":
@@ -74,7 +74,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Run:
-    """A sweep as it was recorded, finished or not."""
+    """A recorded sweep, finished or not."""
 
     plan: dict
     jobs: tuple[Job, ...]
@@ -82,25 +82,26 @@ class Run:
     environment: dict
 
     def of(self, job: Job) -> dict[str, Trial]:
-        """{config: its trial} of one job, in the order of its configs."""
-        found = {trial.config: trial for trial in self.trials if trial.job == job.name}
-        return {config: found[config] for config in job.configs if config in found}
+        """Return {config: trial} of one job, in the order of its configs; of repeated trials the last."""
+        trials = {trial.config: trial for trial in self.trials if trial.job == job.name}
+        return {config: trials[config] for config in job.configs if config in trials}
 
     @property
     def synthetic(self) -> bool:
-        """Whether no GPU was timed, and numbers are made up for tests and demonstrations."""
+        """Whether the times are made up, for tests and demonstrations."""
         return bool(self.plan.get("synthetic"))
 
 
 def read(folder: Path) -> Run:
-    """The run in a folder. Raises journal.JournalError: none is there, or its results are of another plan."""
+    """Read the sweep in a folder. Raises journal.JournalError if there is none, or its results are of another plan."""
     try:
         plan = json.loads((folder / PLAN).read_text())
         head, entries = journal.read(folder / RESULTS)
         if head["plan"] != {"digest": journal.digest(plan)}:
-            raise journal.JournalError(f"{folder}: expected results of its plan {journal.digest(plan)}, got {head['plan']}")
+            raise journal.JournalError(f"{folder}: the results are of the plan {head['plan']}, "
+                                       f"but {PLAN} has the digest {journal.digest(plan)}")
         environment = json.loads((folder / ENVIRONMENT).read_text())
         jobs = tuple(Job.from_json(job) for job in plan["jobs"])
-        return Run(plan, jobs, tuple(Trial.from_json(entry) for entry in entries if "config" in entry), environment)
+        return Run(plan, jobs, tuple(Trial.from_json(entry) for entry in entries), environment)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise journal.JournalError(f"{folder}: expected a sweep, got {type(error).__name__}: {error}") from error
+        raise journal.JournalError(f"{folder}: no sweep can be read: {type(error).__name__}: {error}") from error

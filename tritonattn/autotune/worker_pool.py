@@ -1,224 +1,99 @@
-"""Compiling in processes of their own: side by side, stopped when the compiler hangs, and never interpreted.
+"""Child processes for compiling and timing, and a pool of compilers.
 
-A child reads pickled jobs, the arguments of `look`, from its standard input and answers each with a Report or a Failure.
+    parent  --job-->  pipe  --job-->  child          a child that hangs is killed with everything that it started
+            <-result-       <-result-                a child that dies is replaced, and the other jobs continue
+
+Children are started with `subprocess`, not with `multiprocessing`, whose "spawn" would run the user's main script again.
+Compilers see no GPU and never interpret, even where the parent does.
 """
 
-import contextlib
 import os
-import pickle
-import queue
-import select
 import signal
-import struct
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
-HEAD = struct.Struct("<Q")  # the length of what follows
-MOST = 32
-TIMEOUT = 120.0  # seconds: the slowest compilation that came to anything took 10
+ROOT = Path(__file__).parents[2]
+MOST = 32        # compilers: each takes about 1 GB of memory
+TIMEOUT = 120.0  # seconds for a compilation: the slowest one that succeeded took 10
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A config that came to no binary; `code` is one of survey.REASONS."""
+    """A config without a result; `code` is one of prune.REASONS or search.FAILURES."""
 
     code: str
     message: str
-    lasting: bool = True  # not so where the process died or took too long: it may do better another time
+    lasting: bool = True  # False where the process died or took too long: another attempt may succeed
 
 
-class Workers:
-    """`count` children, started when they are needed. A context manager: at its end they are gone."""
+class Child:
+    """A Python process that runs `code`, and a pipe to it."""
 
-    def __init__(self, count: int | None = None, timeout: float = TIMEOUT, command: tuple[str, ...] | None = None,
-                 python: str = sys.executable):
-        """command: how a child is started, in tests. python: another one, with another Triton."""
-        # those this process may use, and no more than have room in memory
-        self._count = count or min(len(os.sched_getaffinity(0)), MOST)
-        self._timeout = timeout
-        self._command, self._python = command or __name__, python
-        self._idle = queue.SimpleQueue()
-        self._all, self._lock = [], threading.Lock()
+    def __init__(self, code: str, uses_gpu: bool = False, python: str = sys.executable):
+        environment = dict(os.environ)
+        # a child must not tune the calls that it makes itself
+        environment.pop("TRITONATTN_AUTOTUNE", None)
+        if not uses_gpu:
+            environment.pop("TRITON_INTERPRET", None)
+            environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
+        self.pipe, other_end = Pipe()
+        # the package goes to the end of the path: another Python has its own torch and Triton
+        code = f"import sys; sys.path.append({str(ROOT)!r})\n{code}"
+        with other_end:
+            # a session of its own, so that stop() also kills ptxas; compilers print whole kernels when they fail
+            self.process = subprocess.Popen(
+                [python, "-c", code, str(other_end.fileno())], pass_fds=[other_end.fileno()], env=environment,
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
-    def map(self, jobs: Iterable[tuple]) -> Iterator:
-        """A Report or a Failure for each job, in order. Leaving off before the end ends the children.
+    def send(self, job: tuple) -> None:
+        """Send a job. A dead child shows at `receive`."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send(job)
 
-        RuntimeError: somebody else ended them meanwhile.
-        """
-        pool = ThreadPoolExecutor(self._count)
-        with self._lock:
-            # once these children are ended, nothing is begun any more for these jobs
-            idle, everyone = self._idle, self._all
+    def receive(self, timeout: float):
+        """Return the child's result. Raises TimeoutError, or EOFError if the child has ended."""
+        if not self.pipe.poll(timeout):
+            raise TimeoutError
         try:
-            yield from pool.map(lambda job: self._run(job, idle, everyone), jobs)
-        except BaseException:
-            # an interrupt, or nobody wants the rest: what is being compiled is not waited for
-            pool.shutdown(wait=False, cancel_futures=True)
-            self.__exit__()
-            raise
-        pool.shutdown()
+            return self.pipe.recv()
+        except OSError as error:
+            # it ended in the middle of a result, or before it read its job
+            raise EOFError from error
 
-    def _run(self, job, idle, everyone):
-        child = self._take(idle, everyone)
-        try:
-            found = ask(child, job, self._timeout)
-        except TimeoutError:
-            self._drop(child)
-            return Failure("compile timeout", f"no answer in {self._timeout:g} s", lasting=False)
-        except EOFError:
-            self._drop(child)
-            return Failure("compile error", f"the compiler's process ended with {child.returncode}", lasting=False)
-        except BaseException:
-            self._drop(child)
-            raise
-        idle.put(child)
-        return found
-
-    def _drop(self, child):
-        """Forget a child and end it. Who ended it already must not do so again: its number may be another process's by then."""
-        with self._lock:
-            mine = child in self._all
-            if mine:
-                self._all.remove(child)
-        if mine:
-            stop(child)
-
-    def _take(self, idle, everyone):
-        """A child out of the idle ones, or a new one. RuntimeError: all were ended meanwhile, and nobody waits for this one."""
-        with self._lock:
-            if everyone is self._all and not idle.empty():
-                return idle.get_nowait()
-        child = start(self._command, self._python) if everyone is self._all else None
-        with self._lock:
-            if child is not None and everyone is self._all:
-                everyone.append(child)
-                return child
-        if child is not None:
-            stop(child)
-        raise RuntimeError("workers: expected to run until the last job is done, got an end before")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with self._lock:
-            children, self._all, self._idle = self._all, [], queue.SimpleQueue()
-        for child in children:
-            stop(child)
-
-
-def start(command: str | tuple[str, ...], python: str = sys.executable, visible: bool = False) -> subprocess.Popen:
-    """A child: a module of this package, or a whole command. It sees GPUs, and may interpret, if `visible`."""
-    environment = dict(os.environ)
-    # what times a child is asked for
-    environment.pop("TRITONATTN_AUTOTUNE", None)
-    if not visible:
-        # compilers need no GPU, and should take none of its memory
-        environment.pop("TRITON_INTERPRET", None)
-        environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
-    if isinstance(command, str):
-        # this package, last: another Python has its own torch and Triton
-        found = f"import runpy, sys; sys.path.append({str(PACKAGE.parent)!r}); "
-        command = python, "-c", f"{found}runpy.run_module({command!r}, run_name='__main__')"
-    # a process group of its own, so that ptxas goes with it; what a compiler prints of a refusal, kernels and all, is told
-    # by its exception as well
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                            env=environment, start_new_session=True)
-
-
-def ask(child: subprocess.Popen, job, timeout: float):
-    """Send a job and wait for its answer. TimeoutError; EOFError if the child has ended, or another thread has ended it."""
-    question = _packed(job)
-    try:
-        child.stdin.write(question)
-        child.stdin.flush()
-        content = _answer(child, timeout)
-    except BrokenPipeError:
-        raise EOFError from None
-    except (OSError, ValueError):
-        if not child.stdin.closed and not child.stdout.closed:
-            raise
-        # who ended the child has closed its pipes
-        raise EOFError from None
-    return pickle.loads(content)
-
-
-def _answer(child, timeout):
-    deadline, content, needed = time.monotonic() + timeout, b"", HEAD.size
-    # a descriptor of its own: another thread may end the child and close its pipe, whose number may be another file's then
-    pipe = os.dup(child.stdout.fileno())
-    try:
-        waiting = select.poll()
-        waiting.register(pipe, select.POLLIN)
-        while len(content) < needed:
-            if not waiting.poll(1000 * max(deadline - time.monotonic(), 0)):
-                raise TimeoutError
-            if not (more := os.read(pipe, 1 << 20)):
-                raise EOFError
-            content += more
-            needed = HEAD.size + (HEAD.unpack_from(content)[0] if len(content) >= HEAD.size else 0)
-    finally:
-        os.close(pipe)
-    return content[HEAD.size:]
-
-
-def stop(child: subprocess.Popen) -> None:
-    """It and whatever it has started have ended."""
-    with contextlib.suppress(ProcessLookupError):
-        # also where it has ended by itself, but ptxas has not
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    with contextlib.suppress(BrokenPipeError):
-        child.stdin.close()
-    child.stdout.close()
-
-
-def _packed(value):
-    content = pickle.dumps(value)
-    return HEAD.pack(len(content)) + content
-
-
-def _write(file, value):
-    file.write(_packed(value))
-    file.flush()
-
-
-def _read(file):
-    head = file.read(HEAD.size)
-    if len(head) < HEAD.size:
-        raise EOFError
-    return pickle.loads(file.read(HEAD.unpack(head)[0]))
+    def stop(self) -> None:
+        """Kill the process and everything that it started, and wait for its end."""
+        if self.process.returncode is None:
+            # a compiler that it started may still run, even if the process itself has ended
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.pipe.close()
 
 
 def serve(answer: Callable, code: str) -> None:
-    """What a child does until its standard input ends: `answer` each job; what that raises is a Failure with this code."""
-    # what a compiler prints must not get among the answers
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+    """Answer jobs in a child until the parent closes the pipe; an exception becomes a Failure with this code."""
+    pipe = Connection(int(sys.argv[1]))
     while True:
         try:
-            job = _read(sys.stdin.buffer)
+            job = pipe.recv()
         except EOFError:
             return
         try:
-            found = answer(*job)
-        except Exception as error:  # whatever is raised is the fault of this job's config, and is told
-            found = Failure(code, f"{type(error).__name__}: {str(error)[:300]}")
-        try:
-            _write(answers, found)
-        except BrokenPipeError:
-            return
+            result = answer(*job)
+        except Exception as error:  # any error of a config is its result
+            result = Failure(code, f"{type(error).__name__}: {str(error)[:300]}")
+        pipe.send(result)
 
 
-def look(kernel: str, problem, config, gpu, precision: str = "ieee"):
-    """lens.inspect with float32 products of this precision, "ieee" or "tf32", whatever the parent has set."""
+def inspect_job(kernel: str, problem, config, gpu, precision: str = "ieee"):
+    """Return the KernelReport, with float32 dots of this precision ("ieee" or "tf32")."""
     import torch
 
     from ..analysis import compile_report
@@ -227,13 +102,68 @@ def look(kernel: str, problem, config, gpu, precision: str = "ieee"):
     return compile_report.inspect_kernel(kernel, problem, config, gpu)
 
 
-def compile_jobs() -> None:
-    """What a child of Workers does."""
-    serve(look, "compile error")
+class Workers:
+    """Up to `count` compilers, started on demand and reused. A context manager: on exit all are gone."""
 
+    CODE = f"from {__name__} import inspect_job, serve; serve(inspect_job, 'compile error')"
 
-if __name__ == "__main__":
-    # under its real name, so that the parent knows the classes of the answers
-    from .worker_pool import compile_jobs as compile_by_name
+    def __init__(self, count: int | None = None, timeout: float = TIMEOUT, python: str = sys.executable, code: str = CODE):
+        """python: an interpreter with another torch and Triton. code: what a child runs, for tests."""
+        self._count = count or min(len(os.sched_getaffinity(0)), MOST)
+        self._timeout, self._python, self._code = timeout, python, code
+        self._children: list[Child] = []
+        self._idle: list[Child] = []
 
-    compile_by_name()
+    def map(self, jobs: Sequence[tuple]) -> Iterator:
+        """Yield the result of each job, arguments of `inspect_job`, in order: a KernelReport or a Failure."""
+        waiting, busy, results = deque(enumerate(jobs)), {}, {}  # busy: {pipe: (child, number of its job, deadline)}
+        try:
+            for number in range(len(waiting)):
+                while number not in results:
+                    while waiting and len(busy) < self._count:
+                        child = self._idle.pop() if self._idle else self._start()
+                        busy[child.pipe] = child, waiting[0][0], time.monotonic() + self._timeout
+                        child.send(waiting.popleft()[1])
+                    results |= self._collect(busy)
+                yield results.pop(number)
+        finally:
+            # not empty only after an error, or when the caller stops early
+            for child, *_ in busy.values():
+                self._stop(child)
+
+    def _collect(self, busy) -> dict:
+        """Wait for at least one child. Return {number of a job: its result} of all that have answered, ended or timed out."""
+        first = min(deadline for _, _, deadline in busy.values())
+        ready = wait(list(busy), max(first - time.monotonic(), 0))
+        expired = [pipe for pipe, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]
+        results = {}
+        for pipe in ready or expired:
+            child, number, _ = busy[pipe]
+            try:
+                results[number] = child.receive(0)
+                self._idle.append(child)
+            except TimeoutError:
+                results[number] = Failure("compile timeout", f"no result in {self._timeout:g} s", lasting=False)
+                self._stop(child)
+            except EOFError:
+                results[number] = Failure("compile error", "the compiler's process ended", lasting=False)
+                self._stop(child)
+            del busy[pipe]
+        return results
+
+    def _start(self) -> Child:
+        self._children.append(Child(self._code, python=self._python))
+        return self._children[-1]
+
+    def _stop(self, child) -> None:
+        child.stop()
+        if child in self._children:
+            self._children.remove(child)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._idle.clear()
+        while self._children:
+            self._children.pop().stop()

@@ -1,4 +1,4 @@
-"""The commands of tuning: python -m tritonattn tune | sweep | replay | report | cache."""
+"""Tuning commands: python -m tritonattn tune | sweep | replay | report | cache."""
 
 import argparse
 import contextlib
@@ -17,69 +17,69 @@ from ..measure.journal import JournalError
 from ..problem import Problem
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-ERRORS = (ValueError, OSError, RuntimeError, JournalError, RecordingError)  # of input, told in a line
+ERRORS = (ValueError, OSError, RuntimeError, JournalError, RecordingError)  # of input
 
 
 def add(commands) -> None:
     """Add these commands to a parser."""
     _add_tune(commands)
     _add_sweep(commands)
-    again = commands.add_parser("replay", help="try strategies on a recorded sweep: regret against time, without a GPU")
-    again.add_argument("folder", type=Path, help="of a sweep")
-    again.add_argument("--strategy", choices=replay.REPLAYED, help="one alone (default: all)")
-    again.add_argument("--seeds", type=_count, default=20, metavar="N", help="runs of each (default: %(default)s)")
-    again.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    again.set_defaults(run=_told(_replay))
-    report = commands.add_parser("report", help="what a sweep found: text, and summary.csv, t4.json and plots in its folder")
-    report.add_argument("folder", type=Path, help="of a sweep")
+    replay_parser = commands.add_parser("replay", help="compare search strategies on a recorded sweep, without a GPU")
+    replay_parser.add_argument("folder", type=Path, help="a sweep")
+    replay_parser.add_argument("--strategy", choices=replay.REPLAYED, help="only this one (default: all)")
+    replay_parser.add_argument("--seeds", type=_count, default=20, metavar="N", help="runs of each (default: %(default)s)")
+    replay_parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    replay_parser.set_defaults(run=_checked(_replay))
+    report = commands.add_parser("report", help="print the results of a sweep, and write summary.csv and t4.json")
+    report.add_argument("folder", type=Path, help="a sweep")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the sweep's own folder)")
-    report.add_argument("--json", action="store_true", help="print JSON instead of text")
-    report.set_defaults(run=_told(_report))
+    report.add_argument("--plot", action="store_true", help="also draw heat.png: the best time of each tile (needs matplotlib)")
+    report.set_defaults(run=_checked(_report))
     _add_cache(commands)
 
 
 def _add_problems(command, required: bool) -> None:
-    which = command.add_mutually_exclusive_group(required=required)
-    which.add_argument("--shape", metavar="BxHxHKxNxD,...", help="batch, heads, kv heads, length, head size")
-    which.add_argument("--from", dest="file", type=Path, metavar="FILE", help="what tritonattn.record_problems wrote")
+    source = command.add_mutually_exclusive_group(required=required)
+    source.add_argument("--shape", metavar="BxHxHKxNxD,...", help="batch, heads, kv heads, length, head size")
+    source.add_argument("--from", dest="file", type=Path, metavar="FILE", help="a file of tritonattn.record_problems")
     command.add_argument("--dtype", choices=DTYPES, default="bf16", help="with --shape (default: %(default)s)")
-    command.add_argument("--causal", action="store_true", help="with --shape: a query sees no later key")
-    command.add_argument("--forward", action="store_true", help="leave the backward pass out")
-    command.add_argument("--seed", type=int, default=0, help="of inputs, and of what is drawn (default: %(default)s)")
+    command.add_argument("--causal", action="store_true", help="with --shape: mask later keys")
+    command.add_argument("--forward", action="store_true", help="only the forward pass")
+    command.add_argument("--seed", type=int, default=0, help="of inputs and random choices (default: %(default)s)")
 
 
 def _add_tune(commands) -> None:
-    tune = commands.add_parser("tune", help="find the best configs for some shapes on this GPU, and keep them for all calls")
+    tune = commands.add_parser("tune", help="find the best configs for some shapes on this GPU, and use them in later calls")
     _add_problems(tune, required=True)
     tune.add_argument("--strategy", choices=search.STRATEGIES, default="halving", help="default: %(default)s")
-    tune.add_argument("--trials", type=_count, metavar="N", help="at most so many configs for each kernel")
-    tune.add_argument("--seconds", type=_positive, default=float("inf"), metavar="S", help="of timing, for each kernel")
-    tune.add_argument("--again", action="store_true", help="try what was tried before too (default: only new candidates)")
-    tune.set_defaults(run=_told(_tune), compiled=True)
+    tune.add_argument("--trials", type=_count, metavar="N", help="most configs to try for each kernel")
+    tune.add_argument("--seconds", type=_positive, default=float("inf"), metavar="S", help="most seconds for each kernel")
+    tune.add_argument("--again", action="store_true", help="try earlier configs again (default: only new candidates)")
+    tune.set_defaults(run=_checked(_tune), compiled=True)
 
 
 def _add_sweep(commands) -> None:
-    sweep = commands.add_parser("sweep", help="time every config of some kernels and shapes; goes on after a kill")
-    sweep.add_argument("folder", type=Path, help="new; or of a sweep, which goes on, without other arguments")
+    sweep = commands.add_parser("sweep", help="time every config of some kernels and shapes; resumes after an interruption")
+    sweep.add_argument("folder", type=Path, help="a new folder; or a sweep to resume, without other arguments")
     _add_problems(sweep, required=False)
     sweep.add_argument("--kernels", metavar="NAMES", help="forward,dq,dkdv,dbias (default: those of the pass)")
     sweep.add_argument("--rounds", type=_count, default=search.LONG, metavar="N", help="samples of each (default: %(default)s)")
-    sweep.add_argument("--minutes", type=_positive, default=float("inf"), metavar="M", help="stop after so many")
-    sweep.set_defaults(run=_told(_sweep), compiled=True)
+    sweep.add_argument("--minutes", type=_positive, default=float("inf"), metavar="M", help="stop after so many minutes")
+    sweep.set_defaults(run=_checked(_sweep), compiled=True)
 
 
 def _add_cache(commands) -> None:
     cache = commands.add_parser("cache", help="the configs tuned on this machine")
     actions = cache.add_subparsers(required=True, metavar="path|ls|clear")
-    actions.add_parser("path", help="print the folder").set_defaults(run=_told(_cache_path))
-    actions.add_parser("ls", help="list the tuned configs").set_defaults(run=_told(_cache_ls))
+    actions.add_parser("path", help="print the folder").set_defaults(run=_checked(_cache_path))
+    actions.add_parser("ls", help="list the tuned configs").set_defaults(run=_checked(_cache_ls))
     clear = actions.add_parser("clear", help="remove all tuned configs")
     clear.add_argument("--yes", action="store_true", required=True, help="confirm: this cannot be undone")
-    clear.set_defaults(run=_told(_cache_clear))
+    clear.set_defaults(run=_checked(_cache_clear))
 
 
-def _told(run):
-    """The command, with what is wrong with its input told in a line: exit code 2."""
+def _checked(run):
+    """Return the command with input errors as one line on stderr and exit code 2."""
     def command(arguments) -> int:
         try:
             return run(arguments) or 0
@@ -104,90 +104,86 @@ def _positive(text: str) -> float:
 
 
 def _problems(arguments) -> list[tuple]:
-    """(problem, kernels) of everything that is asked for."""
-    from ..autotune.tuner import kernels_of
+    """Return the requested (problem, kernels)."""
+    from ..autotune.tune import kernels_of
 
     if arguments.file:
-        asked = record_problems.read(arguments.file)
-        # those that ran most come first
-        asked = sorted(asked, key=lambda each: -sum(each[1].values()))
+        # the problems with the most calls first
+        recorded = sorted(record_problems.read(arguments.file), key=lambda entry: -sum(entry[1].values()))
         return [(problem, [kernel for kernel in kernels_of(problem, not arguments.forward) if kernel in kernels])
-                for problem, kernels in asked]
+                for problem, kernels in recorded]
     dtype = getattr(torch, DTYPES[arguments.dtype])
-    found = [Problem.parse(shape, dtype, arguments.causal) for shape in arguments.shape.split(",")]
-    return [(problem, kernels_of(problem, not arguments.forward)) for problem in found]
-
-
-def _lab(arguments):
-    from ..autotune import tuner
-
-    return tuner.local_setup(seed=arguments.seed)
+    problems = [Problem.parse(shape, dtype, arguments.causal) for shape in arguments.shape.split(",")]
+    return [(problem, kernels_of(problem, not arguments.forward)) for problem in problems]
 
 
 def _tune(arguments) -> int:
-    from ..autotune import tuner
+    from ..autotune import tune
 
-    asked, lab = _problems(arguments), _lab(arguments)
-    with lab.compilers:
-        found, missed = tuner.tune_all(asked, lab, arguments.strategy, search.Budget(arguments.trials, arguments.seconds),
-                                       arguments.again)
-    if found:
-        print(f"kept in {lab.store.folder or 'memory alone'}")
-    return 1 if missed else 0
+    problems, setup = _problems(arguments), tune.local_setup(seed=arguments.seed)
+    budget = search.Budget(arguments.trials, arguments.seconds)
+    with setup.compilers:
+        records, failed = tune.tune_all(problems, setup, arguments.strategy, budget, arguments.again)
+    if records:
+        print(f"stored in {setup.store.folder or 'memory only'}")
+    return 1 if failed else 0
 
 
 def _sweep(arguments) -> int:
-    from ..autotune import sweep, tuner
+    from ..autotune import sweep, sweep_report, tune
 
-    new, began = bool(arguments.shape or arguments.file), time.monotonic()
+    new, start = bool(arguments.shape or arguments.file), time.monotonic()
     if new:
         sweep.expect_new(arguments.folder)
-    if not new and not (arguments.folder / trials.PLAN).exists():
-        raise ValueError(f"{arguments.folder}: expected a sweep that has begun, or --shape or --from; got neither")
-    lab = _lab(arguments)
-    with lab.compilers:
+    elif not (arguments.folder / trials.PLAN).exists():
+        raise ValueError(f"{arguments.folder} has no sweep to resume; to begin one, add --shape or --from")
+    problems = _with_kernels(_problems(arguments), arguments.kernels) if new else None
+    setup = tune.local_setup(seed=arguments.seed, command="sweep")
+    with setup.compilers:
         if new:
-            asked = _problems(arguments)
-            if arguments.kernels:
-                named = arguments.kernels.split(",")
-                if unknown := sorted(set(named) - {"forward", "dq", "dkdv", "dbias"}):
-                    raise ValueError(f"--kernels: expected forward, dq, dkdv or dbias, got {', '.join(unknown)}")
-                asked = [(problem, [kernel for kernel in named if kernel in tuner.kernels_of(problem)]) for problem, _ in asked]
-            sweep.begin(arguments.folder, sweep.plan_of(asked, lab, arguments.rounds), lab.environment)
-        done = sweep.carry_on(arguments.folder, lab, 60 * arguments.minutes - (time.monotonic() - began))
-    code = _report(argparse.Namespace(folder=arguments.folder, out=None, json=False))
-    print("all is done" if done else "time is up; the same folder goes on")
-    return code
+            sweep.begin(arguments.folder, sweep.plan_of(problems, setup, arguments.rounds), setup.environment)
+        done = sweep.resume(arguments.folder, setup, 60 * arguments.minutes - (time.monotonic() - start))
+    print(sweep_report.text(trials.read(arguments.folder)))
+    print("done" if done else "time limit reached; run `sweep` on the same folder to resume")
+    return 0
+
+
+def _with_kernels(problems, names: str | None) -> list[tuple]:
+    """Replace the kernels of these problems by the named ones, as far as a problem has them."""
+    from ..autotune.tune import kernels_of
+
+    kernels = names.split(",") if names else []
+    if unknown := sorted(set(kernels) - {"forward", "dq", "dkdv", "dbias"}):
+        raise ValueError(f"--kernels: expected forward, dq, dkdv or dbias, got {', '.join(unknown)}")
+    return [(problem, [kernel for kernel in kernels if kernel in kernels_of(problem)] or own) for problem, own in problems]
 
 
 def _replay(arguments) -> None:
-    recorded, found = trials.read(arguments.folder), {}
+    recorded, summaries = trials.read(arguments.folder), {}
     for strategy in [arguments.strategy] if arguments.strategy else replay.REPLAYED:
         outcomes = replay.replay(recorded, strategy, range(arguments.seeds))
         if not outcomes:
-            raise ValueError(f"{arguments.folder}: expected a sweep with timed configs, got none")
-        found[strategy] = replay.summary(outcomes)
+            raise ValueError(f"{arguments.folder}: no config of this sweep was timed")
+        summaries[strategy] = replay.summary(outcomes)
     if arguments.json:
-        print(json.dumps({"synthetic": recorded.synthetic, "strategies": found}, indent=1))
+        print(json.dumps({"synthetic": recorded.synthetic, "strategies": summaries}, indent=1))
         return
     print("synthetic: no GPU was timed\n" if recorded.synthetic else "", end="")
     print(f"{'strategy':12}{'regret: mean':>14}{'p95':>9}{'largest':>9}{'tried':>8}{'device s':>10}   per job")
-    for strategy, each in found.items():
-        print(f"{strategy:12}{each['mean']:14.2%}{each['p95']:9.2%}{each['largest']:9.2%}{each['trials']:8.1f}"
-              f"{each['device_seconds']:10.3f}")
+    for strategy, row in summaries.items():
+        print(f"{strategy:12}{row['mean']:14.2%}{row['p95']:9.2%}{row['largest']:9.2%}{row['trials']:8.1f}"
+              f"{row['device_seconds']:10.3f}")
 
 
-def _report(arguments) -> int:
+def _report(arguments) -> None:
     from ..autotune import sweep_report
 
+    if arguments.plot:
+        sweep_report.require_matplotlib()
     run = trials.read(arguments.folder)
-    if arguments.json:
-        print(json.dumps(sweep_report.as_json(run), indent=1))
-        return 0
     print(sweep_report.text(run))
-    for path in sweep_report.write(run, arguments.out or arguments.folder):
+    for path in sweep_report.write(run, arguments.out or arguments.folder, arguments.plot):
         print(f"wrote {path}")
-    return 0
 
 
 def _cache_path(arguments) -> int:

@@ -1,4 +1,4 @@
-"""Tuning from end to end with a virtual GPU: real candidates and keys, made-up binaries and times."""
+"""Tuning from end to end on a virtual GPU: real candidates and keys, made-up binaries and times."""
 
 import dataclasses
 import math
@@ -13,9 +13,10 @@ import tritonattn
 from tests.autotune.test_prune import GOOD, LOOP
 from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import Config, Problem, config, gpu
-from tritonattn.autotune import first_call, tuner
+from tritonattn.autotune import first_call
+from tritonattn.autotune import tune as tuning
 from tritonattn.autotune.search import STRATEGIES, Budget, Check
-from tritonattn.autotune.tuner import TuningSetup
+from tritonattn.autotune.tune import TuningSetup
 from tritonattn.autotune.worker_pool import Failure
 from tritonattn.configs import lookup, shipped, user_cache
 from tritonattn.configs.key import key_of
@@ -27,7 +28,7 @@ PROBLEM = Problem((4,), 32, 32, 4096, 4096, 128, 128, torch.bfloat16)
 
 
 class Compilers:
-    """Has the methods of workers.Workers: a plain report for each, spilling, or refused."""
+    """A worker_pool.Workers that returns a made-up report for each job: good, spilling, or a Failure."""
 
     def __init__(self, spilling=(), refused=()):
         self.spilling, self.refused, self.jobs = spilling, refused, []
@@ -46,7 +47,7 @@ class Compilers:
 
 
 def made(kernel, problem, chosen, on, spills=False, disassembled=True):
-    """A report with as many products and exponentials as the tile needs."""
+    """Return a report with as many dots and exponentials as the tile needs."""
     products = problem.d * chosen.block_m * chosen.block_n * 4 // (2 * 64 * 128 * 16) // max(1, chosen.num_warps // 4)
     exponentials = chosen.block_m * chosen.block_n // (32 * chosen.num_warps)
     instructions = ("HGMMA.64x128x16",) * products + ("MUFU.EX2",) * exponentials + ("STL",) * spills
@@ -55,7 +56,7 @@ def made(kernel, problem, chosen, on, spills=False, disassembled=True):
 
 
 class Surface(dict):
-    """A time for every config, the least for `best`."""
+    """A time for every config, the shortest for `best`."""
 
     def __init__(self, best):
         self.best = Config.parse(best)
@@ -68,17 +69,17 @@ class Surface(dict):
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch):
+def setup(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path))
     lookup.clear_lookup_cache()
     yield TuningSetup(H200, bench_of(FakeBench(Surface("64x128w4s2e1"), jitter=0.003)), Compilers(), user_cache.current_cache())
     lookup.clear_lookup_cache()
 
 
-def test_what_wins_is_kept_and_used_from_the_next_call_on(lab, tmp_path):
+def test_the_best_config_is_stored_and_used_by_the_next_call(setup, tmp_path):
     before = lookup.lookup_config("forward", PROBLEM, H200)
     assert before.origin == "table"
-    record = tuner.tune_kernel("forward", PROBLEM, lab)
+    record = tuning.tune_kernel("forward", PROBLEM, setup)
     assert str(record.config) == "64x128w4s2e1" and record.default == before.config
     slowdown = Surface("64x128w4s2e1")[str(record.default)] / 1e-3
     assert record.default_seconds / record.seconds == pytest.approx(slowdown, rel=0.02)
@@ -89,19 +90,20 @@ def test_what_wins_is_kept_and_used_from_the_next_call_on(lab, tmp_path):
     alike = dataclasses.replace(PROBLEM, n_q=3968, n_k=3968, batch=(5,))
     assert lookup.lookup_config("forward", alike, H200).origin == "cache", "the same key"
     for other in ({"d": 64, "dv": 64}, {"window": (None, 0)}, {"dtype": torch.float16}, {"masked": True}):
-        assert lookup.lookup_config("forward", dataclasses.replace(PROBLEM, **other), H200).origin == "table", "never fuzzy"
+        changed = dataclasses.replace(PROBLEM, **other)
+        assert lookup.lookup_config("forward", changed, H200).origin == "table", "only the exact key matches"
     assert lookup.lookup_config("dq", PROBLEM, H200).origin == "table"
-    board = gpu.named("h100")
-    assert lookup.lookup_config("forward", PROBLEM, board).origin == "architecture", "another board of this architecture"
+    model = gpu.named("h100")
+    assert lookup.lookup_config("forward", PROBLEM, model).origin == "architecture", "another GPU model of this architecture"
     user_cache._caches.clear()
     lookup.clear_lookup_cache()
     assert lookup.lookup_config("forward", PROBLEM, H200).origin == "cache", "from the file"
 
 
-def test_explain_says_so(lab):
+def test_explain_shows_the_tuned_config(setup):
     from tritonattn.analysis import explain
 
-    tuner.tune_kernel("forward", PROBLEM, lab)
+    tuning.tune_kernel("forward", PROBLEM, setup)
     found = explain.explain_problem(PROBLEM, H200)
     assert found.lines[0].origin == "cache" and found.as_json()["kernels"][0]["record"]["config"] == "64x128w4s2e1"
     for words in ("forward  64x128w4s2e1    tuned on this machine (user cache)", "measured: 10",
@@ -110,84 +112,84 @@ def test_explain_says_so(lab):
         assert words in str(found), str(found)
 
 
-def test_what_the_lens_is_against_is_not_timed(lab):
-    lab.compilers = Compilers(spilling=["64x128w4s2e1"], refused=["64x128w4s3e1"])
+def test_excluded_configs_are_not_timed(setup):
+    setup.compilers = Compilers(spilling=["64x128w4s2e1"], refused=["64x128w4s3e1"])
     bench = FakeBench(Surface("64x128w4s2e1"))
-    lab.bench = bench_of(bench)
-    record = tuner.tune_kernel("forward", PROBLEM, lab)
+    setup.bench = bench_of(bench)
+    record = tuning.tune_kernel("forward", PROBLEM, setup)
     assert str(record.config) not in ("64x128w4s2e1", "64x128w4s3e1")
     assert not {"64x128w4s2e1", "64x128w4s3e1"} & {*bench.timed, *bench.checked}
 
 
-def test_a_wrong_candidate_never_wins(lab):
-    lab.bench = bench_of(FakeBench(Surface("64x128w4s2e1"), wrong=["64x128w4s2e1"]))
-    assert tuner.tune_kernel("forward", PROBLEM, lab).config != Config.parse("64x128w4s2e1")
+def test_a_wrong_candidate_never_wins(setup):
+    setup.bench = bench_of(FakeBench(Surface("64x128w4s2e1"), wrong=["64x128w4s2e1"]))
+    assert tuning.tune_kernel("forward", PROBLEM, setup).config != Config.parse("64x128w4s2e1")
 
 
-def test_where_nothing_can_be_timed_nothing_is_kept(lab):
+def test_nothing_is_stored_if_nothing_can_be_timed(setup):
     class Broken(FakeBench):
         def check(self, name):
             return Check({}, "launch error", "no")
 
-    lab.bench = bench_of(Broken(Surface("64x128w4s2e1")))
-    assert tuner.tune_kernel("forward", PROBLEM, lab) is None
+    setup.bench = bench_of(Broken(Surface("64x128w4s2e1")))
+    assert tuning.tune_kernel("forward", PROBLEM, setup) is None
     assert list(user_cache.current_cache().records()) == [] and lookup.lookup_config("forward", PROBLEM, H200).origin == "table"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_keeps_a_config_that_fits(lab, strategy):
-    record = tuner.tune_kernel("dkdv", PROBLEM, lab, strategy, Budget(trials=12))
+def test_every_strategy_stores_a_config_that_fits(setup, strategy):
+    record = tuning.tune_kernel("dkdv", PROBLEM, setup, strategy, Budget(trials=12))
     assert record.fits(H200) and record.run["strategy"] == strategy
 
 
-def test_the_portfolio_is_small_and_from_the_tables():
+def test_strategy_table_has_few_configs_from_the_tables():
     for kernel in ("forward", "dq", "dkdv"):
-        found = tuner.candidate_configs(kernel, PROBLEM, H200)
+        found = tuning.candidate_configs(kernel, PROBLEM, H200)
         table, = (each for each in shipped.shipped_tables() if each.name == "h200")
         known = {str(getattr(row, fill).config) for row in table.rows.values() for fill in shipped.FILLS}
         assert found[0] == str(lookup.lookup_config(kernel, PROBLEM, H200).config) and len(found) <= 8 and set(found) <= known
 
 
-def test_keys_that_are_alike_are_tuned_once(lab, capsys):
+def test_equal_keys_are_tuned_once(setup, capsys):
     alike = dataclasses.replace(PROBLEM, batch=(8,))
-    kernels = tuner.kernels_of(PROBLEM)
-    assert kernels == ("forward", "dq", "dkdv") and tuner.kernels_of(PROBLEM, False) == ("forward",)
-    assert tuner.kernels_of(dataclasses.replace(PROBLEM, bias=torch.float32))[-1] == "dbias"
-    found, missed = tuner.tune_all([(PROBLEM, kernels), (alike, kernels)], lab, "static")
+    kernels = tuning.kernels_of(PROBLEM)
+    assert kernels == ("forward", "dq", "dkdv") and tuning.kernels_of(PROBLEM, False) == ("forward",)
+    assert tuning.kernels_of(dataclasses.replace(PROBLEM, bias=torch.float32))[-1] == "dbias"
+    found, missed = tuning.tune_all([(PROBLEM, kernels), (alike, kernels)], setup, "static")
     assert not missed and [record.key.kernel for record in found] == list(kernels)
     assert "times as fast as" in capsys.readouterr().out
 
 
-def test_adding_one_candidate_times_only_that_one(lab, monkeypatch):
-    new, every = Config.parse("64x128w4s2e1"), tuner.candidates
-    monkeypatch.setattr(tuner, "candidates", lambda *arguments: [each for each in every(*arguments) if each != new])
-    first = tuner.tune_kernel("forward", PROBLEM, lab)
+def test_a_new_candidate_is_timed_against_the_earlier_best_only(setup, monkeypatch):
+    new, every = Config.parse("64x128w4s2e1"), tuning.candidates
+    monkeypatch.setattr(tuning, "candidates", lambda *arguments: [each for each in every(*arguments) if each != new])
+    first = tuning.tune_kernel("forward", PROBLEM, setup)
     bench = FakeBench(Surface(str(new)))
-    lab.bench = bench_of(bench)
-    assert tuner.tune_kernel("forward", PROBLEM, lab) == first and not bench.timed, "nothing new"
-    monkeypatch.setattr(tuner, "candidates", every)
-    second = tuner.tune_kernel("forward", PROBLEM, lab)
+    setup.bench = bench_of(bench)
+    assert tuning.tune_kernel("forward", PROBLEM, setup) == first and not bench.timed, "nothing new"
+    monkeypatch.setattr(tuning, "candidates", every)
+    second = tuning.tune_kernel("forward", PROBLEM, setup)
     assert set(bench.timed) == {str(new), str(first.config)} and second.config == new and second.default == first.config
     assert set(second.run["tried"]) == {*first.run["tried"], str(new)}
-    tuner.tune_kernel("forward", PROBLEM, lab, again=True)
+    tuning.tune_kernel("forward", PROBLEM, setup, again=True)
     assert len(set(bench.timed)) > 20
 
 
-def test_what_another_triton_made_is_only_a_candidate(lab):
-    record = tuner.tune_kernel("forward", PROBLEM, lab)
+def test_a_record_of_another_triton_is_only_a_candidate(setup):
+    record = tuning.tune_kernel("forward", PROBLEM, setup)
     stale = dataclasses.replace(record, config=Config(16, 16, 4, 1), versions=record.versions | {"triton": "2.0.0"})
-    lab.store.put(stale)
+    setup.store.put(stale)
     lookup.clear_lookup_cache()
-    assert lookup.lookup_config("forward", PROBLEM, H200).origin == "table", "what another Triton made is no config for a call"
-    _, verdicts = tuner.job_of("forward", PROBLEM, lab, "halving")
-    assert "16x16w4s1" in verdicts, "but a candidate"
+    assert lookup.lookup_config("forward", PROBLEM, H200).origin == "table", "calls do not use it"
+    _, verdicts = tuning.job_of("forward", PROBLEM, setup, "halving")
+    assert "16x16w4s1" in verdicts, "it is a candidate"
 
 
-def test_the_door_refuses_what_cannot_be_tuned():
+def test_invalid_arguments_of_tune_raise():
     q = torch.randn(1, 2, 16, 16)
     with pytest.raises(ValueError, match="strategy: expected one of halving.*got 'fast'"):
         tritonattn.tune(q, q, q, strategy="fast")
-    with pytest.raises(RuntimeError, match="tune: expected a GPU and compiled kernels, got"):
+    with pytest.raises(RuntimeError, match="tune needs a GPU, but (kernels are interpreted|torch finds no GPU)"):
         tritonattn.tune(q, q, q)
     with pytest.raises(ValueError, match="trials: expected a positive integer or None, got 0"):
         tritonattn.tune(q, q, q, trials=0)
@@ -197,12 +199,12 @@ def test_the_door_refuses_what_cannot_be_tuned():
         tritonattn.tune(q, q[..., :3], q)
 
 
-# --- in calls, where that was asked for
+# --- at the first call
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    """Without the deterministic algorithms of all tests, under which nothing is timed."""
+    """Disable deterministic algorithms, which all tests enable, and under which nothing is timed."""
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
 
 
@@ -215,9 +217,9 @@ class Tuned:
         self.jobs.append((kernel, problem))
 
 
-def test_a_cold_key_is_tuned_once_by_one_of_eight_threads(lab, timed):
+def test_a_cold_key_is_tuned_once_by_one_of_eight_threads(setup, timed):
     tuned = Tuned()
-    with lookup.observed(first_call.Quick(tuned)):
+    with lookup.observed(first_call.FirstCallTuner(tuned)):
         def often():
             for _ in range(20):
                 lookup.get_config("forward", PROBLEM, H200)
@@ -230,7 +232,7 @@ def test_a_cold_key_is_tuned_once_by_one_of_eight_threads(lab, timed):
     assert tuned.jobs == [("forward", PROBLEM), ("dq", PROBLEM)]
 
 
-def test_calls_that_tuning_makes_itself_are_not_tuned(lab, timed):
+def test_calls_made_while_tuning_are_not_tuned(setup, timed):
     inside = []
 
     def tune(kernel, problem, on):
@@ -239,17 +241,17 @@ def test_calls_that_tuning_makes_itself_are_not_tuned(lab, timed):
         thread.start()
         thread.join()
 
-    watch, tuned = first_call.Quick(tune), Tuned()
+    watch, tuned = first_call.FirstCallTuner(tune), Tuned()
     with lookup.observed(watch):
         lookup.get_config("forward", PROBLEM, H200)
         assert len(inside) == 2
         watch._tune = tuned
         lookup.get_config("dq", PROBLEM, H200)
-    assert tuned.jobs == [("dq", PROBLEM)], "what came meanwhile is tuned another time"
+    assert tuned.jobs == [("dq", PROBLEM)], "they are tuned later"
 
 
 @pytest.mark.parametrize("how", ["capture", "deterministic", "ranks", "interpreter", "pinned", "tuned before"])
-def test_when_nothing_may_be_timed(lab, timed, how, monkeypatch):
+def test_nothing_is_timed_where_it_must_not_be(setup, timed, how, monkeypatch):
     tuned, on = Tuned(), H200
     if how == "capture":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -262,23 +264,23 @@ def test_when_nothing_may_be_timed(lab, timed, how, monkeypatch):
     if how == "interpreter":
         on = gpu.INTERPRETER
     if how == "tuned before":
-        tuner.tune_kernel("forward", PROBLEM, lab)
-    with lookup.observed(first_call.Quick(tuned)), config.pinned(*([Config(64, 64)] if how == "pinned" else [])):
+        tuning.tune_kernel("forward", PROBLEM, setup)
+    with lookup.observed(first_call.FirstCallTuner(tuned)), config.pinned(*([Config(64, 64)] if how == "pinned" else [])):
         lookup.get_config("forward", PROBLEM, on)
     assert tuned.jobs == []
 
 
-def test_what_fails_while_tuning_does_not_reach_the_call(lab, timed):
+def test_an_error_of_tuning_is_a_warning(setup, timed):
     def tune(kernel, problem, on):
         raise torch.OutOfMemoryError("no room")
 
-    with lookup.observed(first_call.Quick(tune)):
+    with lookup.observed(first_call.FirstCallTuner(tune)):
         with pytest.warns(UserWarning, match="TRITONATTN_AUTOTUNE: forward of .* was not tuned: OutOfMemoryError: no room"):
             first = lookup.get_config("forward", PROBLEM, H200)
-        assert lookup.get_config("forward", PROBLEM, H200) == first, "and is not tried again"
+        assert lookup.get_config("forward", PROBLEM, H200) == first, "it is not tried again"
 
 
-def test_nothing_is_timed_unless_it_is_asked_for():
+def test_the_variable_must_be_quick():
     before = lookup._observers
     first_call.install({})
     first_call.install({"TRITONATTN_AUTOTUNE": "off"})
@@ -287,14 +289,14 @@ def test_nothing_is_timed_unless_it_is_asked_for():
         first_call.install({"TRITONATTN_AUTOTUNE": "always"})
     with lookup.observed(lambda *_: None):
         first_call.install({"TRITONATTN_AUTOTUNE": "quick"})
-        added = [each for each in lookup._observers if isinstance(each, first_call.Quick)]
+        added = [each for each in lookup._observers if isinstance(each, first_call.FirstCallTuner)]
         assert len(added) == 1
         lookup._observers = tuple(each for each in lookup._observers if each not in added)
 
 
-def test_a_fork_while_another_thread_tunes_can_tune_itself(lab, timed):
+def test_a_child_forked_while_a_thread_tunes_can_tune(setup, timed):
     tuned = Tuned()
-    watch = first_call.Quick(tuned)
+    watch = first_call.FirstCallTuner(tuned)
     watch._busy.acquire()
     child = os.fork()
     if child == 0:
@@ -310,15 +312,15 @@ def test_a_fork_while_another_thread_tunes_can_tune_itself(lab, timed):
 def _rank(rank, size, folder, port, out):
     os.environ |= {"TRITONATTN_CACHE_DIR": f"{folder}/{rank}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
-    # each would choose another
+    # alone, each rank would choose another
     best = ("64x128w4s2e1", "128x32w8s3e1")[rank]
-    lab = TuningSetup(H200, bench_of(FakeBench(Surface(best))), Compilers(), user_cache.current_cache())
-    found = tuner.on_rank0(lambda: tuner.tune_all([(PROBLEM, ("forward",))], lab, say=lambda *_, **__: None)[0], lab)
+    setup = TuningSetup(H200, bench_of(FakeBench(Surface(best))), Compilers(), user_cache.current_cache())
+    found = tuning.on_rank0(lambda: tuning.tune_all([(PROBLEM, ("forward",))], setup, say=lambda *_, **__: None)[0], setup)
     out.put((rank, [str(record.config) for record in found], str(lookup.lookup_config("forward", PROBLEM, H200).config)))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_agree(tmp_path):
+def test_all_ranks_get_the_configs_of_rank_0(tmp_path):
     import socket
 
     with socket.socket() as probe:
@@ -333,52 +335,52 @@ def test_ranks_agree(tmp_path):
     assert found == [(rank, ["64x128w4s2e1"], "64x128w4s2e1") for rank in range(2)]
 
 
-def test_one_kernel_that_cannot_be_tuned_does_not_stop_the_others(lab, capsys):
-    real = lab.bench
+def test_an_error_in_one_kernel_does_not_stop_the_others(setup, capsys):
+    real = setup.bench
 
     def bench(kernel, problem):
         if kernel == "dq":
             raise RuntimeError("bench: expected room")
         return real(kernel, problem)
 
-    lab.bench = bench
-    found, missed = tuner.tune_all([(PROBLEM, ("forward", "dq", "dkdv"))], lab, "static")
+    setup.bench = bench
+    found, missed = tuning.tune_all([(PROBLEM, ("forward", "dq", "dkdv"))], setup, "static")
     assert missed == 1 and [record.key.kernel for record in found] == ["forward", "dkdv"]
     assert "not tuned: bench: expected room" in capsys.readouterr().out
 
 
 @pytest.fixture
 def tf32():
-    """What switches TF32 on, and is taken back."""
+    """A function that enables TF32 until the end of the test."""
     before = torch.get_float32_matmul_precision()
     yield lambda: torch.set_float32_matmul_precision("high")
     torch.set_float32_matmul_precision(before)
 
 
-def test_tf32_is_not_tuned_and_finds_nothing_that_ieee_has(lab, tf32):
+def test_tf32_is_not_tuned_and_has_keys_of_its_own(setup, tf32):
     problem = dataclasses.replace(PROBLEM, dtype=torch.float32, d=64, dv=64)
-    tuner.tune_kernel("forward", problem, lab, "table")
+    tuning.tune_kernel("forward", problem, setup, "table")
     assert lookup.lookup_config("forward", problem, H200).origin == "cache"
     tf32()
     lookup.clear_lookup_cache()
     assert key_of("forward", problem, H200).precision == "tf32" and key_of("forward", PROBLEM, H200).precision is None
     assert lookup.lookup_config("forward", problem, H200).origin == "table"
-    with pytest.raises(ValueError, match="tune: expected IEEE products of float32.*got TF32"):
-        tuner.tune_kernel("forward", problem, lab)
+    with pytest.raises(ValueError, match="tune: float32 dots use TF32"):
+        tuning.tune_kernel("forward", problem, setup)
 
 
-def test_quick_asks_for_the_tensors_own_device(monkeypatch):
+def test_first_call_needs_the_tensors_on_the_current_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gpu, "gpu_of", lambda device: gpu.named("h100"))
-    with pytest.raises(RuntimeError, match="expected the tensors on the current device, cuda:0"):
-        first_call.from_tables("forward", PROBLEM, H200)
+    with pytest.raises(RuntimeError, match="the tensors are on another GPU than the current device, cuda:0"):
+        first_call.tune_from_tables("forward", PROBLEM, H200)
 
 
-def test_alone_nothing_is_sent(lab):
-    assert tuner.on_rank0(lambda: ["mine"], lab) == ["mine"]
+def test_a_single_process_sends_nothing(setup):
+    assert tuning.on_rank0(lambda: ["mine"], setup) == ["mine"]
 
 
-def test_the_record_has_the_key_of_its_problem(lab):
-    record = tuner.tune_kernel("forward", PROBLEM, lab, "table")
-    assert record.key == key_of("forward", PROBLEM, H200) and isinstance(lab.store, Cache)
-    assert record.static["shared_memory"] == 65536, "the lens looks at what no survey has seen"
+def test_the_record_has_the_key_of_its_problem(setup):
+    record = tuning.tune_kernel("forward", PROBLEM, setup, "table")
+    assert record.key == key_of("forward", PROBLEM, H200) and isinstance(setup.store, Cache)
+    assert record.static["shared_memory"] == 65536, "configs of the tables are compiled for it"
