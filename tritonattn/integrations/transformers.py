@@ -55,7 +55,7 @@ def register(name="tritonattn", *, harmless=()):
         raise ValueError(f"name: expected one that transformers has no meaning for (no 'flash', '/', '|'), got {name!r}")
     for function in (AttentionInterface().get(name), AttentionMaskInterface().get(name)):
         if function is not None and getattr(function, "__module__", None) != __name__:
-            raise ValueError(f"name: {name!r} is registered in transformers for another function")
+            raise ValueError(f"name: expected one that is free in transformers, got {name!r}")
     if isinstance(harmless, str) or not all(isinstance(x, str) for x in harmless):
         raise TypeError(f"harmless: expected a collection of names, got {harmless!r}")
     if not _names:
@@ -146,10 +146,10 @@ def _padding(sizes, attention_mask, causal, device):
     end = q_offset - kv_offset + n_q if causal else n_k
     if attention_mask is None:
         return _no_padding(batch_size, n_q, n_k, end, device)
-    # a mask that generate() has made starts at the first key
-    start = kv_offset if attention_mask.shape[-1] > n_k else 0
-    keep = masking_utils.prepare_padding_mask(attention_mask.to(torch.bool), n_k, start)
-    keep = keep[:, torch.arange(n_k, device=keep.device) + start]
+    if isinstance(kv_offset, torch.Tensor) or kv_offset:
+        # generate() may pass the result in again, which must not be cut twice
+        return NotImplemented
+    keep = masking_utils.prepare_padding_mask(attention_mask.to(torch.bool), n_k, 0)[:, :n_k]
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if tracing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         # the host cannot read the mask
