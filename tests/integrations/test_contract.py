@@ -142,8 +142,8 @@ def test_the_same_errors_as_torch(row, device):
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_errors_are_torchs_while_the_swap_is_on_too(strict, device, monkeypatch):
-    """And an error is no call that was passed on."""
+def test_errors_are_torchs_while_patched(strict, device, monkeypatch):
+    """A call that raises counts neither as handled nor as a fallback."""
     if strict:
         monkeypatch.setenv("TRITONATTN_STRICT", "1")
     q, k, v = (draw(1, 2, 4, E).to(device) for _ in range(3))
@@ -153,17 +153,17 @@ def test_errors_are_torchs_while_the_swap_is_on_too(strict, device, monkeypatch)
             scaled_dot_product_attention(q, k, v, draw(5, 5).to(device))
         with pytest.raises(ValueError, match="scale"):
             scaled_dot_product_attention(q, k, v, scale=math.inf)
-    assert "does not serve" not in str(ours.value) and not tritonattn.fallback_report(clear=True).calls
+    assert "does not support" not in str(ours.value) and not tritonattn.fallback_report(clear=True).fallbacks
 
 
-def test_errors_under_autocast_name_the_right_fault(device):
+def test_errors_under_autocast_name_the_mask(device):
     q, k, v = draw(1, 2, 4, E).to(device), *(draw(1, 2, 4, E).to(device, torch.bfloat16) for _ in range(2))
     with torch.autocast(device.type, dtype=torch.bfloat16), pytest.raises(RuntimeError, match="attn_mask") as ours:
         scaled_dot_product_attention(q, k, v, draw(5, 5).to(device))
     assert "same dtype" not in str(ours.value)
 
 
-# --- where ours is meant to differ
+# differences from torch by intent
 
 def test_a_mask_beside_is_causal_is_always_an_error(device):
     """torch's plain backend lets it pass in some versions."""
@@ -184,7 +184,7 @@ def test_a_scale_that_is_not_finite_is_an_error(scale, device):
         scaled_dot_product_attention(*(draw(1, 1, 4, E).to(device) for _ in range(3)), scale=scale)
 
 
-def test_nan_that_nobody_sees_reaches_nobody(device):
+def test_hidden_nan_does_not_reach_the_output(device):
     q, k, v = (draw(1, 1, 6, E).to(device) for _ in range(3))
     mask = torch.ones(6, 6, dtype=torch.bool, device=device)
     mask[:, 4:] = False
@@ -196,7 +196,7 @@ def test_nan_that_nobody_sees_reaches_nobody(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
-def test_dtypes_that_nobody_serves(dtype, device):
+def test_unsupported_dtypes_raise(dtype, device):
     q, k, v = (draw(1, 1, 4, E).to(device).to(dtype) for _ in range(3))
     with pytest.raises((RuntimeError, NotImplementedError)):
         F.scaled_dot_product_attention(q, k, v)
@@ -204,9 +204,9 @@ def test_dtypes_that_nobody_serves(dtype, device):
         scaled_dot_product_attention(q, k, v)
 
 
-# --- layout, randomness, transforms
+# layout, randomness, transforms
 
-def test_how_results_lie(device):
+def test_memory_layout_of_results(device):
     q, k, v = (draw(B, L, H, E).to(device).transpose(1, 2) for _ in range(3))
     assert scaled_dot_product_attention(q, k, v).transpose(1, 2).is_contiguous()
     assert scaled_dot_product_attention(*(x.contiguous() for x in (q, k, v))).is_contiguous()
@@ -259,7 +259,7 @@ def test_export_and_compile(device):
     assert torch.equal(torch.compile(Model(), backend="aot_eager", fullgraph=True)(*inputs), expected)
 
 
-def test_derivatives_that_are_refused(device):
+def test_second_and_forward_derivatives_raise(device):
     q, k, v = (draw(1, 1, 4, E).to(device).requires_grad_() for _ in range(3))
     first, = torch.autograd.grad(scaled_dot_product_attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="at most first derivatives"):
