@@ -587,9 +587,10 @@ def test_a_float_mask_of_a_layer_is_added_in_inference(bias, padded, device):
     """torch's own fast path turns the mask into booleans."""
     layer, x = make("encoder layer", device).eval(), torch.randn(2, 6, 16, device=device)
     padding = torch.tensor([[0, 0, 0, 0, 1, 1], [0] * 6], device=device).bool() if padded else None
-    expected = layer(x, BIASES[bias](device), padding)
+    mask = BIASES[bias](device)
+    expected = layer(x, mask, padding)
     with torch.no_grad(), tritonattn.swapped():
-        close(layer(x, BIASES[bias](device), padding), expected)
+        close(layer(x, mask, padding), expected)
     assert counts() == tallied(handled=1)
 
 
@@ -797,6 +798,7 @@ def is_off_and_swaps(queue):
         queue.put((start, F.scaled_dot_product_attention is sdpa_patch.scaled_dot_product_attention))
 
 
+@pytest.mark.slow
 def test_a_spawned_process_starts_unpatched():
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
@@ -992,6 +994,7 @@ def python(code, **environment):
     return done
 
 
+@pytest.mark.slow
 def test_torch_logs_show_each_call():
     done = python("import torch, tritonattn, torch.nn.functional as F; x = torch.ones(1, 4, 8)\n"
                   "with tritonattn.swapped(): [F.scaled_dot_product_attention(y, y, y) for y in (x, x.to('meta'))]",
@@ -1000,11 +1003,25 @@ def test_torch_logs_show_each_call():
     assert "] fallback to torch, device meta: query 1x4x8" in done.stderr
 
 
-def test_enabling_without_a_gpu_warns_once():
-    done = python("import tritonattn\nfor _ in range(2):\n  tritonattn.enable(); tritonattn.disable()",
-                  TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
-    assert done.stderr.count("tritonattn is enabled, but every call will fall back to torch") == 1
-    assert "<string>:3" in done.stderr
+def test_the_debug_log_shows_each_call(device, caplog):
+    """Under the logger `tritonattn`, which TORCH_LOGS="+tritonattn" switches on."""
+    x = torch.ones(1, 4, 8, device=device)
+    with caplog.at_level("DEBUG", logger="tritonattn"), tritonattn.swapped():
+        F.scaled_dot_product_attention(x, x, x)
+        F.scaled_dot_product_attention(x.to("meta"), x.to("meta"), x.to("meta"))
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("tritonattn.")]
+    assert messages == [f"{start}: query 1x4x8, key 1x4x8, value 1x4x8, mask None, float32"
+                        for start in ("handled", "fallback to torch, device meta")]
+
+
+def test_enabling_without_a_gpu_warns_once(monkeypatch):
+    monkeypatch.setattr(sdpa_patch.gpu, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.warns(dispatch_log.FallbackWarning, match="every call will fall back to torch: torch finds no GPU") as warned:
+        for _ in range(2):
+            tritonattn.enable()
+            tritonattn.disable()
+    assert len(warned) == 1 and warned[0].filename == __file__
 
 
 # arguments with rules of torch's own
