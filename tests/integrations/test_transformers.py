@@ -129,7 +129,8 @@ def test_a_static_cache_needs_no_mask_of_queries_by_keys(calls):
         with torch.no_grad():
             found.append(torch.cat([model(part, past_key_values=cache).logits for part in ids.split([5, 3, 1], 1)], 1))
     torch.testing.assert_close(*found)
-    assert [call["align"] for call in calls[:2]] == ["bottom_right"] * 2 and not any("mask" in call for call in calls[:2])
+    assert [call["align"] for call in calls[:2]] == ["top_left", "bottom_right"]
+    assert not any("mask" in call for call in calls[:2])
     assert calls[2]["mask"].shape == (2, 1, 1, calls[2]["k"][2])
 
 
@@ -138,6 +139,15 @@ def test_bert(padding):
     ids, seen = tokens(PADDED[padding])
     model = build("BertModel", TINY | {"vocab_size": 64, "max_position_embeddings": 16}, add_pooling_layer=None)
     assert_same(model, lambda out: out.last_hidden_state[seen.bool()], ids, attention_mask=seen)
+
+
+def test_modernbert_slides_both_ways(calls):
+    sizes = TINY | {"vocab_size": 64, "max_position_embeddings": 16, "num_hidden_layers": 2, "local_attention": 4,
+                    "global_attn_every_n_layers": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+                    "sep_token_id": 2}
+    ids, keep = tokens(PADDED["right"])
+    assert_same(build("ModernBertModel", sizes), lambda out: out.last_hidden_state[keep.bool()], ids, attention_mask=keep)
+    assert {call["window"] for call in calls} == {(None, None), (2, 2)} and all("key_lengths" in call for call in calls)
 
 
 def test_vit():
