@@ -1,4 +1,4 @@
-"""The deeper route: torch's own function, wherever it is called from, against itself; and GPUs' operators on the CPU."""
+"""The aten route: torch's function from C++ and saved references, and the operators of GPUs in the interpreter."""
 
 import contextlib
 import threading
@@ -7,20 +7,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._C._nn import scaled_dot_product_attention as theirs_by_name
+from torch._C._nn import scaled_dot_product_attention as torch_sdpa
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import tritonattn
 from tests import COMPILED
-from tests.integrations.test_sdpa_patch import close, counts, kernels, make, outputs, qkv, runs_ours, tallied, with_gradients
+from tests.integrations.test_sdpa_patch import (
+    close,
+    counts,
+    kernels,
+    make,
+    outputs,
+    plain,
+    qkv,
+    runs_ours,
+    tallied,
+    with_gradients,
+)
 from tritonattn import reference
 from tritonattn.integrations import aten_overrides, dispatch_log, sdpa_patch
 
 pytestmark = [pytest.mark.usefixtures("off_and_uncounted"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
-    "`?torch.jit", "tritonattn does not serve", "There is a performance drop", ".*Profiler clears events"))]
-# under a name in a class a rebinding does not find it; so is it in a closure, and in C++
-KEPT = {"attend": theirs_by_name}
+    "`?torch.jit", "tritonattn does not support", "There is a performance drop", ".*Profiler clears events"))]
+# a reference that enable() does not rebind, as in a closure or in C++
+KEPT = {"attend": torch_sdpa}
 
 
 def attend(*args, **options):
@@ -28,7 +39,7 @@ def attend(*args, **options):
 
 
 def torchs_with_gradients(*args, **options):
-    """Torch's own, whatever is on."""
+    """Return torch's own result and gradients, whatever route is on."""
     with switched_off():
         return with_gradients(attend, *args, **options)
 
@@ -45,7 +56,7 @@ def switched_off():
 
 
 def rows_first(inputs):
-    """The same numbers, [B, H, L, D] as [B, L, H, D] lies in memory."""
+    """Return the same numbers, [B, H, L, D] laid out as [B, L, H, D]."""
     return [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
 
 
@@ -56,7 +67,7 @@ def rows_first(inputs):
     {}, {"is_causal": True}, {"scale": 0.3}, {"heads": 4, "kv_heads": 2, "enable_gqa": True}, {"n_q": 4, "is_causal": True},
     {"n_k": 3, "is_causal": True}, {"attn_mask": "bool"}, {"attn_mask": "float"},
 ], ids=str)
-def test_whoever_keeps_torchs_function_comes_to_ours(options, device):
+def test_saved_sdpa_reference_is_redirected(options, device):
     dtype = torch.float16 if COMPILED else torch.float32
     sizes = {name: options.pop(name) for name in ("heads", "kv_heads", "n_q", "n_k") if name in options}
     inputs = qkv(device, dtype=dtype, **sizes)
@@ -66,13 +77,13 @@ def test_whoever_keeps_torchs_function_comes_to_ours(options, device):
     for given in (inputs, rows_first(inputs)):
         expected = torchs_with_gradients(given, **options)
         with tritonattn.swapped(route="aten"):
-            assert theirs_by_name is torch._C._nn.scaled_dot_product_attention is F.scaled_dot_product_attention
+            assert torch_sdpa is torch._C._nn.scaled_dot_product_attention is F.scaled_dot_product_attention
             ours = with_gradients(attend, given, **options)
         close(ours, expected) if dtype == torch.float32 else torch.testing.assert_close(ours, expected, atol=4e-2, rtol=4e-2)
-    assert counts() == tallied(served=2)
+    assert counts() == tallied(handled=2)
 
 
-@pytest.mark.skipif(COMPILED, reason="the operator for the CPU is ours in the interpreter")
+@pytest.mark.skipif(COMPILED, reason="the CPU operator is replaced in the interpreter only")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_other_dtypes_and_autocast(dtype, device):
     inputs = qkv(device)
@@ -81,7 +92,7 @@ def test_other_dtypes_and_autocast(dtype, device):
         ours = with_gradients(attend, given)
         with torch.autocast("cpu", torch.bfloat16):
             assert attend(*inputs).dtype == torch.bfloat16
-    assert counts() == tallied(served=2)
+    assert counts() == tallied(handled=2)
     atol = {torch.float64: 1e-12, torch.float16: 1e-2, torch.bfloat16: 6e-2}[dtype]
     torch.testing.assert_close(ours, torchs_with_gradients(given), atol=atol, rtol=atol)
 
@@ -91,7 +102,7 @@ def scripted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
 
 
 @pytest.mark.skipif(COMPILED, reason="float32 with a small head is no flash attention on a GPU")
-def test_cpp_comes_to_ours(device):
+def test_cpp_callers_are_redirected(device):
     inputs = qkv(device)
     program = torch.jit.script(scripted)
     with tritonattn.swapped(route="aten"):
@@ -103,18 +114,18 @@ def test_cpp_comes_to_ours(device):
 
 
 @pytest.mark.parametrize("kind", ["mha", "encoder layer"])
-def test_the_cpp_fast_path_comes_to_ours(kind, device):
+def test_the_cpp_fast_path_is_redirected(kind, device):
     module, x = make(kind, device).eval(), torch.randn(2, 6, 16, device=device)
     args, options = ((x, x, x), {"need_weights": False}) if kind == "mha" else ((x,), {})
     with torch.no_grad():
         theirs = outputs(module, *args, **options)
         with tritonattn.swapped(route="aten"):
             close(outputs(module, *args, **options), theirs)
-    assert counts() == tallied(served=1)
+    assert counts() == tallied(handled=1)
 
 
 @pytest.mark.skipif(COMPILED, reason="float32 with a small head is no flash attention on a GPU")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_function_follows_the_route(backend, device):
     compiled = torch.compile(attend, backend=backend, fullgraph=True)
     for given in (qkv(device), rows_first(qkv(device))):
@@ -126,28 +137,28 @@ def test_a_compiled_function_follows_the_route(backend, device):
                 close(tuple(found), expected)
 
 
-def test_what_torch_gives_to_no_fused_kernel_is_not_reached(device):
+def test_the_math_kernel_is_not_redirected(device):
     inputs = qkv(device)
     with tritonattn.swapped(route="aten"), sdpa_kernel(SDPBackend.MATH):
         assert torch.equal(attend(*inputs), sdpa_patch.TORCH_SDPA(*inputs))
     assert counts() == tallied()
 
 
-@pytest.mark.skipif(COMPILED, reason="the operator for the CPU is ours in the interpreter")
-def test_passed_on_from_beneath(device, monkeypatch):
+@pytest.mark.skipif(COMPILED, reason="the CPU operator is replaced in the interpreter only")
+def test_fallbacks_beneath_torchs_function(device, monkeypatch):
     inputs = qkv(device)
     with tritonattn.swapped(route="aten"):
         ours, theirs = with_gradients(attend, inputs, scale=1e39), torchs_with_gradients(inputs, scale=1e39)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
-        monkeypatch.setattr(sdpa_patch, "SERVED_DTYPES", (torch.float16,))
+        monkeypatch.setattr(sdpa_patch, "SUPPORTED_DTYPES", (torch.float16,))
         assert torch.equal(attend(*inputs), sdpa_patch.TORCH_SDPA(*inputs))
         monkeypatch.setenv("TRITONATTN_STRICT", "1")
-        with pytest.raises(RuntimeError, match="which is torch's: dtype torch.float32"):
+        with pytest.raises(RuntimeError, match="torch computes it: dtype torch.float32"):
             attend(*inputs)
     assert counts() == tallied(scale=1, **{"dtype torch.float32": 2})
 
 
-# the switch
+# enable and disable
 
 
 def test_both_routes_nest():
@@ -172,7 +183,7 @@ def test_both_routes_nest():
     tritonattn.enable()
     assert on() == (True, True)
     tritonattn.disable()
-    assert kernels() == before and F.scaled_dot_product_attention is theirs_by_name
+    assert kernels() == before and F.scaled_dot_product_attention is torch_sdpa
     assert torch.nn.attention.current_flash_attention_impl() is None
 
 
@@ -181,14 +192,14 @@ def test_a_call_counts_once_with_both_routes(device):
     inputs = qkv(device)
     with tritonattn.swapped(), tritonattn.swapped(route="aten"):
         close(F.scaled_dot_product_attention(*inputs), attend(*inputs))
-    assert counts() == tallied(served=2)
+    assert counts() == tallied(handled=2)
 
 
-def test_threads_attend_while_another_switches(monkeypatch):
-    """The dispatcher drops a kernel without asking who is about to call it."""
+def test_threads_call_while_another_switches(monkeypatch):
+    """The dispatcher frees a kernel at once, also if a thread is about to call it."""
     x, y, module, wrong, done = torch.randn(1, 2, 4, 8), torch.randn(2, 4, 16), make("mha", "cpu").eval(), [], threading.Event()
     # neither interprets a kernel, which would leave no time to switch
-    monkeypatch.setattr(aten_overrides, "serve", lambda q, k, v, mask: q)
+    monkeypatch.setattr(aten_overrides, "tritonattn_sdpa", lambda q, k, v, mask: q)
     monkeypatch.setattr(aten_overrides, "forward_op", lambda q, *others: (q, q[..., 0], q.new_empty(0), q.new_empty(0)))
 
     def work():
@@ -213,7 +224,7 @@ def test_threads_attend_while_another_switches(monkeypatch):
     monkeypatch.setattr(aten_overrides, "GRACE", 0.0)
     with tritonattn.swapped(route="aten"):
         pass
-    assert len(aten_overrides._retired) < 10, "what nobody can be about to call any more is let go"
+    assert len(aten_overrides._retired) < 10, "kernels removed long ago are freed"
 
 
 class Handle:
@@ -221,7 +232,7 @@ class Handle:
         pass
 
 
-def test_another_implementation_comes_back(monkeypatch):
+def test_another_implementation_is_restored(monkeypatch):
     from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, register_flash_attention_impl
 
     register_flash_attention_impl("another", register_fn=Handle)
@@ -237,14 +248,14 @@ def test_another_implementation_comes_back(monkeypatch):
     torch.nn.attention._registry._FLASH_ATTENTION_IMPLS.pop("another")
 
 
-@pytest.mark.skipif(COMPILED, reason="the operator for the CPU is ours in the interpreter")
+@pytest.mark.skipif(COMPILED, reason="the CPU operator is replaced in the interpreter only")
 @pytest.mark.parametrize("first", ["ours", "torch's"])
-@pytest.mark.parametrize("kind", [None, "mask", "a row that sees nothing"])
-def test_either_backward_pass_takes_up_either_forward_pass(first, kind, device):
-    """A row that sees nothing has gradients of 0, made from what the other forward pass left for it."""
+@pytest.mark.parametrize("kind", [None, "mask", "a row without keys"])
+def test_forward_and_backward_of_torch_and_tritonattn_mix(first, kind, device):
+    """A row that attends to no key gets gradients of 0 from the lse of either forward pass."""
     inputs = qkv(device)
     mask = None if kind is None else torch.randn(6, 6, device=device)
-    if kind == "a row that sees nothing":
+    if kind == "a row without keys":
         mask[2] = -torch.inf
     expected = torchs_with_gradients(inputs, mask)
     with tritonattn.swapped(route="aten") if first == "ours" else contextlib.nullcontext():
@@ -253,18 +264,7 @@ def test_either_backward_pass_takes_up_either_forward_pass(first, kind, device):
         close(torch.autograd.grad(out.square().sum(), inputs), expected[1:])
 
 
-@pytest.mark.skipif(COMPILED, reason="the operator for the CPU is ours in the interpreter")
-def test_after_a_drop_only_what_was_dropped_is_still_ours(device, monkeypatch):
-    inputs = qkv(device)
-    with tritonattn.swapped(route="aten"):
-        OPS["flash"](*inputs, None, 0.5, False)
-    asked = []
-    monkeypatch.setattr(aten_overrides, "backward_op", lambda *arguments: asked.append(arguments))
-    out, *found = torchs_with_gradients(inputs)
-    assert not asked and all(x.isfinite().all() for x in (out, *found))
-
-
-# GPUs' operators; in the interpreter on the CPU, where torch has no kernel of them
+# operators of GPUs, in the interpreter on the CPU, where torch has no kernel of them
 
 OPS = {
     "flash": lambda q, k, v, bias, p, causal: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, p, causal),
@@ -274,72 +274,84 @@ OPS = {
 interpreted = pytest.mark.skipif(COMPILED, reason="compared in float32; a GPU's own kernels are compared above")
 
 
-def exactly(q, k, v, bias=None, keep=None, p=0.0, causal=False, align="top_left"):
+def exactly(q, k, v, bias=None, causal=False, align="top_left"):
     s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT / q.shape[-1] ** 0.5
     if causal:
         s = s.masked_fill(~reference.visible(*s.shape[-2:], causal=True, align=align, device=s.device), -torch.inf)
     s = s if bias is None else s + bias
-    weights = torch.nan_to_num(s.softmax(-1)) * (1 if keep is None else keep / (1 - p))
-    return weights @ v.repeat_interleave(q.shape[1] // k.shape[1], 1), s.logsumexp(-1)
+    return torch.nan_to_num(s.softmax(-1)) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1), s.logsumexp(-1)
 
 
 @interpreted
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("causal", [False, True])
-def test_gpus_operators(name, p, causal, device):
+def test_operators_of_gpus(name, causal, device):
     inputs = qkv(device, n_q=4, heads=4, kv_heads=2)
     with tritonattn.swapped(route="aten"):
-        out, lse, *rest = OPS[name](*inputs, None, p, causal)
-        found = torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)
-        assert counts() == tallied(served=1)
-    seed = next(x for x in rest if isinstance(x, torch.Tensor) and x.dtype in (torch.int64, torch.uint64))
-    keep = tritonattn.dropout_mask((1, 4, 4, 6), p, seed.view(torch.int64).reshape(-1)[:1])
-    o, expected_lse = exactly(*inputs, None, keep, p, causal, "bottom_right" if name == "flash" else "top_left")
+        out, lse, *_ = OPS[name](*inputs, None, 0.0, causal)
+        gradients = torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)
+        assert counts() == tallied(handled=1)
+    o, expected_lse = exactly(*inputs, None, causal, "bottom_right" if name == "flash" else "top_left")
     close(out, o)
     close(lse.reshape(*lse.shape[:3])[..., :4], expected_lse)
-    expected = torch.autograd.grad(o.square().sum(), inputs)
-    close(found, expected)
-    if p:
-        # the swap is off, and still it is ours that knows what was dropped
-        close(torch.autograd.grad(out.square().sum(), inputs), expected)
+    close(gradients, torch.autograd.grad(o.square().sum(), inputs))
 
 
-@pytest.fixture(autouse=True)
-def nothing_dropped():
-    """A backward pass that may still come keeps ours in place; here none does, once a test is over."""
-    yield
-    tritonattn.disable()
-    aten_overrides.Fused._dropped = False
-    if aten_overrides.Fused._backward is not None:
-        aten_overrides.Fused._backward.remove()
-        aten_overrides.Fused._backward = None
+@interpreted
+@pytest.mark.parametrize("name", OPS)
+def test_dropout_falls_back(name, device):
+    """Their schemas have no place for the seed; on the CPU torch has no kernel of them."""
+    inputs = qkv(device)
+    with tritonattn.swapped(route="aten"), pytest.raises(NotImplementedError, match="torch has no kernel"):
+        OPS[name](*inputs, None, 0.5, False)
+    assert counts() == tallied(**{"dropout on the aten route": 1})
+
+
+@interpreted
+def test_the_backward_pass_of_dropout_is_torchs(device, monkeypatch):
+    monkeypatch.setattr(aten_overrides, "backward_op", lambda *_: pytest.fail("torch's dropout has another seed"))
+    q, k, v = plain(device)
+    with tritonattn.swapped(route="aten"):
+        o, lse, *_ = OPS["flash"](q, k, v, None, 0.0, False)
+        state = q.new_empty(2, dtype=torch.uint64), q.new_empty((), dtype=torch.uint64)
+        with pytest.raises(NotImplementedError, match="torch has no kernel"):
+            torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                o, q, k, v, o, lse, None, None, 6, 6, 0.5, False, *state)
 
 
 @interpreted
 @pytest.mark.parametrize("name", ["efficient", "cudnn"])
-@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min])
-def test_a_bias_and_its_gradient(name, lowest, device):
+def test_a_bias_and_its_gradient(name, device):
     inputs, bias = qkv(device), torch.randn(1, 2, 6, 6, device=device, requires_grad=name == "efficient")
     hidden = torch.rand(6, 6, device=device) < 0.3
-    hidden[2] = True  # of a row that sees nothing the weights are 0, or all alike
+    hidden[2] = True  # a row that attends to no key
     leaves = [*inputs, bias] if bias.requires_grad else inputs
     with tritonattn.swapped(route="aten"):
-        given = bias.masked_fill(hidden, lowest)
-        found = torch.autograd.grad(OPS[name](*inputs, given, 0.0, False)[0].square().sum(), leaves)
+        masked = bias.masked_fill(hidden, -torch.inf)
+        gradients = torch.autograd.grad(OPS[name](*inputs, masked, 0.0, False)[0].square().sum(), leaves)
         broadcast = torch.randn(6, device=device)
         close(OPS[name](*inputs, broadcast.expand(1, 2, 6, 6), 0.0, False)[0], exactly(*inputs, broadcast)[0])
-    out, _ = tritonattn.attention(*inputs, bias=bias.masked_fill(hidden, lowest), return_lse=True)
-    close(found, torch.autograd.grad(out.square().sum(), leaves))
-    assert counts() == tallied(served=2)
+    out = tritonattn.attention(*inputs, bias=bias.masked_fill(hidden, -torch.inf))
+    close(gradients, torch.autograd.grad(out.square().sum(), leaves))
+    assert counts() == tallied(handled=2)
+
+
+@interpreted
+def test_a_bias_of_the_lowest_number(device):
+    """Other rows than those wholly at the lowest number have exact gradients."""
+    inputs, bias = qkv(device), torch.randn(1, 2, 6, 6, device=device)
+    bias = bias.masked_fill(torch.ones(6, 6, device=device).bool().triu(1), torch.finfo(torch.float32).min)
+    with tritonattn.swapped(route="aten"):
+        results = with_gradients(lambda *qkv: OPS["efficient"](*qkv, bias, 0.0, False)[0], inputs)
+    close(results, with_gradients(lambda *qkv: tritonattn.attention(*qkv, bias=bias), inputs))
 
 
 @interpreted
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("graded", [True, False])
 @pytest.mark.parametrize("n", [6, 33])
-def test_results_lie_as_torch_says(name, graded, n, device):
-    """What Inductor believes of them is what torch's meta functions say."""
+def test_results_have_the_strides_of_torchs_meta_functions(name, graded, n, device):
+    """Inductor relies on the strides of the meta functions."""
     def described(x):
         return (x.shape, x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
 
@@ -350,15 +362,15 @@ def test_results_lie_as_torch_says(name, graded, n, device):
     leaves = [x for x in (*inputs, bias) if x is not None and x.requires_grad]
     with tritonattn.swapped(route="aten"):
         for given in (inputs, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]):
-            ours = OPS[name](*given, bias, 0.5, False)
-            theirs = OPS[name](*(x.to("meta") for x in given), None if bias is None else bias.to("meta"), 0.5, False)
+            ours = OPS[name](*given, bias, 0.0, False)
+            theirs = OPS[name](*(x.to("meta") for x in given), None if bias is None else bias.to("meta"), 0.0, False)
             assert [*map(described, ours)] == [*map(described, theirs)]
             if leaves:
                 assert all(x.isfinite().all() for x in torch.autograd.grad(ours[0].square().sum(), leaves))
 
 
 @interpreted
-def test_gradients_lie_as_torch_says(device):
+def test_gradients_have_the_strides_of_torchs_meta_functions(device):
     q, k, v = (x.detach() for x in qkv(device, 6, 5))
     bias = torch.randn(1, 2, 6, 5, device=device)
     with tritonattn.swapped(route="aten"):
@@ -369,48 +381,6 @@ def test_gradients_lie_as_torch_says(device):
             theirs = backward(*(x.to("meta") for x in (o, q, k, v, bias, o, lse, *random)), 0.0, wanted)
             for one, other, want in zip(ours, theirs, wanted):
                 assert one is None if not want else (one.shape, one.stride()) == (other.shape, other.stride())
-
-
-@interpreted
-@pytest.mark.parametrize("name", OPS)
-def test_what_was_saved_may_be_copied(name, device):
-    """As save_on_cpu does: what lies behind lse is lost, the seed is not."""
-    torch.manual_seed(0)
-    inputs = qkv(device, dtype=torch.float16)
-    bias = None if name == "flash" else torch.randn(1, 2, 6, 6, device=device)
-    gradients = []
-    for unpack in (lambda x: x, torch.clone):
-        torch.manual_seed(1)
-        with tritonattn.swapped(route="aten"), torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
-            out = OPS[name](*inputs, bias, 0.5, False)[0]
-            gradients.append(torch.autograd.grad(out.float().square().sum(), inputs))
-    torch.testing.assert_close(*gradients, atol=2e-2, rtol=2e-2)
-
-
-@interpreted
-@pytest.mark.parametrize("name", OPS)
-def test_compiled_operators_drop_the_same(name, device):
-    inputs, bias = qkv(device, 33, 33), None if name == "flash" else torch.randn(1, 2, 33, 33, device=device)
-    compiled = torch.compile(lambda *inputs: OPS[name](*inputs, bias, 0.5, False)[0], fullgraph=True)
-    results = []
-    with tritonattn.swapped(route="aten"):
-        for function in (compiled, lambda *inputs: OPS[name](*inputs, bias, 0.5, False)[0]):
-            torch.manual_seed(0)
-            results.append(with_gradients(function, inputs))
-    close(*results)
-
-
-@interpreted
-def test_the_residual_makes_dq_exact(device):
-    """A common mean of the values, which a rounded output would let into dQ."""
-    q, k, v = qkv(device, 16, 16, d=16, dtype=torch.float16)
-    with torch.no_grad():
-        v += 30
-    do = torch.randn_like(q)
-    expected, = torch.autograd.grad(tritonattn.attention(q, k, v), q, do)
-    with tritonattn.swapped(route="aten"):
-        found, = torch.autograd.grad(attend(q, k, v), q, do)
-    assert torch.equal(found, expected)
 
 
 @interpreted
@@ -435,28 +405,25 @@ def test_malformed_calls_of_operators(device):
 @pytest.mark.parametrize("backend", [
     SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, None])
 @pytest.mark.parametrize("causal", [False, True])
-def test_every_fused_kernel_of_a_gpu_is_ours(backend, causal, device):
+def test_every_fused_kernel_of_a_gpu_is_redirected(backend, causal, device):
     inputs = qkv(device, 96, 96, heads=4, d=64, dtype=torch.float16)
     with sdpa_kernel(backend) if backend else contextlib.nullcontext():
         expected = torchs_with_gradients(inputs, is_causal=causal)
         with tritonattn.swapped(route="aten"):
             assert runs_ours(lambda: torch.testing.assert_close(
                 with_gradients(attend, inputs, is_causal=causal), expected, atol=4e-2, rtol=4e-2))
-    assert counts() == tallied(served=1)
+    assert counts() == tallied(handled=1)
 
 
 @pytest.mark.gpu
-def test_a_learned_bias_and_dropout_on_a_gpu(device):
+def test_a_learned_bias_on_a_gpu(device):
     inputs, bias = qkv(device, 64, 64, heads=4, d=64, dtype=torch.float16), torch.randn(4, 64, 64, device=device).half()
     leaves = [*inputs, bias.requires_grad_()]
     with tritonattn.swapped(route="aten"):
         out = attend(*inputs, bias)
         found = torch.autograd.grad(out.square().sum(), leaves)
-        torch.manual_seed(0)
-        once = attend(*inputs, bias, 0.5)
-        torch.manual_seed(0)
-        assert torch.equal(attend(*inputs, bias, 0.5), once)
-    assert counts() == tallied(served=3)
+        assert attend(*inputs, dropout_p=0.5).isfinite().all()
+    assert counts() == tallied(handled=1, **{"dropout on the aten route": 1})
     torch.testing.assert_close((out, *found), (lambda o: (o, *torch.autograd.grad(o.square().sum(), leaves)))(
         attend(*inputs, bias)), atol=6e-2, rtol=6e-2)
 
@@ -480,4 +447,4 @@ def test_a_layer_on_a_gpu(device):
         theirs = layer(x)
         with tritonattn.swapped(route="aten"):
             torch.testing.assert_close(layer(x), theirs, atol=2e-2, rtol=2e-2)
-    assert counts() == tallied(served=1)
+    assert counts() == tallied(handled=1)

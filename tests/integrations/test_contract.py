@@ -1,4 +1,4 @@
-"""torch's contract, row by row: the same outcome, the same gradients, the same errors; and where ours is meant to differ."""
+"""torch's contract: equal results, gradients and errors, and the intended differences."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def draw(*shape, dtype=torch.float32):
 
 
 def call(q=(B, H, L, E), k=(B, H, S, E), v=None, *positional, dtype=torch.float32, **options):
-    """Arguments by shapes: query, key, value (as key), the other positional ones, and options."""
+    """Return the arguments of these shapes (value like key by default), further positional ones, and options."""
     return (*(draw(*shape, dtype=dtype) for shape in (q, k, v or k)), *positional), options
 
 
@@ -65,7 +65,7 @@ SAME = {
     "mask of the query's dtype": call((B, H, L, E), (B, H, S, E), None, draw(L, S).half(), dtype=torch.float16),
 }
 
-# the error is the same, and begins with the same words
+# errors of the same type that begin with the same words
 ERRORS = {
     "seven positional arguments": call((B, H, L, E), (B, H, S, E), None, None, 0.0, False, 1.0),
     "an unknown argument": call(causal=True),
@@ -94,7 +94,7 @@ ERRORS = {
 
 
 def placed(arguments, device):
-    """The same on the device, query, key, value and a mask of numbers with a gradient to come."""
+    """Return the arguments on the device; query, key, value and a floating-point mask require gradients."""
     found = []
     for x in arguments:
         if type(x) is torch.Tensor and x.device.type != "meta":
@@ -105,11 +105,11 @@ def placed(arguments, device):
 
 
 def outcome(function, arguments, options, device):
-    """The output, and the gradients of all that has one."""
+    """Return the output and the gradients of all inputs that require them."""
     arguments = placed([x.detach().clone() if type(x) is torch.Tensor else x for x in arguments], device)
     leaves = [x for x in arguments if type(x) is torch.Tensor and x.requires_grad]
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of a lower right bias
+        warnings.simplefilter("ignore")  # torch warns about a lower right bias
         o = function(*arguments, **options)
     return o, torch.autograd.grad(o.sum(), leaves, allow_unused=True, materialize_grads=True)
 
@@ -136,14 +136,14 @@ def test_the_same_errors_as_torch(row, device):
         F.scaled_dot_product_attention(*arguments, **options)
     with pytest.raises(theirs.type) as ours:
         scaled_dot_product_attention(*arguments, **options)
-    # ours hands all arguments on by position
+    # tritonattn passes all arguments by position
     found, words = (re.sub(r" \(position \d\)", "", str(error.value)) for error in (ours, theirs))
     assert theirs.type is ours.type and words.split("\n")[0].removeprefix("scaled_dot_product_attention() ")[:80] in found
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_errors_are_torchs_while_the_swap_is_on_too(strict, device, monkeypatch):
-    """And an error is no call that was passed on."""
+def test_errors_are_torchs_while_patched(strict, device, monkeypatch):
+    """A call that raises counts neither as handled nor as a fallback."""
     if strict:
         monkeypatch.setenv("TRITONATTN_STRICT", "1")
     q, k, v = (draw(1, 2, 4, E).to(device) for _ in range(3))
@@ -153,27 +153,27 @@ def test_errors_are_torchs_while_the_swap_is_on_too(strict, device, monkeypatch)
             scaled_dot_product_attention(q, k, v, draw(5, 5).to(device))
         with pytest.raises(ValueError, match="scale"):
             scaled_dot_product_attention(q, k, v, scale=math.inf)
-    assert "does not serve" not in str(ours.value) and not tritonattn.fallback_report(clear=True).calls
+    assert "does not support" not in str(ours.value) and not tritonattn.fallback_report(clear=True).fallbacks
 
 
-def test_errors_under_autocast_name_the_right_fault(device):
+def test_errors_under_autocast_name_the_mask(device):
     q, k, v = draw(1, 2, 4, E).to(device), *(draw(1, 2, 4, E).to(device, torch.bfloat16) for _ in range(2))
     with torch.autocast(device.type, dtype=torch.bfloat16), pytest.raises(RuntimeError, match="attn_mask") as ours:
         scaled_dot_product_attention(q, k, v, draw(5, 5).to(device))
     assert "same dtype" not in str(ours.value)
 
 
-# --- where ours is meant to differ
+# differences from torch by intent
 
 def test_a_mask_beside_is_causal_is_always_an_error(device):
-    """torch's plain backend lets it pass in some versions."""
+    """torch's math kernel accepts it in some versions."""
     arguments, _ = call((B, H, L, E), (B, H, S, E), None, draw(L, S), 0.0, True)
     with pytest.raises(RuntimeError, match="Explicit attn_mask should not be set when is_causal=True"):
         scaled_dot_product_attention(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments))
 
 
 def test_values_of_another_length_are_an_error(device):
-    """torch's fused kernel for CPUs reads past them."""
+    """torch's fused CPU kernel reads out of bounds."""
     with pytest.raises(RuntimeError, match="value: expected the length of key, 7, got 6"):
         scaled_dot_product_attention(*(x.to(device) for x in (draw(B, H, L, E), draw(B, H, S, E), draw(B, H, S - 1, E))))
 
@@ -184,7 +184,7 @@ def test_a_scale_that_is_not_finite_is_an_error(scale, device):
         scaled_dot_product_attention(*(draw(1, 1, 4, E).to(device) for _ in range(3)), scale=scale)
 
 
-def test_nan_that_nobody_sees_reaches_nobody(device):
+def test_hidden_nan_does_not_reach_the_output(device):
     q, k, v = (draw(1, 1, 6, E).to(device) for _ in range(3))
     mask = torch.ones(6, 6, dtype=torch.bool, device=device)
     mask[:, 4:] = False
@@ -196,7 +196,7 @@ def test_nan_that_nobody_sees_reaches_nobody(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
-def test_dtypes_that_nobody_serves(dtype, device):
+def test_unsupported_dtypes_raise(dtype, device):
     q, k, v = (draw(1, 1, 4, E).to(device).to(dtype) for _ in range(3))
     with pytest.raises((RuntimeError, NotImplementedError)):
         F.scaled_dot_product_attention(q, k, v)
@@ -204,9 +204,9 @@ def test_dtypes_that_nobody_serves(dtype, device):
         scaled_dot_product_attention(q, k, v)
 
 
-# --- layout, randomness, transforms
+# layout, randomness, transforms
 
-def test_how_results_lie(device):
+def test_memory_layout_of_results(device):
     q, k, v = (draw(B, L, H, E).to(device).transpose(1, 2) for _ in range(3))
     assert scaled_dot_product_attention(q, k, v).transpose(1, 2).is_contiguous()
     assert scaled_dot_product_attention(*(x.contiguous() for x in (q, k, v))).is_contiguous()
@@ -259,7 +259,7 @@ def test_export_and_compile(device):
     assert torch.equal(torch.compile(Model(), backend="aot_eager", fullgraph=True)(*inputs), expected)
 
 
-def test_derivatives_that_are_refused(device):
+def test_second_and_forward_derivatives_raise(device):
     q, k, v = (draw(1, 1, 4, E).to(device).requires_grad_() for _ in range(3))
     first, = torch.autograd.grad(scaled_dot_product_attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="at most first derivatives"):

@@ -1,4 +1,4 @@
-"""torch's own samples for its attention, the 25 that its wheels carry, through ours: results and gradients, every dtype."""
+"""torch's OpInfo samples of its attention function: results and gradients of tritonattn in every dtype."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def gradients(o, leaves):
 
 
 def exactly(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, seed=None, **options):
-    """The definition in float64 with torch's arguments, given what is dropped."""
+    """Compute the definition in float64 with torch's arguments; dropout follows the seed."""
     if dropout_p == 0:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, **options)
@@ -38,7 +38,7 @@ def exactly(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, s
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-def test_torchs_samples(dtype, device):
+def test_opinfo_samples(dtype, device):
     if dtype == torch.float64 and device.type != "cpu":
         pytest.skip("the kernels run in float64 in the interpreter alone")
     samples = list(OPINFO.sample_inputs(device, dtype, requires_grad=True))
@@ -59,7 +59,7 @@ def test_torchs_samples(dtype, device):
             o = exactly(**inputs, **options, seed=seed)
             for name, x in zip(results, (o, *gradients(o, [inputs[name] for name in leaves]))):
                 results[name].append(x)
-        # the samples are of size 9, and where few keys are seen dS is what is left of large numbers that cancel
+        # the samples are of size 9; with few keys, dS is a difference of large numbers
         lost = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * 9 * 9 * 8 * 4
         for name, (mine, torchs, exact) in results.items():
             allowed = accuracy.tolerance(torchs, exact, dtype) + lost

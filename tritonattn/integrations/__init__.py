@@ -1,1 +1,1 @@
-"""One small file for each library that lets an attention be plugged in. Importing one needs that library."""
+"""Integrations with host libraries: torch's attention function patched, and transformers, which only its own file imports."""

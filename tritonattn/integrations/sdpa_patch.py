@@ -1,16 +1,15 @@
-"""One line gives a program's attention to ours, another gives it back.
+"""Replace torch's scaled_dot_product_attention by tritonattn's, and put it back.
 
-                                          +-> ours, where it serves the call           report().served
+                                          +-> tritonattn, if it supports the call      fallback_report().handled
     F.scaled_dot_product_attention(...) --+
-                                          +-> torch's own, for a reason with a name    report().passed
+                                          +-> torch's own, with the reason counted     fallback_report().fallbacks
 
-While the swap is on, torch.nn.functional and every module that has imported the function by name hold ours, and the C++
-fast path of torch's multi-head attention calls ours (aten.py). The deeper route, `enable(route="aten")`, puts ours
-beneath torch's function instead, where C++ and whoever keeps the function itself come by.
+While the patch is on, torch.nn.functional and every module that imported the function hold the replacement, and so does the
+C++ fast path of torch's multi-head attention (aten_overrides.py). `enable(route="aten")` replaces the operators beneath
+torch's function instead, which C++ code and saved references to the function call too. README.md describes the patch.
 """
 
 import contextlib
-import math
 import numbers
 import sys
 import warnings
@@ -18,97 +17,78 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
-from torch.backends import cuda, mha
-from torch.nn.attention import (
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    register_flash_attention_impl,
-    restore_flash_attention_impl,
-)
+from torch.backends import cuda
+from torch.nn import attention as torch_attention
 from torch.nn.attention.bias import CausalBias
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-    get_overridable_functions,
-    handle_torch_function,
-)
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode, get_overridable_functions, handle_torch_function
 
 from .. import gpu
-from ..attention import scaled_dot_product_attention as serve
+from ..attention import scaled_dot_product_attention as tritonattn_sdpa
 from ..runtime.arguments import DTYPES, LARGEST_SCALE, largest_head
-from . import aten_overrides
-from .dispatch_log import LOCK, TRACED, FallbackWarning, call_signature, fallback_message, first, record_call, strict
+from . import aten_overrides, torch_private
+from .dispatch_log import (
+    LOCK,
+    TRACED,
+    FallbackWarning,
+    call_signature,
+    fallback_message,
+    is_first,
+    needs_signature,
+    record_call,
+    strict,
+)
+from .torch_private import TORCH_SDPA
 
-TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
-# the types of plain tensors, and of those that stand for plain ones while a program is traced or exported
-PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-SERVED_DEVICES = ("cuda", "cpu") if gpu.INTERPRETED else ("cuda",)
-SERVED_DTYPES = (*DTYPES, torch.float64) if gpu.INTERPRETED else DTYPES
+SUPPORTED_DEVICES = ("cuda", "cpu") if gpu.INTERPRETED else ("cuda",)
+SUPPORTED_DTYPES = (*DTYPES, torch.float64) if gpu.INTERPRETED else DTYPES
 
 _on = False
-_claims = frozenset()  # who wants which route: "enable", and a token of each open block
-_before = None         # CausalBias's own __torch_function__, to be put back
-_aten = False          # whether torch's fused kernels are ours
-_impl = None           # which ones torch.nn.attention had active before
-_fast_path = None      # what has taken the place of the C++ fast path of torch's multi-head attention
+_claims = frozenset()            # (owner, route) of every open request: "enable", or a token for each open block
+_causal_bias_function = None     # CausalBias's own __torch_function__, to be put back
+_aten = False                    # whether torch's fused kernels are replaced
+_previous_flash_impl = None      # the implementation that torch.nn.attention had active before
+_fast_path = None                # the overrides of the C++ fast path of torch's multi-head attention
 
 
 def enable(route: str = "python") -> None:
-    """From now on torch's scaled_dot_product_attention is ours, in every thread of this process, wherever ours serves.
+    """Replace torch's scaled_dot_product_attention by tritonattn's, in every thread of this process.
 
-    It serves what `tritonattn.scaled_dot_product_attention` serves. All else goes to torch's own function as it came, is
-    counted with its reason (`report`) and, the first time, told in a warning; with TRITONATTN_STRICT=1 in the environment
-    it is a RuntimeError. TORCH_LOGS="+tritonattn" logs each call. Passed on are: tensor subclasses (nested, DTensor, ...),
-    other devices (the CPU, unless Triton interprets), GPUs before sm_80, other dtypes, forward-mode derivatives,
-    torch.jit.trace, `torch.nn.attention.sdpa_kernel` where it forbids every fused kernel. No argument is ignored. Calling it
-    twice is calling it once; another process, forked or not, has its own switch (one that is spawned starts with it off).
+    Calls that `tritonattn.scaled_dot_product_attention` does not support go to torch's own function unchanged. They are
+    counted by reason (`fallback_report`), and the first one of each reason warns; TRITONATTN_STRICT=1 makes them a
+    RuntimeError. TORCH_LOGS="+tritonattn" logs each call. No argument is ignored. Enabling twice equals enabling once. A
+    forked child inherits the state of the patch, a spawned process starts with the patch off.
 
-    Route "python" reaches torch.nn.functional, nn.MultiheadAttention and nn.Transformer's layers with their C++ fast path
-    (nested tensors stay torch's: nn.TransformerEncoder makes them of padding in inference), CausalBias, and every module
-    that imported the function, under any name, before or while the swap is on: a baseline kept on purpose as well, so take
-    torch._C._nn.scaled_dot_product_attention for one; that name stays torch's. Not reached, and
-    torch's as before: what a closure, a default argument or an object keeps of the function; C++; programs exported,
-    traced or scripted before (torch.jit.script refuses ours); need_weights=True, which never calls it.
+    Args:
+        route: "python" replaces the function in torch.nn.functional and in every module that imported it, CausalBias, and
+            the C++ fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer.
+            torch._C._nn.scaled_dot_product_attention stays torch's. Functions saved in a closure, a default argument or an
+            object are not reached, nor is C++ code.
+            "aten" replaces torch's fused kernels in the dispatcher, and so reaches those too. It falls back for dropout,
+            and its dq is less exact in 16 bits (`tritonattn.integrations.aten_overrides`). Both may be on.
 
-    Route "aten" reaches those as well, by torch.nn.attention's registry of flash attention: `tritonattn.aten` has what it
-    serves, and what torch keeps from it. Both may be on. `disable` puts all back, but once weights were dropped on this route,
-    torch's backward operators go on asking whether ours dropped them.
-
-    Subclasses and modes with __torch_function__ are told of torch's function, as without the swap. One that asks
-    `func is F.scaled_dot_product_attention` while the swap is on should ask for torch._C._nn's. In compiled code, a call
-    under a mode of one's own is torch's.
-
-    What torch.compile compiles, before or after, follows the swap on and off: Dynamo guards on the function, and
-    compiles once for either; only what it does not look into (allow_in_graph) stays as it was compiled. Like torch,
-    a compiled function obeys the sdpa_kernel it was compiled under. An exported program keeps what it was exported with.
-    A checkpointed forward pass runs again in the backward pass: keep the swap on until then. Second derivatives raise,
-    as in torch's fused kernels; under sdpa_kernel(SDPBackend.MATH) torch's own has them.
+    Compiled functions follow the patch on and off: Dynamo guards on the function. Exported programs keep the function that
+    they were exported with. A checkpointed forward pass runs again in the backward pass, so keep the patch on until then.
+    Second derivatives raise. integrations/README.md has the details.
 
     Raises:
-        RuntimeError: somebody else has replaced torch's function, or ours since the swap is on.
-        ValueError: a route of another name.
+        RuntimeError: torch's function has been replaced by another library, or tritonattn's has been since.
+        ValueError: an unknown route.
     """
     _claim("enable", route)
 
 
 def disable() -> None:
-    """Put back all that `enable` and open `swapped` blocks have replaced, at once. Without them nothing happens."""
+    """Put back everything that `enable` and open `swapped` blocks have replaced."""
     with LOCK:
         _set(frozenset())
 
 
 @contextlib.contextmanager
 def swapped(route: str = "python"):
-    """`enable`, for the length of a block; afterwards all is as before, also when the block raises.
+    """Context manager: `enable` for the length of a block, then restore the previous state, also after an exception.
 
-    For the whole process, not this thread alone. Blocks nest, and overlap in threads: the last to end switches off.
-    A backward pass may stand behind the block, but not that of a checkpointed forward pass.
+    It applies to the whole process, not to this thread alone. Blocks nest, and may overlap in threads: the last to end
+    switches the patch off. A backward pass may run after the block, unless the forward pass was checkpointed.
     """
     claim = _claim(object(), route)
     try:
@@ -118,102 +98,96 @@ def swapped(route: str = "python"):
             _set(_claims - {claim})
 
 
-def _claim(who, route):
-    """One more that wants this route, and what the claims have of it."""
+def _claim(owner, route):
+    """Record one more owner of a route, and switch the route on."""
     if route not in ("python", "aten"):
         raise ValueError(f"route: expected 'python' or 'aten', got {route!r}")
     with LOCK:
-        found = F.scaled_dot_product_attention
-        if route == "python" and found is not scaled_dot_product_attention and (_on or found is not TORCH_SDPA):
-            expected = "ours, since the swap is on" if _on else "torch's own function"
-            raise RuntimeError(f"torch.nn.functional.scaled_dot_product_attention: expected {expected}, got {found!r}; whoever "
-                               "put it there must take it back first")
-        _set(_claims | {(who, route)})
-    return who, route
+        current = F.scaled_dot_product_attention
+        if route == "python" and current is not scaled_dot_product_attention and (_on or current is not TORCH_SDPA):
+            expected = "tritonattn's, since the patch is on" if _on else "torch's own function"
+            raise RuntimeError(f"torch.nn.functional.scaled_dot_product_attention: expected {expected}, got {current!r}; undo "
+                               "that replacement first")
+        _set(_claims | {(owner, route)})
+    return owner, route
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
                                  enable_gqa=False):
-    """What stands in torch's place: ours where it serves the call, torch's own where not, or when the swap is off."""
+    """The replacement of torch's function: tritonattn's where it supports the call, otherwise (or when off) torch's own."""
     call, options = (query, key, value, attn_mask, dropout_p, is_causal), {"scale": scale, "enable_gqa": enable_gqa}
-    on = _on  # another thread may switch
-    if on and torch._C._is_torch_function_mode_enabled() and not _only_devices():
+    on = _on  # read once: another thread may switch
+    if on and not torch_private.only_device_modes():
         return _under_modes(call, options)
-    why = _unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa) if on else "off"
-    if on and why is not None and strict():
-        raise RuntimeError(fallback_message(why, call_signature(query, key, value, attn_mask, is_causal, enable_gqa)))
-    if why is not None and isinstance(attn_mask, CausalBias):
-        # this is torch's own way with it, and comes back here without it
-        return CausalBias._dispatch(*call, **options)
-    out = serve(*call, **options) if why is None else TORCH_SDPA(*call, **options)
+    reason = _unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa) if on else "off"
+    if on and reason is not None and strict():
+        raise RuntimeError(fallback_message(reason, call_signature(query, key, value, attn_mask, is_causal, enable_gqa)))
+    if reason is not None and isinstance(attn_mask, CausalBias):
+        return torch_private.causal_bias_dispatch(*call, **options)
+    out = tritonattn_sdpa(*call, **options) if reason is None else TORCH_SDPA(*call, **options)
     if on:
         # shapes may be symbols while a program is compiled, and are recorded while one is traced
-        traced = torch.compiler.is_compiling() or why == "torch.jit.trace"
-        record_call(why, TRACED if traced else call_signature(query, key, value, attn_mask, is_causal, enable_gqa))
+        traced = torch.compiler.is_compiling() or reason == "torch.jit.trace"
+        record_call(reason, TRACED if traced or not needs_signature(reason) else
+                    call_signature(query, key, value, attn_mask, is_causal, enable_gqa))
     return out
 
 
-def _only_devices():
-    """Whether torch.device and torch.set_default_device alone are asked before torch's functions; they leave ours alone."""
-    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
-
-
-class _Last(TorchFunctionMode):
-    """Beneath all other modes: what they call, having had their say, is ours again."""
+class _Innermost(TorchFunctionMode):
+    """Function mode beneath all others: their calls of torch's function reach tritonattn again."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        # no mode is left here, and ours asks for none
         return (scaled_dot_product_attention if func is TORCH_SDPA else func)(*args, **(kwargs or {}))
 
 
 def _under_modes(call, options):
-    """Modes are told of torch's own function, as they are without the swap: their tables hold that one."""
+    """Call torch's function under the active modes, as without the patch: their tables hold that function."""
     if torch.compiler.is_dynamo_compiling():
-        # nothing can be put beneath the modes that Dynamo knows
+        # Dynamo allows no mode beneath the active ones
         out = handle_torch_function(TORCH_SDPA, (), *call, **options)
         record_call("function mode in compiled code", TRACED)
         return out
-    modes = _get_current_function_mode_stack()
-    if type(modes[0]) is _Last:
+    modes = torch_private.function_modes()
+    if type(modes[0]) is _Innermost:
         return TORCH_SDPA(*call, **options)
     for _ in modes:
-        _pop_mode()
-    for mode in (_Last(), *modes):
-        _push_mode(mode)
+        torch_private.pop_mode()
+    for mode in (_Innermost(), *modes):
+        torch_private.push_mode(mode)
     try:
         return TORCH_SDPA(*call, **options)
     finally:
         for _ in range(len(modes) + 1):
-            _pop_mode()
+            torch_private.pop_mode()
         for mode in modes:
-            _push_mode(mode)
+            torch_private.push_mode(mode)
 
 
 def _unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa):
-    """Why this call is torch's; None if it is ours. A malformed call may pass either way: both raise."""
+    """Return why this call falls back to torch, or None. A malformed call may take either way: both raise."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
-    if (unfit := _unsupported_tensors(query, key, value, attn_mask)) is not None:
-        return unfit
-    if (odd := _unsupported_number(dropout_p, scale, enable_gqa)) is not None:
-        return odd
-    if forward_ad._current_level >= 0:
+    if (reason := _unsupported_tensors(query, key, value, attn_mask)) is not None:
+        return reason
+    if (reason := _unsupported_number(dropout_p, scale, enable_gqa)) is not None:
+        return reason
+    if torch_private.forward_mode_is_on():
         return "forward-mode derivative"
     return None if _fused_kernels_allowed() else "sdpa_kernel"
 
 
 def _unsupported_tensors(query, key, value, attn_mask):
-    """Why these tensors are torch's; None if ours takes them."""
+    """Return why these tensors are not supported, or None."""
     causal_bias = isinstance(attn_mask, CausalBias)
     for x in (query, key, value) if attn_mask is None or causal_bias else (query, key, value, attn_mask):
-        if type(x) not in PLAIN:
+        if type(x) not in torch_private.PLAIN_TYPES:
             return f"type {type(x).__name__}"
         if x.is_nested or x.layout != torch.strided:
             return "nested" if x.is_nested else f"layout {x.layout}"
-        if x.device.type not in SERVED_DEVICES:
+        if x.device.type not in SUPPORTED_DEVICES:
             return f"device {x.device.type}"
     for x in (query, key, value):
-        if x.dtype not in SERVED_DTYPES:
+        if x.dtype not in SUPPORTED_DTYPES:
             return f"dtype {x.dtype}"
         if x.dim() < 2:
             return "fewer than two dimensions"
@@ -229,10 +203,11 @@ def _unsupported_tensors(query, key, value, attn_mask):
 
 
 def _unsupported_number(dropout_p, scale, enable_gqa):
-    """Which option is none that ours takes; torch knows what to make of it, or what to say."""
+    """Return the option whose value only torch accepts or rejects by its own rules, or None."""
     if not isinstance(enable_gqa, bool):
         return "enable_gqa"
-    if isinstance(dropout_p, torch.Tensor) or (isinstance(dropout_p, float) and math.isnan(dropout_p)):
+    # a number that differs from itself is nan; math.isnan cannot be traced with a symbol
+    if isinstance(dropout_p, torch.Tensor) or (isinstance(dropout_p, float) and dropout_p != dropout_p):
         return "dropout_p"
     if scale is None:
         return None
@@ -253,99 +228,109 @@ def _fused_kernels_allowed():
 
 @torch.compiler.assume_constant_result
 def _is_too_old(index):
-    # without a GPU such a tensor is only thought of, in an export say
+    # without a GPU such a tensor is a fake one, for example in an export
     if gpu.INTERPRETED or not torch.cuda.is_available():
         return False
-    found = gpu.gpu_of(torch.device("cuda", index))
-    return not found.is_amd and found.capability < 80
+    device = gpu.gpu_of(torch.device("cuda", index))
+    return not device.is_amd and device.capability < 80
 
 
 def _set(claims):
-    """Let these claims be all there are, and each route on if one of them asks for it. The caller holds the lock."""
+    """Switch each route on if a claim asks for it, otherwise off. The caller holds the lock."""
     global _claims
     if claims and not _claims:
-        _warn_where_nothing_is_served()
+        _warn_if_nothing_is_supported()
     _set_fast_path(bool(claims))
     _set_aten(any(route == "aten" for _, route in claims))
     _set_python(any(route == "python" for _, route in claims))
     _claims = claims
 
 
-def _warn_where_nothing_is_served():
-    if (gpu.TRITON and (gpu.INTERPRETED or torch.cuda.is_available())) or not first("nothing is served"):
+def _warn_if_nothing_is_supported():
+    if (gpu.TRITON and (gpu.INTERPRETED or torch.cuda.is_available())) or not is_first("nothing is supported"):
         return
-    why = "torch sees no GPU, and the kernels are not interpreted" if gpu.TRITON else "Triton is not installed"
-    helps = "set TRITON_INTERPRET=1 before Python starts to try it on the CPU" if gpu.TRITON else "pip install triton"
-    warnings.warn(f"tritonattn is on, but every call will be torch's: {why}; {helps}", FallbackWarning, stacklevel=5)
+    reason = "torch finds no GPU, and Triton's interpreter is off" if gpu.TRITON else "Triton is not installed"
+    fix = "set TRITON_INTERPRET=1 before Python starts to try it on the CPU" if gpu.TRITON else "pip install triton"
+    warnings.warn(f"tritonattn is enabled, but every call will fall back to torch: {reason}; {fix}", FallbackWarning,
+                  stacklevel=5)
 
 
 def _set_fast_path(on):
-    """The C++ fast path of torch's multi-head attention calls no function of torch's: ours takes its place, or leaves it."""
+    """Replace the C++ fast path of torch's multi-head attention, which calls no Python function, or put it back."""
     global _fast_path
     if on and _fast_path is None:
-        _fast_path = aten_overrides.fast_path(SERVED_DEVICES, _accept)
-        # Dynamo does not look into nn.MultiheadAttention, but guards on this flag: as a number, which says the same, it is
-        # another, so that what was compiled before is compiled again
-        mha._is_fastpath_enabled = int(mha._is_fastpath_enabled)
+        _fast_path = aten_overrides.fast_path(SUPPORTED_DEVICES, _accept)
+        torch_private.set_fastpath_flag(patched=True)
     elif not on and _fast_path is not None:
         _fast_path.remove()
-        _fast_path, mha._is_fastpath_enabled = None, bool(mha._is_fastpath_enabled)
+        _fast_path = None
+        torch_private.set_fastpath_flag(patched=False)
 
 
 def _set_aten(on):
-    """Let torch's fused kernels be ours, through torch's own registry of such, or its own again."""
-    global _aten, _impl
-    if on and current_flash_attention_impl() != "tritonattn":
-        _impl, _aten = current_flash_attention_impl(), True
-        activate_flash_attention_impl("tritonattn")
+    """Activate tritonattn in torch's registry of flash-attention implementations, or put the previous one back."""
+    global _aten, _previous_flash_impl
+    if on and torch_attention.current_flash_attention_impl() != "tritonattn":
+        torch_attention.register_flash_attention_impl(
+            "tritonattn", register_fn=lambda: aten_overrides.fused_kernels(SUPPORTED_DEVICES, _accept, _supports))
+        _previous_flash_impl, _aten = torch_attention.current_flash_attention_impl(), True
+        torch_attention.activate_flash_attention_impl("tritonattn")
     elif _aten and not on:
         _aten = False
-        if current_flash_attention_impl() == "tritonattn":  # or somebody has put another there
-            restore_flash_attention_impl()
-            if _impl is not None:
-                activate_flash_attention_impl(_impl)
+        if torch_attention.current_flash_attention_impl() == "tritonattn":  # else it has been replaced since
+            torch_attention.restore_flash_attention_impl()
+            if _previous_flash_impl is not None:
+                torch_attention.activate_flash_attention_impl(_previous_flash_impl)
 
 
-def _accept(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, possible=True):
-    """Whether ours serves this call of one of torch's operators, counted; with TRITONATTN_STRICT=1 it has to."""
-    why = _unsupported_reason(query, key, value, attn_mask, dropout_p, scale, False)
-    why = "arguments of the operator" if why is None and not possible else why
-    gqa = possible and query.shape[-3] != key.shape[-3]
-    kind = call_signature(query, key, value, attn_mask, is_causal, gqa)
-    if why is not None and strict():
-        raise RuntimeError(fallback_message(why, kind))
-    record_call(why, kind)
-    return why is None
+def _accept(query, key, value, attn_mask=None, is_causal=False, *, scale=None, unsupported=None):
+    """Return whether tritonattn handles this call of one of torch's operators, and count it.
+
+    unsupported: a reason of the operator's own to fall back, or None. A fallback raises under TRITONATTN_STRICT=1.
+    """
+    reason = _unsupported_reason(query, key, value, attn_mask, 0.0, scale, False) or unsupported
+    signature = ""
+    if needs_signature(reason):
+        gqa = query.dim() > 2 and key.dim() > 2 and query.shape[-3] != key.shape[-3]
+        signature = call_signature(query, key, value, attn_mask, is_causal, gqa)
+    if reason is not None and strict():
+        raise RuntimeError(fallback_message(reason, signature))
+    record_call(reason, signature)
+    return reason is None
+
+
+def _supports(query, key, value, attn_mask, scale):
+    """Return whether the kernels can compute this call, without counting it."""
+    return (_unsupported_tensors(query, key, value, attn_mask) or _unsupported_number(0.0, scale, False)) is None
 
 
 def _set_python(on):
-    """Let modules hold ours, or torch's own."""
-    global _on, _before
+    """Replace torch's function in every module, or put it back."""
+    global _on, _causal_bias_function
     if on and not _on:
-        get_overridable_functions()  # a list that torch makes once: torch's own function has to be in it
-        _before = vars(CausalBias)["__torch_function__"]
+        get_overridable_functions()  # torch builds this list once, and it must hold torch's own function
+        _causal_bias_function = vars(CausalBias)["__torch_function__"]
         CausalBias.__torch_function__ = classmethod(_torch_function)
         _rebind(TORCH_SDPA, scaled_dot_product_attention)
     elif _on and not on:
         _rebind(scaled_dot_product_attention, TORCH_SDPA)
-        CausalBias.__torch_function__ = _before
+        CausalBias.__torch_function__ = _causal_bias_function
     _on = on
 
 
 def _torch_function(cls, func, types, args=(), kwargs=None):
-    """CausalBias's own would not know torch's function, which some still hold, and would leave out its bias."""
+    """CausalBias.__torch_function__ while patched: torch's compares with F.scaled_dot_product_attention, and would drop the
+    bias of a saved reference to torch's function."""
     if func is TORCH_SDPA:
         return scaled_dot_product_attention(*args, **(kwargs or {}))
-    return _before.__func__(cls, func, types, args, kwargs)
+    return _causal_bias_function.__func__(cls, func, types, args, kwargs)
 
 
-def _rebind(one, other):
-    """What modules call `one` from now on is `other`; but of torch's modules only torch.nn.functional."""
+def _rebind(old, new):
+    """Rebind every module-level name of `old` to `new`; of torch's modules only those in torch.nn.functional."""
     for name, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType) and name != __name__ and (module is F or not name.startswith("torch.")):
+        ours = name.startswith(f"{__package__}.")
+        if isinstance(module, ModuleType) and not ours and (module is F or not name.startswith("torch.")):
             for key, value in list(vars(module).items()):
-                if value is one:
-                    vars(module)[key] = other
-
-
-register_flash_attention_impl("tritonattn", register_fn=lambda: aten_overrides.Fused(SERVED_DEVICES, _accept, _unsupported_tensors))
+                if value is old:
+                    vars(module)[key] = new
