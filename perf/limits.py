@@ -1,12 +1,12 @@
-"""The least time a problem takes on a GPU, unit by unit, and the best that others have published: python -m perf.limits
+"""Least time of a problem on a GPU, by unit, and the best published rates: python -m perf.limits --gpu h200 --suite paper
 
-    tensor     products of 16-bit numbers, on the tensor cores        flop / rate
-    special    the exponentials                                       visible pairs / rate
-    fp32       what else a score needs; all products of float32       instructions / lanes
-    memory     each input read, each result written, once             bytes / rate
+    tensor     matrix products of 16-bit numbers on the tensor cores         flop / rate
+    special    exponentials on the special-function units                    unmasked pairs / rate
+    fp32       the other instructions per score; all products of float32     instructions / lanes
+    memory     each input read once, each result written once                bytes / rate
 
-The units can work side by side, so the longest binds. Launch, latency and uneven tiles are not counted; what lies in the
-cache already needs no memory; and the clock is the vendor's: a GPU that runs above it is faster by that ratio.
+The units can overlap, so the least time is that of the slowest unit. Not counted: launch, latency, uneven tiles, and data
+that is already in the cache. Clocks are the vendor's: a GPU that runs faster lowers all times by that ratio.
 """
 
 import argparse
@@ -29,53 +29,53 @@ from . import cases
 PUBLISHED = Path(__file__).parent / "published.csv"
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 DIRECTIONS = ("forward", "backward")
-ALIKE = {"H200": ("H200", "H100")}  # one chip, with other memory: what is published for either is a mark for the first
+SAME_CHIP = {"H200": ("H200", "H100")}  # the same chip with other memory: the numbers of both are comparable
 
-# fp32 instructions per visible pair. Forward: scale less maximum in one, the maximum, the sum of the row. Backward: scale
-# less lse in one, less delta, times P. Rescaling O comes on top, but seldom has to be done
+# fp32 instructions per unmasked pair. Forward: one FMA for scale and maximum, the row maximum, the row sum. Backward: one FMA
+# for scale and lse, minus delta, times P. Rescaling O is not counted: it is rarely needed
 SOFTMAX = 3
-# two numbers are converted at once: P forward, P and dS backward
+# conversions to 16 bits, two numbers per instruction: P in the forward pass, P and dS in the backward pass
 CONVERSIONS = {"forward": 0.5, "backward": 1.0}
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds that each unit is busy at the least, and the floating-point operations of the visible pairs."""
+    """The least seconds that each unit is busy, and the floating-point operations of the unmasked pairs."""
 
     flops: int
-    tensor: float   # 0 for float32, whose products are IEEE's and not TF32's
-    special: float  # less only with polynomials on the fp32 lanes instead, as in FlashAttention-4 on B200
+    tensor: float   # 0 for float32, whose products are IEEE float32 on the fp32 lanes, not TF32
+    special: float  # could be less with polynomials on the fp32 lanes, as in FlashAttention-4 on B200
     fp32: float
     memory: float
 
     @property
     def units(self) -> dict[str, float]:
-        """Seconds by the unit's name."""
+        """Seconds by name of the unit."""
         return {name: getattr(self, name) for name in ("tensor", "special", "fp32", "memory")}
 
     @property
     def bound(self) -> str:
-        """The unit that takes longest."""
+        """The slowest unit."""
         return max(self.units, key=self.units.get)
 
     @property
     def seconds(self) -> float:
-        """The least time, with all units side by side."""
+        """The least time, with all units overlapped."""
         return max(self.units.values())
 
     @property
     def serial(self) -> float:
-        """The least time where products and exponentials take turns: about where FlashAttention-3 stands. Seconds."""
+        """The least time without overlap of products and exponentials, close to FlashAttention-3. Seconds."""
         return max(self.seconds, (self.tensor or self.fp32) + self.special)
 
     @property
     def tflops(self) -> float:
-        """The ceiling: 1e12 floating-point operations per second when the least time is met."""
+        """The roofline ceiling in TFLOP/s: the rate at the least time."""
         return self._rate(self.seconds)
 
     @property
     def serial_tflops(self) -> float:
-        """The ceiling where products and exponentials take turns, in 1e12 floating-point operations per second."""
+        """The ceiling in TFLOP/s without overlap of products and exponentials."""
         return self._rate(self.serial)
 
     def _rate(self, seconds):
@@ -83,14 +83,14 @@ class Floor:
 
 
 def floor(problem: Problem, direction: str, device: gpu.Gpu) -> Floor:
-    """The floor of a problem in one direction; a ValueError for a GPU or a dtype of which no peak is known.
+    """Return the least times of a problem in one direction. Raises ValueError for a GPU or a dtype without known peaks.
 
-    The backward computes each score once more and takes its exponential once, though ours does both twice.
+    The backward pass is counted with five products and one exponential per score, the minimum; ours computes more.
     """
     if (peaks := device.peaks) is None:
-        raise ValueError(f"expected a GPU whose peaks are known, got {device.name}")
+        raise ValueError(f"the peak rates of {device.name} are not known")
     if problem.dtype not in (*SIXTEEN_BIT, torch.float32):
-        raise ValueError(f"expected float16, bfloat16 or float32, got {problem.dtype}")
+        raise ValueError(f"dtype must be float16, bfloat16 or float32, got {problem.dtype}")
     pairs = math.prod(problem.batch) * problem.heads * problem.pairs()
     flops = problem.flops(direction)
     if problem.dtype in SIXTEEN_BIT:
@@ -103,14 +103,14 @@ def floor(problem: Problem, direction: str, device: gpu.Gpu) -> Floor:
 
 
 class Published(NamedTuple):
-    """What somebody says an implementation reaches on a square problem with as many key heads as query heads.
+    """A published rate of an implementation, for equal lengths and equal numbers of query and key heads.
 
-    TFLOP/s as everybody counts them: a causal mask halves the pairs, the backward is five products to the forward's two.
+    TFLOP/s by the usual count: a causal mask halves the pairs, the forward pass has two products, the backward pass five.
     """
 
     gpu: str
     implementation: str
-    dtype: str      # fp16, bf16; 16-bit where the source leaves open which
+    dtype: str      # fp16, bf16, or 16-bit if the source does not say which
     direction: str
     mask: str
     d: int
@@ -118,34 +118,34 @@ class Published(NamedTuple):
     batch: int
     n: int
     tflops: float
-    evidence: str   # published; computed, from a published time; transcribed, from a figure by somebody else
+    evidence: str   # published; computed from a published time; transcribed from a figure by a third party
     source: str
 
     def __str__(self):
-        doubt = "" if self.evidence == "published" else f", {self.evidence}"
-        return f"{self.tflops:.0f} {self.implementation} on {self.gpu}{doubt}"
+        evidence = "" if self.evidence == "published" else f", {self.evidence}"
+        return f"{self.tflops:.0f} {self.implementation} on {self.gpu}{evidence}"
 
 
 @functools.cache
 def published() -> tuple[Published, ...]:
-    """All published numbers on file."""
-    kinds = Published.__annotations__
+    """Return the rows of published.csv."""
+    types = Published.__annotations__
     with PUBLISHED.open(newline="", encoding="utf-8") as file:
-        return tuple(Published(**{name: kinds[name](text) for name, text in row.items()}) for row in csv.DictReader(file))
+        return tuple(Published(**{name: types[name](text) for name, text in row.items()}) for row in csv.DictReader(file))
 
 
 def best_published(problem: Problem, direction: str, gpu_name: str) -> Published | None:
-    """The fastest published for this very problem in any 16-bit type, on a GPU of this name or one that computes alike."""
+    """Return the highest published rate for this problem, in any 16-bit dtype, on this GPU or another with the same chip."""
     known = gpu.find_gpu(gpu_name)
-    alike = ALIKE.get(known.name, (known.name,)) if known else ()
-    rows = [row for row in published() if row.gpu in alike and row.direction == direction and _same(row, problem)]
+    names = SAME_CHIP.get(known.name, (known.name,)) if known else ()
+    rows = [row for row in published() if row.gpu in names and row.direction == direction and _same(row, problem)]
     return max(rows, key=lambda row: row.tflops, default=None)
 
 
 def _same(row, problem):
     square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
-    mine = (problem.mask, problem.d, problem.heads, math.prod(problem.batch), problem.n_q)
-    return square and problem.dtype in SIXTEEN_BIT and mine == (row.mask, row.d, row.heads, row.batch, row.n)
+    sizes = (problem.mask, problem.d, problem.heads, math.prod(problem.batch), problem.n_q)
+    return square and problem.dtype in SIXTEEN_BIT and sizes == (row.mask, row.d, row.heads, row.batch, row.n)
 
 
 class Line(NamedTuple):
@@ -158,13 +158,13 @@ class Line(NamedTuple):
     best: Published | None
 
     def cells(self) -> list[str]:
-        """The line as a table shows it: microseconds, then TFLOP/s."""
+        """Return the cells of the table: microseconds, then TFLOP/s."""
         times = [_digits(seconds * 1e6) for seconds in self.floor.units.values()]
         ceilings = [_digits(self.floor.tflops), _digits(self.floor.serial_tflops)]
         return [self.case.name, self.direction, *times, self.floor.bound, *ceilings, str(self.best or "")]
 
     def as_json(self) -> dict:
-        """The line as JSON knows it."""
+        """Return the line as a JSON object."""
         return {
             "gpu": self.gpu, "case": self.case.name, "direction": self.direction, "problem": self.case.problem.as_json(),
             "microseconds": {name: seconds * 1e6 for name, seconds in self.floor.units.items()}, "bound": self.floor.bound,
@@ -178,11 +178,11 @@ def _digits(number):
 
 
 HEADS = ("case", "direction", "tensor", "special", "fp32", "memory", "bound", "ceiling", "serial", "published")
-TEXT = ("case", "direction", "bound", "published")  # flush left
+LEFT = ("case", "direction", "bound", "published")  # left-aligned columns
 
 
 def lines(suite: str, device: gpu.Gpu) -> Iterator[Line]:
-    """Every case of a suite, in each direction but both at once."""
+    """Yield a line for each case of a suite, forward and backward."""
     for case in cases.SUITES[suite]:
         for direction in DIRECTIONS:
             if direction in case.directions:
@@ -190,26 +190,16 @@ def lines(suite: str, device: gpu.Gpu) -> Iterator[Line]:
                 yield Line(device.name, case, direction, floor(case.problem, direction, device), best)
 
 
-def table(found: list[Line]) -> str:
-    """Lines under a heading, in columns."""
-    rows = [list(HEADS), *(line.cells() for line in found)]
+def table(rows: list[Line]) -> str:
+    """Return the lines as an aligned text table."""
+    rows = [list(HEADS), *(line.cells() for line in rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    formats = [f"{'<' if head in TEXT else '>'}{width}" for head, width in zip(HEADS, widths)]
+    formats = [f"{'<' if head in LEFT else '>'}{width}" for head, width in zip(HEADS, widths)]
     return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in rows)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    options = argparse.ArgumentParser("python -m perf.limits", description="The least time each unit of a GPU needs for "
-                                      "the cases of a suite, and the best that others have published for them.")
-    options.add_argument("--gpu", type=_gpu, required=True, metavar="NAME",
-                         help="a known GPU, such as h200; it need not be here")
-    options.add_argument("--suite", choices=cases.SUITES, required=True, help="which cases")
-    options.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-    return options
-
-
-def _gpu(name):
+def gpu_argument(name: str) -> gpu.Gpu:
+    """Return a known GPU by name, for argparse."""
     try:
         return gpu.named(name)
     except ValueError as error:
@@ -217,14 +207,19 @@ def _gpu(name):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the floors of a suite and return the exit code."""
-    arguments = parser().parse_args(argv)
-    found = list(lines(arguments.suite, arguments.gpu))
+    """Print the least times of a suite and return the exit code."""
+    parser = argparse.ArgumentParser("python -m perf.limits", description="Print the least time that each unit of a GPU "
+                                     "needs for the cases of a suite, and the best published rates. Needs no GPU.")
+    parser.add_argument("--gpu", type=gpu_argument, required=True, metavar="NAME", help="a known GPU, such as h200")
+    parser.add_argument("--suite", choices=cases.SUITES, required=True)
+    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
+    arguments = parser.parse_args(argv)
+    rows = list(lines(arguments.suite, arguments.gpu))
     if arguments.json:
-        print(json.dumps([line.as_json() for line in found], indent=2))
+        print(json.dumps([line.as_json() for line in rows], indent=2))
     else:
-        print(f"{arguments.gpu.name}, {arguments.suite}: microseconds that each unit needs; TFLOP/s with all side by side "
-              f"(ceiling),\nwith products and exponentials in turns (serial), and as published\n\n{table(found)}")
+        print(f"{arguments.gpu.name}, {arguments.suite}: least microseconds per unit; TFLOP/s with all units overlapped "
+              f"(ceiling),\nwith products and exponentials in turn (serial), and as published\n\n{table(rows)}")
     return 0
 
 

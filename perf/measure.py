@@ -1,7 +1,7 @@
-"""One job: a case in one direction. Every contender is checked against the definition; those that are right are timed.
+"""Measure one job: check every implementation against the definition, then time the correct ones together.
 
-"forward" is inference; "backward" is the backward pass alone, after a forward pass made for training; "both" is that
-forward pass and its backward pass.
+"forward" is inference, "backward" the backward pass alone after a forward pass with gradients, "both" that forward pass
+and its backward pass.
 """
 
 import math
@@ -18,154 +18,155 @@ from tritonattn import Problem, gpu, reference
 from tritonattn.configs import lookup
 from tritonattn.measure import accuracy, device_timer, timing
 
-from .baselines import Refused, Rival, bottom_right, sdpa_choice
+from .baselines import Implementation, Unsupported, align, sdpa_choice
 from .cases import Case
 
-LARGE = 2**31  # pairs above which 16-bit results are held against float32, whose rounding is far finer than theirs
-COPIES = 32    # of small inputs at most, to be rotated
-BURST = 100    # kernels that a profiler sees before those that count: it may lose the first of a session
-NOBODY = MappingProxyType({})
-SPIN = "spin_kernel"  # what these are called; no contender runs it
+FLOAT32_PAIRS = 2**31  # (query, key) pairs above which 16-bit results are checked against float32 instead of float64
+MAX_COPIES = 32        # copies of small inputs, rotated so that none is in the cache
+SPIN, SPINS = "spin_kernel", 100  # kernels that precede the profiled ones: a profiler session may lose its first
+NONE = MappingProxyType({})
 KERNELS = {"forward": ("forward",), "backward": ("delta", "dq", "dkdv"), "both": ("forward", "delta", "dq", "dkdv")}
 TENSORS = {"forward": ("o",), "backward": ("dq", "dk", "dv"), "both": ("o", "dq", "dk", "dv")}
 
 
 class DeviceLost(Exception):
-    """The device answers nothing any more; `name` is the contender that ran last."""
+    """The device fails every call, after a sticky CUDA error for example; `name` is the implementation that ran last."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
 
-class Truth(NamedTuple):
-    """The exact results of a case, in the order of its tensors, and the error that each may have."""
+class Expected(NamedTuple):
+    """The exact tensors of a case and the error allowed for each, by name."""
 
     exact: dict[str, torch.Tensor]
     allowed: dict[str, float]
 
-    def errors(self, names, results) -> dict[str, list[float]]:
-        """{tensor: [error, allowed]}"""
-        return {name: [accuracy.max_error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, results)}
+    def errors(self, names, tensors) -> dict[str, list[float]]:
+        """Return {name: [error, allowed error]}."""
+        return {name: [accuracy.max_error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, tensors)}
 
 
 @dataclass
-class Bench:
-    """A device, how it is timed, and what is kept from one job to the next."""
+class Setup:
+    """A device, its timer and the time to spend. The expected tensors of the last case are kept for its other directions."""
 
     device: torch.device
-    stopwatch: object  # of tritonattn.clock
-    effort: timing.TimingBudget = field(default_factory=timing.TimingBudget)
-    _truth: tuple = (None, None)
+    timer: device_timer.Cuda | device_timer.Host
+    budget: timing.TimingBudget = field(default_factory=timing.TimingBudget)
+    _expected: tuple = (None, None)
 
-    def truth(self, case: Case, inputs) -> Truth:
-        """Of this case; its directions come one after another, so that of the last case is kept."""
-        if self._truth[0] != case:
-            self._truth = (None, None)
-            self._truth = (case, truth(case, inputs))
-        return self._truth[1]
+    def expected(self, case: Case, inputs) -> Expected:
+        """Return the expected tensors of a case."""
+        if self._expected[0] != case:
+            self._expected = (None, None)  # free the memory first
+            self._expected = (case, expected_tensors(case, inputs))
+        return self._expected[1]
 
     @property
-    def room(self) -> int:
-        """Bytes that inputs may take."""
+    def input_limit(self) -> int:
+        """Bytes that the tensors of a job may take."""
         return torch.cuda.get_device_properties(self.device).total_memory // 2 if self.device.type == "cuda" else 4 << 30
 
 
-def job(bench: Bench, case: Case, direction: str, rivals: list[Rival], without: Mapping[str, str] = NOBODY) -> dict:
-    """{"results": {contender: its outcome}, "state": what the device said}, as the journal holds them; or DeviceLost.
+def measure_job(setup: Setup, case: Case, direction: str, implementations: list[Implementation],
+                excluded: Mapping[str, str] = NONE) -> dict:
+    """Return {"results": {name: outcome}, "state": device state} as the journal stores it.
 
-    `without` names contenders that are not run, and why.
+    `excluded` maps names of implementations that must not run to the reason. Raises DeviceLost.
     """
-    if too_large := _too_large(bench, case.problem, direction):
-        return {"results": {rival.name: {"status": "refused", "reason": too_large} for rival in rivals}, "state": None}
-    results, ready = {}, {}
-    with bench.stopwatch.context():
-        inputs = draw(case.problem, bench.device, _copies(case.problem, bench.stopwatch.cache_bytes))
-        truth_here = bench.truth(case, inputs[0])
-        for rival in rivals:
-            if reason := without.get(rival.name):
-                results[rival.name] = {"status": "failed", "reason": reason}
+    needed = case.problem.bytes("forward" if direction == "forward" else "backward")
+    if needed > setup.input_limit:
+        reason = f"the tensors need {needed / 2**30:.0f} GiB, the limit is {setup.input_limit / 2**30:.0f} GiB"
+        return {"results": {each.name: {"status": "refused", "reason": reason} for each in implementations}, "state": None}
+    outcomes, ready = {}, {}
+    with setup.timer.context():
+        inputs = draw_inputs(case.problem, setup.device, copies_needed(case.problem, setup.timer.cache_bytes))
+        expected = setup.expected(case, inputs[0])
+        for each in implementations:
+            if reason := excluded.get(each.name):
+                outcomes[each.name] = {"status": "failed", "reason": reason}
             else:
-                results[rival.name] = prepare(bench, rival, case, direction, inputs, truth_here, ready)
-        timings, states = _time(bench, ready, results)
-    for contender, found in timings.items():
-        results[contender] = as_ok(found, results[contender]["details"])
-    return {"results": results, "state": summary(states)}
+                outcomes[each.name] = check(setup, each, case, direction, inputs, expected, ready)
+        timings, states = _time(setup, ready, outcomes)
+    for name, result in timings.items():
+        outcomes[name] = timed_outcome(result, outcomes[name]["details"])
+    return {"results": outcomes, "state": summarize_states(states)}
 
 
-def _too_large(bench, problem: Problem, direction):
-    needed = problem.bytes("forward" if direction == "forward" else "backward")
-    if needed > bench.room:
-        return f"its tensors are {needed / 2**30:.0f} GiB, there is room for {bench.room / 2**30:.0f}"
-
-
-def _copies(problem: Problem, cache: int) -> int:
-    """How many copies of the inputs it takes that none is found in a cache of so many bytes."""
+def copies_needed(problem: Problem, cache_bytes: int) -> int:
+    """Return how many copies of the inputs exceed the cache, so that rotating them leaves none in it."""
     size = problem.bytes()
-    return 1 if size >= 2 * cache else min(COPIES, -(-3 * cache // size))
+    return 1 if size >= 2 * cache_bytes else min(MAX_COPIES, -(-3 * cache_bytes // size))
 
 
-def draw(problem: Problem, device, copies: int) -> list[tuple]:
-    """Copies of q, k, v, do: random normal, each other numbers. Zeros would be multiplied faster."""
+def draw_inputs(problem: Problem, device, copies: int) -> list[tuple]:
+    """Return copies of (q, k, v, do) with different random normal values. Constant inputs would draw less power."""
     like_o = Problem(problem.batch, problem.heads, problem.heads, problem.n_q, 1, problem.dv, 1, problem.dtype)
     return [(*problem.tensors(device, seed=2 * i), like_o.tensors(device, seed=2 * i + 1)[0]) for i in range(copies)]
 
 
-def truth(case: Case, inputs) -> Truth:
-    """Float64, or float32 for large problems of 16 bits; what torch makes of it, function by function, is the measure.
+def expected_tensors(case: Case, inputs) -> Expected:
+    """Compute a case by the definition in float64 (float32 for large 16-bit problems), with the error torch makes.
 
-    Raises ValueError where what torch makes is not finite: by that nothing can be measured.
+    Raises ValueError if the definition in the problem's dtype is not finite, which leaves no bound for the error.
     """
     problem, (q, k, v, do) = case.problem, inputs
-    pairs = torch.Size(problem.batch).numel() * problem.heads * problem.n_q * problem.n_k
-    wide = torch.float32 if pairs > LARGE and problem.dtype.itemsize == 2 else torch.float64
-    options = {"window": problem.window, "align": "bottom_right" if bottom_right(problem) else "top_left"}
+    pairs = math.prod(problem.batch) * problem.heads * problem.n_q * problem.n_k
+    wide = torch.float32 if pairs > FLOAT32_PAIRS and problem.dtype.itemsize == 2 else torch.float64
     names, do = (TENSORS["forward"], None) if case.directions == ("forward",) else (TENSORS["both"], do)
 
-    def by_name(dtype):
-        found = reference.by_heads(q, k, v, do, dtype=dtype, **options)
-        return dict(zip(names, (found,) if do is None else found))
+    def tensors_by_name(dtype):
+        tensors = reference.by_heads(q, k, v, do, dtype=dtype, window=problem.window, align=align(problem))
+        return dict(zip(names, (tensors,) if do is None else tensors))
 
-    exact, torchs = by_name(wide), by_name(problem.dtype)
-    allowed = {name: accuracy.tolerance(torchs[name], exact[name], problem.dtype) for name in names}
-    if vague := [name for name, limit in allowed.items() if not math.isfinite(limit)]:
-        raise ValueError(f"{', '.join(vague)}: expected finite numbers from the definition in {problem.dtype}")
-    return Truth(exact, allowed)
+    exact, rounded = tensors_by_name(wide), tensors_by_name(problem.dtype)
+    allowed = {name: accuracy.tolerance(rounded[name], exact[name], problem.dtype) for name in names}
+    if unbounded := [name for name, limit in allowed.items() if not math.isfinite(limit)]:
+        raise ValueError(f"{', '.join(unbounded)}: the definition in {problem.dtype} is not finite")
+    return Expected(exact, allowed)
 
 
-def prepare(bench: Bench, rival: Rival, case: Case, direction: str, inputs, truth_here: Truth, ready: dict) -> dict:
-    """A rival's outcome so far; if it may be timed, its calls go to `ready`. Raises DeviceLost."""
-    if rival.missing:
-        return {"status": "missing", "reason": rival.missing}
+def check(setup: Setup, each: Implementation, case: Case, direction: str, inputs, expected: Expected, ready: dict) -> dict:
+    """Run an implementation, compare it with the expected tensors, and return its outcome. Raises DeviceLost.
+
+    The calls of a correct implementation are added to `ready`, to be timed.
+    """
+    if each.missing:
+        return {"status": "missing", "reason": each.missing}
     try:
-        with rival.around():
-            function = rival.build(case.problem, bench.device)
+        with each.context():
+            function = each.build(case.problem, setup.device)
             calls = [CALLS[direction](function, *copy) for copy in inputs]
             first = calls[0]()
-            errors = truth_here.errors(TENSORS[direction], first)
+            errors = expected.errors(TENSORS[direction], first)
             details = {"errors": errors, "repeatable": all(map(torch.equal, first, calls[0]()))}
             if wrong := [name for name, (error, allowed) in errors.items() if not error <= allowed]:
-                text = ", ".join(f"{name} is off by {errors[name][0]:.1e}, {errors[name][1]:.1e} allowed" for name in wrong)
-                return {"status": "wrong", "reason": text, "details": _finite(details)}
+                reason = ", ".join(f"{name}: error {errors[name][0]:.1e}, limit {errors[name][1]:.1e}" for name in wrong)
+                # JSON has no infinity
+                details["errors"] = {name: [error if math.isfinite(error) else None, allowed]
+                                     for name, (error, allowed) in errors.items()}
+                return {"status": "wrong", "reason": reason, "details": details}
             del first
-            details |= {"peak_bytes": bench.stopwatch.peak_bytes(calls[0]),
-                        **_choices(rival, case.problem, direction, inputs[0], bench.device)}
-    except Refused as refusal:
-        return {"status": "refused", "reason": str(refusal)}
+            details |= {"peak_bytes": setup.timer.peak_bytes(calls[0]),
+                        **_choices(each, case.problem, direction, inputs[0], setup.device)}
+    except Unsupported as error:
+        return {"status": "refused", "reason": str(error)}
     except Exception as error:
-        return failure(bench, rival.name, error)
-    ready[rival.name] = timing.Timed(calls, case.problem.bytes(), rival.around)
+        return failure(setup, each.name, error)
+    ready[each.name] = timing.Timed(calls, case.problem.bytes(), each.context)
     return {"status": "ok", "details": details}
 
 
-def failure(bench: Bench, name: str, error: Exception) -> dict:
-    """What an exception says of a contender, if the device outlived it; else DeviceLost."""
+def failure(setup: Setup, name: str, error: Exception) -> dict:
+    """Return the outcome of an implementation that raised. Raises DeviceLost if the device does not respond any more."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     try:
-        bench.stopwatch.synchronize()
+        setup.timer.synchronize()
     except RuntimeError as lost:
         raise DeviceLost(name, reason) from lost
-    # torch's words where a backend that was forced does not serve the problem
+    # torch's message if the forced backend does not support the problem
     return {"status": "refused" if "No available kernel" in reason else "failed", "reason": reason}
 
 
@@ -192,78 +193,78 @@ def _backward(function, q, k, v, do):
 CALLS = {"forward": _forward, "backward": _backward, "both": _both}
 
 
-def names(bench: Bench, case: Case, direction: str, rivals: list[Rival]) -> dict[str, list[str]]:
-    """{contender: the kernels that really run}; nothing is to be timed in this process any more. Raises DeviceLost."""
-    found = {}
-    with bench.stopwatch.context():
-        for rival in rivals:
+def kernel_names(setup: Setup, case: Case, direction: str, implementations: list[Implementation]) -> dict[str, list[str]]:
+    """Return {implementation: names of the kernels it runs}. Do not time in this process afterwards. Raises DeviceLost."""
+    names = {}
+    with setup.timer.context():
+        for each in implementations:
             try:
-                with rival.around():
-                    function = rival.build(case.problem, bench.device)
-                    call = CALLS[direction](function, *draw(case.problem, bench.device, 1)[0])
-                    found[rival.name] = kernels(call, bench.device)
+                with each.context():
+                    function = each.build(case.problem, setup.device)
+                    call = CALLS[direction](function, *draw_inputs(case.problem, setup.device, 1)[0])
+                    names[each.name] = profile_kernels(call, setup.device)
             except Exception as error:
-                found[rival.name] = [f"not read: {failure(bench, rival.name, error)['reason']}"]
-    return found
+                names[each.name] = [f"not read: {failure(setup, each.name, error)['reason']}"]
+    return names
 
 
-def kernels(call, device, most: int = 6) -> list[str]:
-    """The names of the kernels that a call runs on a GPU, the longest-running first; or "not seen"."""
+def profile_kernels(call, device, most: int = 6) -> list[str]:
+    """Return the names of the kernels that a call runs on a GPU, by decreasing time; ["not seen"] if there are none."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    call()  # what is compiled at the first call is none of it
+    call()  # compile first
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(BURST):
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(SPINS):
             torch.cuda._sleep(1000)
         torch.cuda.synchronize(device)
         for _ in range(3):
             call()
         torch.cuda.synchronize(device)
-    spent = Counter()
-    for event in seen.events():
+    seconds = Counter()
+    for event in profiler.events():
         if event.device_type == DeviceType.CUDA and SPIN not in event.name:
-            spent[event.name[:160]] += event.self_device_time_total
-    return [name for name, _ in spent.most_common(most)] or ["not seen"]
+            seconds[event.name[:160]] += event.self_device_time_total
+    return [name for name, _ in seconds.most_common(most)] or ["not seen"]
 
 
-def _choices(rival: Rival, problem: Problem, direction, inputs, device) -> dict:
-    """What a contender that chooses for itself has chosen: our configs, torch's backend."""
-    if rival.name.startswith("tritonattn"):
-        here = gpu.gpu_of(device)
-        return {"configs": {kernel: str(lookup.get_config(kernel, problem, here)) for kernel in KERNELS[direction]}}
-    if rival.name == "torch" and device.type == "cuda":
+def _choices(each: Implementation, problem: Problem, direction, inputs, device) -> dict:
+    """Return what an implementation selects by itself: our configs, the backend of torch's SDPA."""
+    if each.name.startswith("tritonattn"):
+        this_gpu = gpu.gpu_of(device)
+        return {"configs": {kernel: str(lookup.get_config(kernel, problem, this_gpu)) for kernel in KERNELS[direction]}}
+    if each.name == "torch" and device.type == "cuda":
         q, k, v = (x.detach().requires_grad_(direction != "forward") for x in inputs[:3])
         return {"backend": sdpa_choice(problem, q, k, v)}
     return {}
 
 
-def _time(bench, ready, results):
-    """Timings of those that are ready; one that fails on the way is taken out, and the others are timed anew."""
-    # each contender's tensors are held by `ready` alone, so that one taken out leaves its room to the others
+def _time(setup, ready, outcomes):
+    """Time all that are ready. One that fails while it is timed is removed, and the others are timed again."""
+    # only `ready` holds the tensors of an implementation, so that removing it frees their memory
     while ready:
         try:
-            return timing.measure(ready, bench.stopwatch, bench.effort)
-        except timing.TimedError as failed:
-            results[failed.name] = failure(bench, failed.name, failed.__cause__)
-            del ready[failed.name]
+            return timing.measure(ready, setup.timer, setup.budget)
+        except timing.TimedError as error:
+            outcomes[error.name] = failure(setup, error.name, error.__cause__)
+            del ready[error.name]
     return {}, []
 
 
-def as_ok(found: timing.Timing, details: dict) -> dict:
-    """The outcome of a contender that was timed; lists are in microseconds."""
+def timed_outcome(result: timing.Timing, details: dict) -> dict:
+    """Return the outcome of an implementation that was timed; lists are in microseconds."""
     details = details | {
-        "method": found.method, "caches": found.caches, "calls": found.calls, "note": found.note,
-        "host_us": round(found.host_seconds * 1e6, 2), "samples_us": [round(x * 1e6, 3) for x in found.samples],
-        "throttled_samples": list(found.throttled),
+        "method": result.method, "caches": result.caches, "calls": result.calls, "note": result.note,
+        "host_us": round(result.host_seconds * 1e6, 2), "samples_us": [round(x * 1e6, 3) for x in result.samples],
+        "throttled_samples": list(result.throttled),
     }
-    return {"status": "ok", "seconds": found.seconds, "q20": found.q20, "q80": found.q80,
-            "throttled": found.mostly_throttled, "details": details}
+    return {"status": "ok", "seconds": result.seconds, "q20": result.q20, "q80": result.q80,
+            "throttled": result.mostly_throttled, "details": details}
 
 
-def summary(states: list[device_timer.State]) -> dict | None:
-    """Clock in MHz, temperature in degrees Celsius, power in watts, and in how many rounds a reason held the clock back."""
+def summarize_states(states: list[device_timer.State]) -> dict | None:
+    """Return clocks in MHz, temperature in degrees Celsius, power in watts, and the rounds with each throttle reason."""
     if not states:
         return None
     clocks = [state.clock for state in states]
@@ -271,9 +272,3 @@ def summary(states: list[device_timer.State]) -> dict | None:
             "temperature": max(state.temperature for state in states),
             "power": statistics.median(state.power for state in states),
             "reasons": dict(Counter(reason for state in states for reason in state.reasons)), "rounds": len(states)}
-
-
-def _finite(details: dict) -> dict:
-    """JSON has no word for inf."""
-    errors = {name: [error if error < float("inf") else None, allowed] for name, (error, allowed) in details["errors"].items()}
-    return details | {"errors": errors}

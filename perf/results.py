@@ -1,9 +1,9 @@
-"""What was measured, as the files in perf/results hold it, and how it is read back.
+"""Benchmark results as perf/results stores them.
 
-    <gpu>/<suite>-<digest>.jsonl     line 1: the plan, with the environment     then: one entry per job, and others
+    <gpu>/<suite>-<digest>.jsonl     line 1: the plan, with the environment     then: journal entries, one per event
 
-A job is one case in one direction with every contender, whose samples were interleaved; it is written when it is done.
-Every process that works on a plan writes a session, with its commit; the kernels that ran are named after all timing.
+A job is one case in one direction with every implementation. Its entry is written when the job is complete. Each process
+that works on a plan adds a session with its commit. The names of the kernels are added after all timing.
 """
 
 from dataclasses import dataclass, replace
@@ -18,25 +18,26 @@ OURS = "tritonattn"
 
 @dataclass(frozen=True)
 class Result:
-    """One contender at one job. Times are seconds per call on the device, the median and two quantiles."""
+    """The outcome of one implementation in one job. Times are device seconds per call: the median and two quantiles."""
 
-    contender: str
-    status: str                # "ok"; else "missing", "refused", "wrong", "failed"
-    reason: str | None = None  # why it is not ok
+    name: str
+    status: str                # "ok", "missing", "refused", "wrong" or "failed"
+    reason: str | None = None  # set unless the status is "ok"
     seconds: float | None = None
     q20: float | None = None
     q80: float | None = None
-    throttled: bool = False    # the device held its clocks back during most samples
+    throttled: bool = False    # the GPU was throttled during most samples
     details: dict | None = None
 
-    def tflops(self, job: "Job") -> float | None:
-        """Floating-point operations of visible pairs per second, 1e12; backward counts five products, both counts seven."""
-        return job.flops / self.seconds / 1e12 if self.seconds else None
+    @property
+    def ours(self) -> bool:
+        """Whether this is tritonattn or one of its variants, whose names begin with it."""
+        return self.name.startswith(OURS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A case in one direction ("forward", "backward" alone, "both"), with all results."""
+    """A case in one direction ("forward", "backward" or "both") with the results of all implementations."""
 
     suite: str
     case: str
@@ -49,28 +50,26 @@ class Job:
         return f"{self.suite}/{self.case}/{self.direction}"
 
     @property
-    def flops(self) -> int:
-        parts = ("forward", "backward") if self.direction == "both" else (self.direction,)
-        return sum(self.problem.flops(part) for part in parts)
-
-    @property
     def ours(self) -> Result | None:
-        return self._ok(OURS)
+        """Our result, if it is "ok"."""
+        result = self.results.get(OURS)
+        return result if result and result.status == "ok" else None
 
     @property
-    def best_rival(self) -> Result | None:
-        """The fastest contender that is right and is not ours (whose variants carry our name in front)."""
-        rivals = [self._ok(name) for name in self.results if not name.startswith(OURS)]
-        return min((rival for rival in rivals if rival), key=lambda rival: rival.seconds, default=None)
+    def best_baseline(self) -> Result | None:
+        """The fastest result that is "ok" and not ours."""
+        baselines = [result for result in self.results.values() if result.status == "ok" and not result.ours]
+        return min(baselines, key=lambda result: result.seconds, default=None)
 
-    def _ok(self, name) -> Result | None:
-        result = self.results.get(name)
-        return result if result and result.status == "ok" else None
+    def tflops(self, seconds: float) -> float:
+        """Return the rate of `seconds` per call in TFLOP/s of unmasked pairs (backward: 5 products, both: 7)."""
+        parts = ("forward", "backward") if self.direction == "both" else (self.direction,)
+        return sum(self.problem.flops(part) for part in parts) / seconds / 1e12
 
 
 @dataclass(frozen=True)
 class Run:
-    """One file: where, with what, and all jobs that are done."""
+    """The contents of one file: the environment, and all complete jobs."""
 
     path: Path
     environment: dict
@@ -78,23 +77,23 @@ class Run:
 
 
 def load(folder: Path = RESULTS) -> list[Run]:
-    """Every file of results under a folder, in the order of their names; raises JournalError for a broken one."""
+    """Read all files of results under a folder, sorted by name. Raises JournalError for a broken file."""
     return [read(path) for path in sorted(folder.rglob("*.jsonl"))]
 
 
 def read(path: Path) -> Run:
-    """One file of results; raises JournalError if it is broken. The commit is that of the last session."""
+    """Read one file of results. The commit is that of the last session. Raises JournalError for a broken file."""
     head, entries = journal.read(path)
     environment = {"date": head["begun"]} | head["plan"]["environment"]
     for entry in entries:
         environment |= {"commit": entry["session"]["commit"]} if "session" in entry else {}
-    named = {entry["named"]: entry["kernels"] for entry in entries if "named" in entry}
-    return Run(path, environment, [job_of(entry, named.get(entry["job"])) for entry in entries if "results" in entry])
+    kernels = {entry["named"]: entry["kernels"] for entry in entries if "named" in entry}
+    return Run(path, environment, [job_of(entry, kernels.get(entry["job"])) for entry in entries if "results" in entry])
 
 
 def job_of(entry: dict, kernels: dict[str, list[str]] | None = None) -> Job:
-    """The job that an entry of the journal holds, with the kernels that each contender ran, if they are known."""
+    """Return the job of a journal entry, with the kernels that each implementation ran, if they are known."""
     results = {name: Result(name, **fields) for name, fields in entry["results"].items()}
-    for name, ran in (kernels or {}).items():
-        results[name] = replace(results[name], details=(results[name].details or {}) | {"kernels": ran})
+    for name, names in (kernels or {}).items():
+        results[name] = replace(results[name], details=(results[name].details or {}) | {"kernels": names})
     return Job(entry["suite"], entry["case"], Problem.from_json(entry["problem"]), entry["direction"], results)

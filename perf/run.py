@@ -1,16 +1,17 @@
-"""python -m perf.run --suite paper --rivals all --out perf/results/
+"""Run a benchmark suite: python -m perf.run --suite paper --baselines all --out perf/results/
 
-Ours and every rival, each checked and then timed in turns; one line per job in <out>/<gpu>/<suite>-<digest>.jsonl. The
-digest is of the plan: cases, contenders and their versions, effort, GPU, versions and the source that runs. The same
-command goes on where a kill left off. When nothing is left to be timed, the kernels that ran are named. Exit codes: 0 all
-is done, or the time is up; 1 a contender of ours is wrong or failed; 2 wrong usage; 3 the device is lost, run again to go
-on without the contender that lost it; 130 after Ctrl-C or a request to end.
+Each job is one case in one direction: every implementation is checked against the definition, and the correct ones are
+timed together, interleaved. Each job adds a line to <out>/<gpu>/<suite>-<digest>.jsonl. The digest covers the cases, the
+implementations and their versions, the timing budget, the GPU, the software versions and the source that runs. After an
+interruption or a kill, the same command continues with the jobs that are left. The names of the kernels are read last.
+
+Exit codes: 0 complete, or the time is up; 1 tritonattn is wrong or failed; 2 wrong usage; 3 the device is lost: run again,
+the implementation that lost it is excluded; 130 after Ctrl-C or SIGTERM.
 """
 
 import argparse
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import time
@@ -29,28 +30,27 @@ from tritonattn.measure.journal import Journal, JournalError
 from . import baselines, cases, measure, results
 from .cases import Case
 
-LOST = 3       # the exit code that asks to be run again
-ATTEMPTS = 2   # of a job that kills the process; and losses of the device after which a rival is left out for good
-NAMING = 0.1   # of the minutes, kept for naming kernels
+DEVICE_LOST = 3    # exit code
+MAX_ATTEMPTS = 2   # crashes after which a job is skipped; device losses after which a baseline is excluded
+NAMING_SHARE = 0.1 # share of --minutes reserved for reading kernel names
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-ON_HOST = timing.TimingBudget(seconds=1.0, rounds=(3, 5), settle=(0.0, 0.0))
-# rough: seconds that one contender takes before it is timed, mostly compiling; FlexAttention compiles its own way
-SETUP, SETUP_FLEX = 2.5, 20.0
+INTERPRETED_BUDGET = timing.TimingBudget(seconds=1.0, rounds=(3, 5), settle=(0.0, 0.0))
+SETUP_SECONDS = {"flex": 20.0}  # estimate of the time before timing, mostly compilation; 2.5 s for all others
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be measured, in order, and with whom."""
+    """The jobs to run, in order, and the implementations."""
 
     suite: str
     cases: tuple[Case, ...]
-    rivals: list[baselines.Rival]
-    effort: timing.TimingBudget
+    implementations: list[baselines.Implementation]
+    budget: timing.TimingBudget
     environment: dict
-    commit: str | None = None  # no part of what is digested: committing results must not begin them anew
+    commit: str | None = None  # not in the digest: committing results must not invalidate them
 
     def jobs(self) -> Iterator[tuple[str, Case, str]]:
-        """(name, case, direction)"""
+        """Yield (name, case, direction)."""
         for case in self.cases:
             for direction in case.directions:
                 yield f"{self.suite}/{case.name}/{direction}", case, direction
@@ -58,163 +58,149 @@ class Plan:
     def as_json(self) -> dict:
         described = [{"name": case.name, "problem": case.problem.as_json(), "directions": list(case.directions)}
                      for case in self.cases]
-        return {"suite": self.suite, "cases": described, "contenders": {rival.name: rival.identity for rival in self.rivals},
-                "effort": asdict(self.effort) | {"rounds": list(self.effort.rounds), "settle": list(self.effort.settle)},
-                "environment": self.environment}
+        budget = asdict(self.budget) | {"rounds": list(self.budget.rounds), "settle": list(self.budget.settle)}
+        return {"suite": self.suite, "cases": described, "budget": budget, "environment": self.environment,
+                "implementations": {each.name: each.identity for each in self.implementations}}
 
     def path(self, folder: Path) -> Path:
         return folder / environment.slug(self.environment["gpu"]) / f"{self.suite}-{journal.digest(self.as_json())}.jsonl"
 
-    def seconds(self) -> float:
-        """A job takes about so long: no measurement, a rule of thumb to plan by."""
-        able = [rival for rival in self.rivals if not rival.missing]
-        setup = sum(SETUP_FLEX if rival.name == "flex" else SETUP for rival in able)
-        return setup + 2 * self.effort.seconds * len(able) + self.effort.settle[0]
+    def seconds_per_job(self) -> float:
+        """Estimate the duration of a job before the first is measured."""
+        names = [each.name for each in self.implementations if not each.missing]
+        setup = sum(SETUP_SECONDS.get(name, 2.5) for name in names)
+        return setup + 2 * self.budget.seconds * len(names) + self.budget.settle[0]
 
 
-def run(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("inf")) -> list[results.Job]:
-    """Do every job that the file at `path` does not hold yet, until the clock shows `deadline`; all jobs that are done.
+def run(plan: Plan, path: Path, setup: measure.Setup, deadline: float = float("inf")) -> list[results.Job]:
+    """Run the jobs that the file does not hold yet, until the deadline of the timer's clock. Return all complete jobs.
 
-    Raises measure.DeviceLost when the device is gone, JournalError when the file is not this plan's.
+    Raises measure.DeviceLost, and JournalError if the file is broken or belongs to another plan.
     """
+    now = setup.timer.now
     with Journal(path, plan.as_json()) as book:
         done = {entry["job"]: entry for entry in book.entries if "results" in entry}
-        todo = [job for job in plan.jobs() if job[0] not in done]
-        if todo:
+        pending = [job for job in plan.jobs() if job[0] not in done]
+        if pending:
             book.append({"session": {"commit": plan.commit, "time": journal.now()}})
-        progress = Progress(len(done), len(done) + len(todo), bench.stopwatch.now)
-        expected = plan.seconds()
-        for name, case, direction in todo:
-            if bench.stopwatch.now() + expected > deadline:
-                print(f"time is up: {len(todo) - progress.fresh} jobs are left; the same command goes on", flush=True)
+        total, start, expected = len(done) + len(pending), now(), plan.seconds_per_job()
+        for count, (name, case, direction) in enumerate(pending):
+            if now() + expected > deadline:
+                print(f"time is up: {len(pending) - count} jobs are left; run the same command to continue", flush=True)
                 break
-            entry = _job(plan, book, bench, name, case, direction)
-            done[name] = entry
-            progress.line(results.job_of(entry))
-            expected = progress.seconds_each
+            done[name] = _run_job(plan, book, setup, name, case, direction)
+            expected = (now() - start) / (count + 1)
+            minutes = (total - len(done)) * expected / 60
+            print(f"[{len(done)}/{total}] {name}: {verdict(results.job_of(done[name]))}; {minutes:.0f} min left", flush=True)
         return [results.job_of(done[name]) for name, *_ in plan.jobs() if name in done]
 
 
-def _job(plan, book, bench, name, case, direction) -> dict:
-    """Measure one job and write it; what kills the process twice is written as failed."""
-    if deaths(book.entries, name) >= ATTEMPTS:
-        outcome = _failed(plan, f"the process died {ATTEMPTS} times in this job")
+def _run_job(plan, book, setup, name, case, direction) -> dict:
+    """Measure one job and write its entry. A job that crashed the process MAX_ATTEMPTS times is written as failed."""
+    if crashes(book.entries, name) >= MAX_ATTEMPTS:
+        outcome = _failed(plan, f"the process crashed {MAX_ATTEMPTS} times in this job")
     else:
-        outcome = _attempt(plan, book, bench, name, case, direction)
+        outcome = _attempt(plan, book, setup, name, case, direction)
     entry = {"job": name, "suite": plan.suite, "case": case.name, "problem": case.problem.as_json(), "direction": direction,
              "time": journal.now()} | outcome
     book.append(entry)
     return entry
 
 
-def _attempt(plan, book, bench, name, case, direction) -> dict:
-    """The outcome of a job, whatever goes wrong in it, if the process and the device outlive it."""
+def _attempt(plan, book, setup, name, case, direction) -> dict:
+    """Measure one job. Every error becomes an outcome, unless the process or the device is lost."""
     book.append({"began": name})
     try:
-        return measure.job(bench, case, direction, plan.rivals, left_out(book.entries, name))
+        return measure.measure_job(setup, case, direction, plan.implementations, excluded(book.entries, name))
     except measure.DeviceLost as lost:
-        book.append({"lost": name, "contender": lost.name, "reason": f"lost the device: {lost.reason}"})
+        book.append({"lost": name, "implementation": lost.name, "reason": f"lost the device: {lost.reason}"})
         raise
     except KeyboardInterrupt:
         book.append({"interrupted": name})
         raise
     except Exception as error:
-        # of no contender: of the inputs, the definition, the stopwatch. A device lost here counts as a death of the job
-        return _failed(plan, measure.failure(bench, "what all contenders share", error)["reason"])
+        # in the inputs, the definition or the timer; a device that is lost here counts as a crash of the job
+        return _failed(plan, measure.failure(setup, "inputs or reference", error)["reason"])
 
 
 def _failed(plan, reason) -> dict:
-    return {"results": {rival.name: {"status": "failed", "reason": reason} for rival in plan.rivals}, "state": None}
+    return {"results": {each.name: {"status": "failed", "reason": reason} for each in plan.implementations}, "state": None}
 
 
-def name_kernels(plan: Plan, path: Path, bench: measure.Bench, deadline: float = float("inf")) -> None:
-    """Write which kernels each contender ran in every job that is done, until the clock shows `deadline`.
+def name_kernels(plan: Plan, path: Path, setup: measure.Setup, deadline: float = float("inf")) -> None:
+    """Write the kernels that each implementation ran in every complete job, until the deadline.
 
-    After all timing, since a profiler that was once at work may slow the launches of its process for good.
+    This comes after all timing: a profiler may slow down the launches of its process for good.
     Raises measure.DeviceLost, JournalError.
     """
-    by_name = {rival.name: rival for rival in plan.rivals}
+    by_name = {each.name: each for each in plan.implementations}
     with Journal(path, plan.as_json()) as book:
         done = {entry["job"]: entry["results"] for entry in book.entries if "results" in entry}
-        tried = Counter(entry["naming"] for entry in book.entries if "naming" in entry)
+        attempts = Counter(entry["naming"] for entry in book.entries if "naming" in entry)
         named = {entry["named"] for entry in book.entries if "named" in entry}
         for name, case, direction in plan.jobs():
-            if bench.stopwatch.now() > deadline:
+            if setup.timer.now() > deadline:
                 return
-            if name in done and name not in named and tried[name] < ATTEMPTS:
+            if name in done and name not in named and attempts[name] < MAX_ATTEMPTS:
                 book.append({"naming": name})
-                timed = [by_name[contender] for contender, result in done[name].items() if result["status"] == "ok"]
-                book.append({"named": name, "kernels": measure.names(bench, case, direction, timed)})
+                timed = [by_name[each] for each, result in done[name].items() if result["status"] == "ok"]
+                book.append({"named": name, "kernels": measure.kernel_names(setup, case, direction, timed)})
 
 
-def deaths(entries: list[dict], name: str) -> int:
-    """How often this job ended the process without a word."""
-    seen = Counter(kind for entry in entries for kind in ("began", "lost", "interrupted") if entry.get(kind) == name)
-    return seen["began"] - seen["lost"] - seen["interrupted"]
+def crashes(entries: list[dict], name: str) -> int:
+    """Return how often this job began without a result, a lost device or an interrupt."""
+    events = Counter(kind for entry in entries for kind in ("began", "lost", "interrupted") if entry.get(kind) == name)
+    return events["began"] - events["lost"] - events["interrupted"]
 
 
-def left_out(entries: list[dict], name: str) -> dict[str, str]:
-    """{contender: why it is not run in this job}: it lost the device there, or is a rival that did so too often elsewhere."""
-    lost = [entry for entry in entries if "lost" in entry]
-    found = {entry["contender"]: entry["reason"] for entry in lost if entry["lost"] == name}
-    for contender, times in Counter(entry["contender"] for entry in lost).items():
-        if times >= ATTEMPTS and not contender.startswith(results.OURS):
-            found.setdefault(contender, f"lost the device in {times} other jobs, and is not run again")
-    return found
-
-
-class Progress:
-    """How far it is, who is ahead, and how long it will take."""
-
-    def __init__(self, done: int, total: int, now):
-        self.done, self.total, self.now, self.start, self.fresh = done, total, now, now(), 0
-
-    @property
-    def seconds_each(self) -> float:
-        return (self.now() - self.start) / max(1, self.fresh)
-
-    def line(self, job: results.Job) -> None:
-        self.done, self.fresh = self.done + 1, self.fresh + 1
-        left = (self.total - self.done) * self.seconds_each
-        print(f"[{self.done}/{self.total}] {job.name}: {verdict(job)}; {left / 60:.0f} min left", flush=True)
+def excluded(entries: list[dict], name: str) -> dict[str, str]:
+    """Return {implementation: reason} for those that lost the device in this job, or repeatedly and are not ours."""
+    losses = [entry for entry in entries if "lost" in entry]
+    reasons = {entry["implementation"]: entry["reason"] for entry in losses if entry["lost"] == name}
+    for implementation, count in Counter(entry["implementation"] for entry in losses).items():
+        if count >= MAX_ATTEMPTS and not implementation.startswith(results.OURS):
+            reasons.setdefault(implementation, f"excluded: lost the device in {count} other jobs")
+    return reasons
 
 
 def verdict(job: results.Job) -> str:
-    """Ours beside the best rival, in a few words."""
-    ours, best = job.ours, job.best_rival
+    """Return our time and the best baseline's, in one line."""
+    ours, best = job.ours, job.best_baseline
     if not ours:
-        theirs = job.results.get(results.OURS)
-        return f"ours {theirs.status}: {theirs.reason}" if theirs else "ours is not among the contenders"
-    mark = " (throttled)" if ours.throttled else ""
-    text = f"ours {ours.seconds * 1e6:.0f} us, {ours.tflops(job):.3g} TFLOP/s{mark}"
-    share = best and f"; {best.contender} {best.seconds * 1e6:.0f} us, {best.seconds / ours.seconds:.2f} of our time"
-    return text + (share or "")
+        result = job.results.get(results.OURS)
+        return f"tritonattn {result.status}: {result.reason}" if result else "tritonattn was not run"
+    throttled = " (throttled)" if ours.throttled else ""
+    text = f"tritonattn {ours.seconds * 1e6:.0f} us, {job.tflops(ours.seconds):.3g} TFLOP/s{throttled}"
+    return f"{text}; {best.name} {best.seconds * 1e6:.0f} us, ratio {best.seconds / ours.seconds:.2f}" if best else text
 
 
-def dry_run(plan: Plan, path: Path) -> str:
-    """The plan as text."""
+def has_failure(job: results.Job) -> bool:
+    """Return whether tritonattn or a variant of it is wrong or failed."""
+    return any(result.ours and result.status in ("wrong", "failed") for result in job.results.values())
+
+
+def describe(plan: Plan, path: Path) -> str:
+    """Return the plan as text, for --dry-run."""
     lines = [f"{name:60}{case.problem}" for name, case, _ in plan.jobs()]
-    absent = [f"{rival.name}: {rival.missing}" for rival in plan.rivals if rival.missing]
-    able = [rival.name for rival in plan.rivals if not rival.missing]
-    minutes = plan.seconds() * len(lines) / 60
-    return "\n".join([*lines, f"{len(lines)} jobs of {', '.join(able)}", *(f"without {line}" for line in absent),
-                      f"to {path}; about {minutes:.0f} minutes (an estimate, not a measurement)"])
+    minutes = plan.seconds_per_job() * len(lines) / 60
+    available = ", ".join(each.name for each in plan.implementations if not each.missing)
+    missing = [f"missing: {each.name} ({each.missing})" for each in plan.implementations if each.missing]
+    return "\n".join([*lines, f"{len(lines)} jobs with {available}", *missing,
+                      f"results: {path}", f"about {minutes:.0f} minutes (estimated, not measured)"])
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("python -m perf.run", description=__doc__.split("\n\n")[1],
+    top = argparse.ArgumentParser("python -m perf.run", description=__doc__.split("\n\n", 1)[1],
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--suite", choices=cases.SUITES, default="paper", help="default: %(default)s")
-    top.add_argument("--rivals", default="all", metavar="NAMES", help='names with commas between, or "all" (default)')
+    top.add_argument("--baselines", default="all", metavar="NAMES", help='comma-separated names, or "all" (default)')
     top.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR", help="default: perf/results")
-    top.add_argument("--resume-from", type=Path, metavar="DIR",
-                     help="begin with what this folder holds of the same plan, if --out holds nothing of it")
-    top.add_argument("--dtype", choices=DTYPES, help="default: the suite's own, mostly bfloat16")
-    top.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU where there is one")
-    top.add_argument("--seconds", type=_positive, metavar="S", help="of samples, per contender and job (default: 0.5)")
+    top.add_argument("--dtype", choices=DTYPES, help="default: that of each case, mostly bfloat16")
+    top.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    top.add_argument("--seconds", type=_positive, metavar="S", help="samples per implementation and job (default: 0.5)")
     top.add_argument("--minutes", type=_positive, metavar="M", help="stop before a job that would end later")
-    top.add_argument("--commit", metavar="ID", help="to be recorded, where the tree came without its repository")
-    top.add_argument("--dry-run", action="store_true", help="list the plan and the estimated minutes, and stop")
+    top.add_argument("--commit", metavar="ID", help="commit to record, for a source tree without its repository")
+    top.add_argument("--dry-run", action="store_true", help="print the plan and the estimated duration, and exit")
     return top
 
 
@@ -225,59 +211,52 @@ def _positive(text: str) -> float:
     return value
 
 
-def plan_of(arguments, device: torch.device) -> Plan:
-    """The plan that the command line asks for, on this machine."""
-    here = environment.environment_of(device)
-    commit = here.pop("commit")
-    here["source"] = environment.source_digest(Path(baselines.__file__), Path(measure.__file__))
-    # what was tuned on this machine is used here too: other configs are other kernels
-    tuned = {path.name: found.config for path, found in user_cache.current_cache().records()}
-    here["tuned"] = journal.digest(tuned) if tuned else None
-    effort = timing.TimingBudget() if device.type == "cuda" else ON_HOST
-    effort = replace(effort, seconds=arguments.seconds) if arguments.seconds else effort
-    dtype = DTYPES.get(arguments.dtype)
-    contenders = baselines.chosen(arguments.rivals, device.type)
-    return Plan(arguments.suite, cases.suite(arguments.suite, dtype), contenders, effort, here, arguments.commit or commit)
+def make_plan(arguments, device: torch.device) -> Plan:
+    """Return the plan of these command-line arguments on this machine. Raises ValueError."""
+    facts = environment.environment_of(device)
+    commit = facts.pop("commit")
+    facts["source"] = environment.source_digest(Path(baselines.__file__), Path(measure.__file__))
+    # configs tuned on this machine are used here too, and other configs are other kernels
+    tuned = {path.name: record.config for path, record in user_cache.current_cache().records()}
+    facts["tuned"] = journal.digest(tuned) if tuned else None
+    budget = timing.TimingBudget() if device.type == "cuda" else INTERPRETED_BUDGET
+    budget = replace(budget, seconds=arguments.seconds) if arguments.seconds else budget
+    suite = cases.suite(arguments.suite, DTYPES.get(arguments.dtype))
+    selected = baselines.select(arguments.baselines, device.type)
+    return Plan(arguments.suite, suite, selected, budget, facts, arguments.commit or commit)
 
 
-def device_of(arguments, top: argparse.ArgumentParser) -> torch.device:
-    """The device that the command line asks for, or the best there is; wrong usage if kernels cannot run on it."""
+def select_device(arguments, top: argparse.ArgumentParser) -> torch.device:
+    """Return the device to run on, by default a GPU if there is one. Exit with an error if kernels cannot run on it."""
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu"))
     if device.type == "cpu" and not gpu.INTERPRETED and not arguments.dry_run:
-        top.error("without a GPU the kernels run in Triton's interpreter: set TRITON_INTERPRET=1")
+        top.error("no GPU was found: set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
     if device.type == "cuda" and (gpu.INTERPRETED or not torch.cuda.is_available()):
-        top.error("--device cuda: expected a GPU that torch sees, and TRITON_INTERPRET not set")
+        top.error("--device cuda needs a GPU that torch detects, and TRITON_INTERPRET unset")
     return device
 
 
 @contextlib.contextmanager
-def ended_in_order():
-    """A request to end (SIGTERM) is taken as Ctrl-C is: what was measured is kept, and it is no death of a job."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interruptible():
+    """Turn SIGTERM into KeyboardInterrupt, and SIGINT too where a background shell ignores it."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def bring(plan: Plan, source: Path, target: Path) -> None:
-    """Copy what one folder of results holds of a plan to another that holds nothing of it."""
-    earlier, path = plan.path(source), plan.path(target)
-    if earlier.exists() and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(earlier, path)
-
-
-def carry_out(plan: Plan, path: Path, device: torch.device, start: float, minutes: float | None) -> list[results.Job]:
-    """Time what is left to be timed, then name kernels, within so many minutes of the start. Raises what `run` raises."""
+def execute(plan: Plan, path: Path, device: torch.device, start: float, minutes: float | None) -> list[results.Job]:
+    """Run the pending jobs, then read the names of kernels, within `minutes` of the start. Raises what `run` raises."""
     seconds = 60 * minutes if minutes else float("inf")
-    bench = measure.Bench(device, device_timer.timer_of(device), plan.effort)
+    setup = measure.Setup(device, device_timer.timer_of(device), plan.budget)
     if device.type != "cuda":
-        return run(plan, path, bench, start + seconds)
+        return run(plan, path, setup, start + seconds)
     if plan.environment["sensors"] != "NVML":
-        print(f"throttling cannot be seen: {plan.environment['sensors']}", file=sys.stderr, flush=True)
-    done = run(plan, path, bench, start + (1 - NAMING) * seconds)
-    name_kernels(plan, path, bench, start + seconds)
+        print(f"throttling is not recorded: {plan.environment['sensors']}", file=sys.stderr, flush=True)
+    done = run(plan, path, setup, start + (1 - NAMING_SHARE) * seconds)
+    name_kernels(plan, path, setup, start + seconds)
     return done
 
 
@@ -285,36 +264,29 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     top, start = parser(), time.perf_counter()
     arguments = top.parse_args(argv)
-    device = device_of(arguments, top)
+    device = select_device(arguments, top)
     try:
-        plan = plan_of(arguments, device)
+        plan = make_plan(arguments, device)
     except ValueError as error:
         top.error(str(error))
     path = plan.path(arguments.out)
     if arguments.dry_run:
-        print(dry_run(plan, path))
+        print(describe(plan, path))
         return 0
-    if arguments.resume_from:
-        bring(plan, arguments.resume_from, arguments.out)
     print(f"results: {path}", flush=True)
     try:
-        with ended_in_order():
-            done = carry_out(plan, path, device, start, arguments.minutes)
+        with interruptible():
+            done = execute(plan, path, device, start, arguments.minutes)
     except JournalError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nstopped; what was measured is in {path}, and the same command goes on", file=sys.stderr)
+        print(f"\ninterrupted; complete jobs are in {path}; run the same command to continue", file=sys.stderr)
         return 130
     except measure.DeviceLost as lost:
-        print(f"the device is lost to {lost}; run again to go on without it", file=sys.stderr, flush=True)
-        os._exit(LOST)  # what is left of the device's context may not come down in order
-    return 1 if any(map(ours_is_bad, done)) else 0
-
-
-def ours_is_bad(job: results.Job) -> bool:
-    """Whether a contender of ours is wrong or failed."""
-    return any(name.startswith(results.OURS) and result.status in ("wrong", "failed") for name, result in job.results.items())
+        print(f"device lost in {lost}; run the same command to continue without it", file=sys.stderr, flush=True)
+        os._exit(DEVICE_LOST)  # the teardown of a broken device context may hang
+    return 1 if any(map(has_failure, done)) else 0
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def assert_same(leaves, tolerance=1e-4, **options):
 SHAPES = [(2, 2, 20, 36), (20, 36), (1, 2, 1, 36), (2, 1, 1, 36), (2, 1, 20, 36), (36,), (2, 1, 1), (20, 1), ()]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("window", [(None, None), (5, 3)], ids=["full", "window"])
+@pytest.mark.parametrize(("shape", "window"), [*((shape, (None, None)) for shape in SHAPES),
+                                               *((shape, (5, 3)) for shape in ((2, 2, 20, 36), (36,), (20, 1)))], ids=str)
 def test_bias_of_any_shape_and_its_gradient(shape, window, device):
     bias = torch.randn(shape, device=device, requires_grad=True)
     ours = assert_same([*tensors(device), bias], window=window, align="top_left")
@@ -230,14 +230,14 @@ def test_vmap_with_lengths(device):
 @pytest.mark.parametrize("given", ["mask", "bias", "lengths", "dropout", "all"])
 def test_jacrev_matches_the_definition(given, device):
     """A vmap over the backward pass: all rows of the Jacobian share one forward pass and its dropout."""
-    q, k, v = (x[..., :2] for x in tensors(device, n_q=4, n_k=4, grad=False))
-    options = {"mask": {"mask": torch.rand(4, 4, device=device) > 0.3}, "bias": {"bias": torch.randn(2, 1, 4, device=device)},
+    q, k, v = tensors(device, n_q=3, n_k=3, d=1, grad=False)
+    options = {"mask": {"mask": torch.rand(3, 3, device=device) > 0.3}, "bias": {"bias": torch.randn(2, 1, 3, device=device)},
                "lengths": {"key_lengths": torch.tensor([2, 3], device=device)},
                "dropout": {"dropout_p": 0.5, "dropout_seed": torch.tensor([3], device=device)}}
     options = {name: x for group in options.values() for name, x in group.items()} if given == "all" else options[given]
     exact = dict(options)
     if "dropout_seed" in exact:
-        exact["keep"] = dropout_mask((2, 2, 4, 4), 0.5, exact.pop("dropout_seed"))
+        exact["keep"] = dropout_mask((2, 2, 3, 3), 0.5, exact.pop("dropout_seed"))
     ours = torch.func.jacrev(lambda *x: attention(*x, **options), (0, 1, 2))(q, k, v)
     true = torch.func.jacrev(lambda *x: reference.attention(*x, **exact), (0, 1, 2))(q, k, v)
     torch.testing.assert_close(ours, true, atol=1e-4, rtol=1e-4)
@@ -293,6 +293,12 @@ def test_dropped_weights_are_those_of_philox(device):
         # the four numbers of one draw belong to four neighbouring keys, in order
         bits = philox((query, key // 4, head, batch), seed)[key % 4]
         assert keep[batch, head, query, key] == (bits >= round(p * 2**32)), (batch, head, query, key)
+
+
+def test_a_weight_at_the_threshold_is_kept(device):
+    bits = philox((0, 0, 0, 0), 7)[2]
+    keep = [dropout_mask((1, 1, 1, 4), x * 2.0**-32, torch.tensor([7], device=device))[0, 0, 0, 2] for x in (bits, bits + 1)]
+    assert keep == [True, False]
 
 
 def test_dropout_mask_does_not_depend_on_the_sizes(device):

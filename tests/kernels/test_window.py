@@ -62,6 +62,9 @@ def test_window_bounds_cover_exactly_the_window(left, right, first, n, rows, col
                 assert tile + cols <= n and mask[:, tile:tile + cols].all(), "the unmasked stretch needs a mask"
     assert visits.max() <= 1, "a tile is visited twice"
     assert (visits[:64] > 0)[mask.any(0)].all(), "a key inside the window is not visited"
+    for tile in range(0, n // cols * cols, cols):
+        unmasked = bounds[1] <= tile < bounds[2]
+        assert unmasked == mask[:, tile:tile + cols].all(), "a tile without masked pairs is in a masked stretch"
     # the two masked stretches may add a tile each, and the last tile may end before the window begins
     spare = 2 * (left is not None and right is not None) + (left is not None and n % cols != 0)
     needed = sum(mask[:, tile:tile + cols].any().item() for tile in range(0, 64, cols))

@@ -1,4 +1,4 @@
-"""The suites hold what they say."""
+"""Contents of the benchmark suites."""
 
 import pytest
 import torch
@@ -12,10 +12,10 @@ def by_name(suite):
 
 
 @pytest.mark.parametrize("suite", cases.SUITES)
-def test_names_are_unique_and_problems_are_those_of_tensors(suite):
-    found = cases.SUITES[suite]
-    assert found and len({case.name for case in found}) == len(found)
-    for case in found:
+def test_names_are_unique_and_problems_match_their_tensors(suite):
+    members = cases.SUITES[suite]
+    assert members and len({case.name for case in members}) == len(members)
+    for case in members:
         problem = case.problem
         assert problem.heads % problem.kv_heads == 0 and set(case.directions) <= set(cases.DIRECTIONS) and case.directions
         q, k, v = problem.tensors("meta")
@@ -23,13 +23,16 @@ def test_names_are_unique_and_problems_are_those_of_tensors(suite):
         assert "/".join((suite, case.name)).count("/") <= 2 and problem.pairs() > 0
 
 
-def test_the_papers_grid():
+def test_paper_grid():
     paper = cases.SUITES["paper"]
     assert len(paper) == 3 * 2 * 6
     for case in paper:
         problem = case.problem
         assert problem.batch[0] * problem.n_q == 16384 and problem.heads * problem.d == 2048
         assert case.name == f"d{problem.d} {problem.mask} {problem.n_k}" and case.directions == ("forward", "backward")
+        assert cases.in_paper_grid(problem)
+    others = (case for suite in ("models", "decode", "odd", "small") for case in cases.SUITES[suite])
+    assert not any(cases.in_paper_grid(case.problem) for case in others)
 
 
 @pytest.mark.parametrize(("name", "heads", "kv_heads", "d", "mask"), [
@@ -40,22 +43,22 @@ def test_the_papers_grid():
     ("gemma-7b training 8k", 16, 16, 256, "causal"), ("mistral-7b window 4k of 16k", 32, 8, 128, "window"),
     ("qwen2.5-7b training 8k", 28, 4, 128, "causal"),
 ])
-def test_models_as_they_were_published(name, heads, kv_heads, d, mask):
+def test_models_have_their_published_sizes(name, heads, kv_heads, d, mask):
     problem = by_name("models")[name].problem
     assert (problem.heads, problem.kv_heads, problem.d, problem.mask) == (heads, kv_heads, d, mask)
 
 
-def test_a_window_of_4k_holds_4096_keys():
+def test_window_of_4k_has_4096_keys():
     problem = by_name("models")["mistral-7b window 4k of 16k"].problem
     assert problem.pairs() == sum(min(i + 1, 4096) for i in range(16384))
 
 
-def test_a_chunk_sees_all_that_came_before():
+def test_chunk_attends_to_all_earlier_tokens():
     problem = by_name("models")["llama-3-8b chunk of 1k after 15k"].problem
     assert problem.pairs() == sum(15 * 1024 + i + 1 for i in range(1024))
 
 
-def test_decoding_and_odd_sizes():
+def test_decode_and_odd_sizes():
     decode = cases.SUITES["decode"]
     assert {case.problem.n_q for case in decode} == {1} and {case.problem.group for case in decode} == {1, 4, 8}
     assert {case.problem.batch[0] for case in decode} >= {1, 128} and {case.problem.n_k for case in decode} >= {1024, 131072}
@@ -63,6 +66,6 @@ def test_decoding_and_odd_sizes():
                for case in cases.SUITES["odd"])
 
 
-def test_another_dtype():
+def test_suite_in_another_dtype():
     assert {case.problem.dtype for case in cases.suite("paper", torch.float16)} == {torch.float16}
     assert {case.problem.dtype for case in cases.suite("paper")} == {torch.bfloat16}

@@ -1,74 +1,62 @@
-"""A visit to a GPU ends in time, whatever its steps do, and leaves what they wrote."""
+"""perf.gpu runs its steps within their limits, keeps their output, and continues after an interruption."""
 
 import json
 import os
 import signal
-import sys
 import textwrap
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from perf import baselines, cases, gpu, peaks
-from perf import results as record
-from perf.gpu import LOST, Ended, Visit
+from perf import baselines, cases, gpu, peaks, results
+from perf.gpu import DEVICE_LOST, Ended, Visit
 from tests.helpers.fake_gpu import FakeGpu
-from tritonattn.measure import journal, timing
-
-PYTHON = [sys.executable, "-c"]
-JOB = {"suite": "short", "direction": "forward", "time": "2026-11-21T15:04:05Z"}
+from tests.perf.recorded import bad, entry, ok, write
+from tritonattn.measure import timing
 
 
-def visit(folder, seconds=60.0, **options):
-    return Visit(folder, time.perf_counter() + seconds, "short", None, 0.1, **options)
+def options(folder, **changed):
+    defaults = {"stages": ["truth", "baseline"], "suite": "short", "baselines": "torch", "seconds": 0.1, "commit": None,
+                "ptxas": None}
+    return Namespace(out=folder, **defaults | changed)
 
 
-def recorded(path, status="ok", names=("a", "b")):
-    """A file of results whose jobs have these names, ours with this status."""
-    ours = {"status": status, "seconds": 2e-3} if status == "ok" else {"status": status, "reason": "why"}
-    with journal.Journal(path, {"suite": "short", "environment": {"gpu": "x"}}) as book:
-        for name in names:
-            book.append({**JOB, "job": f"short/{name}/forward", "case": name, "problem": cases.problem(1, 1, 8, 8).as_json(),
-                         "results": {"tritonattn": ours, "fast": {"status": "ok", "seconds": 1e-3}}})
-    return path
+@pytest.fixture
+def shell(tmp_path, monkeypatch):
+    """Run a shell script instead of Python; returns the arguments of a visit's step."""
+    def install(script):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(gpu.sys, "executable", str(path))
+        monkeypatch.setattr(gpu, "GRACE", 1)
+        return Visit(options(tmp_path), time.monotonic() + 60)
+
+    return install
 
 
-class Scripted(Visit):
-    """Steps that are written down instead of done, and end as they are told: (code, in time[, output])."""
-
-    def __init__(self, folder, ends, seconds=540.0, **options):
-        super().__init__(folder, seconds, "short", None, 0.1, now=lambda: 0.0, **options)
-        self.ends, self.commands = iter(ends), []
-
-    def step(self, name, command, limit):
-        self.commands.append((name, command, limit))
-        code, in_time, *output = next(self.ends)
-        return Ended(code, in_time, output[0] if output else f"first\n{name} went well\n")
+def test_step_keeps_its_output_and_its_exit_code(shell, tmp_path, capsys):
+    visit = shell("echo $3 $PTXAS; exit $4")
+    assert visit.step("a", ["x", "one", "7"], 60, PTXAS="p") == (7, "one p\n")
+    assert visit.step("a", ["x", "two", "0"], 60) == (0, "two\n")
+    assert visit.step("a", ["x", "three", "0"], 1.9) == (None, "")
+    assert (tmp_path / "a.log").read_text() == "one p\ntwo\n"
+    summary = "a: exit code 7; one p\na: two\na: skipped, 2 s are left\n"
+    assert capsys.readouterr().out == summary == (tmp_path / "summary.txt").read_text()
 
 
-def test_a_step_leaves_its_output_and_its_code(tmp_path):
-    ended = visit(tmp_path).step("a", [*PYTHON, "print('hello'); raise SystemExit(7)"], 60)
-    assert ended == (7, True, "hello\n") and (tmp_path / "a.log").read_text() == "hello\n"
-
-
-def test_a_log_grows_and_a_step_knows_its_own_part(tmp_path):
-    for word in ("one", "two"):
-        assert visit(tmp_path).step("a", [*PYTHON, f"print({word!r})"], 60).output == f"{word}\n"
-    assert visit(tmp_path).step("a", [*PYTHON, "print('three')"], 5) == (None, False, "not begun: 5 s were left\n")
-    assert (tmp_path / "a.log").read_text() == "one\ntwo\nnot begun: 5 s were left\n"
-
-
-@pytest.mark.parametrize(("script", "said", "code"), [
-    ("trap 'echo put in order; exit 5' INT; sleep 60 & wait", "put in order\n", 5),
-    ("trap '' INT; echo deaf; sleep 60", "deaf\n", None)])
-def test_a_step_that_takes_too_long_is_ended(tmp_path, monkeypatch, script, said, code):
-    monkeypatch.setattr(gpu, "GRACE", 1)
-    start = time.perf_counter()
-    assert visit(tmp_path).step("a", ["sh", "-c", script], 3) == (code, False, said)
-    assert time.perf_counter() - start < 30 and (tmp_path / "a.log").read_text() == said
+@pytest.mark.parametrize(("script", "output"), [
+    ("trap 'echo interrupted; exit 5' INT; sleep 60 & wait", "interrupted\n"),
+    ("trap '' INT; echo ignored; sleep 60", "ignored\n"),
+])
+def test_step_is_interrupted_and_then_killed_at_its_limit(shell, script, output, capsys):
+    start = time.monotonic()
+    assert shell(script).step("a", ["x"], 2.5) == (None, output) and time.monotonic() - start < 30
+    assert "a: time limit reached; " in capsys.readouterr().out
 
 
 def alive(pid):
@@ -78,194 +66,137 @@ def alive(pid):
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks the kernel which processes live")
-@pytest.mark.parametrize("leader", ["exit", "wait"])
-def test_nobody_outlives_a_step(tmp_path, monkeypatch, leader):
-    monkeypatch.setattr(gpu, "GRACE", 1)
-    # deaf to the interrupt, while the leader goes: by itself, or when it is interrupted
-    script = f"(trap '' INT; sleep 60) & echo $!; trap 'exit' INT; {leader}"
-    ended = visit(tmp_path).step("a", ["sh", "-c", script], 4)
-    assert ended.in_time == (leader == "exit")
-    for _ in range(100):
-        if not alive(int(ended.output)):
-            break
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the states of processes from /proc")
+def test_sigterm_ends_the_step_with_its_children(shell, tmp_path, monkeypatch, capsys):
+    shell("trap '' INT; sleep 60 & echo $!; wait; wait")
+    monkeypatch.setattr(gpu, "truth", lambda visit: visit.step("first", ["x"], 50))
+    monkeypatch.setattr(gpu, "baseline", None)
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    assert gpu.main(["--out", str(tmp_path)]) == 130 and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().out == "== truth\ninterrupted; run the same command to continue\n"
+    child = int((tmp_path / "first.log").read_text())
+    deadline = time.monotonic() + 20
+    while alive(child) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not alive(int(ended.output))
+    assert not alive(child)
 
 
-def test_tuning_sweeps_every_head_size_and_goes_on_where_it_was(tmp_path):
+class Scripted(Visit):
+    """A visit whose steps are recorded, and end with the given codes and outputs."""
+
+    def __init__(self, folder, ends, **changed):
+        super().__init__(options(folder, **changed), time.monotonic() + 540)
+        self.ends, self.commands = iter(ends), []
+
+    def step(self, name, arguments, limit, **environment):
+        self.commands.append((name, arguments, limit, environment))
+        code, *output = next(self.ends)
+        return Ended(code, output[0] if output else "")
+
+
+def test_truth_runs_timing_tests_alone_then_gpu_tests_then_cases(tmp_path):
+    visit = Scripted(tmp_path, [(0,)] * 4, ptxas="/ptxas")
+    gpu.truth(visit)
+    assert [name for name, *_ in visit.commands] == ["truth-alone", "truth-gpu", "truth-gpu-ptxas", "truth-cases"]
+    (_, alone, limit, _), (_, tests, _, plain), (_, again, _, other), (_, all_cases, _, _) = visit.commands
+    assert alone[:3] == ["pytest", "-n", "0"] and alone[-2:] == ["-m", "gpu and alone"] and limit == pytest.approx(243, abs=1)
+    assert tests == again and tests[-2:] == ["-m", "gpu and not alone"] and not plain
+    assert other == {"TRITON_PTXAS_PATH": "/ptxas"} and Path(all_cases[-1]).exists() and not visit.failed
+
+
+@pytest.mark.parametrize(("end", "failed"), [
+    ((1,), True), ((0,), False), ((None,), False), ((None, "5 passed in 9s\n"), False), ((0, "12 passed, 0 failed\n"), False),
+    ((None, "FAILED a\n1 failed, 5 passed in 9s\n"), True), ((None, "12 passed, 2 errors in 1s\n"), True),
+])
+def test_failed_tests_are_found_although_the_limit_was_reached(tmp_path, end, failed):
+    visit = Scripted(tmp_path, [(0,), end, (0,)])
+    gpu.truth(visit)
+    assert visit.failed == failed
+
+
+@pytest.mark.parametrize(("ends", "runs", "failed"), [
+    ([(0,), (0,)], 1, False), ([(0,), (DEVICE_LOST,), (-11,), (0,)], 3, False), ([(0,), (DEVICE_LOST,), (None,)], 2, False),
+    ([(0,), (1,)], 1, True), ([(1,), (0,)], 1, True), ([(None,), (None,)], 1, False),
+])
+def test_baseline_continues_after_a_lost_device(tmp_path, ends, runs, failed):
+    visit = Scripted(tmp_path, ends)
+    gpu.baseline(visit)
+    assert [name for name, *_ in visit.commands] == ["peaks", *["baseline"] * runs] and visit.failed == failed
+    command = visit.commands[1][1]
+    assert command[:5] == ["perf.run", "--suite", "short", "--baselines", "torch"] and "--minutes" in command
+
+
+def test_earlier_results_are_continued_and_newer_ones_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "earlier")
+    for name in ("a", "b"):
+        write(tmp_path / "earlier", name=name)
+    newer = tmp_path / "out" / "nvidia-h200" / "a.jsonl"
+    newer.parent.mkdir(parents=True)
+    newer.write_text("newer")
+    gpu.baseline(Scripted(tmp_path / "out", [(0,), (0,)]))
+    assert newer.read_text() == "newer"
+    assert newer.with_name("b.jsonl").read_bytes() == (tmp_path / "earlier/nvidia-h200/b.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_summary_has_a_line_for_each_job_of_this_run(tmp_path, wrong, capsys):
+    outcome = bad("wrong") if wrong else ok(2e-3)
+    path = write(tmp_path, entry(cases.SHORT[0], suite="short", tritonattn=outcome, fast=ok(1e-3)))
+    write(tmp_path, entry(cases.SHORT[1], suite="short", tritonattn=ok(1.0)), name="other")
+    visit = Scripted(tmp_path, [(0,), (DEVICE_LOST, f"results: {path}\n[1/2]\n"), (-9, "killed early\n"), (None,)])
+    gpu.baseline(visit)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("short/d128 full 4096/forward ") and visit.failed == wrong
+    assert line.endswith("tritonattn wrong: error 3.25 | of 1" if wrong else "fast 1000 us, ratio 0.50")
+
+
+def test_tuning_sweeps_every_head_size_and_resumes(tmp_path):
     (tmp_path / "sweep-64-causal").mkdir()
     (tmp_path / "sweep-64-causal/plan.json").write_text("{}")
-    scripted = Scripted(tmp_path, [(0, True)] * 4 + [(2, False), (1, True)])
-    gpu.tuning(scripted)
-    assert scripted.bad and len(scripted.commands) == 6
-    (_, first, limit), *_, (_, last, _) = scripted.commands
-    assert first[1:5] == ["-m", "tritonattn", "sweep", str(tmp_path / "sweep-128-full")] and "4x32x32x4096x128" in first
-    assert "--causal" in last and "4x16x16x4096x256" in last and limit == pytest.approx(530)
-    goes_on = scripted.commands[3][1]
-    assert goes_on[4].endswith("sweep-64-causal") and "--shape" not in goes_on and "--minutes" in goes_on
-    assert scripted.lines[4] == "sweep of 256 full: time was up; tuning went well"
+    visit = Scripted(tmp_path, [(0,)] * 4 + [(None,), (1,)])
+    gpu.tuning(visit)
+    assert visit.failed and len(visit.commands) == 6
+    (name, first, *_), *_, (_, last, *_) = visit.commands
+    assert name == "sweep-128-full" and first[:3] == ["tritonattn", "sweep", str(tmp_path / name)]
+    assert "4x32x32x4096x128" in first and "--causal" in last and "4x16x16x4096x256" in last
+    resumed = visit.commands[3][1]
+    assert resumed[2].endswith("sweep-64-causal") and "--shape" not in resumed and "--minutes" in resumed
 
 
-@pytest.mark.parametrize(("output", "failures"), [
-    ("..F.\n1 failed, 3 passed in 2.05s\n", True), ("12 passed, 2 errors in 1s\n", True), ("40 passed, 3 skipped\n", False),
-    ("FAILED a::b\n!!! KeyboardInterrupt !!!\n(to show a full traceback)\n2 failed, 7 passed in 60s\n", True),
-    ("test_failed.py\n10 passed, 0 failed in 1s\n", False), ("", False),
-])
-def test_failures_are_read_from_the_last_words_of_a_test_run(output, failures):
-    assert Ended(2, False, output).failures == failures
-
-
-def test_truth_runs_the_gpu_tests_the_cases_and_the_tests_of_timing_alone(tmp_path):
-    scripted = Scripted(tmp_path, [(0, True), (2, False), (0, True)])
-    gpu.truth(scripted)
-    assert not scripted.bad and scripted.lines == [
-        "truth-gpu: truth-gpu went well", "truth-cases: time was up; truth-cases went well",
-        "truth-alone: truth-alone went well"]
-    (_, first, limit), (_, second, _), (_, third, _) = scripted.commands
-    assert first[-2:] == ["-m", "gpu and not alone"] and second[-1] == "tests/test_attention.py"
-    assert third[third.index("-n") + 1] == "0" and third[-2:] == ["-m", "gpu and alone"]
-    assert limit == pytest.approx(0.45 * 530)
-
-
-@pytest.mark.parametrize(("end", "bad"), [
-    ((1, True), True), ((0, True), False), ((None, False), False), ((2, False, "5 passed in 9s\n"), False),
-    ((2, False, "1 failed, 5 passed in 9s\n"), True),
-])
-def test_a_test_that_fails_is_known_although_time_ran_out(tmp_path, end, bad):
-    scripted = Scripted(tmp_path, [end, (0, True), (0, True)])
-    gpu.truth(scripted)
-    assert scripted.bad == bad
-
-
-@pytest.mark.parametrize(("ends", "runs", "bad"), [
-    ([(0, True), (0, True)], 1, False), ([(0, True), (LOST, True), (-11, True), (0, True)], 3, False),
-    ([(0, True), (LOST, True), (130, False)], 2, False), ([(0, True), (1, True)], 1, True), ([(1, True), (0, True)], 1, True),
-    ([(130, False), (0, True)], 1, False), ([(None, False), (None, False)], 1, False),
-])
-def test_the_baseline_is_taken_up_again_when_the_device_is_lost(tmp_path, ends, runs, bad):
-    scripted = Scripted(tmp_path, ends)
-    gpu.baseline(scripted)
-    assert [name for name, *_ in scripted.commands] == ["ceilings", *["baseline"] * runs] and scripted.bad == bad
-    command = scripted.commands[1][1]
-    assert command[2:6] == ["perf.run", "--suite", "short", "--rivals"] and "--minutes" in command
-    assert command[command.index("--resume-from") + 1] == str(record.RESULTS)
-
-
-def test_the_table_is_of_this_plans_file_alone(tmp_path):
-    mine = recorded(tmp_path / "x" / "short-1.jsonl")
-    recorded(tmp_path / "x" / "short-2.jsonl", names=["another plan"])
-    said = f"results: {mine}\n[1/2] and so on\n"
-    scripted = Scripted(tmp_path, [(0, True), (LOST, True, said), (-9, True, "killed before that\n"), (0, True, said)])
-    gpu.baseline(scripted)
-    assert [line.split()[0] for line in scripted.lines[2:]] == ["short/a/forward", "short/b/forward"] and not scripted.bad
-    assert scripted.lines[-1].endswith("fast 1000 us, 0.50 of our time")
-
-
-def test_a_wrong_result_of_ours_is_known_although_time_ran_out(tmp_path):
-    path = recorded(tmp_path / "short-1.jsonl", status="wrong")
-    scripted = Scripted(tmp_path, [(0, True), (130, False, f"results: {path}\n")])
-    gpu.baseline(scripted)
-    assert scripted.bad
-
-
-def test_results_that_cannot_be_read_are_no_end_of_the_visit(tmp_path):
-    scripted = Scripted(tmp_path, [(0, True), (0, True, f"results: {tmp_path / 'none.jsonl'}\n")])
-    gpu.baseline(scripted)
-    assert "no results: " in scripted.lines[-1] and "none.jsonl" in scripted.lines[-1]
-
-
-def test_the_table_comes_last_and_is_added_to_the_summary(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "STEPS", {"truth": lambda visit: visit.say("all passed"),
-                                       "baseline": lambda visit: visit.say("ours 1 us")})
-    assert gpu.main(["--out", str(tmp_path)]) == 0
-    first = "== truth\nall passed\n== baseline\nours 1 us\n"
-    assert capsys.readouterr().out == first == (tmp_path / "summary.txt").read_text()
-    assert gpu.main(["--out", str(tmp_path), "--only", "baseline"]) == 0
-    assert capsys.readouterr().out == "== baseline\nours 1 us\n"
-    assert (tmp_path / "summary.txt").read_text() == first + "== baseline\nours 1 us\n"
-    with pytest.raises(SystemExit):
-        gpu.main(["--out", str(tmp_path), "--minutes", "0.1"])
-    assert "--minutes: expected more than" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_what_was_found_is_kept_whatever_happens_next(tmp_path, monkeypatch, capsys, error):
-    def baseline(visit):
-        # it is there before the step has ended
-        assert (tmp_path / "summary.txt").read_text() == "== truth\nall passed\n== baseline\n"
-        raise error
-
-    monkeypatch.setattr(gpu, "STEPS", {"truth": lambda visit: visit.say("all passed"), "baseline": baseline})
-    if error is KeyboardInterrupt:
-        assert gpu.main(["--out", str(tmp_path)]) == 130
-    else:
-        with pytest.raises(error):
-            gpu.main(["--out", str(tmp_path)])
-    assert capsys.readouterr().out == "== truth\nall passed\n== baseline\n"
-
-
-def test_a_request_to_end_ends_the_step_and_the_visit(tmp_path, monkeypatch, capsys):
-    def first(visit):
-        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        ended = visit.step("first", ["sh", "-c", "trap 'echo put in order; exit' INT; sleep 60 & wait"], 60)
-        visit.say(ended.last_line)
-
-    def second(visit):
-        visit.say(visit.step("second", ["sh", "-c", "echo begun"], 60).last_line)
-
-    monkeypatch.setattr(gpu, "STEPS", {"first": first, "second": second})
-    before, start = signal.getsignal(signal.SIGTERM), time.perf_counter()
-    assert gpu.main(["--out", str(tmp_path)]) == 130 and time.perf_counter() - start < 30
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert capsys.readouterr().out == "== first\nput in order\n== second\nnot begun: the visit was stopped\n"
-
-
-def test_a_whole_visit(tmp_path, monkeypatch, capsys):
-    """Every process but the visit's own is stood in for by one that says and writes what it would."""
-    results = recorded(tmp_path / "elsewhere.jsonl")
-    python = tmp_path / "python"
-    python.write_text(textwrap.dedent(f"""\
-        #!/bin/sh
-        shift
-        case "$1" in
+def test_whole_visit(shell, tmp_path, capsys):
+    path = write(tmp_path / "other", entry(cases.SHORT[0], suite="short", tritonattn=ok(2e-3)))
+    shell(textwrap.dedent(f"""\
+        case "$2" in
           pytest) echo "41 passed in 20s";;
-          perf.peaks) echo "matmul: 700 TFLOP/s"; echo "copy: 4 TB/s";;
-          perf.run) mkdir -p "{tmp_path}/out/x"; cp {results} "{tmp_path}/out/x/short-1.jsonl"
-                    echo "results: {tmp_path}/out/x/short-1.jsonl";;
-        esac
-        """))
-    python.chmod(0o755)
-    monkeypatch.setattr(gpu.sys, "executable", str(python))
-    assert gpu.main(["--out", str(tmp_path / "out"), "--minutes", "9"]) == 0
-    out = capsys.readouterr().out
-    assert out == (tmp_path / "out" / "summary.txt").read_text()
-    assert out.splitlines()[:7] == ["== truth", *(f"truth-{name}: 41 passed in 20s" for name in ("gpu", "cases", "alone")),
-                                    "== baseline", "matmul: 700 TFLOP/s", "copy: 4 TB/s"]
-    assert len(out.splitlines()) == 9 and {path.stem for path in (tmp_path / "out").glob("*.log")} == {
-        "truth-gpu", "truth-cases", "truth-alone", "ceilings", "baseline"}
+          perf.peaks) echo "matmul: 700 TFLOP/s";;
+          perf.run) echo "results: {path}"; echo "[1/1]";;
+        esac"""))
+    assert gpu.main(["--out", str(tmp_path / "out"), "--stages", "truth,baseline"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:7] == ["== truth", *(f"truth-{name}: 41 passed in 20s" for name in ("alone", "gpu", "cases")), "== baseline",
+                         "peaks: matmul: 700 TFLOP/s", "baseline: [1/1]"] and lines[7].startswith("short/d128 full 4096")
+    assert (tmp_path / "out/summary.txt").read_text().splitlines() == lines and len(lines) == 8
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main(["--out", str(tmp_path), "--stages", "truth,rest"])
+    assert "unknown rest; known are truth, baseline, tuning" in capsys.readouterr().err
 
 
-def test_the_short_suite_begins_with_what_tells_most():
-    first = [case.problem for case in cases.SUITES["short"][:6]]
-    assert {(problem.d, problem.mask) for problem in first} == {(d, mask) for d in (64, 128, 256) for mask in cases.MASKS}
-
-
-def test_ceilings_are_rates_of_what_was_done(monkeypatch):
+def test_peaks_are_rates(monkeypatch):
     fake = FakeGpu()
-    monkeypatch.setattr(timing, "measure", lambda contenders, stopwatch, real=timing.measure: real(
-        {name: timing.Timed([fake.kernel(name, 0.5)]) for name in contenders}, stopwatch))
-    found = peaks.ceilings(fake, "cpu", size=8, count=100)
-    assert found["matmul"]["rate"] == pytest.approx(2 * 8**3 / 0.5 / 1e12) and found["matmul"]["unit"] == "TFLOP/s"
-    assert found["copy"]["rate"] == pytest.approx(400 / 0.5 / 1e12) and found["copy"]["seconds"] == pytest.approx(0.5)
+    monkeypatch.setattr(timing, "measure", lambda calls, timer, real=timing.measure: real(
+        {name: timing.Timed([fake.kernel(name, 0.5)]) for name in calls}, timer))
+    rates = peaks.peaks(fake, "cpu", size=8, count=100)
+    assert rates["matmul"]["rate"] == pytest.approx(2 * 8**3 / 0.5 / 1e12) and rates["matmul"]["unit"] == "TFLOP/s"
+    assert rates["copy"]["rate"] == pytest.approx(400 / 0.5 / 1e12) and rates["copy"]["seconds"] == pytest.approx(0.5)
 
 
 @pytest.mark.gpu
 @pytest.mark.alone
-def test_the_ceilings_of_this_gpu(tmp_path, unwritten_memory_is_nan):
-    # cuDNN has no deterministic algorithms, which tests ask for
+def test_peaks_of_this_gpu(tmp_path, unwritten_memory_is_nan):
+    # cuDNN has no deterministic algorithms
     torch.use_deterministic_algorithms(False)
-    assert peaks.main(["--out", str(tmp_path / "ceilings.json")]) == 0
-    found = json.loads((tmp_path / "ceilings.json").read_text())
-    assert found["ceilings"]["matmul"]["rate"] > 1 and found["ceilings"]["copy"]["rate"] > 0.01
-    assert set(found["backends"].values()) <= set(baselines.BACKENDS) and len(found["backends"]) == 48
+    assert peaks.main(["--out", str(tmp_path / "peaks.json")]) == 0
+    content = json.loads((tmp_path / "peaks.json").read_text())
+    assert content["peaks"]["matmul"]["rate"] > 1 and content["peaks"]["copy"]["rate"] > 0.01
+    assert set(content["backends"].values()) <= set(baselines.BACKENDS) and len(content["backends"]) == 48
