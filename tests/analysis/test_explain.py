@@ -1,4 +1,4 @@
-"""What a call would use and why; and reports as tables, JSON and pictures."""
+"""The explanation of a call: configs, origins, rejected configs, errors."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ CALLS = {
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", CALLS)
-def test_the_problem_explained_is_the_problem_run(name, device, monkeypatch):
+def test_explained_problem_is_the_one_that_runs(name, device, monkeypatch):
     shapes, options = CALLS[name]
     given, asked = tensors(device, *shapes), []
     find = lookup.get_config
@@ -48,7 +48,7 @@ def test_the_problem_explained_is_the_problem_run(name, device, monkeypatch):
     assert explained.gpu is gpu.INTERPRETER and str(explained.problem) in str(explained)
 
 
-def test_the_same_errors_as_the_call(device):
+def test_errors_are_those_of_the_call(device):
     q, k = tensors(device, (2, 4, 5, 8), (2, 3, 5, 8))
     with pytest.raises(RuntimeError, match="dividing"):
         tritonattn.explain(q, k, k)
@@ -58,7 +58,7 @@ def test_the_same_errors_as_the_call(device):
         tritonattn.explain(None, q, q, dropout_p=0.5)
 
 
-def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
+def test_explanation_has_config_origin_figures_and_rejected_configs():
     problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, True)
     assert problem == Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0))
     found = explain.explain_problem(problem, H200)
@@ -74,7 +74,7 @@ def test_it_tells_the_config_its_origin_its_binary_and_what_lost():
     assert plain["kernels"][0]["entry"]["config"] == line.config and plain["arch"] == "sm_90"
 
 
-def test_a_pin_an_exception_and_another_gpu_are_told():
+def test_pinned_config_exception_and_another_gpu():
     problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
     with config.pinned(dq=Config(32, 32)):
         lines = {line.kernel: line for line in explain.explain_problem(problem, A100).lines}
@@ -86,7 +86,7 @@ def test_a_pin_an_exception_and_another_gpu_are_told():
     assert [line.kernel for line in explain.explain_problem(odd, A100).lines][-1] == "dbias"
     wide = explain.explain_problem(Problem.parse("4x8x8x4096x512", torch.bfloat16, True), H200)
     exceptions = [line.entry.accepted_fault for line in wide.lines if line.entry and line.entry.accepted_fault]
-    assert exceptions and all(f"in spite of {exception}" in str(wide) for exception in exceptions)
+    assert exceptions and all(f"despite {exception}" in str(wide) for exception in exceptions)
 
 
 PINNED = """
@@ -100,7 +100,7 @@ print(json.dumps([str(found), found.as_json()]))
 """
 
 
-def test_the_binary_of_a_pinned_config_is_looked_at():
+def test_pinned_config_is_compiled():
     text, plain = compiled(PINNED)
     assert "forward  128x64w8s2      pinned\n         bound by tensor; 185 registers, 98304 bytes" in text or not OWN
     assert "per SM: more than this GPU has" in text, "four stages of 128 keys"
@@ -108,7 +108,7 @@ def test_the_binary_of_a_pinned_config_is_looked_at():
     assert forward["pinned"]["fits"] and not dq["pinned"]["fits"] and plain["engine"] == "the portable Triton kernels"
 
 
-def test_a_pinned_config_that_the_compiler_refuses_is_told(monkeypatch):
+def test_compiler_error_of_a_pinned_config_is_shown(monkeypatch):
     def refuse(*_):
         raise RuntimeError("it said no")
 
@@ -117,16 +117,16 @@ def test_a_pinned_config_that_the_compiler_refuses_is_told(monkeypatch):
     with config.pinned(forward=Config(32, 32)):
         found = explain.explain_problem(PLAIN, H200)
     assert found.lines[0].pinned == {"refused": "RuntimeError: it said no"}
-    assert "pinned\n         the compiler refuses it: RuntimeError: it said no\n" in str(found)
+    assert "pinned\n         it does not compile: RuntimeError: it said no\n" in str(found)
 
 
-def test_what_is_not_known_of_a_binary_is_left_out():
-    assert explain._in_words({"registers": 8, "shared_memory": 64}) == "8 registers, 64 bytes of shared memory"
-    assert explain._in_words({"registers": 8, "shared_memory": 64, "occupancy": 0, "fits": False}) == (
+def test_unknown_figures_are_left_out():
+    assert explain._describe_figures({"registers": 8, "shared_memory": 64}) == "8 registers, 64 bytes of shared memory"
+    assert explain._describe_figures({"registers": 8, "shared_memory": 64, "occupancy": 0, "fits": False}) == (
         "8 registers, 64 bytes of shared memory, 0 blocks per SM: more than this GPU has")
 
 
-def test_heads_that_are_not_served_are_refused_in_one_line(capsys):
+def test_unsupported_head_size_is_one_line(capsys):
     wide = Problem.parse("1x8x8x64x512", torch.float32, False)
     with pytest.raises(RuntimeError, match=r"head size: expected at most 256 in torch.float32 on A10, got 512"):
         explain.explain_problem(wide, gpu.KNOWN["sm_86"])
@@ -136,14 +136,14 @@ def test_heads_that_are_not_served_are_refused_in_one_line(capsys):
 
 
 @pytest.mark.parametrize("table", shipped.shipped_tables(), ids=lambda each: each.name)
-def test_the_rows_that_nearly_everybody_uses_tell_of_others_that_lost(table):
-    """16 bits and heads of 64, 128 and 256: why not another config is what explain is asked."""
+def test_usual_rows_list_rejected_configs(table):
+    """The usual rows are those of 16-bit numbers and heads of 64, 128 and 256."""
     rows = [row for row in table.rows.values() if row.itemsize == 2 and row.width in (64, 128, 256)]
     assert all(row.rejected for row in rows), [row.key for row in rows if not row.rejected]
     assert sum(len(row.rejected) for row in rows) >= 4 * len(rows)
 
 
 @pytest.mark.parametrize("shape", ["", "2x3", "2x8x3x64x64", "0x8x8x64x64", "2x8x8x64x513", "axbxcxdxe", "2x8x8x64x64x2"])
-def test_a_shape_of_another_form_is_refused(shape):
+def test_malformed_shape_is_an_error(shape):
     with pytest.raises(ValueError, match="shape: expected"):
         Problem.parse(shape, torch.bfloat16, False)

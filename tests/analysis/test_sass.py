@@ -1,4 +1,4 @@
-"""Reading binaries: made-up ones here, the compiler's in test_lens."""
+"""Reading made-up binaries; test_compile_report.py reads compiled ones."""
 
 import struct
 
@@ -76,7 +76,7 @@ def test_registers_and_stack_are_those_of_the_largest_function():
     (b"", "0 bytes that end too early"), (b"no ELF at all" * 9, "does not begin as one"), (elf(NOTES, cut=40), "end too early"),
     (elf(NOTES)[:30], "end too early"), (elf(NOTES, b".text"), "stripped"), (elf([(4, 0x11, pair(7, 0))]), "stripped"),
 ])
-def test_what_is_no_whole_cubin_is_said(content, words):
+def test_truncated_cubin_is_an_error(content, words):
     with pytest.raises(ValueError, match=words):
         sass.of_cubin(content)
 
@@ -91,7 +91,7 @@ def test_every_cut_of_a_cubin_is_an_error_or_right():
         assert (found.registers, found.stack) == (168, 24), f"cut by {cut}"
 
 
-def test_the_notes_of_amd():
+def test_resources_of_amdgcn():
     found = sass.of_amdgcn(AMDGCN)
     assert found == sass.Resources(255, 40, 12, 106, 11)
     with pytest.raises(ValueError, match="vgpr_count"):
@@ -115,11 +115,11 @@ def test_the_notes_of_amd():
     ("UIADD3", "uniform"), ("R2UR", "uniform"), ("s_add_i32", "uniform"), ("IADD3", "integer"), ("LOP3.LUT", "integer"),
     ("IMAD.MOV.U32", "integer"), ("PRMT", "integer"), ("v_and_b32_e32", "integer"), ("LEA.HI", "integer"), ("VIADD", "integer"),
 ])
-def test_every_instruction_has_a_kind(opcode, kind):
+def test_kinds_of_instructions(opcode, kind):
     assert sass.kind(opcode) == kind
 
 
-def test_the_loops_over_tiles_are_the_innermost_without_the_careful_ones_shortest_first():
+def test_loops_over_tiles_are_innermost_without_nan_safe_shortest_first():
     short, long = sass.loops(SASS)
     assert short.instructions == ("MUFU.EX2", "MUFU.EX2", "BRA") and short.spills == 0
     assert long.counts == {"special": 2, "spill": 1, "tensor": 1, "control": 1} and long.spills == 1
@@ -146,32 +146,32 @@ COLD = """
 """
 
 
-def test_what_is_moved_behind_a_loop_makes_no_loop():
+def test_block_moved_behind_a_loop_is_no_loop():
     loop, = sass.loops(COLD)
     assert loop.products == {"v_mfma_f32_32x32x8": 2} and loop.exponentials == 2
     assert loop.instructions.count("s_cbranch_scc1") == 1, "of two jumps to one head the last ends the loop"
 
 
-def test_no_more_loops_than_there_are_stretches():
+def test_number_of_loops_is_limited():
     assert len(sass.loops(SASS, 1)) == 1 and sass.loops(SASS, 1)[0].spills == 1, "the first in the text"
     assert len(sass.loops(SASS, 5)) == 2
 
 
-def test_the_pipelined_loop_comes_first():
+def test_pipelined_loop_comes_first():
     copying = SASS.replace("@!P0 STL [R1], R2", "LDGSTS.E [R1], R2")
     assert [loop.pipelined for loop in sass.loops(copying)] == [True, False]
 
 
-def test_spills_are_counted_inside_of_loops_and_elsewhere():
+def test_spills_are_counted_in_loops_and_in_total():
     assert sum(loop.spills for loop in sass.loops(SASS)) == 1 and sass.spills(SASS) == 3
     assert [loop.spills for loop in sass.loops(AMDGCN)] == [1] and sass.spills(AMDGCN) == 1
 
 
-def test_what_stands_in_a_path_does_not_make_sass_of_amdgcn():
+def test_path_in_amdgcn_is_not_mistaken_for_sass():
     """AMD's assembly names source files, and a folder may be called anything."""
     assert sass.loops('\t.file 1 "/home/BRANDON/*0000*/x.py"\n' + AMDGCN) == sass.loops(AMDGCN) != ()
 
 
-def test_the_registers_of_warp_specialised_partitions():
+def test_registers_of_partitions():
     text = "/*0010*/ USETMAXREG.DEALLOC.CTAPOOL 0x18 ;\n/*0020*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;\n"
     assert sass.partitions(text) == (24, 240) and sass.partitions(SASS) == ()

@@ -1,4 +1,4 @@
-"""Journals survive a kill at any byte, and refuse what is not theirs."""
+"""Journals survive a kill at any byte, and reject other plans and broken lines."""
 
 import json
 
@@ -16,7 +16,7 @@ def written(path, entries):
     return path.read_bytes()
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_round_trip(tmp_path):
     entries = [{"job": i, "text": "é\n"} for i in range(3)]
     written(tmp_path / "deep" / "a.jsonl", entries)
     head, found = read(tmp_path / "deep" / "a.jsonl")
@@ -25,7 +25,7 @@ def test_what_is_written_is_read(tmp_path):
         assert book.entries == entries
 
 
-def test_a_kill_at_any_byte_loses_no_whole_entry(tmp_path):
+def test_kill_at_any_byte_loses_no_complete_entry(tmp_path):
     entries = [{"job": i, "value": i / 3} for i in range(3)]
     whole, path = written(tmp_path / "whole.jsonl", entries), tmp_path / "cut.jsonl"
     for size in range(len(whole) + 1):
@@ -37,7 +37,7 @@ def test_a_kill_at_any_byte_loses_no_whole_entry(tmp_path):
         assert read(path)[1] == [*entries[:kept], {"job": "next"}], size
 
 
-def test_another_plan_is_refused_and_nothing_is_changed(tmp_path):
+def test_another_plan_is_an_error_and_changes_nothing(tmp_path):
     before = written(tmp_path / "a.jsonl", [{"job": 1}])
     with pytest.raises(JournalError, match=f"expected the plan {digest({'suite': 'odd'})}, got {digest(PLAN)}"):
         Journal(tmp_path / "a.jsonl", {"suite": "odd"})
@@ -45,7 +45,7 @@ def test_another_plan_is_refused_and_nothing_is_changed(tmp_path):
 
 
 @pytest.mark.parametrize(("line", "text"), [(2, b"{\"job\""), (1, b"{}"), (1, b"[]"), (1, b"null"), (3, b"\xff")])
-def test_a_broken_line_before_the_last_is_an_error(tmp_path, line, text):
+def test_broken_line_before_the_last_is_an_error(tmp_path, line, text):
     path = tmp_path / "a.jsonl"
     lines = written(path, [{"job": 1}, {"job": 2}, {"job": 3}]).split(b"\n")
     lines[line - 1] = text
@@ -64,12 +64,12 @@ def test_reading_needs_a_first_line(tmp_path, content, words):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with Journal(tmp_path / "a.jsonl", PLAN), pytest.raises(JournalError, match="another process holds it"):
+    with Journal(tmp_path / "a.jsonl", PLAN), pytest.raises(JournalError, match="another process is writing to it"):
         Journal(tmp_path / "a.jsonl", PLAN)
     Journal(tmp_path / "a.jsonl", PLAN).close()
 
 
-def test_what_json_has_no_word_for_is_not_half_written(tmp_path):
+def test_nan_is_an_error_and_writes_nothing(tmp_path):
     with Journal(tmp_path / "a.jsonl", PLAN) as book:
         with pytest.raises(ValueError, match="JSON"):
             book.append({"seconds": float("nan")})
@@ -78,5 +78,5 @@ def test_what_json_has_no_word_for_is_not_half_written(tmp_path):
     assert read(tmp_path / "a.jsonl")[1] == [{"job": 1}]
 
 
-def test_digests_tell_plans_apart():
+def test_digest_identifies_a_plan():
     assert digest(PLAN) == digest(json.loads(json.dumps(PLAN))) != digest(PLAN | {"suite": "odd"})

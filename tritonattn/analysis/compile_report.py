@@ -1,4 +1,4 @@
-"""What the compiler made of a kernel, on any machine: no GPU is needed to compile for one.
+"""The report of a compiled kernel, made without a GPU: Triton compiles for any of them.
 
     problem + config + GPU -> binary -> registers, spills, memory, blocks per SM, instructions of the loops over tiles
 """
@@ -24,14 +24,14 @@ from ..runtime import launch
 from . import sass
 from .sass import Loop
 
-# what tells the paths through the tensor cores apart, best first
+# the fastest MMA instruction of each architecture
 MMA_INSTRUCTIONS = {"sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}  # elsewhere HMMA
-TENSOR_ROWS, TENSOR_COLUMNS = 128, 256  # of one product of Blackwell's, whose shape is not in its text
+TENSOR_ROWS, TENSOR_COLUMNS = 128, 256  # of one UTCHMMA, whose shape is not in its text
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """What one compiled kernel takes. Registers are per thread, memory in bytes per block."""
+    """Resources and loops of one compiled kernel. Registers are per thread, memory is in bytes per block."""
 
     kernel: str
     problem: Problem
@@ -51,7 +51,7 @@ class KernelReport:
 
     @property
     def threads(self) -> int:
-        """Of a block."""
+        """Threads of a block."""
         return self.config.num_warps * self.gpu.multiprocessor.lanes
 
     @property
@@ -65,9 +65,9 @@ class KernelReport:
 
     @property
     def serialized(self) -> bool | None:
-        """On Hopper: each warp-group product of a loop waits by itself (ptxas' remarks C7510 to C7515). None: not disassembled.
+        """On Hopper: whether each warp-group MMA of a loop is waited for separately (C7510 to C7515 of ptxas). None: unknown.
 
-        As it should be, all instructions of one product of tiles share one wait; a product is often several instructions.
+        In a pipelined loop, all MMA instructions of one product of tiles share one wait.
         """
         return None if self.loops is None else any(self._waits_for_each(loop) for loop in self.loops)
 
@@ -77,48 +77,45 @@ class KernelReport:
 
     @functools.cached_property
     def blocks_by_resource(self) -> dict[str, int]:
-        """How many blocks of this kernel each resource of an SM has room for."""
+        """Blocks of this kernel that each resource of an SM allows."""
         sm, warps = self.gpu.multiprocessor, self.config.num_warps
-        rooms = {"warps": sm.warps // warps, "blocks": sm.blocks, "registers": sm.warps_with(self.registers) // warps}
+        allowed = {"warps": sm.warps // warps, "blocks": sm.blocks, "registers": sm.warps_with(self.registers) // warps}
         if self.shared_memory:
-            rooms["shared memory"] = sm.shared_memory // (self.shared_memory + sm.reserved)
+            allowed["shared memory"] = sm.shared_memory // (self.shared_memory + sm.reserved)
         if self.tensor_memory:
-            rooms["tensor memory"] = self.gpu.tensor_memory // self.tensor_memory
-        return rooms
+            allowed["tensor memory"] = self.gpu.tensor_memory // self.tensor_memory
+        return allowed
 
     @property
     def occupancy(self) -> int:
-        """Blocks of this kernel that one SM holds at a time."""
+        """Blocks of this kernel that run on one SM at a time."""
         return min(self.blocks_by_resource.values())
 
     @property
     def occupancy_limiter(self) -> str:
-        """The resource that allows no more blocks."""
+        """The resource that limits the occupancy."""
         return min(self.blocks_by_resource, key=self.blocks_by_resource.get)
 
     @property
     def mma_instruction(self) -> str | None:
-        """The instructions that make products in the loops ("HGMMA"); "" where none of the tensor cores' is among them.
-
-        None: not disassembled.
-        """
+        """The MMA instructions of the loops, such as "HGMMA"; "" if there are none. None: not disassembled."""
         if self.loops is None:
             return None
         return "+".join(sorted({re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops for name in loop.products}))
 
     @property
     def best_mma_instruction(self) -> str:
-        """The one that this GPU has for this dtype."""
+        """The fastest MMA instruction of this GPU for this dtype; "" for IEEE float32 products, which use FMAs."""
         if self.precision == "ieee" and not self.gpu.is_amd:
             return ""
         return MMA_INSTRUCTIONS.get(closest_architecture(self.gpu), "HMMA")
 
     @property
     def duplicated(self) -> float:
-        """Work of the tensor cores in one round of the loop, as a multiple of what the tile needs; 1 is as it should be."""
+        """MMA work in one iteration of the loop, as a multiple of what the tile needs; ideally 1."""
         loop, warps = self.loops[0], self.config.num_warps
         if "UTCHMMA" in loop.products:
-            # one goes through 32 bytes of K
+            # one instruction covers 32 bytes of K
             depth = 32 // self.problem.dtype.itemsize
             needed = sum(math.ceil(m / TENSOR_ROWS) * math.ceil(n / TENSOR_COLUMNS) * k // depth for m, n, k in self.products)
             return loop.products["UTCHMMA"] / needed
@@ -126,13 +123,13 @@ class KernelReport:
 
     @property
     def redone(self) -> float:
-        """Exponentials in one round of the loop, as a multiple of the scores of the tile."""
+        """Exponentials in one iteration of the loop, as a multiple of the scores of the tile; ideally 1."""
         tile = self.config.block_m * self.config.block_n
         return self.loops[0].exponentials * self.threads / tile
 
     @property
     def products(self) -> tuple[tuple[int, int, int], ...]:
-        """The products of tiles [M, K] by [K, N] in one round of the loop, as (M, N, K); heads as they are padded."""
+        """The products of tiles [M, K] by [K, N] in one iteration, as (M, N, K); head sizes are padded."""
         return self._products(parts(self.problem.d), parts(self.problem.dv))
 
     def _products(self, ds, dvs):
@@ -148,64 +145,65 @@ class KernelReport:
 
     @property
     def needed(self) -> int:
-        """Floating-point operations of these products."""
+        """Floating-point operations of `products`."""
         return sum(2 * m * n * k for m, n, k in self.products)
 
     @property
     def useful(self) -> int:
-        """The same without what heads are padded with."""
+        """Floating-point operations of the products without padding."""
         return sum(2 * m * n * k for m, n, k in self._products((self.problem.d,), (self.problem.dv,)))
 
 
 def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassembled: bool = True) -> KernelReport:
     """Compile one kernel ("forward", "delta", "dq", "dkdv", "dbias") for a GPU and read its binary.
 
-    disassembled=False leaves out the loops, which take a quarter of a second. Raises ValueError for a binary that cannot be
-    read, RuntimeError where the kernels are interpreted, and what Triton raises for what it cannot compile.
+    disassembled=False omits the loops, which take a quarter of a second. Raises ValueError for a binary that cannot be read,
+    RuntimeError if the kernels are interpreted, and Triton's own errors if it cannot compile the kernel.
     """
     compiled = compile_kernel(kernel, problem, config, gpu)
     stretches = len([mode for mode in _constexprs_of(kernel, problem, config).LOOP_MODES.value if mode is not None]) or None
     text = ""
     if gpu.is_amd:
         text = compiled.asm["amdgcn"]
-        found = sass.of_amdgcn(text)
+        resources = sass.of_amdgcn(text)
     else:
-        found = sass.of_cubin(compiled.asm["cubin"])
+        resources = sass.of_cubin(compiled.asm["cubin"])
         text = sass.disassemble(compiled.asm["cubin"]) if disassembled else ""
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return KernelReport(kernel, problem, gpu, config, found.registers, found.stack, compiled.metadata.shared, tensor_memory,
-                  found.accumulation, found.scalar, found.spilled, sass.spills(text) if disassembled else None,
-                  precision(problem), sass.partitions(text), sass.loops(text, stretches) if disassembled else None)
+    return KernelReport(kernel, problem, gpu, config, resources.registers, resources.stack, compiled.metadata.shared,
+                        tensor_memory, resources.accumulation, resources.scalar, resources.spilled,
+                        sass.spills(text) if disassembled else None, precision(problem), sass.partitions(text),
+                        sass.loops(text, stretches) if disassembled else None)
 
 
 def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
-    """Triton's compiled kernel, with every intermediate form in `.asm`; the arguments are those of a real launch."""
+    """Compile a kernel for the arguments of a real launch; `.asm` of the result holds every intermediate form."""
     return _compile_cached(kernel, problem, config, gpu, residual, precision(problem))
 
 
 @functools.lru_cache(maxsize=64)
 def _compile_cached(kernel, problem, config, gpu, residual, _precision):
-    """`_precision` decides about float32 products, by way of the launch."""
-    call = launch.example_launch(kernel, problem, config, residual)
-    if not isinstance(call.kernel, JITFunction):
-        raise RuntimeError("lens: expected compilable kernels, got interpreted ones; start Python without TRITON_INTERPRET")
+    """Compile once per argument list; `_precision` is read by the launch, and is here as part of the cache's key."""
+    launched = launch.example_launch(kernel, problem, config, residual)
+    if not isinstance(launched.kernel, JITFunction):
+        raise RuntimeError("the kernels are interpreted and cannot be compiled; start Python without TRITON_INTERPRET")
     target = GPUTarget("hip", gpu.arch, 64) if gpu.is_amd else GPUTarget("cuda", gpu.capability, 32)
     backend = make_backend(target)
     options = launch.compile_options(config) | {"debug": False}
-    bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
-    bound, specialization, _ = bind(*call.arguments, **options)
-    options, signature, constants, attributes = call.kernel._pack_args(backend, options, bound, specialization, None)
-    return triton.compile(ASTSource(call.kernel, signature, constants, attributes), target=target, options=options.__dict__)
+    bind = create_function_from_signature(launched.kernel.signature, launched.kernel.params, backend)
+    bound, specialization, _ = bind(*launched.arguments, **options)
+    options, signature, constants, attributes = launched.kernel._pack_args(backend, options, bound, specialization, None)
+    return triton.compile(ASTSource(launched.kernel, signature, constants, attributes), target=target, options=options.__dict__)
 
 
 def ptxas_remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[str]:
-    """What ptxas says of a kernel's performance ("C7510: Potential Performance Loss: wgmma ... serialized ..."), a line each.
+    """Return the performance remarks of ptxas ("C7510: Potential Performance Loss: wgmma ... serialized ..."), a line each.
 
-    It says so while it compiles, where Triton drops it: ptxas runs once more.
+    Triton discards them, so ptxas runs once more.
     """
     if gpu.is_amd:
         return []
-    from triton.backends.nvidia.compiler import get_ptxas  # which of the two is Triton's own choice
+    from triton.backends.nvidia.compiler import get_ptxas  # Triton chooses between two
 
     ptx = compile_kernel(kernel, problem, config, gpu).asm["ptx"]
     arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
@@ -219,21 +217,21 @@ def ptxas_remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> li
 
 
 def flops(product: str) -> int:
-    """Floating-point operations that each warp contributes to one product: "HMMA.16816" has 16 x 8 x 16 of them, twice."""
+    """Return the floating-point operations that each warp contributes to one MMA: 2 x 16 x 8 x 16 for "HMMA.16816"."""
     numbers = re.search(r"(\d+)x(\d+)x(\d+)", product)
     if numbers:
-        # a warp-group product is made by four warps together
+        # the four warps of a warp group share one HGMMA
         return 2 * math.prod(map(int, numbers.groups())) // (4 if product.startswith("HGMMA") else 1)
     return {"16816": 2 * 16 * 8 * 16, "1688": 2 * 16 * 8 * 8, "1684": 2 * 16 * 8 * 4}.get(product.split(".")[-1], 0)
 
 
 def parts(size: int) -> tuple[int, ...]:
-    """The widths in which a tile holds a head of this size."""
+    """Return the widths of the parts in which a tile holds a head of this size."""
     return (main_width(size), tail_width(size)) if has_two_parts(size) else (main_width(size),)
 
 
 def padded(size: int) -> int:
-    """The columns that a head of this size takes in a tile."""
+    """Return the columns that a head of this size takes in a tile."""
     return sum(parts(size))
 
 

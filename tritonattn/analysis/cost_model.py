@@ -1,13 +1,13 @@
-"""How long a compiled kernel should take, from what its loop issues: a small model, to rank configs, not to time them.
+"""A small model of a compiled kernel's time, from the instructions of its loops: to rank configs, not to predict times.
 
-    cycles of a unit in one round of the loop  =  what the loop asks of it / what an SM does of that in a clock
-    cycles of a round  =  max(tensor, softmax) + (1 - overlap) min(tensor, softmax) + latency / blocks per SM
-    cycles of a kernel =  waves of blocks * (rounds of a block * cycles of a round * blocks per SM + start and end)
+    cycles of a unit in one iteration  =  operations of the loop on that unit / operations of an SM per clock
+    cycles of an iteration  =  max(tensor, softmax) + (1 - overlap) min(tensor, softmax) + latency / blocks per SM
+    cycles of a kernel =  waves of blocks * (iterations of a block * cycles of an iteration * blocks per SM + start and end)
 
-where softmax stands for the slowest of the other units. Counted are one loop without a mask and one with it, each as often
-as the problem visits such tiles. Not counted: caches' and memory's bandwidth (`perf/limits.py` has memory's), bank conflicts,
-what a product reads of shared memory, clocks under load. Overlap and latency are judgement, not measurement; so only the
-order of a list is claimed, and the tests hold it to what others have published.
+where softmax stands for the slowest of the other units. The model counts one loop without a mask and one with it, each as
+often as the problem visits such tiles. It leaves out the bandwidth of memory (see `perf/limits.py`) and caches, bank
+conflicts, reads of shared memory by MMAs, and clocks under load. Overlap and latency are estimates, not measurements, so
+only the ranking is meaningful; tests compare it with published measurements.
 """
 
 import functools
@@ -22,55 +22,55 @@ from ..problem import Problem
 from .compile_report import KernelReport, flops
 from .sass import Loop, kind
 
-# part of the softmax that other warps' products hide, by the groups of four warps on an SM
+# part of the softmax hidden behind other warps' products, by the number of groups of four warps on an SM
 OVERLAP = {1: 0.2, 2: 0.6, 3: 0.7}
 OVERLAP_OF_MORE = 0.75
-LATENCY = {1: 500, 2: 100}    # cycles of a round that nothing hides, by the stages of the pipeline
+LATENCY = {1: 500, 2: 100}    # exposed cycles of an iteration, by the stages of the pipeline
 LATENCY_OF_MORE = 60
-START = 1500                  # cycles of a block outside the loop, and one for each 8 numbers of a tile of the result
+START = 1500                  # cycles of a block outside the loop, plus one for every 8 numbers of its output tile
 # lanes of an SM that compare, select, convert, shift and add integers: half of Hopper's fp32 lanes
 LANES_OF_ALU = 64
 BYTES_OF_SHARED = 128         # per clock
-# part of the peak that a warp's own products, HMMA, reach where the tensor cores have a better path. H100: measured by Luo et
-# al. (2024), arXiv:2402.13499; FlashAttention-3's authors say two thirds. Blackwell: inferred, as many a clock as H100
+# part of the peak that HMMA reaches on GPUs with a faster MMA instruction. H100: measured by Luo et al. (2024),
+# arXiv:2402.13499; two thirds according to FlashAttention-3. Blackwell: inferred, the same rate per clock as H100
 OLDER = {"sm_90": 0.63, "sm_100": 0.315}
 # single conversions go through the unit of the exponentials (Nsight Compute's XU); packed ones, F2FP and I2FP, do not
 SINGLE = re.compile(r"(F2F|F2I|I2F|FRND)\b")
-PACKED = ("FADD2", "FMUL2", "FFMA2")  # AMD's fill a lane twice in one go
-# warp instructions a clock: each of an SM's four schedulers issues one
+PACKED = ("FADD2", "FMUL2", "FFMA2")  # AMD's are named v_pk_*
+# warp instructions per clock: one for each of an SM's four schedulers
 ISSUED = 4
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the model makes of one report. Cycles are an SM's."""
+    """The model's estimate for one report. Cycles are those of an SM."""
 
-    rounds: tuple[dict[str, float], ...]  # cycles of each unit in one round: of the loop without a mask, of that with it
-    round_cycles: tuple[float, ...]       # of one round, likewise
-    visits: tuple[float, ...]             # rounds of each kind, of one block on average
+    rounds: tuple[dict[str, float], ...]  # cycles of each unit in one iteration, without and with a mask
+    round_cycles: tuple[float, ...]       # of one iteration, without and with a mask
+    visits: tuple[float, ...]             # iterations without and with a mask, of an average block
     blocks: int
-    waves: int                            # rounds of the GPU in which its blocks run
-    kept_busy: float                      # of these waves, the part in which SMs have a block: wave quantization
+    waves: int                            # how many times the blocks fill the GPU
+    kept_busy: float                      # fraction of the waves' places that have a block (wave quantization)
     cycles: float                         # of the kernel
-    share: float                          # of the peak of such products that the pairs that see each other would reach
+    share: float                          # fraction of the peak, counting unmasked (query, key) pairs only
 
     @property
     def bound(self) -> str:
-        """The unit that the loop without a mask keeps busy longest."""
+        """The unit with the most cycles in the loop without a mask."""
         return max(self.rounds[0], key=self.rounds[0].get)
 
 
 def estimate(report: KernelReport) -> Estimate | None:
-    """The model's view of a report; None where there is no loop over tiles (delta) or it was not disassembled."""
+    """Estimate the time of a compiled kernel; None if it has no loop over tiles (delta) or was not disassembled."""
     if not report.loops or not report.occupancy:
         return None
     peaks = peaks_of(report.gpu)
-    found = (report.loops[0], report.loops[-1])
+    loops = (report.loops[0], report.loops[-1])
     blocks, *visited = visits(report.kernel, report.problem, report.config.block_m, report.config.block_n)
     each = [count / max(blocks, 1) for count in visited]
-    # a GPU that is not full has fewer blocks side by side on an SM than it could
+    # a GPU that is not full has fewer blocks per SM than its occupancy allows
     together = max(1, min(report.occupancy, math.ceil(blocks / report.gpu.sms)))
-    rounds = tuple(units(report, loop, peaks) for loop in found)
+    rounds = tuple(units(report, loop, peaks) for loop in loops)
     round_cycles = tuple(_round(cycles, report.config, together) for cycles in rounds)
     room = report.gpu.sms * together
     waves = math.ceil(blocks / room)
@@ -85,23 +85,23 @@ def estimate(report: KernelReport) -> Estimate | None:
 
 
 def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:
-    """Cycles of an SM that each of its units needs for one round of this loop by one block."""
+    """Return the cycles that each unit of an SM needs for one iteration of this loop by one block."""
     counts, warps, lanes = loop.counts, report.config.num_warps, report.gpu.multiprocessor.lanes
     threads = warps * lanes
-    # packed instructions work on two numbers per lane
+    # packed instructions process two numbers per lane
     floats = counts.get("float", 0) + sum(name.startswith(PACKED) for name in loop.instructions)
     singles = sum(bool(SINGLE.match(name)) for name in loop.instructions)
     alu = counts.get("select", 0) + counts.get("conversion", 0) - singles + counts.get("integer", 0)
     if report.gpu.is_amd:
-        # one kind of lane does both
+        # the same lanes do both
         alu, floats = alu + floats, 0
     else:
-        # integer products, by which the compiler also moves numbers, take the place of floating-point ones
+        # IMAD, which the compiler also uses as a move, runs on the floating-point lanes
         products = sum(name.startswith("IMAD") for name in loop.instructions)
         alu, floats = alu - products, floats + products
     words = sum(_words(name) for name in loop.instructions if kind(name) == "shared")
     return {
-        "tensor": report.needed * report.duplicated / (rate(report, peaks) * _reached(report, loop)) if report.mma_instruction else 0.0,
+        "tensor": _mma_cycles(report, loop, peaks) if report.mma_instruction else 0.0,
         "special": (counts.get("special", 0) + singles) * threads / peaks.exponentials,
         "fp32": floats * threads / peaks.fp32,
         "alu": alu * threads / LANES_OF_ALU,
@@ -110,16 +110,17 @@ def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:
     }
 
 
-def _reached(report, loop):
-    """Part of the peak of products that this loop's instructions can reach."""
+def _mma_cycles(report, loop, peaks):
+    """Return the cycles of the tensor cores; HMMA reaches only a part of the peak on some GPUs."""
     older = sum(flops(name) * count for name, count in loop.products.items() if name.startswith("HMMA"))
     work = report.needed * report.duplicated
     share = min(1.0, older * report.config.num_warps / work) if work else 0.0
-    return 1 / (1 - share + share / OLDER.get(closest_architecture(report.gpu), 1.0))
+    slowdown = 1 - share + share / OLDER.get(closest_architecture(report.gpu), 1.0)
+    return work * slowdown / rate(report, peaks)
 
 
 def _words(name):
-    """Of four bytes, which a load or store of shared memory moves for each lane."""
+    """Return the words of four bytes that an access to shared memory moves for each lane."""
     if name.startswith("ds_"):
         bits = re.search(r"_[bu](\d+)", name)
         return max(int(bits[1]) if bits else 32, 32) // 32 * (2 if re.match(r"ds_(read|write)2", name) else 1)
@@ -130,7 +131,7 @@ def _words(name):
 
 
 def _round(cycles: dict, config: Config, together: int) -> float:
-    """Cycles of one round by one block, `together` on an SM."""
+    """Return the cycles of one iteration by one block, with `together` blocks on an SM."""
     softmax = max(value for unit, value in cycles.items() if unit != "tensor")
     hidden = OVERLAP.get(together * max(1, config.num_warps // 4), OVERLAP_OF_MORE)
     latency = LATENCY.get(config.num_stages, LATENCY_OF_MORE)
@@ -140,12 +141,12 @@ def _round(cycles: dict, config: Config, together: int) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def visits(kernel: str, problem: Problem, block_m: int, block_n: int) -> tuple[int, int, int]:
-    """Blocks of a kernel, and over all of them the tiles visited without a mask and with one."""
-    turned = kernel == "dkdv"
-    rows, cols, row, col = ((problem.n_k, problem.n_q, block_n, block_m) if turned else
+    """Return the blocks of a kernel, and the tiles that all of them visit without and with a mask."""
+    transposed = kernel == "dkdv"
+    rows, cols, row, col = ((problem.n_k, problem.n_q, block_n, block_m) if transposed else
                             (problem.n_q, problem.n_k, block_m, block_n))
-    left, right = problem.window[::-1] if turned else problem.window
-    shift, whole, masked = -problem.shift if turned else problem.shift, 0, 0
+    left, right = problem.window[::-1] if transposed else problem.window
+    shift, whole, masked = -problem.shift if transposed else problem.shift, 0, 0
     for first in range(0, rows, row):
         at, last = first + shift, first + shift + row - 1
         start = 0 if left is None else max(at - left, 0) // col
@@ -155,15 +156,15 @@ def visits(kernel: str, problem: Problem, block_m: int, block_n: int) -> tuple[i
         full = max(min(outer, stop) - max(inner, start), 0)
         whole += full
         masked += max(stop - start, 0) - full
-    heads = math.prod(problem.batch) * (problem.kv_heads if turned else problem.heads)
-    repeated = problem.group if turned else 1
-    # the owner of a tile of a bias that is not broadcast visits that tile alone
+    heads = math.prod(problem.batch) * (problem.kv_heads if transposed else problem.heads)
+    repeated = problem.group if transposed else 1
+    # dbias has one block per tile of the bias
     blocks = math.ceil(rows / row) * (math.ceil(cols / col) if kernel == "dbias" else 1)
     return heads * blocks, heads * repeated * whole, heads * repeated * masked
 
 
 def peaks_of(gpu: Gpu) -> Peaks:
-    """A GPU's own peaks where its model is known, else those of the one that stands for its architecture."""
+    """Return a GPU's peaks; those of another model of its architecture if the model is unknown."""
     if gpu.peaks:
         return gpu.peaks
     if gpu.is_amd:
@@ -173,8 +174,10 @@ def peaks_of(gpu: Gpu) -> Peaks:
 
 
 def rate(report: KernelReport, peaks: Peaks) -> float:
-    """Floating-point operations of products a clock and SM, in this dtype: TF32 has half the rate of 16 bits, AMD's float32
-    an eighth; without tensor cores a lane does two."""
+    """Return the MMA rate of this dtype, in floating-point operations per clock and SM.
+
+    TF32 has half the rate of 16-bit numbers, AMD's float32 an eighth; without tensor cores a lane does two per clock.
+    """
     if report.problem.dtype.itemsize == 2:
         return peaks.tensor
     return 2 * peaks.fp32 if not report.mma_instruction else peaks.tensor / (8 if report.gpu.is_amd else 2)

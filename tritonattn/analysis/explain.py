@@ -1,4 +1,4 @@
-"""Which config each kernel of a call would use, where it comes from, why others lost, and what bounds it."""
+"""The config that each kernel of a call would use, its origin, the rejected configs, and what bounds the kernel."""
 
 from dataclasses import asdict, dataclass
 
@@ -15,26 +15,26 @@ ENGINE = "the portable Triton kernels"
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """One kernel of a call."""
+    """The config of one kernel of a call."""
 
     kernel: str
     config: str
-    origin: str                # "pinned", or one of config.ORIGINS
-    table: str | None          # the file in configs/
-    entry: Entry | None        # what is known of the config's binary
-    lost: dict[str, str]       # {config: reason}, of those that were out or slower
-    record: Record | None = None  # of the user's cache
-    pinned: dict | None = None    # what the lens sees of a pinned config's binary, as far as it can be compiled here
+    origin: str                # "pinned", or one of configs.lookup.ORIGINS
+    table: str | None          # the file in configs/data/
+    entry: Entry | None        # the recorded figures of the config's binary
+    lost: dict[str, str]       # {config: reason} of the rejected and the slower ones
+    record: Record | None = None  # in the user's cache
+    pinned: dict | None = None    # figures of a pinned config's binary, where it can be compiled
 
     @property
-    def seen(self) -> dict | None:
-        """Registers, shared memory, occupancy and what bounds the loop, from wherever they are known."""
+    def figures(self) -> dict | None:
+        """Registers, shared memory, occupancy and the bound of the binary, from the source that has them."""
         return self.pinned or (self.entry.as_json() if self.entry else self.record and self.record.static)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run, kernel by kernel. `str` prints it; `as_json` gives plain data."""
+    """The configs of a call, kernel by kernel. `str` formats them; `as_json` returns plain data."""
 
     problem: Problem
     gpu: Gpu
@@ -51,49 +51,56 @@ class Explanation:
             origin = "pinned" if line.origin == "pinned" else lookup.ORIGINS[line.origin]
             text.append(f"\n{line.kernel:9}{line.config:16}{origin}" + (f" ({line.table}.json)" if line.table else ""))
             if line.record:
-                text += [f"{'':9}{told}" for told in _told(line.record)]
+                text += [f"{'':9}{each}" for each in _describe_record(line.record)]
             if line.entry:
                 text.append(f"{'':9}{line.entry.source}, {SOURCES[line.entry.source]}")
             if line.pinned and "refused" in line.pinned:
-                text.append(f"{'':9}the compiler refuses it: {line.pinned['refused']}")
-            elif line.seen and line.seen.get("registers") is not None:
-                text.append(f"{'':9}{_in_words(line.seen)}")
+                text.append(f"{'':9}it does not compile: {line.pinned['refused']}")
+            elif line.figures and line.figures.get("registers") is not None:
+                text.append(f"{'':9}{_describe_figures(line.figures)}")
             if line.entry and line.entry.accepted_fault:
-                text.append(f"{'':9}in spite of {line.entry.accepted_fault}: nothing better was found")
+                text.append(f"{'':9}despite {line.entry.accepted_fault}: no better config was found")
             for reason in dict.fromkeys(line.lost.values()):
                 names = ", ".join(name for name, why in line.lost.items() if why == reason)
                 text.append(f"{'':9}{reason}: {names}")
         return "\n".join(text)
 
 
-def _in_words(seen: dict) -> str:
-    """What a binary takes, as far as it is known."""
-    bound = f"bound by {seen['bound']}; " if seen.get("bound") else ""
-    blocks = seen.get("occupancy")
-    beside = "" if blocks is None else f", {blocks} block{'s' * (blocks != 1)} per SM"
-    return (f"{bound}{seen['registers']} registers, {seen['shared_memory']} bytes of shared memory{beside}"
-            f"{'' if seen.get('fits', True) else ': more than this GPU has'}")
+def _describe_figures(figures: dict) -> str:
+    """Format the known figures of a binary."""
+    bound = f"bound by {figures['bound']}; " if figures.get("bound") else ""
+    blocks = figures.get("occupancy")
+    occupancy = "" if blocks is None else f", {blocks} block{'s' * (blocks != 1)} per SM"
+    return (f"{bound}{figures['registers']} registers, {figures['shared_memory']} bytes of shared memory{occupancy}"
+            f"{'' if figures.get('fits', True) else ': more than this GPU has'}")
 
 
-def _told(record: Record) -> list[str]:
-    """A record in a few lines."""
+def _describe_record(record: Record) -> list[str]:
+    """Format a record of the user's cache in two lines."""
     run, default = record.run, record.default_seconds
-    than = f"; {record.default}, which a call would have used, took {default * 1e6:.0f}" if default else ""
-    return [f"measured: {record.seconds * 1e6:.0f} us, the median of {record.samples}{than}",
+    untuned = f"; {record.default}, the config without tuning, took {default * 1e6:.0f}" if default else ""
+    return [f"measured: {record.seconds * 1e6:.0f} us, the median of {record.samples}{untuned}",
             f"by {run.get('strategy')} on {run['time']}, with Triton {record.versions['triton']}; "
             f"{run.get('trials')} configs tried"]
 
 
 def explain(q, k, v, **options) -> Explanation:
-    """What `attention(q, k, v, **options)` would run, and why; nothing runs. The same options, and the same errors."""
+    """Return the configs that `attention(q, k, v, **options)` would use, without running it.
+
+    The arguments and errors are those of `attention`. Printing the result shows, for each kernel, the config, its origin,
+    the registers and memory of its binary, and the configs that were rejected, with a reason.
+    """
     return explain_problem(problem_of(q, k, v, **options), gpu.gpu_of(q.device))
 
 
 def explain_problem(problem: Problem, on: Gpu) -> Explanation:
-    """The same for a problem without tensors. RuntimeError for a GPU that the kernels do not run on, or not with such heads."""
-    most = on.largest_head(problem.dtype)
-    if max(problem.d, problem.dv) > most:
-        raise RuntimeError(f"head size: expected at most {most} in {problem.dtype} on {on.name}, got "
+    """Return the configs that the kernels of a problem would use on a GPU, which need not be here.
+
+    RuntimeError: the kernels do not support the GPU, or not this head size.
+    """
+    limit = on.largest_head(problem.dtype)
+    if max(problem.d, problem.dv) > limit:
+        raise RuntimeError(f"head size: expected at most {limit} in {problem.dtype} on {on.name}, got "
                            f"{max(problem.d, problem.dv)}")
     kernels = ("forward", "delta", "dq", "dkdv") + (("dbias",) if problem.bias is not None else ())
     return Explanation(problem, on, tuple(_line(kernel, problem, on) for kernel in kernels))
@@ -102,23 +109,23 @@ def explain_problem(problem: Problem, on: Gpu) -> Explanation:
 def _line(kernel, problem, on):
     if (pinned := config.pinned_config(kernel)) is not None:
         return KernelChoice(kernel, str(pinned), "pinned", None, None, {}, pinned=_compiled(kernel, problem, pinned, on))
-    found = lookup.lookup_config(kernel, problem, on)
-    entry = getattr(found.row, found.fill) if found.row else None
-    lost = found.row.rejected if found.row else {}
-    if found.record and found.record.default != found.record.config:
-        lost = {str(found.record.default): "slower" if found.record.default_seconds else "it could not be timed"}
-    return KernelChoice(kernel, str(found.config), found.origin, found.table, entry, lost, found.record)
+    choice = lookup.lookup_config(kernel, problem, on)
+    entry = getattr(choice.row, choice.fill) if choice.row else None
+    lost = choice.row.rejected if choice.row else {}
+    if choice.record and choice.record.default != choice.record.config:
+        lost = {str(choice.record.default): "slower" if choice.record.default_seconds else "could not be timed"}
+    return KernelChoice(kernel, str(choice.config), choice.origin, choice.table, entry, lost, choice.record)
 
 
 def _compiled(kernel, problem, pinned, on) -> dict | None:
-    """What the lens sees of a config, or why the compiler refuses it; None without Triton and where kernels are interpreted."""
+    """Return the figures of a config's binary, or the compiler's error; None if kernels cannot be compiled here."""
     if gpu.INTERPRETED or not gpu.TRITON:
         return None
-    from . import compile_report, cost_model  # they need Triton
+    from . import compile_report, cost_model  # these need Triton
 
     try:
         report = compile_report.inspect_kernel(kernel, problem, pinned, on)
-    except Exception as error:  # whatever the compiler raises is told
+    except Exception as error:  # whatever the compiler raises
         return {"refused": f"{type(error).__name__}: {str(error)[:200]}"}
     estimate = cost_model.estimate(report)
     return {"registers": report.registers, "shared_memory": report.shared_memory, "occupancy": report.occupancy,

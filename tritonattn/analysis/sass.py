@@ -1,4 +1,4 @@
-"""What a compiled kernel's binary holds, read without a GPU.
+"""The contents of a compiled kernel's binary, read without a GPU.
 
     cubin (ELF) -> registers and stack of each function -> SASS -> the loops over tiles -> instructions by kind
     amdgcn      -> the same, from the notes in the assembly and from its text
@@ -16,24 +16,24 @@ from dataclasses import dataclass
 
 import triton
 
-# ELF64: where the header has the table of sections; and notes of NVIDIA's that hold (function, value)
+# offset of the section table in an ELF64 header; NVIDIA's notes with the payload (function, value)
 _SECTIONS, _REGISTERS, _FRAME = 0x28, 0x2F, 0x11
-_WITH_PAYLOAD = 4  # the format of a note that says its own length
+_WITH_PAYLOAD = 4  # the format of a note that stores its own length
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one thread takes; on AMD, what a lane (vector registers) and a wave (scalar registers) take."""
+    """Registers and stack of one thread; on AMD, of a lane (vector registers) and a wave (scalar registers)."""
 
     registers: int         # on AMD: vector registers, accumulation registers among them
-    stack: int             # bytes of local memory: spilled registers, mostly
-    accumulation: int = 0  # AMD alone: of the registers, those of the matrix cores' own kind
-    scalar: int = 0        # AMD alone
-    spilled: int = 0       # AMD alone: vector registers kept in memory, and scalar ones kept in lanes of others
+    stack: int             # bytes of local memory, mostly spilled registers
+    accumulation: int = 0  # AMD only: those of `registers` that are accumulation registers
+    scalar: int = 0        # AMD only
+    spilled: int = 0       # AMD only: vector registers spilled to memory and scalar ones spilled to vector registers
 
 
 def of_cubin(cubin: bytes) -> Resources:
-    """The largest function's registers and stack, from the notes that the driver reads as well. ValueError: no such notes."""
+    """Return the largest function's registers and stack, from the notes for the driver. ValueError: no such notes."""
     try:
         found = {_REGISTERS: {}, _FRAME: {}}
         for note, function, value in _notes(cubin):
@@ -46,7 +46,7 @@ def of_cubin(cubin: bytes) -> Resources:
 
 
 def _notes(cubin):
-    """(note, function, value) of every note in .nv.info that holds two numbers."""
+    """Yield (note, function, value) of every note in .nv.info with a payload of two numbers."""
     if cubin[:4] != b"\x7fELF":
         raise ValueError("it does not begin as one")
     table, = struct.unpack_from("<Q", cubin, _SECTIONS)
@@ -65,7 +65,7 @@ def _notes(cubin):
 
 
 def of_amdgcn(assembly: str) -> Resources:
-    """From the notes at the end of the assembly. ValueError where they are missing."""
+    """Return the resources in the notes at the end of AMD's assembly. ValueError: they are missing."""
     def value(key):
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
         if found is None:
@@ -77,9 +77,9 @@ def of_amdgcn(assembly: str) -> Resources:
 
 
 def disassemble(cubin: bytes) -> str:
-    """SASS, by the nvdisasm that Triton carries. ValueError: what it says of a file that it cannot read.
+    """Disassemble to SASS with Triton's nvdisasm. ValueError: nvdisasm cannot read the file; its message.
 
-    Without its analysis of jumps by way of a stack, which kernels do not make and which takes up to a third of its time.
+    The dataflow analysis is off: it resolves indirect jumps, which kernels do not have, and takes up to a third of the time.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -91,11 +91,11 @@ def disassemble(cubin: bytes) -> str:
 
 
 def run(path: str, *arguments: str) -> subprocess.CompletedProcess:
-    """One of the CUDA tools that Triton carries has run."""
+    """Run one of the CUDA tools that come with Triton."""
     return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120)
 
 
-# What an opcode is, by its beginning; the first that fits. NVIDIA's opcodes are upper case, AMD's lower.
+# Kinds of instructions by the prefix of the opcode; the first match counts. NVIDIA's are upper case, AMD's lower.
 KINDS = {
     "tensor": r"HMMA|HGMMA|UTC[HQIO]+MMA|[QIOD]G?MMA|v_s?mf?mac?_\w*\dx\d",
     "special": r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
@@ -122,30 +122,30 @@ _LABEL = re.compile(r"\s*(\.L_x_\d+|\.LBB\d+_\d+):")
 _JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)|\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
 
 
-NAN_SAFE_RATIO = 0.6  # of the first loop's exponentials: what has fewer is careful
+NAN_SAFE_RATIO = 0.6  # of the first loop's exponentials: a loop with fewer is a nan_safe one
 
 
 @functools.cache
 def kind(opcode: str) -> str:
-    """One of KINDS."""
+    """Return the kind of an instruction, one of KINDS."""
     return _NAMES[_KIND.match(opcode).lastgroup]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of a kernel: what each warp (or wave) issues in one round of it."""
+    """The instructions that each warp (or wave) issues in one iteration of a loop."""
 
     instructions: tuple[str, ...]
     text: str = ""
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:
-        """How many instructions of each kind."""
+        """The number of instructions of each kind."""
         return dict(collections.Counter(map(kind, self.instructions)))
 
     @functools.cached_property
     def products(self) -> dict[str, int]:
-        """Products of tiles by instruction and shape: {"HGMMA.64x128x16": 8}. UTCHMMA's shape is not in its text."""
+        """The number of MMAs by instruction and shape: {"HGMMA.64x128x16": 8}. UTCHMMA's shape is not in its text."""
         found = collections.Counter()
         for opcode in self.instructions:
             if kind(opcode) == "tensor":
@@ -159,7 +159,7 @@ class Loop:
 
     @property
     def pipelined(self) -> bool:
-        """Whether it copies ahead into shared memory, without a register between."""
+        """Whether the loop copies asynchronously from global to shared memory."""
         return any(opcode.startswith(("LDGSTS", "UTMALDG", "UBLKCP")) for opcode in self.instructions)
 
     @property
@@ -168,22 +168,22 @@ class Loop:
 
     @property
     def waits(self) -> int:
-        """How often a round waits for warp-group products (Hopper)."""
+        """The number of waits for warp-group MMAs in one iteration (Hopper)."""
         return sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in self.instructions)
 
 
 def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
-    """The loops over tiles in SASS or amdgcn: innermost ones with exponentials; the stretch without a mask comes first.
+    """Return the loops over tiles in SASS or amdgcn: innermost loops with exponentials, the one without a mask first.
 
-    That is the shortest of the pipelined ones, since edges may be left out of the pipeline. A careful loop
-    (kernels/window.py) stands behind the others and takes smaller steps, so has fewer exponentials unless all have few; it
-    hardly ever runs, and is left out. `stretches` says how many loops there are without it, where that is known.
+    The loop without a mask is the shortest of the pipelined ones, since masked loops may not be pipelined. The nan_safe loop
+    (kernels/window.py) is left out, since it hardly ever runs: it follows the others and has fewer exponentials, because its
+    tiles are smaller. `stretches` is the number of loops without it, if known.
     """
     lines = text.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
     jumps = [(labels.get(match[1] or match[2]), i) for i, line in enumerate(lines) if (match := _JUMP.search(line))]
     ranges = [(start, end) for start, end in jumps if start is not None and start < end]
-    # what the compiler moved behind a loop jumps back into it, which makes no loop; several jumps to one head make one
+    # a block moved behind a loop jumps back into it, which is no loop; several jumps to one head are one loop
     ranges = [a for a in ranges if not any(b[0] < a[0] <= b[1] < a[1] for b in ranges)]
     ranges = sorted(dict(sorted(ranges)).items())
     innermost = [a for a in ranges if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in ranges)]
@@ -196,16 +196,16 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
 
 
 def spills(text: str) -> int:
-    """Instructions that spill or refill a register, anywhere in SASS or amdgcn."""
+    """Count the instructions that spill or refill a register, anywhere in SASS or amdgcn."""
     opcode = _opcode_of(text)
     return sum(kind(match[1]) == "spill" for line in text.splitlines() if (match := opcode(line)))
 
 
 def _opcode_of(text):
-    """What finds the opcode in a line. Each instruction of SASS has its offset before it, as a comment."""
+    """Return the function that finds the opcode in a line. In SASS, a comment with the offset precedes every instruction."""
     return _SASS.search if _SASS.search(text) else _AMDGCN.match
 
 
 def partitions(sass: str) -> tuple[int, ...]:
-    """Registers per thread of each warp-specialised partition, as they are set at its start; () where there are none."""
+    """Return the registers per thread that each warp-specialised partition sets at its start; () if there are none."""
     return tuple(int(match[1], 16) for match in re.finditer(r"USETMAXREG[^;]*?(0x[0-9a-f]+)", sass))

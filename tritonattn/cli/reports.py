@@ -74,8 +74,8 @@ def as_json(report: KernelReport) -> dict:
                                                 "products": loop.products} for loop in report.loops]
     model = estimate(report)
     names = ("kernel", "registers", "stack", "spills", "loop_spills", "shared_memory", "tensor_memory", "accumulation",
-             "scalar", "spilled", "threads", "fits", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision", "serialized",
-             "mma_instruction")
+             "scalar", "spilled", "threads", "fits", "occupancy", "occupancy_limiter", "blocks_by_resource",
+             "precision", "serialized", "mma_instruction")
     return {name: getattr(report, name) for name in names} | {
         "gpu": report.gpu.name, "arch": report.gpu.arch, "config": str(report.config), "problem": report.problem.as_json(),
         "partitions": list(report.partitions), "loops": loops,

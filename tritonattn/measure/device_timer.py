@@ -1,4 +1,4 @@
-"""What keeps the time: a GPU by its own events, or the host; and what a GPU says of its clocks, heat and power."""
+"""Device timers: CUDA events, or the host clock; and the GPU's sensors of clock, temperature and power."""
 
 import contextlib
 import time
@@ -12,7 +12,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class State:
-    """What the device says of itself: MHz, degrees Celsius, watts, and why its clocks are not higher."""
+    """The sensors of a GPU: MHz, degrees Celsius, watts, and the reasons that limit its clock."""
 
     clock: float
     temperature: float
@@ -21,12 +21,12 @@ class State:
 
     @property
     def throttled(self) -> bool:
-        """Held back by heat or by its supply. The ordinary limit of power is not counted: it is how large products run."""
+        """Whether heat or the power supply limits the clock. The power cap does not count: large products normally reach it."""
         return any(reason != "power cap" for reason in self.reasons)
 
 
 class Host:
-    """A device without events: kernels in the interpreter on the CPU. Only the order of its times means anything."""
+    """The host clock, for kernels in the interpreter on the CPU. Only the order of such times is meaningful."""
 
     method, cache_bytes = "host", 0
 
@@ -58,7 +58,7 @@ class Host:
 
 
 class Cuda:
-    """A GPU, timed by its own events on a stream of its own."""
+    """A GPU, timed by CUDA events on a separate stream."""
 
     method = "events"
 
@@ -66,7 +66,7 @@ class Cuda:
         self.device = torch.device(device)
         properties = torch.cuda.get_device_properties(self.device)
         self.cache_bytes = properties.L2_cache_size
-        self._filler = torch.zeros(self.cache_bytes // 2, dtype=torch.float32, device=self.device)  # twice the cache
+        self._filler = torch.zeros(self.cache_bytes // 2, dtype=torch.float32, device=self.device)  # twice the cache's size
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._stream = torch.cuda.Stream(self.device)
         self._sensors, _ = _Nvml.of(properties)
@@ -76,7 +76,7 @@ class Cuda:
 
     @contextlib.contextmanager
     def context(self):
-        """One stream for everything, forward passes too: a backward pass runs on its forward's, and is captured there."""
+        """Use one stream for everything: a backward pass runs, and is captured, on the stream of its forward pass."""
         with torch.cuda.device(self.device):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -87,14 +87,14 @@ class Cuda:
         torch.cuda.synchronize(self.device)
 
     def sample(self, call: Call, wait: float) -> float:
-        """Seconds between the events around a call, which begins on a cache that holds nothing of its inputs.
+        """Return the seconds between events around a call that starts with a cold cache.
 
-        A call that runs a kernel many times begins so too, but what its first runs leave in the cache its later ones find.
-        The device waits `wait` seconds first, so that the host can issue the call meanwhile.
+        Only the start is cold: a call that repeats a kernel finds the data of its first repetition in the cache. The device
+        first waits `wait` seconds, so that the host can issue the whole call.
         """
         start, end = self._events
         self._flush()
-        torch.cuda._sleep(int(max(wait, 20e-6) * 2e9))  # in cycles; at a lower clock it only lasts longer
+        torch.cuda._sleep(int(max(wait, 20e-6) * 2e9))  # in cycles at 2 GHz; longer at a lower clock
         start.record()
         call()
         end.record()
@@ -102,11 +102,11 @@ class Cuda:
         return start.elapsed_time(end) * 1e-3
 
     def _flush(self) -> None:
-        # read, not written: what a write leaves in the cache goes back to memory during the sample
+        # a read, since data that a write leaves in the cache would be written back during the sample
         self._filler.sum()
 
     def host_seconds(self, call: Call, times: int) -> float:
-        """Seconds the host needs to issue a call; few enough that it need not wait for a place in the queue."""
+        """Return the seconds that the host needs to issue a call; `times` must not fill the launch queue."""
         self.synchronize()
         start = time.perf_counter()
         for _ in range(times):
@@ -116,7 +116,7 @@ class Cuda:
         return spent / times
 
     def capture(self, call: Call) -> Call:
-        """The call as a graph, to be replayed."""
+        """Capture the call in a CUDA graph and return its replay."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream):
             call()
@@ -126,7 +126,7 @@ class Cuda:
         return self._sensors.state() if self._sensors else None
 
     def peak_bytes(self, call: Call) -> int:
-        """The most memory that torch's allocator held during a call, above what it held before."""
+        """Return the peak of torch's allocated memory during a call, above what was allocated before."""
         self.synchronize()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -136,9 +136,9 @@ class Cuda:
 
 
 class _Nvml:
-    """NVIDIA's own sensors, where nvidia-ml-py is installed."""
+    """NVIDIA's sensors, if nvidia-ml-py is installed."""
 
-    # of NVML's reasons those that mean the clocks are held back; an idle GPU and a user's setting are none
+    # NVML's reasons for a limited clock, without an idle GPU and the user's own settings
     REASONS = {0x04: "power cap", 0x08: "hardware slowdown", 0x20: "software thermal slowdown",
                0x40: "hardware thermal slowdown", 0x80: "power brake"}
 
@@ -147,7 +147,7 @@ class _Nvml:
 
     @staticmethod
     def of(properties) -> "tuple[_Nvml | None, str | None]":
-        """The sensors of a GPU, or the reason why there are none."""
+        """Return the sensors of a GPU, or the reason why there are none."""
         try:
             import pynvml
         except ImportError:
@@ -157,12 +157,12 @@ class _Nvml:
             sensors = _Nvml(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}"))
             sensors._read()
         except pynvml.NVMLError as error:
-            # a slice of a GPU has no sensors of its own, and a container may not reach the driver's library
+            # a MIG slice has no sensors, and a container may lack the driver's library
             return None, f"NVML: {error}"
         return sensors, None
 
     def state(self) -> State | None:
-        """What the sensors say; None where they fail this time, which is no reason to lose a measurement."""
+        """Read the sensors; None if they fail, which must not end a measurement."""
         try:
             return self._read()
         except self._nvml.NVMLError:
@@ -178,10 +178,10 @@ class _Nvml:
 
 
 def missing_sensors(device: torch.device) -> str | None:
-    """Why a GPU says nothing of its clocks, heat and power; None if it does."""
+    """Return why a GPU's sensors cannot be read; None if they can."""
     return _Nvml.of(torch.cuda.get_device_properties(device))[1]
 
 
 def timer_of(device: torch.device) -> "Cuda | Host":
-    """The stopwatch that goes with tensors of this device."""
+    """Return the timer for tensors of this device."""
     return Cuda(device) if torch.device(device).type == "cuda" else Host()

@@ -1,4 +1,4 @@
-"""What every picture has in common, whoever draws it: its colors, a look that nobody's settings reach, and a headline."""
+"""The common style of all pictures: colors, settings that override the user's, and a headline."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,17 @@ INK, GREY, PALE = "#14213d", "#6b6b6b", "#e3e3e3"
 
 
 def rc_params(settings: Mapping[str, object]) -> list:
-    """The style of a picture, for matplotlib.style.context: matplotlib's defaults, what is common here, and these settings."""
+    """Return a style for matplotlib.style.context: matplotlib's defaults, our common ones, and `settings`."""
     return ["default", {"axes.linewidth": 0.8, "hatch.linewidth": 0.6, **settings}]
 
 
 def headline(figure: Figure, title: str, below: Sequence[str], large: float = 14, small: float = 10) -> None:
-    """A title and smaller paragraphs, flush left, broken where the figure ends; the figure grows by what they take.
+    """Add a title and smaller paragraphs, left-aligned and wrapped to the figure's width; the figure grows by their height.
 
-    large, small: sizes of their letters, in points. The figure must be laid out by "constrained".
+    large, small: font sizes in points. The figure must have the layout "constrained".
     """
     width, height = figure.get_size_inches()
-    # what a character takes of a line and a line of the page, in inches for each point: bold, and plain prose
+    # the width of a character and the height of a line, in inches per point: bold title, plain text
     title = textwrap.wrap(title, int(width / (0.0089 * large)))
     lines = [line for paragraph in below for line in textwrap.wrap(paragraph, int(width / (0.0078 * small)))]
     start = 0.14 + 0.0178 * large * len(title)

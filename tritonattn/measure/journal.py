@@ -1,4 +1,4 @@
-"""An append-only file of JSON lines under a frozen plan: a kill at any moment leaves it whole, and the next run goes on.
+"""An append-only file of JSON lines with a fixed plan. It survives a kill at any moment, and the next run resumes it.
 
     line 1   {"plan": {...}, "digest": "...", "begun": "2026-11-21T15:04:05Z"}          every other line   one entry
 """
@@ -12,36 +12,36 @@ from pathlib import Path
 
 
 class JournalError(Exception):
-    """A journal that cannot be read, or belongs to another plan."""
+    """A journal that cannot be read, is locked, or has another plan."""
 
 
 def digest(plan: dict) -> str:
-    """Twelve hexadecimal digits that tell plans apart, whatever the order of their keys."""
+    """Return twelve hexadecimal digits that identify a plan, independent of the order of its keys."""
     return hashlib.sha256(_line(plan).encode()).hexdigest()[:12]
 
 
 def read(path: Path) -> tuple[dict, list[dict]]:
-    """The first line and the entries. A last line that was torn by a kill is left out; any other broken line is an error."""
+    """Return the first line and the entries. An incomplete last line is ignored; any other broken line is a JournalError."""
     whole, _, torn = path.read_bytes().rpartition(b"\n")
     lines = whole.split(b"\n") if whole else []
-    found = []
+    rows = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except ValueError as error:
             raise JournalError(f"{path}, line {number}: expected JSON, got {line[:60]!r}") from error
-    if not found:
+    if not rows:
         raise JournalError(f"{path}: expected a first line with a plan, got {'part of one' if torn else 'an empty file'}")
-    head, *entries = found
+    head, *entries = rows
     if not isinstance(head, dict) or digest(head.get("plan", {})) != head.get("digest"):
         raise JournalError(f"{path}, line 1: expected a plan and its digest, got {str(head)[:60]}")
     return head, entries
 
 
 class Journal:
-    """The file at `path`, open for more entries; begun with `plan` if it is new. One process at a time.
+    """The file at `path`, open for appending by one process; a new file starts with `plan`.
 
-    Raises JournalError if the file holds another plan, is broken before its last line, or is open elsewhere.
+    Raises JournalError if the file has another plan, is broken before its last line, or is open in another process.
     """
 
     def __init__(self, path: Path, plan: dict):
@@ -58,12 +58,12 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise JournalError(f"{path}: expected to be the only writer, another process holds it") from error
+            raise JournalError(f"{path}: another process is writing to it") from error
 
     def _resume(self, path, plan) -> list[dict]:
         content = path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        # what a kill tore off goes, or the next entry would continue it
+        # remove an incomplete last line, or the next entry would continue it
         self._file.truncate(whole)
         if not whole:
             self._write({"plan": plan, "digest": digest(plan), "begun": now()})
@@ -74,7 +74,7 @@ class Journal:
         return entries
 
     def append(self, entry: dict) -> None:
-        """Write one entry; when this returns, it is on the disk."""
+        """Write one entry to the disk."""
         self._write(entry)
         self.entries.append(entry)
 
@@ -94,7 +94,7 @@ class Journal:
 
 
 def now() -> str:
-    """This moment, in UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

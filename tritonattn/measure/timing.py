@@ -1,10 +1,10 @@
-"""How long a call takes on a device: the one home of timing.
+"""Timing of calls on a device.
 
-    settle the clocks, then in each round, in another order:   cold cache | wait | event | calls | event
+    let the clocks settle, then in each round, in random order:   cold cache | wait | event | calls | event
 
-Contenders take turns, so that whatever drifts (clocks, heat, neighbours) drifts for all alike. The wait lets the host
-queue the calls before the device begins, so launches are not counted; `host_seconds` says what they cost. Where the
-fastest call is short, all are repeated within a sample, in a graph, so that one comparison is of one kind.
+Timing is interleaved, so that clock and thermal drift affect all calls equally. The wait lets the host queue the calls before
+the device begins: launches are not counted, and `host_seconds` has their cost. If the fastest call is short, all of them are
+repeated within a sample, in a CUDA graph, so that all are timed in the same way.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 from .device_timer import Call, State
 
-APART, SPAN = 0.05, 0.3  # seconds: sensors are asked no oftener, and must agree for so long; they refresh every 0.1 s or so
-STEADY = 0.01            # share of the clock by which they may differ
+APART, SPAN = 0.05, 0.3  # seconds between reads of the sensors, which refresh every 0.1 s; and of steady clocks
+STEADY = 0.01            # relative difference of clocks that are steady
 
 
 class Timed(NamedTuple):
-    """The same call on one or several copies of its inputs, of so many bytes each; each use is made inside `around()`."""
+    """A call on one or several copies of its inputs of `input_bytes` each; every use is inside the context `around()`."""
 
     calls: Sequence[Call]
     input_bytes: int = 0
@@ -32,33 +32,33 @@ class Timed(NamedTuple):
 
 @dataclass(frozen=True)
 class TimingBudget:
-    """How much is spent. Times in seconds."""
+    """The length of a measurement. Times are in seconds."""
 
-    seconds: float = 0.5       # of samples, per contender on average: all have as many, so slower ones take more of it
+    seconds: float = 0.5       # of samples, per call on average; all calls have the same number of samples
     rounds: tuple[int, int] = (7, 100)
-    settle: tuple[float, float] = (0.4, 2.0)  # of work beforehand, at least (where no sensor tells, just so much) and at most
-    small: float = 100e-6      # where the fastest takes less, all are repeated within a sample, in a graph where that works
-    sample: float = 400e-6     # what a sample of repeated calls lasts at the least
-    long: float = 20e-3        # longer calls are tried only once before they are timed
+    settle: tuple[float, float] = (0.4, 2.0)  # least and most work before the first sample; the least if there are no sensors
+    small: float = 100e-6      # if the fastest call takes less, all are repeated within a sample, in a graph if possible
+    sample: float = 400e-6     # least length of a sample of repeated calls
+    long: float = 20e-3        # longer calls run only once before they are timed
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: quantiles of the samples during which the device was not throttled (of all, if most were).
+    """Seconds per call: quantiles of the samples without throttling, or of all samples if most were throttled.
 
-    The device is asked once a round, after it; what it says then is held of every contender's sample of that round.
+    The sensors are read once after each round, and count for every sample of that round.
     """
 
     seconds: float       # the median
     q20: float
     q80: float
     samples: tuple[float, ...]
-    throttled: tuple[int, ...]  # which samples
+    throttled: tuple[int, ...]  # indices of samples
     calls: int           # per sample
-    method: str          # "events"; "graph" replays; "host" where only the host has a clock
+    method: str          # "events"; "graph" for replays; "host" without a device timer
     caches: str          # "flushed" before each sample, inputs "rotated" beyond the cache, or "warm"
-    host_seconds: float  # what the host spends on a call, the device's work not awaited
+    host_seconds: float  # of the host to issue a call, without waiting for the device
     note: str | None = None
 
     @property
@@ -67,29 +67,30 @@ class Timing:
 
 
 class TimedError(RuntimeError):
-    """A contender failed while it was timed; `name` says which, `__cause__` how."""
+    """An error of a call while it was timed; `name` is the call's, `__cause__` the error."""
 
     def __init__(self, name: str, cause: Exception):
         super().__init__(f"{name}: {type(cause).__name__}: {cause}")
         self.name = name
 
 
-def measure(contenders: Mapping[str, Timed], stopwatch, effort: TimingBudget = TimingBudget()) -> tuple[dict[str, Timing], list[State]]:
-    """Time contenders in turns; also what the device said after each round, if it says anything.
+def measure(contenders: Mapping[str, Timed], stopwatch,
+            effort: TimingBudget = TimingBudget()) -> tuple[dict[str, Timing], list[State]]:
+    """Time calls in turns; return their timings, and the state of the device after each round if it has sensors.
 
-    `stopwatch` is a clock.Cuda, a clock.Host, or whatever has their methods. Raises ContenderError.
+    `stopwatch` is a device_timer.Cuda or device_timer.Host, or has their methods. Raises TimedError.
     """
-    turns = InterleavedTimer(contenders, stopwatch, effort)
-    turns.settle()
+    timer = InterleavedTimer(contenders, stopwatch, effort)
+    timer.settle()
     least, most = effort.rounds
-    rounds = max(least, min(most, round(effort.seconds * len(contenders) / max(turns.round_seconds, 1e-9))))
+    rounds = max(least, min(most, round(effort.seconds * len(contenders) / max(timer.round_seconds, 1e-9))))
     for _ in range(rounds):
-        turns.take()
-    return {name: turns.timing(name) for name in contenders}, turns.states
+        timer.take()
+    return {name: timer.timing(name) for name in contenders}, timer.states
 
 
 class InterleavedTimer:
-    """Contenders, each tried, that are timed round by round. What raises does so as a ContenderError."""
+    """Time calls round by round. An error of a call is raised as TimedError."""
 
     def __init__(self, contenders: Mapping[str, Timed], stopwatch, effort: TimingBudget):
         self._stopwatch, self._effort, self._rng = stopwatch, effort, random.Random(effort.seed)
@@ -103,15 +104,15 @@ class InterleavedTimer:
 
     @property
     def round_seconds(self) -> float:
-        """What a round of all takes, about."""
+        """The estimated length of a round."""
         return sum(sampler.estimate * sampler.repeats for sampler in self._samplers.values())
 
     def settle(self) -> None:
-        """Work until the clock stops moving."""
+        """Run the calls until the GPU's clock is steady."""
         _settle(self._samplers, self._stopwatch, self._effort)
 
     def take(self) -> None:
-        """One more sample of each, in another order than the last."""
+        """Take one sample of each call, in random order."""
         self._rng.shuffle(self._order)
         for name in self._order:
             _apply(name, self._samplers[name].around, self._samplers[name].take)
@@ -122,7 +123,7 @@ class InterleavedTimer:
                     sampler.throttled.append(len(sampler.samples) - 1)
 
     def timing(self, name: str) -> Timing:
-        """What the samples of one say."""
+        """Return the timing of one call."""
         return self._samplers[name].timing()
 
 
@@ -135,7 +136,7 @@ def _apply(name, around, action):
 
 
 def _settle(samplers, stopwatch, effort):
-    """Work until the clock stops moving: idle devices run slow, cool ones fast."""
+    """Run the calls until the GPU's clock is steady: idle devices run slow, cool ones fast."""
     least, most = effort.settle
     reads, start = [], stopwatch.now()  # (seconds, MHz)
     while (spent := stopwatch.now() - start) < most:
@@ -148,7 +149,7 @@ def _settle(samplers, stopwatch, effort):
 
 
 def _steady(reads) -> bool:
-    """Whether the last reads agree, as many as it takes to span SPAN seconds."""
+    """Return whether the clocks of the last SPAN seconds agree."""
     last, clocks = reads[-1][0], []
     for now, clock in reversed(reads):
         clocks.append(clock)
@@ -158,7 +159,7 @@ def _steady(reads) -> bool:
 
 
 class _Sampler:
-    """One contender, ready to be sampled."""
+    """One call, with its repeats and samples."""
 
     def __init__(self, contender: Timed, stopwatch, effort: TimingBudget):
         self.contender, self.around, self.stopwatch = contender, contender.around, stopwatch
@@ -177,7 +178,7 @@ class _Sampler:
         self.caches = "flushed" if stopwatch.cache_bytes > 0 else "warm"
 
     def repeat(self, effort):
-        """Let several calls make a sample, in a graph if it can be; each copy of the inputs has the same number of turns."""
+        """Repeat the call within a sample, in a graph if possible, equally often on every copy of the inputs."""
         calls, size = self.contender.calls, self.contender.input_bytes
         turns = math.ceil(effort.sample / max(self.estimate, 1e-6) / len(calls))
         self.repeats = turns * len(calls)
@@ -193,7 +194,7 @@ class _Sampler:
         try:
             self.replay, self.method = self.stopwatch.capture(in_turns), "graph"
         except Exception as error:
-            # ending a capture that failed is an error of its own, raised over the one that tells why
+            # ending a failed capture raises a second error; the first has the reason
             cause = error.__context__ or error
             self.note = f"no graph: {type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
 
@@ -215,7 +216,7 @@ class _Sampler:
 
 
 def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile, interpolated between neighbours."""
+    """Return the 20th, 50th and 80th percentile, interpolated between neighbours."""
     if len(samples) == 1:
         return (samples[0],) * 3
     tenths = statistics.quantiles(samples, n=10, method="inclusive")
