@@ -17,7 +17,7 @@ from tritonattn.kernels import backward, forward, window
 from tritonattn.runtime import launch
 
 N_Q, N_K = 300, 330
-TILES = Config(128, 128, edge_stages=1)  # a step takes long to interpret, whatever its size
+TILES = Config(128, 128, edge_stages=1)  # an interpreted step is slow whatever its size
 
 
 VISITS = []
@@ -26,20 +26,20 @@ SCORES = forward.scores.fn
 
 @triton.jit
 def counted(a, b, row, col, n, scoring, static, MODE):
-    """scores, which notes where it was asked. At the level of the file, since the interpreter rewrites it."""
+    """Record the tile and the mode, then compute scores. At module level, since the interpreter rewrites it."""
     VISITS.append((int(row.handle.data.item()) // TILE, int(col.handle.data.item()) // TILE, getattr(MODE, "value", MODE)))
     return SCORES(a, b, row, col, n, scoring, static, MODE)
 
 
 def documents(n_q=N_Q, n_k=N_K, ends=(130, 260), device="cpu"):
-    """Booleans: queries and keys of one document see each other."""
+    """Return booleans: queries attend to the keys of their own document."""
     rows, cols = torch.arange(n_q, device=device), torch.arange(n_k, device=device)
     of = torch.tensor(ends, device=device)
     return torch.bucketize(rows, of, right=True)[:, None] == torch.bucketize(cols, of, right=True)[None, :]
 
 
 def masks(device):
-    """Masks of every kind: with empty, whole and mixed tiles; one for each head; broadcast; of one kind of tile alone."""
+    """Return masks of every kind: with empty, full and partial blocks; one per head; broadcast; of one kind of block alone."""
     block = torch.ones(N_Q, N_K, dtype=torch.bool, device=device)
     block[:, :TILE], block[:TILE, 200:] = False, False
     random = torch.rand(2, 2, N_Q, N_K, device=device, generator=torch.Generator(device).manual_seed(1)) > 0.5
@@ -50,12 +50,12 @@ def masks(device):
     }
 
 
-def test_the_kernels_have_the_same_tiles():
+def test_kernels_use_the_same_block_size():
     assert window.TILE.value == TILE
 
 
 @pytest.mark.parametrize("name", masks("cpu"))
-def test_the_same_numbers_as_from_the_definition(name, device):
+def test_matches_the_reference(name, device):
     mask = masks(device)[name]
     leaves = tensors(device, batch=(2 if mask.dim() == 4 else 1,), n_q=N_Q, n_k=N_K)
     with config.pinned(Config(64, 32) if name == "documents" else TILES):
@@ -71,7 +71,7 @@ def test_the_same_numbers_as_from_the_definition(name, device):
 
 
 @pytest.mark.parametrize("given", ["window", "lengths", "bias", "dropout"])
-def test_beside_everything_else(given, device):
+def test_with_other_options(given, device):
     leaves = tensors(device, n_q=N_Q, n_k=N_K)
     others = {"window": {"window": (150, 20), "align": "top_left"}, "bias": {}, "dropout": {},
               "lengths": {"key_lengths": torch.tensor([0, 201], device=device), "causal": True, "align": "bottom_right"}}[given]
@@ -84,23 +84,23 @@ def test_beside_everything_else(given, device):
         found, plain = ([*torch.autograd.grad(attention(*leaves[:3], mask=given_mask, bias=(leaves[3:] or [None])[0],
                                                         **others).square().sum(), leaves)]
                         for given_mask in (block_mask(mask), mask))
-    for mine, its in zip(found, plain):
-        torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)
+    for a, b in zip(found, plain):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_grouped_heads_have_lists_of_their_own(device):
+def test_grouped_heads_with_a_mask_per_head(device):
     leaves = tensors(device, batch=(1,), heads=4, kv_heads=2, n_q=N_Q, n_k=N_K)
     mask = torch.stack([documents(ends=ends, device=device) for ends in ((1, 2), (130, 260), (299,), ())])
     with config.pinned(TILES):
         ours, plain = (torch.autograd.grad(attention(*leaves, mask=given).square().sum(), leaves)
                        for given in (block_mask(mask), mask))
-    for mine, its in zip(ours, plain):
-        torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4)
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_hidden_cannot_leak(value, device):
-    # care goes by a few rows at a time, which takes long to interpret
+def test_masked_values_do_not_leak(value, device):
+    # the nan_safe loop takes a few rows at a time, which is slow to interpret
     q, k, v = tensors(device, batch=(1,), heads=1, n_q=132, n_k=140)
     mask = documents(132, 140, (130,), device=device)
     with torch.no_grad():
@@ -115,8 +115,8 @@ def test_what_is_hidden_cannot_leak(value, device):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("name", ["documents", "block"])
-def test_no_tile_is_visited_in_vain(name, monkeypatch):
-    """Forward, dQ and dK/dV walk whole tiles without a mask, mixed ones with it, and empty ones never."""
+def test_loops_visit_nonempty_blocks_only(name, monkeypatch):
+    """Forward, dQ and dK/dV visit full blocks without a mask, partial ones with it, and empty ones never."""
     mask = masks("cpu")[name]
     given = block_mask(mask)
     q, k, v = tensors("cpu", batch=(1,), heads=1, n_q=N_Q, n_k=N_K, grad=False)
@@ -148,7 +148,7 @@ def test_no_tile_is_visited_in_vain(name, monkeypatch):
     assert counts["empty"] > 0
 
 
-def test_sizes_of_nothing(device):
+def test_empty_sizes(device):
     for n_q, n_k in ((0, 5), (5, 0), (0, 0)):
         given = block_mask(torch.ones(n_q, n_k, dtype=torch.bool, device=device))
         q, k, v = tensors(device, n_q=n_q, n_k=n_k)
@@ -157,11 +157,11 @@ def test_sizes_of_nothing(device):
         assert all(not x.any() for x in torch.autograd.grad(o.sum(), (q, k, v)))
 
 
-def test_the_lists_are_exact():
-    whole, mixed, *tiles = block_mask(documents()).kv_blocks[1].tolist()
+def test_block_lists():
+    full, partial, *blocks = block_mask(documents()).kv_blocks[1].tolist()
     # queries 128 and 129 are of the first document, the others up to 255 of the second, which ends with key 259
-    assert (whole, mixed, tiles) == (0, 3, [0, 1, 2])
-    # its last tile of keys, 256 to 329, sees a whole tile of queries nowhere: their last tile is short
+    assert (full, partial, blocks) == (0, 3, [0, 1, 2])
+    # the last block of keys, 256 to 329, has no full block of queries: their last block is short
     assert block_mask(documents(ends=(128, 256))).q_blocks.tolist() == [[1, 0, 0, 1, 2], [1, 0, 1, 0, 2], [0, 1, 2, 0, 1]]
 
 
@@ -172,11 +172,11 @@ def test_compiled_and_under_vmap(device):
     plain = attention(q, k, v, mask=mask)
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, mask=given), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), plain, atol=1e-5, rtol=1e-5)
-    mapped = torch.vmap(lambda q, k, v: attention(q, k, v, mask=given))(q, k, v)
-    torch.testing.assert_close(mapped, plain, atol=1e-5, rtol=1e-5)
+    batched = torch.vmap(lambda q, k, v: attention(q, k, v, mask=given))(q, k, v)
+    torch.testing.assert_close(batched, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_what_is_refused(device):
+def test_errors(device):
     q, k, v = tensors(device, n_q=20, n_k=36)
     mask = torch.ones(20, 36, dtype=torch.bool, device=device)
     given = block_mask(mask)
@@ -200,7 +200,7 @@ def test_what_is_refused(device):
         assert attention(q, k, v, mask=made_here).shape == q.shape
 
 
-def test_a_map_made_in_compiled_code_and_one_that_moves(device):
+def test_made_in_compiled_code_and_moved(device):
     q, k, v = tensors(device, batch=(1,), heads=1, n_q=N_Q, n_k=N_K, grad=False)
     mask = torch.zeros(N_Q, N_K, dtype=torch.bool, device=device)
     mask |= documents(device=device)

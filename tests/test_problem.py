@@ -1,4 +1,4 @@
-"""Problem: what is asked, counted exactly."""
+"""Problem: its window, its counts and its text."""
 
 import json
 
@@ -20,7 +20,7 @@ def test_pairs_are_those_of_the_definition(n_q, n_k, left, right, bottom_right):
     seen = reference.visible(n_q, n_k, window=(left, right), align="bottom_right" if bottom_right else "top_left")
     assert problem.pairs() == seen.sum()
     still = reference.visible(n_q, n_k, window=problem.window, align="bottom_right" if bottom_right else "top_left")
-    assert torch.equal(seen, still), "a side was dropped that excludes something"
+    assert torch.equal(seen, still), "a side that excludes keys was dropped"
 
 
 def test_a_side_that_excludes_nothing_is_dropped():
@@ -41,11 +41,11 @@ def test_flops():
     (Problem((2,), 8, 2, 10, 20, 64, 32, torch.float16, (None, 0), 10), "2x8/2x10/20x64/32 float16 causal shift 10"),
     (Problem((), 8, 8, 10, 10, 64, 64, torch.float32, (5, None)), "8x10x64 float32 window5,None"),
 ])
-def test_it_prints_itself(problem, text):
+def test_str(problem, text):
     assert str(problem) == text
 
 
-def test_sample_tensors_are_the_problem():
+def test_sample_tensors_have_the_problem():
     problem = Problem((2,), 4, 2, 10, 20, 16, 8, torch.float16, (None, 0), 10)
     q, k, v = problem.tensors()
     assert Problem.of(q, k, v, (None, 0), True) == problem
@@ -66,7 +66,7 @@ def test_as_json_and_back(problem):
     assert Problem.from_json(json.loads(json.dumps(problem.as_json()))) == problem
 
 
-def test_what_was_recorded_before_there_were_variants_is_read():
+def test_reads_records_from_before_variants_existed():
     problem = Problem((2,), 8, 2, 100, 100, 64, 64, torch.bfloat16, (None, 0))
     fields = {name: x for name, x in problem.as_json().items()
               if name not in ("bias", "masked", "mapped", "dropout", "lengths")}

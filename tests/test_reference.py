@@ -21,13 +21,13 @@ def test_a_sum_written_out():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_torchs_attention(causal):
+def test_matches_torch(causal):
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     torch.testing.assert_close(reference.attention(q, k, v, causal=causal, align="top_left"),
                                F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True))
 
 
-def test_rows_that_see_nothing_have_finite_gradients():
+def test_fully_masked_rows_have_finite_gradients():
     q, k, v = (torch.randn(1, 1, n, 4, requires_grad=True) for n in (6, 2, 2))
     o, lse = reference.attention(q, k, v, causal=True, align="bottom_right", return_lse=True)
     assert (o[..., :4, :] == 0).all() and (lse[..., :4] == -torch.inf).all()
@@ -37,13 +37,13 @@ def test_rows_that_see_nothing_have_finite_gradients():
 
 @pytest.mark.parametrize("align, expected", [("top_left", [[1, 0, 0, 0], [1, 1, 0, 0]]),
                                              ("bottom_right", [[1, 1, 1, 0], [1, 1, 1, 1]])])
-def test_the_pictures_of_the_docstring(align, expected):
+def test_pictures_of_the_docstring(align, expected):
     assert reference.visible(2, 4, causal=True, align=align).int().tolist() == expected
 
 
 @pytest.mark.parametrize("scores", [1, 150, 10**9])
 @pytest.mark.parametrize("options", [{}, {"window": (2, 0), "align": "bottom_right"}, {"causal": True, "align": "top_left"}])
-def test_by_heads_is_the_same_however_few_are_taken(scores, options):
+def test_by_heads_does_not_depend_on_the_chunk(scores, options):
     q, k, v, do = (torch.randn(2, 3, heads, n, d) for heads, n, d in ((4, 7, 5), (2, 9, 5), (2, 9, 6), (4, 7, 6)))
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     o = reference.attention(*leaves, **options)

@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: schema, fake shapes, compile, export, transforms, memory, devices."""
+"""The torch ops: schema, fake shapes, compile, export, transforms, memory, devices."""
 
 import contextlib
 
@@ -54,7 +54,7 @@ def test_schemas_follow_the_fields_of_attention_inputs():
 
 
 @pytest.mark.parametrize("layout", LAYOUT)
-def test_results_lie_as_their_inputs_do(layout, device):
+def test_results_have_the_layout_of_their_inputs(layout, device):
     q, k, v = qkv(device, layout=layout, dv=8, grad=True)
     o = attention(q, k, v)
     order = sorted(range(3), key=lambda i: -q.stride(i)) if layout != "expanded" else range(3)
@@ -196,7 +196,7 @@ def test_activation_checkpointing(reentrant, device):
         assert torch.equal(x.grad, expected)
 
 
-def test_flops_are_counted_as_torch_counts_its_own(device):
+def test_flops_match_torchs_count_of_its_own_attention(device):
     q, k, v = qkv(device, heads=4, n_q=10, n_k=12, d=16, dv=8, kv_heads=2, grad=True)
     with FlopCounterMode(display=False) as counter:
         attention(q, k, v).sum().backward()
@@ -205,7 +205,7 @@ def test_flops_are_counted_as_torch_counts_its_own(device):
 
 
 @pytest.mark.parametrize("asked", ["q", "k", "v", "qk", "kv", "qv", "qkv"])
-def test_only_the_gradients_asked_for_are_computed(asked, device, monkeypatch):
+def test_only_requested_gradients_are_computed(asked, device, monkeypatch):
     launched = []
     monkeypatch.setattr(launch, "run", lambda call, where, run=launch.run: (launched.append(call), run(call, where)))
     tensors = dict(zip("qkv", qkv(device)))
@@ -250,10 +250,8 @@ def test_a_gradient_penalty_is_an_error(device):
         (slope.norm() - 1).square().backward()
 
 
-
-
 def test_memory_is_linear(device, monkeypatch):
-    """Forward: o, lse and the residual. Backward: the gradients asked for, and delta."""
+    """Forward allocates o, lse and the residual; backward the requested gradients and delta."""
     taken = []
     for home, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty", "new_empty_strided"))):
         for name in names:
@@ -272,8 +270,8 @@ def test_memory_is_linear(device, monkeypatch):
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 
-def test_memory_of_a_bias_is_its_own(device, monkeypatch):
-    """A bias for each key, and a mask of them: nothing of the size of the scores, in either direction."""
+def test_a_bias_takes_no_memory_of_the_size_of_the_scores(device, monkeypatch):
+    """A bias and a mask per key, forward and backward."""
     n = 64
     q, k, v = qkv(device, n_q=n, n_k=n, dtype=torch.float32, grad=True)
     bias = torch.randn(1, 1, 1, n, device=device, requires_grad=True)
@@ -319,7 +317,7 @@ def test_gradients_through_an_exported_program(device):
     torch.testing.assert_close(loaded.weight.grad, module.weight.grad)
 
 
-def test_vmap_keeps_the_accurate_delta(device):
+def test_vmap_keeps_the_residual(device):
     q, k, v = (torch.rand(2, 64, 16, device=device).bfloat16().requires_grad_() for _ in range(3))
     mapped = torch.autograd.grad(torch.vmap(attention)(q, k, v).sum(), (q, k, v))
     plain = torch.autograd.grad(attention(q, k, v).sum(), (q, k, v))
@@ -345,7 +343,7 @@ def noted(make, taken):
     return make_and_note
 
 
-def test_the_residual_is_kept_only_where_a_gradient_of_16_bit_numbers_needs_it(device):
+def test_residual_is_kept_only_for_gradients_of_16_bit_outputs(device):
     def kept(dtype, grad, **options):
         shapes = []
         original = custom_op.Attention.apply
@@ -361,7 +359,7 @@ def test_the_residual_is_kept_only_where_a_gradient_of_16_bit_numbers_needs_it(d
         assert not kept(torch.float16, True)
 
 
-def test_every_launch_is_on_the_tensors_device(device, monkeypatch):
+def test_launches_are_on_the_tensors_device(device, monkeypatch):
     entered = []
 
     @contextlib.contextmanager
@@ -390,7 +388,7 @@ def test_the_device_guard_makes_the_device_current(monkeypatch):
         assert asked == [torch.device("cuda", 3)]
 
 
-def test_the_grid_has_one_dimension_however_many_heads():
+def test_grid_is_one_dimensional_for_many_heads():
     problem = Problem((70_000,), 2, 1, 100, 100, 16, 16, torch.float16)
     call = launch.example_launch("forward", problem, launch.Config(64, 64))
     assert call.programs == 70_000 * 2 * 2

@@ -1,6 +1,6 @@
-"""The real path from a launch to the driver, without a GPU: a driver that loads nothing and remembers what it is given.
+"""Triton's launch path up to the driver, without a GPU: a fake driver loads nothing and records its arguments.
 
-What Triton specializes, compiles and checks at a launch is all its own; only the last step, onto the device, is missing.
+Triton specializes, compiles and checks each launch itself; only the transfer to a device is missing.
 """
 
 import re
@@ -83,17 +83,17 @@ except RuntimeError as error:
 """
 
 
-def test_every_kernel_is_launched_as_the_lens_compiled_it():
-    """Records as arguments go through Triton's own launch path; the binary that it makes is the one that lens reads."""
+def test_launched_binaries_are_the_inspected_ones():
+    """Triton's launch path accepts records as arguments, and compiles the binary that inspect reads."""
     found = compiled(LAUNCHES, fresh=True)
     assert len(found) == 13
     for name, (launched, programs, same, binaries) in found.items():
         assert launched == [[programs, 1, 1]] and programs > 0, name
-        assert same, f"{name}: {binaries} binaries were launched, none is what the lens looked at"
+        assert same, f"{name}: {binaries} binaries were launched, none is the inspected one"
 
 
-def test_what_needs_too_much_is_refused_before_it_is_launched():
-    said, caused, launched = compiled(TOO_LARGE, fresh=True)
-    assert re.fullmatch(r"forward: expected a config that fits .+, got 128x128w8s6, which takes \d+ of 232448 "
-                        r"\(shared memory\), for .+x1024x128.*", said), said
+def test_oversized_config_raises_before_the_launch():
+    message, caused, launched = compiled(TOO_LARGE, fresh=True)
+    assert re.fullmatch(r"forward: config 128x128w8s6 needs \d+ of shared memory, .+ allows 232448, for .+x1024x128.*; "
+                        r"pin a smaller config \(tritonattn.config.pinned\)", message), message
     assert caused and not launched

@@ -1,4 +1,4 @@
-"""From tensors to kernel arguments: batch dimensions, long strides, tensors beyond 2^31 elements."""
+"""Kernel arguments: batch dimensions, long strides, tensors beyond 2^31 elements."""
 
 import pytest
 import torch
@@ -16,13 +16,13 @@ def views(*tensors, batch):
     return records, shape.batches
 
 
-def test_dense_batch_dimensions_become_one():
+def test_dense_batch_dimensions_are_merged():
     x = torch.empty(2, 3, 4, 1, 5, 8)
     (first, _, missing), batches = views(x, x, None, batch=(2, 3, 4))
     assert batches == (24,) and first.strides.batch == (40,) and missing is None
 
 
-def test_dimensions_merge_only_where_every_tensor_allows_it():
+def test_dimensions_are_merged_only_where_every_tensor_allows_it():
     dense, spread = torch.empty(2, 3, 4, 1, 5, 8), torch.empty(1, 3, 4, 1, 5, 8).expand(2, -1, -1, -1, -1, -1)
     records, batches = views(dense, spread, batch=(2, 3, 4))
     assert batches == (12, 2) and [x.strides.batch for x in records] == [(40, 480), (40, 0)]
@@ -39,7 +39,7 @@ def test_a_permuted_batch(device):
 
 
 def huge(shape, strides, dtype=torch.float16):
-    """A tensor over lazily committed memory: only the pages that are touched exist."""
+    """Return a tensor over lazily committed memory: only touched pages exist."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
     x = torch.empty(0, dtype=dtype).set_(torch.UntypedStorage(span * dtype.itemsize), 0, shape, strides)
     return x.copy_(torch.randn(shape))
@@ -65,18 +65,18 @@ def test_strides_beyond_32_bits(shape, strides, device):
     torch.testing.assert_close(gradients, torch.autograd.grad(exact.sum(), near), atol=5e-3, rtol=5e-3)
 
 
-def test_only_a_tensor_whose_tile_is_too_wide_pays_for_it():
+def test_only_tensors_with_wide_tiles_use_64_bit_offsets():
     near, far = torch.empty(1, 1, 5, 8), torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, 5, 8), (8, 8, 2**28, 1))
     assert [x.wide.value for x in views(near, far, batch=(1,))[0]] == [False, True]
 
 
 @pytest.mark.parametrize("scale, unit, factor", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
-def test_the_largest_score_stays_the_largest_whatever_the_scale(scale, unit, factor):
+def test_exp2_scale_is_positive(scale, unit, factor):
     scoring = launch._score_params(launch.AttentionInputs(None, None, None, scale=scale), (None, None), launch.ScoreMods())
     assert scoring.exp2_scale == pytest.approx(unit * 1.4426950408889634) and scoring.qk_scale == factor
 
 
-def test_a_mask_is_wide_where_a_block_of_it_is():
+def test_a_mask_uses_64_bit_offsets_where_a_block_needs_them():
     near, far = (torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, n, n), (0, 0, n, 1)) for n in (2**18, 2**27))
     problem = Problem((1,), 1, 1, 5, 8, 1, 1, torch.float32)
     for x, wide in ((near, False), (far, True)):
@@ -100,7 +100,7 @@ def test_tf32_only_where_torch_allows_it(set_up, dtype, expected):
 
 @pytest.mark.interpreted
 def test_float32_products_are_not_rounded_to_tf32_by_default(device):
-    """The mended interpreter rounds as TF32 does, so a product without a stated precision would show."""
+    """The patched interpreter rounds TF32 inputs, so a product without a stated precision would differ."""
     q, k, v, *_ = Case().tensors(torch.float32, device)
     exact = reference.attention(q.double(), k.double(), v.double())
     ieee = (attention(q, k, v) - exact).abs().max()
@@ -112,7 +112,7 @@ def test_float32_products_are_not_rounded_to_tf32_by_default(device):
     assert ieee < 2e-6 < 1e-5 < tf32 < 1e-2
 
 
-def test_nothing_is_launched_for_nothing():
+def test_empty_problem_launches_nothing():
     call = launch.example_launch("forward", Problem((0,), 1, 1, 16, 16, 16, 16, torch.float16), TILES)
     assert call.programs == 0
     launch.run(call._replace(kernel=None), torch.device("cpu"))
