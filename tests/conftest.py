@@ -1,4 +1,4 @@
-"""Interpreted, every test runs under the memory guard; and memory that was never written holds nan."""
+"""Set up every test: the interpreter with its memory guard, a cache of its own, NaN in memory that was never written."""
 
 import os
 import tempfile
@@ -13,10 +13,10 @@ from tritonattn.integrations import dispatch_log
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
-# the same examples in every run, and no bound on their time, which a busy machine would break
+# the same examples in every run, without a time limit, which a busy machine would exceed
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
-# what the user has tuned is not what the tests are about; nor is it theirs to change
+# neither read nor change the user's tuned configs
 _cache = tempfile.TemporaryDirectory(prefix="tritonattn-tests-")
 os.environ["TRITONATTN_CACHE_DIR"] = _cache.name
 
@@ -44,18 +44,18 @@ def device():
 
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan():
-    """With deterministic algorithms on, torch.empty is filled with nan: what a kernel forgets to write cannot pass."""
+    """Fill torch.empty with NaN, so that a test fails where a kernel forgets to write: torch does so in deterministic mode."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
-def off_and_uncounted():
-    """The swap is off before and after, with nothing counted yet."""
+def patch_off():
+    """Start with the patch off and no call counted; end with it off."""
     torch._dynamo.reset()
     dispatch_log.fallback_report(clear=True)
-    # a warning is enough: on a GPU torch's own gradients of float32 are not deterministic
+    # warn only: torch's own float32 gradients on a GPU are not deterministic
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     tritonattn.disable()

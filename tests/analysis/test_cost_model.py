@@ -199,8 +199,9 @@ PUBLISHED = {("sm_90", 128, FULL): {"128x128w8s3e1": 3, "64x64w4s3e1": 8, "128x6
              ("sm_80", 128, FULL): {"128x64w8s3": 8}, ("sm_90", 64, FULL): {"64x64w4s3e1": 12, "128x64w4s3e1": 16}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch, d, window", PUBLISHED, ids=str)
-def test_what_others_measured_to_be_fast_stands_high_in_the_ranking(arch, d, window):
+def test_published_winners_rank_high(arch, d, window):
     if not OWN:
         pytest.skip(f"the places were taken with the tables' own Triton, {versions('triton')}; this is {triton.__version__}")
     left, tried, compiled_ones, seconds, slowness = compiled(RANKING.format(arch=arch, d=d, window=window), fresh=True)

@@ -28,7 +28,7 @@ from tests.integrations.test_sdpa_patch import (
 from tritonattn import reference
 from tritonattn.integrations import aten_overrides, dispatch_log, sdpa_patch
 
-pytestmark = [pytest.mark.usefixtures("off_and_uncounted"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
+pytestmark = [pytest.mark.usefixtures("patch_off"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
     "`?torch.jit", "tritonattn does not support", "There is a performance drop", ".*Profiler clears events"))]
 # a reference that enable() does not rebind, as in a closure or in C++
 KEPT = {"attend": torch_sdpa}

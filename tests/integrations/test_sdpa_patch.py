@@ -27,7 +27,7 @@ import tritonattn
 from tritonattn.gpu import Gpu
 from tritonattn.integrations import dispatch_log, sdpa_patch
 
-pytestmark = [pytest.mark.usefixtures("off_and_uncounted"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
+pytestmark = [pytest.mark.usefixtures("patch_off"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
     ".*torch.jit.script", "There is a performance drop", "The PyTorch API of nested tensors", "Lower right causal bias",
     ".*Profiler clears events", "`?torch.jit", "tritonattn does not support"))]
 
