@@ -88,7 +88,7 @@ def test_any_head_size(d, dv, device):
         agree(name, a, b, c, torch.float32)
 
 
-def test_rows_that_see_nothing(device):
+def test_rows_without_keys_give_zero_and_lse_minus_infinity(device):
     q, k, v = (torch.randn(1, 1, n, 16, device=device, requires_grad=True) for n in (40, 10, 10))
     o, lse = attention(q, k, v, causal=True, align="bottom_right", return_lse=True)
     assert (o[0, 0, :30] == 0).all() and (lse[0, 0, :30] == -torch.inf).all() and lse[0, 0, 30:].isfinite().all()
@@ -96,7 +96,7 @@ def test_rows_that_see_nothing(device):
     assert (dq[0, 0, :30] == 0).all() and all(x.isfinite().all() for x in (dq, dk, dv))
 
 
-def test_what_a_query_must_not_see_does_not_reach_it(device):
+def test_nan_in_masked_keys_does_not_reach_the_output(device):
     q, k, v = (torch.randn(1, 2, 50, 24, device=device) for _ in range(3))
     clean = attention(q[..., :30, :], k[..., :30, :], v[..., :30, :], causal=True)
     k[..., 30, 2], v[..., 31, 1], v[..., 32, 0] = torch.nan, torch.inf, -torch.inf
@@ -114,7 +114,7 @@ def test_what_a_query_must_not_see_does_not_reach_it(device):
     (50, {"window": (9, None)}), (50, {"window": (None, 4)}), (50, {"window": (9, 4)}),
 ], ids=["more keys", "more queries", "left", "right", "both"])
 @pytest.mark.parametrize("where", ["query", "key"])
-def test_care_is_taken_whatever_the_window(where, n_q, options, device):
+def test_nan_spreads_only_along_visible_pairs_for_every_window(where, n_q, options, device):
     """A query or a key is not finite: all that does not depend on it is as if it were."""
     q, k, v = (torch.randn(1, 1, n, 16, device=device) for n in (n_q, 50, 50))
     do, dlse = torch.randn(1, 1, n_q, 16, device=device), torch.zeros(1, 1, n_q, device=device)
@@ -135,7 +135,7 @@ def test_care_is_taken_whatever_the_window(where, n_q, options, device):
     assert (~rows).any() and (where == "key" or (~columns).any())
 
 
-def test_care_is_taken_of_the_second_part_of_a_head(device):
+def test_nan_in_the_second_part_of_a_head_stays_in_its_column(device):
     q, k, v = (torch.randn(1, 1, 50, 40, device=device) for _ in range(3))
     with config.pinned(TILES):
         clean = attention(q, k, v, causal=True)
@@ -146,7 +146,7 @@ def test_care_is_taken_of_the_second_part_of_a_head(device):
 
 
 @pytest.mark.parametrize("asked", ["k", "v"])
-def test_care_is_taken_where_one_gradient_is_asked_for(asked, device):
+def test_nan_safe_with_a_single_gradient(asked, device):
     tensors = {name: torch.randn(1, 1, 50, 16, device=device) for name in "qkv"}
     tensors["q"][..., 25, 1] = torch.nan
     with config.pinned(TILES):
@@ -155,7 +155,7 @@ def test_care_is_taken_where_one_gradient_is_asked_for(asked, device):
     assert gradient[..., 26:, :].isfinite().all() and gradient[..., :26, :].isnan().all()
 
 
-def test_a_row_whose_every_score_is_minus_infinity_gives_nothing(device):
+def test_row_of_minus_infinity_scores_gives_zero(device):
     q, (k, v) = torch.rand(1, 1, 20, 8, device=device), torch.randn(2, 1, 1, 32, 8, device=device)
     k[..., 0] = -torch.inf
     for x in (q, k, v):
@@ -166,7 +166,7 @@ def test_a_row_whose_every_score_is_minus_infinity_gives_nothing(device):
     assert (o == 0).all() and (lse == -torch.inf).all() and (dv == 0).all()
 
 
-def test_infinity_in_live_data_is_as_the_definition_has_it(device):
+def test_infinity_in_unmasked_values_matches_the_definition(device):
     q, k, v = (torch.randn(1, 1, 50, 16, device=device) for _ in range(3))
     v[..., 20, 3], v[..., 30, 5], v[..., 31, 5] = torch.inf, torch.inf, -torch.inf
     o = attention(q, k, v, causal=True)[0, 0]
@@ -182,7 +182,7 @@ def test_scores_of_minus_infinity_in_a_whole_tile(device):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_scale_that_float32_hardly_holds_is_zero(causal, device):
+def test_subnormal_scale_counts_as_zero(causal, device):
     q, k, v = (torch.randn(1, 1, 40, 8, device=device) for _ in range(3))
     expected = attention(q, k, v, causal=causal, scale=0.0)
     torch.testing.assert_close(attention(q, k, v, causal=causal, scale=1e-45), expected)
@@ -200,7 +200,7 @@ def test_nan_in_a_later_query_does_not_reach_the_keys_it_cannot_see(device):
     assert dk[..., :41, :].isnan().all() and dv[..., :41, :].isnan().all()
 
 
-def test_gradients_through_lse_alone_leave_v_alone(device):
+def test_gradient_through_lse_alone_is_zero_for_v(device):
     q, k, v = (torch.randn(1, 1, 20, 16, device=device, requires_grad=True) for _ in range(3))
     _, lse = attention(q, k, v, return_lse=True)
     dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
@@ -250,7 +250,7 @@ def test_permuting_keys_and_values_together_changes_nothing(device):
     torch.testing.assert_close(attention(q, k[..., order, :], v[..., order, :]), attention(q, k, v), atol=1e-5, rtol=1e-4)
 
 
-def test_a_sequence_does_not_depend_on_its_batch_nor_a_row_on_its_prefill(device):
+def test_batch_and_prefill_do_not_change_the_bits(device):
     q, k, v = (torch.randn(3, 2, 45, 16, device=device) for _ in range(3))
     with config.pinned(TILES):
         whole = attention(q, k, v, causal=True)
@@ -310,7 +310,7 @@ def good(device, **changes):
     ({"sink": torch.zeros(2)}, NotImplementedError, "sink is not supported yet"),
     ({"is_causal": True}, TypeError, "is_causal"),
 ], ids=lambda value: value if isinstance(value, str) else "")
-def test_misuse_of_attention(changes, error, message, device):
+def test_wrong_attention_arguments_raise(changes, error, message, device):
     for name, x in changes.items():
         if isinstance(x, torch.Tensor) and x.device.type == "cpu":
             changes = changes | {name: x.to(device)}
@@ -417,7 +417,7 @@ def test_a_tensor_scale_as_torch_takes_it(device):
     ((), {"query": torch.randn(1, 5, 6, 8), "enable_gqa": True}, RuntimeError, "key: expected a head count dividing 5, got 2"),
     ((), {"query": torch.randn(6, 8), "enable_gqa": True}, IndexError, "enable_gqa: expected query, key and value"),
 ])
-def test_misuse_of_torchs_door(arguments, options, error, message, device):
+def test_wrong_sdpa_arguments_raise(arguments, options, error, message, device):
     tensors = dict(zip(("query", "key", "value"), good(device).values()))
     tensors |= {name: x.to(device) for name, x in options.items() if isinstance(x, torch.Tensor)}
     options = {name: x for name, x in options.items() if not isinstance(x, torch.Tensor)}

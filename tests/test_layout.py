@@ -1,4 +1,4 @@
-"""The layout holds: imports go to lower floors, or down a fixed order inside a folder; device code imports Triton alone."""
+"""The layout: imports go to lower layers, or down a fixed order inside a folder; device code imports Triton alone."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,7 @@ FLOORS = {
 # inside a folder, a file imports only files that stand before it
 ORDER = {
     "kernels": ["tile", "window", "dropout", "scores", "softmax", "forward", "backward"],
-    "measure": ["journal", "accuracy", "drawing", "device_timer", "timing", "environment"],
+    "measure": ["journal", "accuracy", "device_timer", "timing", "environment"],
     "configs": ["kernel_hash", "shipped", "key", "user_cache", "lookup"],
     "runtime": ["arguments", "interpreter", "launch", "custom_op"],
     "analysis": ["sass", "compile_report", "cost_model", "explain"],

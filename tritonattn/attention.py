@@ -1,4 +1,4 @@
-"""The functions that a program calls: signatures and contracts. Every check is in runtime/arguments.py."""
+"""The functions that a program calls: signatures and contracts. Every check of their arguments is in runtime/arguments.py."""
 
 import torch
 
@@ -31,12 +31,13 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         mask: booleans of any shape that broadcasts to [..., H, L, S]; False masks a pair. Or a `block_mask` of them: its
             empty blocks are skipped and its full blocks read no mask. A window in addition to a block mask masks pairs but
             skips no block: combine it into the mask instead.
-        key_lengths: number of keys of each sequence, integers that broadcast to the leading dimensions. The keys from
-            there to S are padding, whatever they hold. "bottom_right" then aligns to the last key of each sequence.
+        key_lengths: number of keys of each sequence: int32 or int64, broadcasting to the leading dimensions without H. The
+            keys from there to S are padding, whatever they hold. "bottom_right" then aligns to the last key of each
+            sequence.
         dropout_p: each weight is dropped with this probability and the others are multiplied by 1 / (1 - dropout_p),
             in every call, as in torch's function. The choice depends on the seed and the pair's position only, never on
             block sizes.
-        dropout_seed: one int64 on q's device; drawn from torch's generator if None. See `dropout_mask`.
+        dropout_seed: int64 tensor of one element on q's device; drawn from torch's generator if None. See `dropout_mask`.
         return_lse: also return the log-sum-exp of each row's scores.
         precise_grad: where a gradient is needed, keep the rounding error of a 16-bit output, so that dQ is exact to
             rounding also for data with a common mean. Costs one more tensor of the output's size. The forward pass then
@@ -84,13 +85,14 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 
 
 def dropout_mask(shape, dropout_p, dropout_seed):
-    """Return [batch, H, L, S] booleans: True where `attention` keeps a weight with this seed. The batch is flattened.
+    """Return booleans of `shape` (batch, H, L, S): True where `attention` keeps a weight with this seed.
 
-    Bit for bit what every kernel draws (Philox, seven rounds; kernels/dropout.py has the counter). Takes a byte per weight.
+    Several batch dimensions count as one. Bit for bit what every kernel draws (Philox, seven rounds; kernels/dropout.py has
+    the counter). Takes one byte per weight.
 
     Raises:
-        ValueError: a shape of other than four sizes, or a probability outside [0, 1].
-        TypeError, RuntimeError: a wrong type of probability, or a seed that is not one int64 tensor.
+        ValueError: `shape` has not four sizes, or dropout_p is outside [0, 1]. TypeError: dropout_p is no number.
+        RuntimeError: dropout_seed is not an int64 tensor of one element, or kernels cannot run on its device.
     """
     dropout_p, seed = arguments.prepare_dropout(shape, dropout_p, dropout_seed)
     if dropout_p in (0, 1):

@@ -1,4 +1,4 @@
-"""The blocks of a boolean mask, sorted once for every pass by what they mask.
+"""A boolean mask whose blocks are sorted once into full, partial and empty ones, for all forward and backward passes.
 
     block [TILE queries, TILE keys]  ->  full: every pair takes part, no mask is read
                                          partial: some do                          empty: none do, the block is skipped

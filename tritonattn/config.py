@@ -9,15 +9,15 @@ KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys per tile, warps per program, and tiles in flight in the pipelined loop.
+    """How one kernel runs. Raises ValueError unless block sizes are powers of two from 16 on, and num_warps a power of two.
 
     edge_stages=1 keeps the masked end of a loop out of the software pipeline (see kernels/window.py).
     """
 
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 2
+    block_m: int         # queries per tile
+    block_n: int         # keys per tile
+    num_warps: int = 4   # per program
+    num_stages: int = 2  # tiles in flight in the pipelined loop
     edge_stages: int | None = None
 
     def __post_init__(self):

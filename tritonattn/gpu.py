@@ -1,4 +1,4 @@
-"""GPU models: limits that a kernel must keep, and peak rates for roofline estimates."""
+"""GPU models: limits that a kernel must not exceed, and peak rates for roofline estimates."""
 
 import functools
 import importlib.util

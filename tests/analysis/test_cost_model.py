@@ -42,13 +42,13 @@ def test_packed_moving_and_spilling_instructions():
     assert found["alu"] == 1 * 256 / 64 and found["shared"] == (2 + 1 + 4) * 8
 
 
-def test_conversions_one_by_one_take_the_unit_of_the_exponentials():
+def test_unpacked_conversions_use_the_special_unit():
     loop = Loop(("F2FP.BF16.F32.PACK_AB", "F2F.BF16.F32", "I2F.U16", "I2FP.F32.S32", "LDC"))
     found = cost_model.units(report(), loop, H200.peaks)
     assert found["special"] == 2 * 256 / 16 and found["alu"] == 2 * 256 / 64, "nor is loading a constant integer work"
 
 
-def test_what_heads_are_padded_with_is_no_share_of_the_peak():
+def test_padding_does_not_count_towards_the_share_of_peak():
     thin = dataclasses.replace(PLAIN, d=65, dv=65)
     share = cost_model.estimate(report(thin)).share / cost_model.estimate(report(dataclasses.replace(PLAIN, d=80, dv=80))).share
     assert share == pytest.approx(65 / 80, rel=0.02)
@@ -84,7 +84,7 @@ def test_the_rate_of_products_is_the_dtypes(dtype, on, product, rate):
 
 
 @pytest.mark.parametrize("arch, longer", [("sm_90", 1 / 0.63), ("sm_100", 1 / 0.315), ("sm_80", 1), ("sm_120", 1)])
-def test_a_warps_own_products_reach_a_part_of_the_peak_where_there_is_a_better_path(arch, longer):
+def test_hmma_reaches_part_of_the_peak_on_hopper_and_blackwell(arch, longer):
     on = gpu.KNOWN[arch]
     loop = Loop(("HMMA.16816",) * 256)
     found = report(config=Config(128, 64, 4, 2), loop=loop, on=on)
@@ -92,7 +92,7 @@ def test_a_warps_own_products_reach_a_part_of_the_peak_where_there_is_a_better_p
     assert cost_model.units(found, loop, on.peaks)["tensor"] == pytest.approx(longer * 4 * 128 * 64 * 128 / on.peaks.tensor)
 
 
-def test_products_of_both_kinds_take_as_long_as_each_does():
+def test_mixed_hgmma_and_hmma_times_add_up():
     # half of the work each: of a warp 64 x 128 x 16 / 4 and 16 x 8 x 16
     loop = Loop(("HGMMA.64x128x16",) * 8 + ("HMMA.16816",) * 128)
     found = report(loop=loop)
@@ -100,7 +100,7 @@ def test_products_of_both_kinds_take_as_long_as_each_does():
     assert cost_model.units(found, loop, H200.peaks)["tensor"] == pytest.approx((1 + 1 / 0.63) / 2 * 4 * 128 ** 3 / 4096)
 
 
-def test_one_older_product_beside_blackwells_own_hardly_counts():
+def test_single_hmma_beside_utchmma_costs_under_1_percent():
     on = gpu.KNOWN["sm_100"]
     loop = Loop(("UTCHMMA",) * 16 + ("HMMA.16816",))
     found = report(loop=loop, on=on)
@@ -112,7 +112,7 @@ def test_one_older_product_beside_blackwells_own_hardly_counts():
     assert cost_model.units(found, loop, on.peaks)["tensor"] == 0
 
 
-def test_blocks_side_by_side_hide_each_other():
+def test_higher_occupancy_lowers_the_time():
     alone = cost_model.estimate(report())
     two = cost_model.estimate(report(registers=128, shared_memory=80 << 10))
     assert report(registers=128, shared_memory=80 << 10).occupancy == 2
@@ -120,19 +120,19 @@ def test_blocks_side_by_side_hide_each_other():
     assert alone.bound == "tensor" and alone.blocks == 2 * 8 * 32 and alone.waves == 4 and alone.kept_busy == 512 / (4 * 132)
 
 
-def test_a_gpu_that_is_not_full_has_fewer_blocks_side_by_side():
+def test_occupancy_beyond_the_number_of_blocks_has_no_effect():
     few = dataclasses.replace(PLAIN, batch=(1,), heads=1, kv_heads=1, n_q=512, n_k=512)
     one, two = (cost_model.estimate(report(few, registers=registers, shared_memory=80 << 10)) for registers in (255, 128))
     assert one.cycles == two.cycles and one.waves == 1
 
 
-def test_one_stage_waits_and_spills_cost():
+def test_one_stage_or_spills_raise_the_time():
     base = cost_model.estimate(report())
     assert cost_model.estimate(report(config=Config(128, 128, 8, 1))).cycles > base.cycles
     assert cost_model.estimate(report(loop=Loop(LOOP.instructions + ("STL",) * 400))).cycles > base.cycles
 
 
-def test_what_has_no_loop_has_no_estimate():
+def test_report_without_loops_has_no_estimate():
     assert cost_model.estimate(report(loops=())) is None and cost_model.estimate(report(loops=None)) is None
 
 
@@ -142,7 +142,7 @@ WINDOWS = [(None, None), (None, 0), (5, 0), (3, 4), (None, -2), (0, 0)]
 @pytest.mark.parametrize("kernel", ["forward", "dkdv"])
 @pytest.mark.parametrize("window, shift, sizes, blocks", list(itertools.product(
     WINDOWS, (0, 7, -6), ((20, 20), (16, 33), (40, 9)), ((4, 8), (8, 4)))), ids=str)
-def test_tiles_are_counted_as_pairs_would_count_them(kernel, window, shift, sizes, blocks):
+def test_visited_tiles_match_a_dense_mask(kernel, window, shift, sizes, blocks):
     (n_q, n_k), (block_m, block_n), (left, right) = sizes, blocks, window
     problem = Problem((3,), 4, 2, n_q, n_k, 16, 16, torch.float16, window, shift)
     place = torch.arange(n_k)[None, :] - torch.arange(n_q)[:, None] - shift
@@ -201,7 +201,7 @@ PUBLISHED = {("sm_90", 128, FULL): {"128x128w8s3e1": 3, "64x64w4s3e1": 8, "128x6
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch, d, window", PUBLISHED, ids=str)
-def test_published_winners_rank_high(arch, d, window):
+def test_published_fast_configs_rank_high(arch, d, window):
     if not OWN:
         pytest.skip(f"the places were taken with the tables' own Triton, {versions('triton')}; this is {triton.__version__}")
     left, tried, compiled_ones, seconds, slowness = compiled(RANKING.format(arch=arch, d=d, window=window), fresh=True)

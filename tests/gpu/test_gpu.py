@@ -30,7 +30,7 @@ REAL = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", REAL)
-def test_real_sizes_with_the_configs_that_ship(name, dtype, device):
+def test_accuracy_at_real_sizes_with_shipped_configs(name, dtype, device):
     case = REAL[name]
     check(case, dtype, device, tiles=None)
 
@@ -54,7 +54,7 @@ def test_every_shipped_config_is_right(width, mask, fill, dtype, device):
 
 
 @pytest.mark.parametrize("family", ["uniform", "mean-shifted", "saturated", "outliers"])
-def test_families_at_real_size(family, device):
+def test_accuracy_on_every_family_at_real_size(family, device):
     check(Case(heads=2, kv_heads=2, n_q=1024, n_k=1024, d=64, dv=64), torch.bfloat16, device, family=family, tiles=None)
 
 
@@ -110,7 +110,7 @@ def test_nothing_is_leaked(device):
     assert torch.cuda.memory_allocated() == before
 
 
-def test_a_side_stream_and_a_graph(device):
+def test_side_stream_and_cuda_graph_give_the_same_bits(device):
     q, k, v = (torch.randn(1, 4, 500, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
     expected = attention(q, k, v, causal=True)
     stream = torch.cuda.Stream()
@@ -136,7 +136,7 @@ def test_another_device_than_the_current_one():
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
-def test_the_lens_reads_what_the_driver_loads(kernel, device):
+def test_inspected_registers_equal_those_of_the_loaded_binary(kernel, device):
     problem, here = Problem((1,), 2, 2, 512, 512, 64, 64, torch.bfloat16), gpu.gpu_of(device)
     chosen = lookup.get_config(kernel, problem, here)
     report = compile_report.inspect_kernel(kernel, problem, chosen, here)
@@ -147,7 +147,7 @@ def test_the_lens_reads_what_the_driver_loads(kernel, device):
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
-def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path, monkeypatch):
+def test_tuned_config_is_correct_and_used(kernel, device, tmp_path, monkeypatch):
     """From the door to the cache, in a process of its own; the few configs of the tables."""
     from tritonattn.autotune import tune
 
@@ -162,7 +162,7 @@ def test_tuning_finds_something_right_and_calls_use_it(kernel, device, tmp_path,
     lookup.clear_lookup_cache()
 
 
-def test_a_config_that_needs_too_much_is_told_and_the_bench_goes_on(device):
+def test_oversized_config_is_a_launch_error_and_others_are_timed(device):
     from tritonattn.autotune.bench import IsolatedBench
 
     with IsolatedBench("forward", Problem((1,), 2, 2, 512, 512, 128, 128, torch.bfloat16), device) as bench:

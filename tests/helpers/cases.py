@@ -105,7 +105,7 @@ FEATURES = {
         "more-queries": {"n_q": 50, "n_k": 17},
         "one-query": {"n_q": 1},
         "one-key": {"n_k": 1},
-        "whole-tiles": {"n_q": 32, "n_k": 64},
+        "no-partial-tile": {"n_q": 32, "n_k": 64},
     },
     "sizes": {"d24": {"d": 24}, "split": {"d": 40, "dv": 72}, "narrow": {"d": 1, "dv": 3}, "dv": {"dv": 32}},
     "scale": {"negative": {"scale": -0.7}, "zero": {"scale": 0.0}, "large": {"scale": 3.0}},

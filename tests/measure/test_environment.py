@@ -51,10 +51,10 @@ def test_digest_ignores_files_that_a_measurement_does_not_run(package):
 
 
 def test_digest_includes_extra_files(package, tmp_path):
-    (tmp_path / "rivals.py").write_text("1")
-    first = environment.source_digest(tmp_path / "rivals.py")
-    (tmp_path / "rivals.py").write_text("2")
-    assert len({environment.source_digest(), first, environment.source_digest(tmp_path / "rivals.py")}) == 3
+    (tmp_path / "extra.py").write_text("1")
+    first = environment.source_digest(tmp_path / "extra.py")
+    (tmp_path / "extra.py").write_text("2")
+    assert len({environment.source_digest(), first, environment.source_digest(tmp_path / "extra.py")}) == 3
 
 
 def test_commit_is_that_of_the_packages_repository(package, tmp_path):

@@ -38,7 +38,7 @@ def test_contenders_take_turns_in_changing_order():
     assert again.log == gpu.log
 
 
-def test_drift_falls_on_all_alike():
+def test_clock_drift_affects_all_calls_equally():
     def warming(true, gpu):
         return true * (1 + 0.2 * min(1.0, gpu.time))
 
@@ -67,7 +67,7 @@ def test_throttled_samples_are_marked_and_left_out():
     assert len(said) == len(found["a"].samples) and sum(state.throttled for state in said) == 3
 
 
-def test_throttled_most_of_the_time_counts_and_says_so():
+def test_mostly_throttled_run_uses_all_samples_and_is_marked():
     gpu = FakeGpu(states=lambda reads: State(900.0, 90.0, 300.0, ("power brake",) if reads > 2 else ()))
     found = measure(contenders(gpu, a=1e-3), gpu, TimingBudget(seconds=0.01, settle=(0, 0)))[0]["a"]
     assert found.mostly_throttled and found.seconds == pytest.approx(1e-3) and len(found.throttled) == len(found.samples) - 2
@@ -89,7 +89,7 @@ def test_it_waits_until_the_clock_has_settled(refresh):
     assert 0.3 <= settled_after(lambda now: 1980.0, refresh=refresh) <= 0.4
 
 
-def test_patience_ends_where_the_clock_never_settles():
+def test_settling_stops_at_its_limit():
     assert settled_after(lambda now: 300.0 + 1000 * now, settle=(0.05, 0.5)) == pytest.approx(0.5, abs=0.011)
 
 
@@ -114,7 +114,7 @@ def test_short_calls_are_repeated_in_a_graph_every_copy_equally():
 
 
 @pytest.mark.parametrize(("copies", "size", "caches"), [(1, 10, "warm"), (3, 100, "warm"), (3, 700, "rotated")])
-def test_short_calls_say_what_the_cache_held(copies, size, caches):
+def test_short_calls_record_the_cache_state(copies, size, caches):
     gpu = FakeGpu()
     calls = [gpu.kernel("x", 1e-5) for _ in range(copies)]
     assert measure({"x": Timed(calls, size)}, gpu, TimingBudget(settle=(0, 0)))[0]["x"].caches == caches
@@ -131,7 +131,7 @@ def test_where_a_graph_fails_calls_are_queued_and_the_reason_is_kept():
 
 
 @pytest.mark.parametrize(("fastest", "method", "caches"), [(5e-5, "graph", "rotated"), (1.5e-4, "events", "flushed")])
-def test_one_job_is_timed_in_one_way(fastest, method, caches):
+def test_all_calls_of_a_job_use_the_same_method(fastest, method, caches):
     gpu = FakeGpu()
     calls = {name: Timed([gpu.kernel(f"{name}{copy}", true) for copy in range(4)], 600)
              for name, true in (("fast", fastest), ("near", 1.2e-4), ("slow", 2e-3))}
@@ -146,7 +146,7 @@ def test_one_job_is_timed_in_one_way(fastest, method, caches):
     assert found["slow"].seconds == pytest.approx(2e-3)
 
 
-def test_each_use_of_a_contender_is_inside_its_surroundings():
+def test_calls_run_inside_their_context():
     gpu, depth, seen = FakeGpu(), [], []
 
     @contextlib.contextmanager
@@ -163,7 +163,7 @@ def test_each_use_of_a_contender_is_inside_its_surroundings():
     assert set(seen) == {0, 1} and not depth and 0.4 < sum(seen) / len(seen) < 0.6
 
 
-def test_surroundings_are_entered_before_the_clock_starts():
+def test_entering_the_context_is_not_timed():
     gpu = FakeGpu()
 
     @contextlib.contextmanager
@@ -210,7 +210,7 @@ def test_quantiles_are_those_of_torch(count):
     assert quantiles(samples.tolist()) == pytest.approx(expected)
 
 
-def test_the_host_has_a_clock_too():
+def test_host_timer_measures_wall_time():
     found, states = measure({"nap": Timed([lambda: time.sleep(2e-3)])}, Host(), TimingBudget(0.01, (3, 5), (0, 0)))
     assert 2e-3 <= found["nap"].seconds < 0.2 and found["nap"].method == "host" and not states
 
@@ -244,7 +244,7 @@ def test_sensors_that_fail_once_cost_no_measurement(monkeypatch):
     assert sensors.state() is None
 
 
-def test_without_sensors_it_says_why(monkeypatch):
+def test_missing_sensors_have_a_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1"))
     for module, reason in ((FakeNvml("nvmlDeviceGetTemperature"), "NVML: Not Supported"),
                            (FakeNvml("nvmlInit"), "NVML: Not Supported"), (None, "nvidia-ml-py is not installed"),

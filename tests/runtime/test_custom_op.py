@@ -325,7 +325,7 @@ def test_vmap_keeps_the_residual(device):
         assert torch.equal(one, other)
 
 
-def test_another_scale_is_another_graph_at_most(device):
+def test_new_scale_compiles_at_most_one_more_graph(device):
     torch._dynamo.reset()
     compiled = torch.compile(lambda q, k, v, scale: attention(q, k, v, scale=scale), backend="aot_eager", fullgraph=True)
     q, k, v = qkv(device)

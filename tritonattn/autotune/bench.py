@@ -32,7 +32,7 @@ OUTPUTS = {"forward": ("o", "lse"), "delta": ("dq",), "dq": ("dq",), "dkdv": ("d
 # many configs are timed, so each is tried only once before
 BUDGET = timing.TimingBudget(settle=(0.2, 1.0), long=0.0)
 LARGEST = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
-DROPOUT_P = 0.5       # as in analysis/compile_report.py
+DROPOUT_P = 0.5       # as in runtime/launch.py, example_launch
 ROUNDING = 3e-5       # absolute error that is always allowed: an exact 0 may come from rounded float32 sums
 HUGE = 1e30           # stands for infinity, which JSON does not have
 
@@ -242,15 +242,16 @@ def launcher(kernel: str, problem: Problem, device, seed: int):
     tensors, options = draw(problem, device, seed)
     inputs = prepare(*tensors[:3], bias=tensors[4], **options)
     local_gpu, do = gpu.gpu_of(inputs.q.device), tensors[3]
-    o, lse, residual, excess = empty_outputs(inputs.q, inputs.v, inputs.bias, problem.dtype.itemsize == 2)
-    residuals, excesses = (residual,) if residual.numel() else (), () if inputs.bias is None else (excess,)
+    o, lse, o_residual, lse_minus_max = empty_outputs(inputs.q, inputs.v, inputs.bias, problem.dtype.itemsize == 2)
+    o_residuals, lse_minus_maxes = (o_residual,) if o_residual.numel() else (), () if inputs.bias is None else (lse_minus_max,)
     delta = torch.empty_like(lse)
-    queries = Queries(inputs.q, do, lse, delta, excesses)
+    queries = Queries(inputs.q, do, lse, delta, lse_minus_maxes)
     dq, dk, dv = (torch.empty_like(x) for x in (inputs.q, inputs.k, inputs.v))
     dbias = None if inputs.bias is None else torch.empty_like(inputs.bias)
+    outputs = Outputs(o, lse, o_residuals, lse_minus_maxes)
     launches = {
-        "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, residuals, excesses)),
-        "delta": lambda config: launch.delta_launch(problem, config, o, residuals[0] if residuals else None, do, None, delta),
+        "forward": lambda config: launch.forward_launch(problem, config, inputs, outputs),
+        "delta": lambda config: launch.delta_launch(problem, config, o, next(iter(o_residuals), None), do, None, delta),
         "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
         "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),
         "dbias": lambda config: launch.dbias_launch(problem, config, inputs, queries, dbias),

@@ -88,10 +88,9 @@ def plot(reports: Sequence[KernelReport], path: str) -> None:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    from ..measure.drawing import rc_params
 
     shown = [(report, model) for report in reports if (model := estimate(report)) is not None]
-    with style.context(rc_params({})):
+    with style.context(["default", {"axes.linewidth": 0.8, "hatch.linewidth": 0.6}]):
         figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
         axes = figure.add_subplot()
         left = [0.0] * len(shown)

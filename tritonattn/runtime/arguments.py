@@ -311,7 +311,7 @@ def seed_argument(p, seed, device):
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
         got = f"{seed.dtype} of shape {tuple(seed.shape)} on {seed.device}" if isinstance(seed, Tensor) else describe(seed)
         raise RuntimeError(f"dropout_seed: expected one int64 on {device}, got {got}")
-    # a copy: the caller may increment his own before the backward pass reads it
+    # a copy: the caller may increment the original before the backward pass reads it
     return seed.reshape(1).clone() if p else None
 
 

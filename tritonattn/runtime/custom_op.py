@@ -244,7 +244,8 @@ def _register_flop_formulas():
     forward, backward = torch.ops.tritonattn.forward, torch.ops.tritonattn.backward
     if forward not in flop_registry:
         register_flop_formula(forward)(lambda q, k, v, *_, **__: products(q, k, v, 1, 1))
-        register_flop_formula(backward)(lambda do, dlse, o, lse, residual, excess, q, k, v, *_, **__: products(q, k, v, 3, 2))
+        # after do, dlse and the four outputs
+        register_flop_formula(backward)(lambda *shapes, **_: products(*shapes[6:9], 3, 2))
 
 
 _register_flop_formulas()
