@@ -6,8 +6,8 @@
     table       the incumbent and what the shipped tables hold for similar problems (the job differs, not the search)
     random      thirty configs, drawn        exhaustive   all configs, thirty samples each
 
-The incumbent, the config that calls currently use, is timed in every round, so that clock and thermal drift affect both sides of a
-comparison equally.
+The incumbent, the config that calls currently use, is timed in every round, so that clock and thermal drift affect both
+sides of a comparison equally.
 """
 
 import contextlib
