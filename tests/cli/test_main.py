@@ -117,6 +117,7 @@ def test_unusable_interpreter_is_not_started(monkeypatch, compiled_without_a_gpu
 INSPECT = "-m", "tritonattn", "inspect", "--head-dim", "64"
 
 
+@pytest.mark.slow
 def test_inspect_in_a_new_process(tmp_path):
     done = run(*INSPECT, "--target", "sm_90,mi300x", "--direction", "backward", "--causal", "--plot", str(tmp_path / "a.png"))
     lines = done.stdout.splitlines()
