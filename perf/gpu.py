@@ -10,6 +10,7 @@ Needs no network. Exit codes: 0 success; 1 a test failed or tritonattn is wrong;
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -66,13 +67,18 @@ class Visit:
         path, end = self.options.out / f"{name}.log", time.monotonic() + limit - GRACE
         with path.open("ab") as log:
             start = log.tell()
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment)
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | environment,
+                                       start_new_session=True)
             try:
                 code = process.wait()
             except KeyboardInterrupt:
                 process.send_signal(signal.SIGINT)  # `timeout` forwards it, and kills the step after the grace period
                 process.wait()
                 raise
+            finally:
+                # workers may be left of a step whose first process has ended, and would disturb the next
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         late = time.monotonic() >= end
         output = path.read_bytes()[start:].decode(errors="replace")
         last_line = (output.strip().splitlines() or ["no output"])[-1]
@@ -85,7 +91,7 @@ def truth(visit: Visit) -> None:
     end = visit.deadline - (1 - TRUTH_SHARE) * visit.left() * (visit.options.stages != ["truth"])
     workers = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
     tests = [("truth-alone", "0", ["-m", "gpu and alone"]), ("truth-gpu", workers, ["-m", "gpu and not alone"]),
-             ("truth-cases", workers, ["tests/test_attention.py"])]
+             ("truth-cases", workers, ["-m", "not gpu and not alone", "tests/test_attention.py"])]
     runs = [(*test, {}) for test in tests]
     if visit.options.ptxas:
         runs.insert(2, ("truth-gpu-ptxas", *tests[1][1:], {"TRITON_PTXAS_PATH": visit.options.ptxas}))

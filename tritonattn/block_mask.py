@@ -24,7 +24,10 @@ class BlockMask(torch.nn.Module):
     """
 
     def __init__(self, mask: Tensor, kv_blocks: Tensor, q_blocks: Tensor, current: bool = True):
-        """current: whether the lists still match the mask."""
+        """mask [..., L, S]; kv_blocks [..., query blocks, 2 + kv blocks] and q_blocks [..., kv blocks, 2 + query blocks], int32.
+
+        current: whether the lists match the mask.
+        """
         super().__init__()
         self._hold((mask, kv_blocks, q_blocks), current)
 
@@ -32,12 +35,12 @@ class BlockMask(torch.nn.Module):
         # no buffers: DDP would write to them, which counts as a change
         self.mask, self.kv_blocks, self.q_blocks = tensors
         # the counter belongs to this tensor: a copy starts its own
-        self._version = _version_of(self.mask) if current else -1
+        self._mask_version = _version_of(self.mask) if current else -1
 
     def is_current(self) -> bool:
         """Return whether the mask is unchanged since its blocks were sorted, as far as that is known."""
         version = _version_of(self.mask)
-        return self._version is None or version is None or self._version == version
+        return self._mask_version is None or version is None or self._mask_version == version
 
     def counts(self) -> dict[str, int]:
         """Return how many blocks of all matrices of the mask are "full", "partial" and "empty" for the loops over keys.

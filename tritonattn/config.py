@@ -69,7 +69,7 @@ def pinned(config: Config | None = None, **kernels: Config):
         yield
     finally:
         # by identity, since blocks of different threads may overlap
-        _pinned[:] = [other for other in _pinned if other is not layer]
+        del _pinned[next(i for i, other in enumerate(_pinned) if other is layer)]
 
 
 def pinned_config(kernel: str) -> Config | None:

@@ -309,22 +309,3 @@ def test_report_checks_for_matplotlib_before_it_reads(monkeypatch, capsys, tmp_p
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main.main(["report", str(tmp_path / "none"), "--plot"]) == 2
     assert capsys.readouterr().err == '--plot needs matplotlib: pip install "tritonattn[demo]"\n'
-
-
-def test_tables_are_compared_and_checked(capsys, tmp_path):
-    from dataclasses import replace
-
-    from tritonattn.configs import shipped as tables
-
-    shipped = next(table for table in tables.shipped_tables() if table.name == "h200")
-    key, row = next(iter(shipped.rows.items()))
-    changed = replace(row, many=replace(row.many, config="32x32w4s1", shared_memory=1 << 20))
-    path = tables.write_table(replace(shipped, rows=shipped.rows | {key: changed}), tmp_path)
-    same = str(tables.FOLDER / "h200.json")
-    assert said(capsys, "table", "diff", same, same) == "the same configs everywhere\n"
-    line, = said(capsys, "table", "diff", same, str(path), code=1).splitlines()
-    assert line.split()[:5] == ["forward", "16", "bits", "64", "full"] and line.endswith("-> 32x32w4s1 (static-model)")
-    assert said(capsys, "table", "validate") == "all is well\n"
-    assert "expected a config that fits H200, got 32x32w4s1" in said(capsys, "table", "validate", str(path), code=1)
-    (tmp_path / "torn.json").write_text("{")
-    assert main.main(["table", "validate", str(tmp_path / "torn.json")]) == 2

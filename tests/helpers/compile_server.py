@@ -12,10 +12,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+TIMEOUT = 900  # seconds: of one program
 
 
 def compiled(program: str, fresh: bool = False):
@@ -24,7 +26,8 @@ def compiled(program: str, fresh: bool = False):
     fresh: start a new process, for a program that replaces parts of modules or measures its own process.
     """
     if fresh:
-        run = subprocess.run([sys.executable, "-c", program], env=_environment(), capture_output=True, text=True, cwd=ROOT)
+        run = subprocess.run([sys.executable, "-c", program], env=_environment(), capture_output=True, text=True, cwd=ROOT,
+                             timeout=TIMEOUT)
         assert run.returncode == 0, run.stderr[-3000:]
         return json.loads(run.stdout.splitlines()[-1])
     return _server().run(program)
@@ -40,9 +43,16 @@ class CompileServer:
 
     def run(self, program: str):
         """Return the last line that the program prints, parsed as JSON. AssertionError: it raised; its traceback."""
-        self._process.stdin.write(json.dumps(program) + "\n")
-        self._process.stdin.flush()
-        if not (line := self._process.stdout.readline()):
+        limit = threading.Timer(TIMEOUT, self._process.kill)
+        limit.start()
+        line = ""
+        # a dead server breaks the pipe, and answers with an empty line
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(program) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        limit.cancel()
+        if not line:
             _server.cache_clear()
             self._errors.seek(0)
             raise AssertionError(f"the compile server ended with {self._process.wait()}: {self._errors.read()[-3000:]}")
@@ -51,8 +61,13 @@ class CompileServer:
         return json.loads(answer["output"].splitlines()[-1])
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @functools.cache
@@ -81,7 +96,7 @@ def serve() -> None:
             with contextlib.redirect_stdout(output):
                 exec(compile(json.loads(line), "<program>", "exec"), {"__name__": "__main__"})
             answer = {"output": output.getvalue()}
-        except Exception:
+        except (Exception, SystemExit):
             answer = {"error": traceback.format_exc()[-3000:]}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -1113,3 +1113,17 @@ def test_unknown_routes_raise():
         with pytest.raises(ValueError, match="route: expected 'python' or 'aten', got"):
             call(*["cuda"] * (call is tritonattn.enable))
     assert not is_on()
+
+
+def test_failed_enable_leaves_nothing_patched(monkeypatch):
+    def fail(name):
+        raise RuntimeError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa_patch.torch_attention, "activate_flash_attention_impl", fail)
+        with pytest.raises(RuntimeError, match="refused"):
+            tritonattn.enable(route="aten")
+    assert sdpa_patch._fast_path is None and not sdpa_patch._aten and not sdpa_patch._claims
+    with tritonattn.swapped(route="aten"):
+        assert sdpa_patch._aten
+    assert not sdpa_patch._aten

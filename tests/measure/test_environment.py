@@ -91,3 +91,5 @@ def test_slug(name, folder):
 
 def test_every_pattern_matches_a_file():
     assert all(list(environment.PACKAGE.glob(pattern)) for pattern in environment.RUNS)
+    # the files that choose a config are among them
+    assert {"configs/lookup.py", "configs/key.py", "configs/shipped.py", "runtime/*.py"} <= set(environment.RUNS)

@@ -36,6 +36,7 @@ from .mutants import Mutant, mutants
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = "tritonattn/kernels"
 EQUIVALENT = Path(__file__).with_name("equivalent.json")
+WALL_SECONDS = 900  # that all tests of a mutant may take
 CPU_SECONDS = 40  # that a test may take before its mutant counts as killed, by an endless loop
 GOAL = 0.95
 UNCHANGED = "unchanged"  # the key of the package without a mutation
@@ -67,6 +68,7 @@ class Watch:
 
 def run_tests(folder: Path, first: tuple[str, ...], result: Path) -> None:
     """In a child: run the tests up to the first failure, and write its name to `result`."""
+    signal.alarm(WALL_SECONDS)  # a mutant that waits for something takes no CPU time
     os.chdir(folder)
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]

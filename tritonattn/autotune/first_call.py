@@ -70,7 +70,10 @@ def tune_from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if gpu.gpu_of(device) != on:
         raise RuntimeError(f"the tensors are on another GPU than the current device, {device}")
-    tune_kernel(kernel, problem, dataclasses.replace(_setup(device), store=user_cache.current_cache()), "table")
+    setup = dataclasses.replace(_setup(device), store=user_cache.current_cache())
+    # compilers take memory, so they end with the tuning
+    with setup.compilers:
+        tune_kernel(kernel, problem, setup, "table")
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """A digest of the kernels' code, which identifies the kernels that a shipped table or a tuned config was made for.
 
-    source -> syntax tree without docstrings, annotations of locals or names of locals -> SHA-256 -> 12 hexadecimal digits
+    source -> syntax tree without docstrings and names of locals -> SHA-256 -> 12 hexadecimal digits
 
 Comments, layout, docstrings and the names of parameters and local variables do not change it. Every operation,
 constant and name of a function, field or module does.
@@ -58,7 +58,7 @@ class _Canonical(ast.NodeTransformer):
         return node
 
     def visit_Lambda(self, node):
-        names = {argument.arg: f"w{i}" for i, argument in enumerate(_arguments(node))}
+        names = {argument.arg: f"w{len(self._numbers) + i}" for i, argument in enumerate(_arguments(node))}
         inner = _Canonical(self._numbers | names)
         node.args, node.body = inner.visit(node.args), inner.visit(node.body)
         return node

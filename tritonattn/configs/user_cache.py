@@ -59,7 +59,8 @@ class Record:
             raise ValueError(f"record: expected positive times in seconds, got {times}")
         for name, kind, value in (("shared_memory", int, self.static["shared_memory"]), ("time", str, self.run["time"]),
                                   ("tensor_memory", int, self.static["tensor_memory"]), ("samples", int, self.samples),
-                                  ("triton", (str, type(None)), self.versions["triton"]), ("check", dict, self.check)):
+                                  ("triton", (str, type(None)), self.versions["triton"]), ("check", dict, self.check),
+                                  ("tried", list, self.run.get("tried", []))):
             if not isinstance(value, kind):
                 raise TypeError(f"record: unexpected type of {name} (got {value!r:.40})")
 

@@ -88,7 +88,7 @@ def fast_path(devices, accept) -> Overrides:
             return original()
         q, k, v = F.linear(query, in_weight, in_bias).unflatten(-1, (3, heads, width // heads)).permute(2, 0, 3, 1, 4)
         mask = ~mask if mask is not None and mask.dtype == torch.bool else mask  # True hides a key here
-        if mask_type == 1:
+        if mask_type == 1 and mask is not None:
             mask = mask[:, None, None, :]  # [B, L], by key; mask type 0 is [L, L], 2 is [B, H, L, L]
         if not accept(q, k, v, mask):
             return original()

@@ -108,7 +108,13 @@ def _claim(owner, route):
             expected = "tritonattn's, since the patch is on" if _on else "torch's own function"
             raise RuntimeError(f"torch.nn.functional.scaled_dot_product_attention: expected {expected}, got {current!r}; undo "
                                "that replacement first")
-        _set(_claims | {(owner, route)})
+        before = _claims
+        try:
+            _set(before | {(owner, route)})
+        except BaseException:
+            # no half of a patch stays where torch refuses the other half
+            _set(before)
+            raise
     return owner, route
 
 
@@ -273,8 +279,9 @@ def _set_aten(on):
     if on and torch_attention.current_flash_attention_impl() != "tritonattn":
         torch_attention.register_flash_attention_impl(
             "tritonattn", register_fn=lambda: aten_overrides.fused_kernels(SUPPORTED_DEVICES, _accept, _supports))
-        _previous_flash_impl, _aten = torch_attention.current_flash_attention_impl(), True
+        _previous_flash_impl = torch_attention.current_flash_attention_impl()
         torch_attention.activate_flash_attention_impl("tritonattn")
+        _aten = True
     elif _aten and not on:
         _aten = False
         if torch_attention.current_flash_attention_impl() == "tritonattn":  # else it has been replaced since

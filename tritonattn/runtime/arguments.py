@@ -108,6 +108,8 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
 
 def prepare_dropout(shape, dropout_p, dropout_seed) -> tuple[float, Tensor]:
     """Check the arguments of `dropout_mask` and return the probability and the seed, [1] int64."""
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"shape: expected four sizes (batch, heads, queries, keys), got {describe(shape)}")
     if len(shape) != 4:
         raise ValueError(f"shape: expected four sizes (batch, heads, queries, keys), got {tuple(shape)}")
     dropout_p = check_probability(dropout_p)
