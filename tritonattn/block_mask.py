@@ -24,7 +24,7 @@ class BlockMask(torch.nn.Module):
     """
 
     def __init__(self, mask: Tensor, kv_blocks: Tensor, q_blocks: Tensor, current: bool = True):
-        """mask [..., L, S]; kv_blocks [..., query blocks, 2 + kv blocks] and q_blocks [..., kv blocks, 2 + query blocks], int32.
+        """mask [..., L, S], kv_blocks [..., query blocks, 2 + kv blocks], q_blocks [..., kv blocks, 2 + query blocks]; int32.
 
         current: whether the lists match the mask.
         """
