@@ -107,7 +107,7 @@ def test_explain_shows_the_tuned_config(setup):
     found = explain.explain_problem(PROBLEM, H200)
     assert found.lines[0].origin == "cache" and found.as_json()["kernels"][0]["record"]["config"] == "64x128w4s2e1"
     for words in ("forward  64x128w4s2e1    tuned on this machine (user cache)", "measured: 10",
-                  "which a call would have used, took 15", "by halving on 20", "bound by", "65536 bytes of shared memory",
+                  "the config without tuning, took 15", "by halving on 20", "bound by", "65536 bytes of shared memory",
                   f"slower: {found.lines[0].record.default}"):
         assert words in str(found), str(found)
 

@@ -217,6 +217,7 @@ def test_checkpointing_and_compiling():
         torch.testing.assert_close(compiled(ids, attention_mask=seen, use_cache=False).logits[seen.bool()], eager[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_a_compiled_layer(name, calls):
     """Other lengths and kinds of padding run the compiled code, or compile it again."""

@@ -276,7 +276,7 @@ def test_a_build_is_repeatable_and_compiles_nothing_twice():
 @pytest.fixture
 def swept(tmp_path):
     folder, setup = begun(tmp_path)
-    sweep.carry_on(folder, setup, say=quiet)
+    sweep.resume(folder, setup, say=quiet)
     return runs.read(folder)
 
 

@@ -95,5 +95,5 @@ def test_launched_binaries_are_the_inspected_ones():
 def test_oversized_config_raises_before_the_launch():
     message, caused, launched = compiled(TOO_LARGE, fresh=True)
     assert re.fullmatch(r"forward: config 128x128w8s6 needs \d+ of shared memory, .+ allows 232448, for .+x1024x128.*; "
-                        r"pin a smaller config \(tritonattn.config.pinned\)", message), message
+                        r"pin a smaller config \(tritonattn\.pinned\)", message), message
     assert caused and not launched
