@@ -303,7 +303,7 @@ def stages_of(key: tuple, gpu: Gpu) -> tuple[int, ...]:
 
 
 def sensible(key: tuple, config: Config, gpu: Gpu) -> bool:
-    """Return whether a tile is worth compiling: small tiles are, without tensor cores and for wide heads alone.
+    """Return whether a tile is worth compiling. Fewer than 64 owner rows: for float32, heads over 128 and "pairs" alone.
 
     Heads of 512, float32, and pairwise values beyond heads of 128 have tiles of at most 64. In NVIDIA's float32 a thread
     holds whole rows: beyond heads of 64, tiles larger than 32 spill hundreds of registers.

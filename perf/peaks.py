@@ -1,7 +1,7 @@
 """Measure the peak rates of this GPU and the backends torch's SDPA selects: python -m perf.peaks --out FILE
 
-A large matrix product and a large copy, timed shortly before or after the kernels, show what the clocks, the power limit
-and the cooling leave of the datasheet's rates.
+The rates of a large matrix product and a large copy show how much of the datasheet's peak this GPU reaches under its
+clocks, power limit and cooling.
 """
 
 import argparse

@@ -94,9 +94,9 @@ def explain(q, k, v, **options) -> Explanation:
 
 
 def explain_problem(problem: Problem, on: Gpu) -> Explanation:
-    """Return the configs that the kernels of a problem would use on a GPU, which need not be here.
+    """Return the configs that the kernels of a problem would use on a GPU, which need not be present.
 
-    RuntimeError: the kernels do not support the GPU, or not this head size.
+    Raises RuntimeError: the kernels do not support the GPU or the head size.
     """
     limit = on.largest_head(problem.dtype)
     if max(problem.d, problem.dv) > limit:

@@ -54,8 +54,8 @@ def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: i
         q, k, v: [..., heads, length, head size], as for `attention`.
         backward: tune the kernels of the backward pass too.
         strategy: "halving", "static", "table", "random" or "exhaustive"; see autotune/search.py.
-        trials: most configs to try for each kernel. None: no limit.
-        seconds: most seconds of checking and timing for each kernel.
+        trials: at most this many configs for each kernel. None: no limit.
+        seconds: at most this long to check and time each kernel.
         again: try again the configs of earlier runs. By default only new candidates are timed, against the earlier best.
 
     Returns:

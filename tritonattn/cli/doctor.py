@@ -1,6 +1,6 @@
 """Versions, GPUs and folders of this machine, and a fix for everything that does not work.
 
-A finding is ok; a note, worth knowing; or bad: kernels will not run or will be wrong, and the finding has a fix.
+A finding is "ok", "note" (worth knowing) or "bad": kernels will not run or give wrong results. A bad finding has a fix.
 Nothing is written, and no memory of a GPU is taken.
 """
 

@@ -52,8 +52,8 @@ def _add_tune(commands) -> None:
     tune = commands.add_parser("tune", help="find the best configs for some shapes on this GPU, and use them in later calls")
     _add_problems(tune, required=True)
     tune.add_argument("--strategy", choices=search.STRATEGIES, default="halving", help="default: %(default)s")
-    tune.add_argument("--trials", type=_count, metavar="N", help="most configs to try for each kernel")
-    tune.add_argument("--seconds", type=_positive, default=float("inf"), metavar="S", help="most seconds for each kernel")
+    tune.add_argument("--trials", type=_count, metavar="N", help="try at most N configs for each kernel")
+    tune.add_argument("--seconds", type=_positive, default=float("inf"), metavar="S", help="at most S seconds for each kernel")
     tune.add_argument("--again", action="store_true", help="try earlier configs again (default: only new candidates)")
     tune.set_defaults(run=_checked(_tune), compiled=True)
 

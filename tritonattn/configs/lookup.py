@@ -40,7 +40,7 @@ def observed(observer: Observer):
 
 
 def get_config(kernel: str, problem: Problem, gpu: Gpu) -> Config:
-    """Return the config for a kernel of a problem on a GPU."""
+    """Return the config for a kernel of a problem on a GPU. Raises RuntimeError for an unsupported GPU."""
     for observer in _observers:
         observer(kernel, problem, gpu)
     if (config := pinned_config(kernel)) is not None:

@@ -63,7 +63,7 @@ _FIXES = {
     "nested": "only dense tensors are supported: pad, and pass key_lengths to tritonattn.attention",
     "layout": "only dense tensors are supported",
     "device": "the kernels run on a GPU; to try them on the CPU, set TRITON_INTERPRET=1 before Python starts",
-    "dtype": "float16, bfloat16 and float32 are supported; torch.autocast casts",
+    "dtype": "float16, bfloat16 and float32 are supported; cast the inputs, or use torch.autocast",
     "head size": "the limit is 512, or 256 in float32 where shared memory is small",
     "Triton is not installed": "pip install triton",
     "function mode in compiled code": "leave the mode before compiling",

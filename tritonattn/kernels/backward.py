@@ -4,8 +4,9 @@
     dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q      dbias = dS, summed where the bias is broadcast
 
-P is never stored; it is recomputed from the scores and the log-sum-exp of each row. A tile of queries owns its delta and
-dQ, a tile of keys its dK and dV, a tile of the bias its dbias: one program writes each address, without atomics.
+P is never stored; it is recomputed from the scores and the log-sum-exp of each row. One
+program computes delta, one dQ of a tile of queries, one dK and dV of a tile of keys, one a tile of dbias: each address has
+one writer, without atomics.
 """
 
 from typing import NamedTuple

@@ -82,8 +82,8 @@ def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
     N: tl.constexpr = b[0].shape[0]
     # of the tiles in a block list only the partial ones, which have a masked mode, need the mask
     LOAD_MASK: tl.constexpr = len(scoring.mods.mask) == 1 and (len(scoring.mods.block_list) == 0 or needs_mask(MODE))
-    # load before the dot: Triton gives the row reduction the layout of its last operand, and loading later makes warps
-    # compute duplicate exponentials
+    # load before the dot: the row reduction gets the layout of the last operand computed, and after a late load several
+    # warps would compute the same exponentials
     if len(scoring.mods.bias) == 1:
         bias = load_pairwise(scoring.mods.bias[0], row, col, n, M, N, needs_mask(MODE))
     if LOAD_MASK:

@@ -21,8 +21,8 @@ of each stretch, or None where there is none:
     masked_tail  the same without pipelining, behind the unmasked stretch: on Hopper a second pipelined loop makes ptxas
                  wait for every single product, in both loops
     nan_safe     a NaN in the stored tile may come from 0 * inf at a masked pair. The tile is then recomputed in this mode,
-                 NAN_SAFE_ROWS rows at a time, outside the main loop, so that the fast path pays neither registers nor
-                 shared memory for it
+                 NAN_SAFE_ROWS rows at a time, outside the main loop, so that the main loop needs no extra registers or
+                 shared memory
 """
 
 from typing import NamedTuple

@@ -142,7 +142,7 @@ def as_torch_error(error, arguments, options):
 
 
 def with_equal_batches(q, k, v, bias, masks, scale):
-    """Give every tensor a head dimension, q, k and v equal batch dimensions, and each at least one column."""
+    """Add a head dimension to 2-D tensors, broadcast the batch dimensions of q, k and v, pad head sizes of 0 to a zero column."""
     q, k, v, bias, *masks = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, *masks))
     batch = batch_shape(q, k, v)
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
@@ -158,7 +158,7 @@ def with_equal_batches(q, k, v, bias, masks, scale):
 def batch_shape(q, k, v):
     """Return the batch dimensions of q, k and v, broadcast. Raises RuntimeError where they do not."""
     shapes = [x.shape[:-3] for x in (q, k, v)]
-    # broadcast_shapes is slow, but compares no symbol that has no value
+    # broadcast_shapes is slow, but also takes sizes that are symbols without a value
     equal = not torch.compiler.is_compiling() and shapes[0] == shapes[1] == shapes[2]
     return shapes[0] if equal else torch.broadcast_shapes(*shapes)
 
@@ -170,7 +170,7 @@ def restore_shape(o, lse, q, k, v):
 
 
 def repeat_uneven_heads(query, key, value):
-    """Repeat the heads of key and value to the query's where they differ: torch's GQA accepts that."""
+    """If key and value differ in head count, repeat both to the query's count, as torch's GQA allows."""
     if min(query.dim(), key.dim(), value.dim()) < 3:
         raise RuntimeError("enable_gqa: expected query, key and value with a head dimension, at least 3-D, "
                            f"got {query.dim()}-D, {key.dim()}-D and {value.dim()}-D")
@@ -283,7 +283,7 @@ def lengths_argument(lengths, q, k, v):
 
 
 def torch_mask_argument(attn_mask, is_causal, query, key, value):
-    """Return what torch's one argument stands for: bias, masks (as `mask_argument`), causal, and aligned bottom-right."""
+    """Return (bias, masks as in `mask_argument`, causal, bottom_right) for torch's attn_mask and is_causal."""
     if attn_mask is None:
         return None, NO_MASK, is_causal, False
     if isinstance(attn_mask, CausalBias):

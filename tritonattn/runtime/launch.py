@@ -54,7 +54,7 @@ def device_guard(device: torch.device):
 
 
 def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, results: Outputs) -> KernelLaunch:
-    """Return the launch that writes `results`, tensors in the kernel's record; without a residual none is written."""
+    """Return the launch that writes `results`, the tensors in the kernel's record; an empty o_residual is not written."""
     *records, mods, sizes = kernel_arguments(problem, config, *inputs[:3], results, _score_mods(problem, inputs))
     sizes, static = _with_key_lengths(inputs, sizes), _over_keys(problem, config)
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
@@ -127,7 +127,7 @@ def _over_queries(problem: Problem, config: Config) -> Constexprs:
 
 
 def _loop_granularity(problem: Problem, config: Config, block: int) -> int:
-    """Return the number whose multiples are lengths that a loop in steps of `block` covers without a short tile."""
+    """Return the number of which a length must be a multiple for a loop in steps of `block` to need no partial tile."""
     if problem.mapped and max(config.block_m, config.block_n) > TILE:
         raise ValueError(f"config: expected blocks of at most {TILE}, the size of a block mask's blocks, got {config}")
     return TILE if problem.mapped else block
