@@ -13,7 +13,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
     the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False masks a pair) broadcast to
     [..., H, L, S]; key_lengths has the batch's shape. With dropout_p, `keep` [..., H, L, S] (see
-    `tritonattn.dropout_mask`) is True for the weights to keep. Takes O(L S) memory. Inputs are not checked; they must be finite, but for -inf in the bias.
+    `tritonattn.dropout_mask`) is True for the weights to keep. Takes O(L S) memory. Inputs are not checked; they must be
+    finite, but for -inf in the bias.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:

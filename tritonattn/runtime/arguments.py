@@ -142,7 +142,7 @@ def as_torch_error(error, arguments, options):
 
 
 def with_equal_batches(q, k, v, bias, masks, scale):
-    """Add a head dimension to 2-D tensors, broadcast the batch dimensions of q, k and v, pad head sizes of 0 to a zero column."""
+    """Add a head dimension to 2-D tensors, broadcast the batches of q, k and v, pad head sizes of 0 by a column of zeros."""
     q, k, v, bias, *masks = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, *masks))
     batch = batch_shape(q, k, v)
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
