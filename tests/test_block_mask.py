@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl  # noqa: F401  what the interpreter runs must see it
 
+from tests.helpers.tiers import slow
 from tests.kernels.test_score_mods import tensors
 from tritonattn import BlockMask, Config, Problem, attention, block_mask, config, reference, scaled_dot_product_attention
 from tritonattn.block_mask import TILE
@@ -70,7 +71,7 @@ def test_matches_the_reference(name, device):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4, msg=lambda text, of=name: f"d{of}: {text}")
 
 
-@pytest.mark.parametrize("given", ["window", "lengths", "bias", "dropout"])
+@pytest.mark.parametrize("given", ["bias", *slow("window", "lengths", "dropout")])
 def test_with_other_options(given, device):
     leaves = tensors(device, n_q=N_Q, n_k=N_K)
     others = {"window": {"window": (150, 20), "align": "top_left"}, "bias": {}, "dropout": {},
@@ -98,7 +99,7 @@ def test_grouped_heads_with_a_mask_per_head(device):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, *slow(math.inf)])
 def test_masked_values_do_not_leak(value, device):
     # the nan_safe loop takes a few rows at a time, which is slow to interpret
     q, k, v = tensors(device, batch=(1,), heads=1, n_q=132, n_k=140)
@@ -165,6 +166,7 @@ def test_block_lists():
     assert block_mask(documents(ends=(128, 256))).q_blocks.tolist() == [[1, 0, 0, 1, 2], [1, 0, 1, 0, 2], [0, 1, 2, 0, 1]]
 
 
+@pytest.mark.slow
 def test_compiled_and_under_vmap(device):
     mask = documents(device=device)
     given = block_mask(mask)

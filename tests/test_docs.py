@@ -126,6 +126,7 @@ def environment(page):
     return variables
 
 
+@pytest.mark.slow
 @by_page
 def test_python_blocks_run(page, tmp_path):
     for block in blocks(page, "python"):

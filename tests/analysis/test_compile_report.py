@@ -205,6 +205,7 @@ print(json.dumps([part, whole, warm().loops, warm().registers == inspect(*cell).
 """
 
 
+@pytest.mark.slow
 def test_report_of_a_compiled_kernel_is_fast():
     without, with_loops, loops, same = compiled(SPEED, fresh=True)
     assert without < 1e-3 and with_loops < 0.5, (without, with_loops)

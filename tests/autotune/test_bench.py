@@ -228,6 +228,7 @@ def test_out_of_memory_raises():
             bench.check("raise")
 
 
+@pytest.mark.slow
 @pytest.mark.interpreted
 def test_a_real_bench_in_a_child_process(device):
     with IsolatedBench("forward", TINY, "cpu") as bench:

@@ -320,6 +320,7 @@ def _rank(rank, size, folder, port, out):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_ranks_get_the_configs_of_rank_0(tmp_path):
     import socket
 

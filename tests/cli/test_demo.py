@@ -113,6 +113,7 @@ def test_every_error_beyond_its_tolerance_is_reported():
     assert [line.split(":")[0] for line in lines] == ["dk", "dv", "losses of tritonattn", "last losses"]
 
 
+@pytest.mark.slow
 def test_kernels_are_compiled_for_other_gpus(capsys):
     assert demo.finish_compiling(demo.start_compiling("sm_90"))
     output = capsys.readouterr().out

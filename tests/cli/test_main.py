@@ -196,17 +196,20 @@ def test_ctrl_c_has_no_traceback(monkeypatch):
     assert main.main(["selftest"]) == 130
 
 
+@pytest.mark.slow
 def test_demo_starts_in_the_interpreter():
     done = run("-m", "tritonattn", "demo", "--text", "no such file")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "no such file" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_doctor_in_a_new_process():
     done = run("-m", "tritonattn", "doctor", "--json")
     assert done.returncode == (1 if '"bad"' in done.stdout else 0), done.stderr
     assert {"torch", "triton", "interpreter"} <= {entry["name"] for entry in json.loads(done.stdout)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv, code, words", [
     (["--help"], 0, "selftest"), (["doctor"], 1, "fix: pip install 'triton"), (["selftest"], 1, "it needs triton"),
     (["inspect"], 1, "triton: missing; fix: pip install 'triton"),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.tiers import slow
 from tritonattn import Config, attention, config, dropout_mask, reference, scaled_dot_product_attention
 from tritonattn.runtime import launch
 
@@ -51,7 +52,7 @@ def test_bias_of_any_shape_and_its_gradient(shape, window, device):
     assert ours[5].shape == bias.shape
 
 
-@pytest.mark.parametrize("shape", [(), (36,), (20, 1), (2, 1, 1, 36), (2, 2, 20, 36)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 1), (2, 1, 1, 36), *slow((), (36,), (2, 2, 20, 36))], ids=str)
 def test_mask_of_any_shape(shape, device):
     mask = torch.rand(shape, device=device, generator=torch.Generator(device).manual_seed(2)) > 0.4
     assert_same(tensors(device), mask=mask)
@@ -59,6 +60,7 @@ def test_mask_of_any_shape(shape, device):
     assert_same([*tensors(device), bias], mask=mask, causal=True, align="bottom_right")
 
 
+@pytest.mark.slow
 def test_bias_and_mask_with_any_strides(device):
     dense = torch.randn(36, 2, 20, device=device)
     bias = dense.permute(1, 2, 0).requires_grad_()
@@ -67,12 +69,14 @@ def test_bias_and_mask_with_any_strides(device):
     assert_same(tensors(device), mask=mask)
 
 
+@pytest.mark.slow
 def test_bias_gradient_over_several_batch_dimensions(device):
     leaves = tensors(device, batch=(2, 3), heads=2, kv_heads=2, n_q=5, n_k=7)
     for shape in ((2, 1, 1, 5, 7), (3, 1, 1, 7), (1, 3, 2, 5, 7)):
         assert_same([*leaves, torch.randn(shape, device=device, requires_grad=True)])
 
 
+@pytest.mark.slow
 def test_gradcheck_through_a_bias(device):
     if device.type != "cpu":
         pytest.skip("the kernels run in float64 in the interpreter alone")
@@ -227,10 +231,8 @@ def test_vmap_with_lengths(device):
         torch.testing.assert_close(ours, loop, atol=1e-6, rtol=1e-6)
 
 
-SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("mask", "bias", "lengths", "dropout")]
-
-
-@pytest.mark.parametrize("given", ["all", *SLOWLY])
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["mask", "bias", "lengths", "dropout", "all"])
 def test_jacrev_matches_the_definition(given, device):
     """A vmap over the backward pass: all rows of the Jacobian share one forward pass and its dropout."""
     q, k, v = tensors(device, n_q=3, n_k=3, d=1, grad=False)
@@ -257,7 +259,7 @@ def test_vmap_with_dropout(device):
         assert torch.equal(ones[0], ones[1]) == alike
 
 
-@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("p", [0.3, *slow(1.0)])
 @pytest.mark.parametrize("options", [{}, {"causal": True, "align": "top_left"}], ids=["full", "causal"])
 def test_dropout_is_exact_for_its_keep_mask(p, options, device):
     leaves = [*tensors(device, n_q=40, n_k=33), torch.randn(1, 2, 40, 33, device=device, requires_grad=True)]

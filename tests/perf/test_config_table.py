@@ -265,6 +265,7 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
+@pytest.mark.slow
 def test_a_build_is_repeatable_and_compiles_nothing_twice():
     same_table, same_journal, filled, registers, others = compiled(BUILD, fresh=True)
     assert same_table and same_journal and registers > 100

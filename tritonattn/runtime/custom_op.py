@@ -64,7 +64,7 @@ def _run(kernel, make_launch, problem, device, *tensors):
         launch.run(make_launch(problem, config, *tensors), device)
     except OutOfResources as error:
         raise RuntimeError(f"{kernel}: config {config} needs {error.required} of {error.name}, {gpu_of(device).name} allows "
-                           f"{error.limit}, for {problem}; pin a smaller config (tritonattn.config.pinned)") from error
+                           f"{error.limit}, for {problem}; pin a smaller config (tritonattn.pinned)") from error
 
 
 def _forward(*arguments):

@@ -1,0 +1,8 @@
+"""Which values of a parametrized test run by default."""
+
+import pytest
+
+
+def slow(*values):
+    """Return parameters for tests that only run with -m slow or -m ""."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
