@@ -31,7 +31,7 @@ class Result:
 
     @property
     def ours(self) -> bool:
-        """Whether this is tritonattn or one of its variants, whose names begin with it."""
+        """True for tritonattn and its variants, whose names begin with it."""
         return self.name.startswith(OURS)
 
 

@@ -9,7 +9,9 @@ KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel runs. Raises ValueError unless block sizes are powers of two from 16 on, and num_warps a power of two.
+    """Block sizes, warps and stages of one kernel.
+
+    Raises ValueError unless block sizes are powers of two from 16 on, and num_warps a power of two.
 
     edge_stages=1 keeps the masked end of a loop out of the software pipeline (see kernels/window.py).
     """

@@ -159,7 +159,7 @@ class Loop:
 
     @property
     def pipelined(self) -> bool:
-        """Whether the loop copies asynchronously from global to shared memory."""
+        """True if the loop copies asynchronously from global to shared memory."""
         return any(opcode.startswith(("LDGSTS", "UTMALDG", "UBLKCP")) for opcode in self.instructions)
 
     @property

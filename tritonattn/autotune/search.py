@@ -106,7 +106,7 @@ class Search:
         return sorted(timed, key=lambda name: (self.trials[name].seconds, name))
 
     def _is_correct(self, name) -> bool:
-        """Whether a config may be timed. Each is checked once; beyond the budget only the first is."""
+        """Return whether a config may be timed. Each is checked once; beyond the budget only the first is."""
         if name not in self.trials:
             if self.trials and (self._is_late or len(self.trials) >= (self.budget.trials or math.inf)):
                 return False

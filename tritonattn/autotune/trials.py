@@ -88,7 +88,7 @@ class Run:
 
     @property
     def synthetic(self) -> bool:
-        """Whether the times are made up, for tests and demonstrations."""
+        """True if the times are made up, for tests and demonstrations."""
         return bool(self.plan.get("synthetic"))
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: errors of input, checks before the work, and text in columns."""
+"""Helpers of the commands: errors of input, checks before the work, and text in columns."""
 
 import importlib
 import os

@@ -70,7 +70,7 @@ class Record:
 
     @property
     def stale(self) -> bool:
-        """Whether another or an unknown minor version of Triton compiled it, so that the binary may differ here."""
+        """True if another or an unknown minor version of Triton compiled it, so that the binary may differ here."""
         minor = _minor(self.versions["triton"])
         return minor is None or minor != _minor(triton_version())
 

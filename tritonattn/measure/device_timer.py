@@ -21,7 +21,7 @@ class State:
 
     @property
     def throttled(self) -> bool:
-        """Whether heat or the power supply limits the clock. The power cap does not count: large products normally reach it."""
+        """True if heat or the power supply limits the clock. The power cap does not count: large products normally reach it."""
         return any(reason != "power cap" for reason in self.reasons)
 
 
