@@ -26,7 +26,7 @@ from tests.integrations.test_sdpa_patch import (
     with_gradients,
 )
 from tritonattn import reference
-from tritonattn.integrations import aten_overrides, dispatch_log, sdpa_patch
+from tritonattn.integrations import aten_overrides, dispatch_log, sdpa_patch, support
 
 pytestmark = [pytest.mark.usefixtures("patch_off"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
     "`?torch.jit", "tritonattn does not support", "There is a performance drop", ".*Profiler clears events"))]
@@ -150,7 +150,7 @@ def test_fallbacks_beneath_torchs_function(device, monkeypatch):
     with tritonattn.swapped(route="aten"):
         ours, theirs = with_gradients(attend, inputs, scale=1e39), torchs_with_gradients(inputs, scale=1e39)
         torch.testing.assert_close(ours, theirs, equal_nan=True)
-        monkeypatch.setattr(sdpa_patch, "SUPPORTED_DTYPES", (torch.float16,))
+        monkeypatch.setattr(support, "SUPPORTED_DTYPES", (torch.float16,))
         assert torch.equal(attend(*inputs), sdpa_patch.TORCH_SDPA(*inputs))
         monkeypatch.setenv("TRITONATTN_STRICT", "1")
         with pytest.raises(RuntimeError, match="torch computes it: dtype torch.float32"):

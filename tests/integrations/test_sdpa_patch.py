@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import tritonattn
 from tritonattn.gpu import Gpu
-from tritonattn.integrations import dispatch_log, sdpa_patch
+from tritonattn.integrations import dispatch_log, sdpa_patch, support
 
 pytestmark = [pytest.mark.usefixtures("patch_off"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
     ".*torch.jit.script", "There is a performance drop", "The PyTorch API of nested tensors", "Lower right causal bias",
@@ -325,7 +325,7 @@ CALLS = {
 
 @pytest.mark.parametrize("why", CALLS)
 def test_fallbacks_are_counted_by_reason(why, device, monkeypatch):
-    monkeypatch.setattr(sdpa_patch, "SUPPORTED_DTYPES", (torch.float16, torch.bfloat16, torch.float32))
+    monkeypatch.setattr(support, "SUPPORTED_DTYPES", (torch.float16, torch.bfloat16, torch.float32))
     inputs, options = CALLS[why](device)
     with tritonattn.swapped():
         ours = F.scaled_dot_product_attention(*inputs, **options)
@@ -386,15 +386,15 @@ def test_nested_tensors_fall_back_with_their_gradients(layout, device):
 
 def test_unsupported_devices(monkeypatch):
     x = torch.ones(1, 1, 2, 8)
-    monkeypatch.setattr(sdpa_patch, "SUPPORTED_DEVICES", ("cuda",))
+    monkeypatch.setattr(support, "SUPPORTED_DEVICES", ("cuda",))
     with tritonattn.swapped():
         F.scaled_dot_product_attention(x, x, x)
     assert counts() == tallied(**{"device cpu": 1})
-    monkeypatch.setattr(sdpa_patch.gpu, "INTERPRETED", False)
+    monkeypatch.setattr(support.gpu, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for arch, old in (("sm_75", True), ("sm_80", False), ("sm_120", False), ("gfx942", False)):
-        monkeypatch.setattr(sdpa_patch.gpu, "gpu_of", lambda device, arch=arch: Gpu("some", arch, 1, 1))
-        assert sdpa_patch._is_too_old(0) is old
+        monkeypatch.setattr(support.gpu, "gpu_of", lambda device, arch=arch: Gpu("some", arch, 1, 1))
+        assert support._is_too_old(0) is old
 
 
 def test_sdpa_kernel_is_obeyed(device):
@@ -948,9 +948,9 @@ def test_the_report_counts_by_reason(device):
 
 def test_a_signature_has_shapes_and_options(device):
     q, k, v = plain(device, 4, 6, heads=4, kv_heads=2)
-    described = dispatch_log.call_signature(q, k, v, causal_lower_right(4, 6), True, True)
-    assert described == "query 1x4x4x8, key 1x2x6x8, value 1x2x6x8, mask lower right, float32, causal, gqa"
-    assert dispatch_log.call_signature(q, [1], v[0, 0, 0, 0], None, 1, 0) == (
+    described = dispatch_log.call_signature((q, k, v, causal_lower_right(4, 6), True))
+    assert described == "query 1x4x4x8, key 1x2x6x8, value 1x2x6x8, mask lower right, float32, causal"
+    assert dispatch_log.call_signature((q, [1], v[0, 0, 0, 0], None, 1)) == (
         "query 1x4x4x8, key list, value scalar, mask None, float32")
 
 
@@ -1012,16 +1012,6 @@ def test_the_debug_log_shows_each_call(device, caplog):
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("tritonattn.")]
     assert messages == [f"{start}: query 1x4x8, key 1x4x8, value 1x4x8, mask None, float32"
                         for start in ("handled", "fallback to torch, device meta")]
-
-
-def test_enabling_without_a_gpu_warns_once(monkeypatch):
-    monkeypatch.setattr(sdpa_patch.gpu, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(dispatch_log.FallbackWarning, match="every call will fall back to torch: torch finds no GPU") as warned:
-        for _ in range(2):
-            tritonattn.enable()
-            tritonattn.disable()
-    assert len(warned) == 1 and warned[0].filename == __file__
 
 
 # arguments with rules of torch's own
@@ -1123,7 +1113,7 @@ def test_failed_enable_leaves_nothing_patched(monkeypatch):
         patch.setattr(sdpa_patch.torch_attention, "activate_flash_attention_impl", fail)
         with pytest.raises(RuntimeError, match="refused"):
             tritonattn.enable(route="aten")
-    assert sdpa_patch._fast_path is None and not sdpa_patch._aten and not sdpa_patch._claims
+    assert not sdpa_patch._open and not sdpa_patch._claims
     with tritonattn.swapped(route="aten"):
-        assert sdpa_patch._aten
-    assert not sdpa_patch._aten
+        assert set(sdpa_patch._open) == {"fast path", "aten"}
+    assert not sdpa_patch._open

@@ -1,6 +1,8 @@
 """Count of the attention calls made while the patch is on: handled by tritonattn, or passed back to torch, by reason.
 
-    record_call(reason, signature) -> fallback_report()     one FallbackWarning per reason     TORCH_LOGS="+tritonattn"
+    record_call(reason, call) -> fallback_report()     one FallbackWarning per reason     TORCH_LOGS="+tritonattn"
+
+A call is the tuple (query, key, value, mask, is_causal), or None while a program is traced: its shapes may be symbols.
 """
 
 import logging
@@ -13,13 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention.bias import CausalBias
 
-TRACED = "in compiled code"  # replaces the shapes of a call that is being traced, since they may be symbols
-
 _log = logging.getLogger(__name__)
 # reentrant: a signal handler or a finalizer may call attention while its thread holds the lock
 LOCK = threading.RLock()
 _calls = Counter()  # number of calls by reason; the key None counts handled calls
-_warned = set()     # reasons that have been warned about
 
 if hasattr(os, "register_at_fork"):
     # a child forked while another thread holds the lock must not inherit it locked
@@ -54,7 +53,6 @@ def fallback_report(clear: bool = False) -> FallbackReport:
         counts = dict(_calls)
         if clear:
             _calls.clear()
-            _warned.clear()
     return FallbackReport(counts.pop(None, 0), counts)
 
 
@@ -74,19 +72,21 @@ _FIXES = {
 }
 
 
-def fallback_message(reason, signature):
+def fallback_message(reason, call):
     """Return the reason why a call falls back to torch, the fix, and the shapes of the call."""
     fix = next((f": {fix}" for word, fix in _FIXES.items() if reason.startswith(word)), "")
     start = "tritonattn does not support this scaled_dot_product_attention call, torch computes it"
-    return f"{start}: {reason}{fix}. Got {signature}"
+    return f"{start}: {reason}{fix}. Got {call_signature(call)}"
 
 
-def call_signature(query, key, value, attn_mask, is_causal, enable_gqa):
-    """Return the shapes, dtype and options of a call as text, whatever its arguments are."""
-    shapes = {"query": query, "key": key, "value": value, "mask": attn_mask}
-    text = ", ".join(f"{name} {_shape(x)}" for name, x in shapes.items())
-    options = "".join(f", {name}" for name, on in (("causal", is_causal), ("gqa", enable_gqa)) if on is True)
-    return f"{text}, {str(getattr(query, 'dtype', None)).removeprefix('torch.')}{options}"
+def call_signature(call):
+    """Return the shapes and dtype of a call as text, whatever its arguments are."""
+    if call is None:
+        return "in compiled code"
+    *tensors, is_causal = call
+    shapes = ", ".join(f"{name} {_shape(x)}" for name, x in zip(("query", "key", "value", "mask"), tensors))
+    dtype = str(getattr(tensors[0], "dtype", None)).removeprefix("torch.")
+    return f"{shapes}, {dtype}{', causal' if is_causal is True else ''}"
 
 
 def _shape(x):
@@ -97,34 +97,28 @@ def _shape(x):
     return "nested" if x.is_nested and x.layout == torch.strided else "x".join(map(str, x.shape)) or "scalar"
 
 
-def needs_signature(reason):
-    """Return whether record_call uses the signature: a fallback's warning and the debug log show it."""
-    return reason is not None or _log.isEnabledFor(logging.DEBUG)
-
-
-def is_first(reason):
-    """Return whether a reason is new, and mark it as warned about."""
-    with LOCK:
-        new = reason not in _warned
-        _warned.add(reason)
-    return new
+def raise_if_strict(reason, call):
+    """Raise RuntimeError where a call falls back (its reason is not None) and TRITONATTN_STRICT=1."""
+    if reason is not None and _strict():
+        raise RuntimeError(fallback_message(reason, call))
 
 
 # Dynamo runs the following two when it compiles, and takes their results for constants
 
 
 @torch.compiler.assume_constant_result
-def record_call(reason, signature):
-    """Count a call that was handled (reason None) or that fell back to torch; warn about a new reason."""
-    with LOCK:
-        _calls[reason] += 1
-    _log.debug("%s: %s", "handled" if reason is None else f"fallback to torch, {reason}", signature)
-    if reason is not None and is_first(reason):
-        advice = "Shown once per reason; tritonattn.fallback_report() counts, TRITONATTN_STRICT=1 turns it into an error."
-        warnings.warn(f"{fallback_message(reason, signature)}. {advice}", FallbackWarning, stacklevel=3)
+def _strict():
+    return os.environ.get("TRITONATTN_STRICT", "0") == "1"
 
 
 @torch.compiler.assume_constant_result
-def strict():
-    """Return whether a fallback is an error (TRITONATTN_STRICT=1)."""
-    return os.environ.get("TRITONATTN_STRICT", "0") == "1"
+def record_call(reason, call):
+    """Count a call that was handled (reason None) or that fell back to torch; warn about a new reason."""
+    with LOCK:
+        is_new = reason not in _calls
+        _calls[reason] += 1
+    if _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s: %s", "handled" if reason is None else f"fallback to torch, {reason}", call_signature(call))
+    if is_new and reason is not None:
+        advice = "Shown once per reason; tritonattn.fallback_report() counts, TRITONATTN_STRICT=1 turns it into an error."
+        warnings.warn(f"{fallback_message(reason, call)}. {advice}", FallbackWarning, stacklevel=3)

@@ -7,16 +7,12 @@ from torch.autograd import forward_ad
 from torch.backends import mha
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import _get_current_function_mode_stack as function_modes
-from torch.overrides import _pop_mode as pop_mode
-from torch.overrides import _push_mode as push_mode
+from torch.overrides import _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 
-__all__ = [
-    "PLAIN_TYPES", "TORCH_SDPA", "causal_bias_dispatch", "destroy_library", "forward_mode_is_on", "function_modes",
-    "has_kernel", "only_device_modes", "pop_mode", "push_mode", "set_fastpath_flag",
-]
-
 TORCH_SDPA = torch._C._nn.scaled_dot_product_attention
+# torch's own attention with a CausalBias; it calls scaled_dot_product_attention again without one
+CAUSAL_BIAS_SDPA = CausalBias._dispatch
 # plain tensors, and the types that stand for them while a program is traced or exported
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
@@ -33,9 +29,12 @@ def only_device_modes():
     return all(type(mode) is DeviceContext for mode in function_modes())
 
 
-def causal_bias_dispatch(*args, **options):
-    """Call torch's own attention with a CausalBias; it calls scaled_dot_product_attention again without one."""
-    return CausalBias._dispatch(*args, **options)
+def restack_modes(count, modes):
+    """Replace the `count` active function modes by these."""
+    for _ in range(count):
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 def set_fastpath_flag(patched):
@@ -45,13 +44,3 @@ def set_fastpath_flag(patched):
     compiled code compile again.
     """
     mha._is_fastpath_enabled = (int if patched else bool)(mha._is_fastpath_enabled)
-
-
-def has_kernel(name, key):
-    """Return whether the dispatcher has a kernel of operator aten::name for a dispatch key."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
-
-
-def destroy_library(library):
-    """Unregister every kernel of a torch.library.Library."""
-    library._destroy()

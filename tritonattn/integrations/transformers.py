@@ -17,20 +17,20 @@ from transformers.utils import generic
 
 from ..attention import attention
 
-# arguments that reach every attention function and do not change its result
-HARMLESS = frozenset((
-    "cache_position", "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
-    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
-))
 UNSUPPORTED = {
     "cache": "a paged cache (continuous batching)", "output_attentions": "attention weights as a result",
     "s_aux": "attention sinks", "sinks": "attention sinks", "softcap": "a soft cap on the scores",
 }
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+SUPPORTED = ("is_causal", "sliding_window", "position_bias")
 
-_harmless = set(HARMLESS)
-_names = set()        # names under which tritonattn is registered
-_padding_only = {}    # configuration class -> whether its models take causality and windows from the attention call
+# arguments that reach every attention function and do not change its result
+_harmless = {
+    "cache_position", "deterministic", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
+}
+_names = set()      # names under which tritonattn is registered
+_padding_only = {}  # configuration class -> whether its models take causality and windows from the attention call
 
 
 def register(name="tritonattn", *, harmless=()):
@@ -51,11 +51,11 @@ def register(name="tritonattn", *, harmless=()):
         AttentionInterface. A model without attention (a convolutional backbone, say) is accepted, as a part of another.
         When a model runs, NotImplementedError: softcap, sinks, attention weights as a result, or an unknown argument.
     """
-    if not isinstance(name, str) or not name or "flash" in name or "/" in name or "|" in name or name in ("eager", "sdpa"):
-        raise ValueError(f"name: expected one that transformers has no meaning for (no 'flash', '/', '|'), got {name!r}")
-    for function in (AttentionInterface().get(name), AttentionMaskInterface().get(name)):
-        if function is not None and getattr(function, "__module__", None) != __name__:
-            raise ValueError(f"name: expected one that is free in transformers, got {name!r}")
+    functions = AttentionInterface().get(name), AttentionMaskInterface().get(name)
+    taken = any(getattr(function, "__module__", __name__) != __name__ for function in functions if function is not None)
+    if not isinstance(name, str) or not name or taken or any(mark in name for mark in ("flash", "/", "|")):
+        raise ValueError("name: expected one that transformers gives no meaning to (none that it has registered, no 'flash', "
+                         f"'/', '|'), got {name!r}")
     if isinstance(harmless, str) or not all(isinstance(x, str) for x in harmless):
         raise TypeError(f"harmless: expected a collection of names, got {harmless!r}")
     if not _names:
@@ -71,20 +71,20 @@ def register(name="tritonattn", *, harmless=()):
 
 
 def _check_before(name, check):
-    """Make a method of PreTrainedModel call check(model, implementation) first."""
+    """Make a method of PreTrainedModel call check(model, *arguments) first."""
     method = getattr(PreTrainedModel, name)
 
     @functools.wraps(method)
     def checked(self, *args, **kwargs):
-        check(self, args[0] if args else kwargs.get("requested_attention", kwargs.get("attn_implementation")))
+        check(self, *args, **kwargs)
         return method(self, *args, **kwargs)
 
     setattr(PreTrainedModel, name, checked)
 
 
-def _check_model(model, implementation):
+def _check_model(model, requested_attention, *_, **__):
     """Raise NotImplementedError if a model set to tritonattn does not use the AttentionInterface."""
-    if not isinstance(implementation, str) or implementation not in _names:
+    if requested_attention not in _names:
         return
     classes = [c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and c is not PreTrainedModel]
     # the source of an interactive session cannot be read
@@ -97,13 +97,22 @@ def _check_model(model, implementation):
     _padding_only[config] = _padding_only.get(config, True) and type(model)._supports_flash_attn and not by_name
 
 
-def _check_submodels(model, implementation):
+def _check_submodels(model, attn_implementation, *_, **__):
     """Do the same for each part of a model that an implementation is requested for: transformers logs a warning only."""
-    requests = implementation.items() if isinstance(implementation, dict) else ()
-    chosen = {id(getattr(model.config, key, None) if key else model.config): name for key, name in requests}
+    requests = _requests(model.config, attn_implementation)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            _check_model(module, chosen.get(id(module.config)) if isinstance(implementation, dict) else implementation)
+            _check_model(module, requests.get(id(module.config), requests[id(model.config)]))
+
+
+def _requests(config, request):
+    """Return the name requested for a configuration and each one in it, by its id; a dictionary has them by their keys."""
+    by_key = isinstance(request, dict)
+    requests = {id(config): request.get("") if by_key else request}
+    for key in config.sub_configs:
+        if (part := getattr(config, key, None)) is not None:
+            requests |= _requests(part, request.get(key) if by_key else request)
+    return requests
 
 
 @torch.compiler.assume_constant_result
@@ -129,7 +138,7 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
         plain = bidirectional or options.get("allow_is_causal_skip", True)
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
     if plain and config is not None and _takes_padding_only(type(config)):
-        padding = _padding(sizes, attention_mask, not bidirectional, torch.device(options.get("device", "cpu")))
+        padding = _padding(sizes, attention_mask, not bidirectional, options.get("device", "cpu"))
         if padding is not NotImplemented:
             return padding
     # without a mask, fewer queries than keys do not say where they stand
@@ -143,114 +152,94 @@ def _padding(sizes, attention_mask, causal, device):
     Query i is at position q_offset + i, key j at kv_offset + j. Keys from `end` on are later than every query.
     """
     batch_size, n_q, n_k, q_offset, kv_offset = sizes
-    end = q_offset - kv_offset + n_q if causal else n_k
-    if attention_mask is None:
-        return _no_padding(batch_size, n_q, n_k, end, device)
-    if isinstance(kv_offset, torch.Tensor) or kv_offset:
-        # generate() may pass the result in again, which must not be cut twice
-        return NotImplemented
-    keep = masking_utils.prepare_padding_mask(attention_mask.to(torch.bool), n_k, 0)[:, :n_k]
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if tracing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        # the host cannot read the mask
-        known = not isinstance(end, torch.Tensor) and end == n_k
-        if n_q > 1 and not known:
+    end, keep = q_offset - kv_offset + n_q if causal else n_k, None
+    if attention_mask is not None:
+        if isinstance(kv_offset, torch.Tensor) or kv_offset:
+            # generate() may pass the result in again, which must not be cut twice
             return NotImplemented
-        return keep if known else keep & (torch.arange(n_k, device=keep.device) < end)
-    end = int(end)
-    if end > n_k:
-        return NotImplemented
-    keep = keep[:, :end]
-    lengths = keep.sum(-1)
-    right = (keep == (torch.arange(end, device=keep.device) < lengths[:, None])).all()
-    none, right = torch.stack((keep.all(), right)).tolist()
-    if none:
-        return _no_padding(batch_size, n_q, n_k, end, device)
-    return lengths if right and (not causal or n_q == n_k) else keep
-
-
-def _no_padding(batch_size, n_q, n_k, end, device):
-    """Return None, or lengths [B] where keys from `end` on are unused or the position of several queries must be said."""
+        keep = masking_utils.prepare_padding_mask(attention_mask.to(torch.bool), n_k, 0)[:, :n_k]
+        if _host_cannot_read():
+            known = not isinstance(end, torch.Tensor) and end == n_k
+            if n_q > 1 and not known:
+                return NotImplemented
+            return keep if known else keep & (torch.arange(n_k, device=keep.device) < end)
+        end = int(end)
     if isinstance(end, torch.Tensor):
         return end.to(device).reshape(-1).expand(batch_size).clone()
     if end > n_k:
         return NotImplemented
-    # filled on the device: a copy from the host would not be captured into a CUDA graph
+    if keep is not None:
+        keep = keep[:, :end]
+        lengths = keep.sum(-1)
+        right = (keep == (torch.arange(end, device=keep.device) < lengths[:, None])).all()
+        none, right = torch.stack((keep.all(), right)).tolist()
+        if not none:
+            return lengths if right and (not causal or n_q == n_k) else keep
+    # lengths where keys from `end` on are unused, or to say that the last of several queries is at the last key; filled on
+    # the device, because a copy from the host would not be captured into a CUDA graph
     return None if end == n_k and n_q in (1, n_k) else torch.full((batch_size,), end, device=device)
+
+
+def _host_cannot_read():
+    """Return whether the values of tensors are unknown now: in a trace, and in the capture of a CUDA graph."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return tracing or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
     """transformers' attention function: q [B, H, L, D], k and v [B, Hk, S, D] -> o [B, L, H, D], None."""
     _check_options(attention_mask, options)
-    _check_mask(attention_mask, query.shape[-2], key.shape[-2])
-    bias, structure = options.get("position_bias"), {}
-    if attention_mask is None or attention_mask.dim() < 4:
-        if attention_mask is not None and attention_mask.dim() == 2:
-            key, value = (x[..., :attention_mask.shape[-1], :] for x in (key, value))
-        structure = _structure(module, query.shape[-2], key.shape[-2], attention_mask, options)
-    elif attention_mask.dtype == torch.bool:
-        structure = {"mask": attention_mask}
+    mask, bias, n_q, n_k = attention_mask, options.get("position_bias"), query.shape[-2], key.shape[-2]
+    rank, dtype = (mask.dim(), mask.dtype) if isinstance(mask, torch.Tensor) else (0, None)
+    if rank == 4 and dtype == torch.bool:
+        structure = {"mask": mask}
+    elif rank == 4 and dtype.is_floating_point:
+        structure, bias = {}, mask if bias is None else mask + bias
+    elif rank == 2 and dtype == torch.bool and mask.shape[1] <= n_k and (mask.shape[1] >= n_q or n_q == 1):
+        key, value = (x[..., :mask.shape[1], :] for x in (key, value))
+        structure = _structure(module, n_q, mask.shape[1], options) | {"mask": mask[:, None, None, :]}
+    elif rank == 1 and dtype in (torch.int32, torch.int64):
+        structure = _structure(module, n_q, n_k, options) | {"key_lengths": mask}
+    elif mask is None:
+        structure = _structure(module, n_q, n_k, options)
+        if structure["window"][1] == 0 and n_q not in (1, n_k):
+            raise NotImplementedError(f"attention_mask: expected one for {n_q} causal queries and {n_k} keys, got None, which "
+                                      "does not give the positions of the queries")
     else:
-        bias = attention_mask if bias is None else attention_mask + bias
+        got = f"{dtype} of shape {tuple(mask.shape)}" if dtype else type(mask).__name__
+        raise NotImplementedError("attention_mask: expected numbers or booleans [B, H or 1, L, S], booleans [B, S] or key "
+                                  f"lengths [B] for {n_q} queries and {n_k} keys, got {got}")
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.float()
     o = attention(query, key, value, scale=scaling, bias=bias, dropout_p=dropout, **structure)
     return o.transpose(1, 2).contiguous(), None
 
 
-def _structure(module, n_q, n_k, attention_mask, options):
-    """Return window, align, mask and key_lengths of `attention` for a call whose mask holds padding alone."""
+def _structure(module, n_q, n_k, options):
+    """Return window and align of `attention` for a call whose mask holds padding alone."""
     causal, width = options.get("is_causal"), options.get("sliding_window")
     causal = getattr(module, "is_causal", None) if causal is None else causal
     if causal is None and n_q > 1:
         raise NotImplementedError(f"is_causal: {type(module).__name__} sets neither this argument nor the attribute; "
                                   'attn_implementation="eager" supports this model')
-    if attention_mask is None and causal and n_q > 1 and n_q != n_k:
-        raise NotImplementedError(f"attention_mask: expected one for {n_q} causal queries and {n_k} keys, got None, which does "
-                                  "not give the positions of the queries")
     if width is not None and not isinstance(width, int):
         raise NotImplementedError(f"sliding_window: expected an integer or None, got {width!r}")
     left = None if width is None or n_k <= width else width - 1
-    structure = {"window": (left, 0 if causal else left), "align": "top_left" if n_q == n_k else "bottom_right"}
-    if attention_mask is not None and attention_mask.dim() == 1:
-        structure["key_lengths"] = attention_mask
-    elif attention_mask is not None:
-        structure["mask"] = attention_mask[:, None, None, :]
-    return structure
+    return {"window": (left, 0 if causal else left), "align": "top_left" if n_q == n_k else "bottom_right"}
 
 
 def _check_options(attention_mask, options):
     """Raise NotImplementedError for every argument that may change the result and is not supported."""
-    for name, feature in UNSUPPORTED.items():
-        if options.get(name) is not None and options[name] is not False:
-            raise NotImplementedError(f"{name}: this model needs {feature}, which tritonattn does not support yet; use "
-                                      'attn_implementation="eager"')
-    for name in PACKED:
-        # a mask [B, 1, L, S] separates the sequences, as transformers makes it from position_ids
-        several = options.get(name) is not None and (name == "seq_idx" or len(options[name]) > 2)
-        if several and (attention_mask is None or attention_mask.dim() < 4):
-            raise NotImplementedError(f"{name}: packed sequences are not supported through this argument; pass position_ids "
-                                      "that restart for each sequence, and use_cache=False")
-    known = {"is_causal", "sliding_window", "position_bias", *UNSUPPORTED, *PACKED, *_harmless}
     for name, value in options.items():
-        if name not in known and value is not None and value is not False:
+        if value is None or value is False or name in SUPPORTED or name in _harmless:
+            continue
+        if name in UNSUPPORTED:
+            raise NotImplementedError(f"{name}: this model needs {UNSUPPORTED[name]}, which tritonattn does not support yet; "
+                                      'use attn_implementation="eager"')
+        if name not in PACKED:
             raise NotImplementedError(f"{name}: unknown argument of an attention function; if it does not change the result, "
                                       f"call register(harmless=[{name!r}])")
-
-
-def _check_mask(attention_mask, n_q, n_k):
-    """Raise NotImplementedError for a mask of a form that `padding_mask` does not return and no model adds to the scores."""
-    if attention_mask is None:
-        return
-    if not isinstance(attention_mask, torch.Tensor):
-        raise NotImplementedError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
-    shape, dtype, rank = tuple(attention_mask.shape), attention_mask.dtype, attention_mask.dim()
-    if rank == 4:
-        fits = dtype == torch.bool or dtype.is_floating_point
-    elif rank == 2:
-        fits = dtype == torch.bool and shape[1] <= n_k and (shape[1] >= n_q or n_q == 1)
-    else:
-        fits = rank == 1 and dtype in (torch.int32, torch.int64)
-    if not fits:
-        raise NotImplementedError("attention_mask: expected numbers or booleans [B, H or 1, L, S], booleans [B, S] or key "
-                                  f"lengths [B] for {n_q} queries and {n_k} keys, got {dtype} of shape {shape}")
+        # a mask [B, 1, L, S] separates the sequences, as transformers makes it from position_ids
+        if (name == "seq_idx" or len(value) > 2) and (attention_mask is None or attention_mask.dim() < 4):
+            raise NotImplementedError(f"{name}: packed sequences are not supported through this argument; pass position_ids "
+                                      "that restart for each sequence, and use_cache=False")
