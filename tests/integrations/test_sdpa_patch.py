@@ -1110,7 +1110,7 @@ def test_failed_enable_leaves_nothing_patched(monkeypatch):
         raise RuntimeError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sdpa_patch.torch_attention, "activate_flash_attention_impl", fail)
+        patch.setattr(sdpa_patch.flash_registry, "activate_flash_attention_impl", fail)
         with pytest.raises(RuntimeError, match="refused"):
             tritonattn.enable(route="aten")
     assert not sdpa_patch._open and not sdpa_patch._claims

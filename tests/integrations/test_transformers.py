@@ -375,21 +375,13 @@ def test_harmless_must_be_a_collection(harmless):
     integration.register()  # again, under the same name
 
 
-def seen_pairs(n_q, n_k, mask, causal, width):
-    """Return the booleans [B, 1, L, S] that hf_attention means by a mask of padding alone."""
+def attended_pairs(n_q, n_k, mask, causal, width):
+    """Return the pairs [B, 1, L, S] that hf_attention attends to with a mask: with values of 0 and 1, o holds the weights."""
     module = torch.nn.Identity()
     module.is_causal = causal
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-        return mask
-    end = mask.shape[1] if mask is not None and mask.dim() == 2 else n_k
-    structure = integration._structure(module, n_q, end, mask, {"sliding_window": width})
-    lengths = structure.get("key_lengths", torch.full((2,), end))
-    first = lengths - n_q if structure["align"] == "bottom_right" else torch.zeros(2, dtype=torch.long)
-    distance = torch.arange(n_k) - torch.arange(n_q)[:, None] - first[:, None, None]
-    left, right = (n_k + n_q if side is None else side for side in structure["window"])
-    keep = (torch.arange(n_k) < lengths[:, None, None]) & (distance >= -left) & (distance <= right)
-    mask = torch.nn.functional.pad(structure.get("mask", torch.ones(2, 1, 1, end).bool()), (0, n_k - end))
-    return keep[:, None] & mask
+    q, k, v = torch.zeros(2, 1, n_q, 8), torch.zeros(2, 1, n_k, 8), torch.eye(n_k).expand(2, 1, n_k, n_k)
+    o, _ = integration.hf_attention(module, q, k, v, mask, sliding_window=width)
+    return o.transpose(1, 2) > 0
 
 
 FUNCTIONS = {
@@ -417,7 +409,8 @@ def padding_only(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_padding_says_what_the_dense_mask_says(name, padding_only):
+def test_padding_says_what_the_dense_mask_says(name, padding_only, monkeypatch):
+    monkeypatch.setattr(integration, "attention", tritonattn.reference.attention)
     causal, width = name in ("causal", "sliding"), {"sliding": 3, "both ways": 3}.get(name)
     forms = set()
     for n_q, n_k, q_offset, kv_offset in PLACES:
@@ -432,7 +425,7 @@ def test_padding_says_what_the_dense_mask_says(name, padding_only):
             mask = integration.padding_mask(**options, **padding_only, allow_is_causal_skip=causal, local_size=width,
                                             allow_is_bidirectional_skip=not causal)
             forms.add(None if mask is None else mask.dim())
-            assert torch.equal(seen_pairs(n_q, n_k, mask, causal, width).expand_as(dense), dense), (sizes, padding, mask)
+            assert torch.equal(attended_pairs(n_q, n_k, mask, causal, width), dense), (sizes, padding, mask)
     assert forms >= {None, 1, 2}
 
 

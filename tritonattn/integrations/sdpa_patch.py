@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from torch.nn import attention as torch_attention
+from torch.nn import attention as flash_registry
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode, get_overridable_functions, handle_torch_function
 
@@ -104,23 +104,19 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
                                  enable_gqa=False):
     """The replacement of torch's function: tritonattn's where it supports the call, otherwise (or when off) torch's own."""
     arguments, options = (query, key, value, attn_mask, dropout_p, is_causal), {"scale": scale, "enable_gqa": enable_gqa}
+    torch_attention = torch_private.CAUSAL_BIAS_SDPA if isinstance(attn_mask, CausalBias) else TORCH_SDPA
     if not _on:
-        return _torch_attention(arguments, options)
+        return torch_attention(*arguments, **options)
     if not torch_private.only_device_modes():
         return _under_modes(arguments, options)
     call = query, key, value, attn_mask, is_causal
     reason = unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     raise_if_strict(reason, call)
-    out = tritonattn_sdpa(*arguments, **options) if reason is None else _torch_attention(arguments, options)
-    # a call that raises counts neither way
-    record_call(reason, None if torch.compiler.is_compiling() or reason == "torch.jit.trace" else call)
+    out = (tritonattn_sdpa if reason is None else torch_attention)(*arguments, **options)
+    # a call that raises counts neither way; with a CausalBias, torch's own attention calls this function again, which counts
+    if reason is None or torch_attention is TORCH_SDPA:
+        record_call(reason, None if torch.compiler.is_compiling() or reason == "torch.jit.trace" else call)
     return out
-
-
-def _torch_attention(arguments, options):
-    """Call torch's own function."""
-    function = torch_private.CAUSAL_BIAS_SDPA if isinstance(arguments[3], CausalBias) else TORCH_SDPA
-    return function(*arguments, **options)
 
 
 class _Innermost(TorchFunctionMode):
@@ -153,7 +149,7 @@ def _set(claims):
     wanted = {route for _, route in claims} | ({"fast path"} if claims else set())
     for name, patch in PATCHES.items():
         # another implementation of flash attention may have been activated since
-        stale = name == "aten" and torch_attention.current_flash_attention_impl() != "tritonattn"
+        stale = name == "aten" and flash_registry.current_flash_attention_impl() != "tritonattn"
         if name in _open and (stale or name not in wanted):
             _open.pop(name).__exit__(None, None, None)
         if name in wanted and name not in _open:
@@ -176,14 +172,14 @@ def _patch_fast_path():
 @contextlib.contextmanager
 def _patch_aten():
     """Activate tritonattn in torch's registry of flash-attention implementations."""
-    torch_attention.register_flash_attention_impl("tritonattn", register_fn=aten_overrides.fused_kernels)
-    previous = torch_attention.current_flash_attention_impl()
-    torch_attention.activate_flash_attention_impl("tritonattn")
+    flash_registry.register_flash_attention_impl("tritonattn", register_fn=aten_overrides.fused_kernels)
+    previous = flash_registry.current_flash_attention_impl()
+    flash_registry.activate_flash_attention_impl("tritonattn")
     yield
-    if torch_attention.current_flash_attention_impl() == "tritonattn":  # else it has been replaced since
-        torch_attention.restore_flash_attention_impl()
+    if flash_registry.current_flash_attention_impl() == "tritonattn":  # else it has been replaced since
+        flash_registry.restore_flash_attention_impl()
         if previous is not None:
-            torch_attention.activate_flash_attention_impl(previous)
+            flash_registry.activate_flash_attention_impl(previous)
 
 
 @contextlib.contextmanager
