@@ -941,7 +941,7 @@ def test_the_report_counts_by_reason(device):
         F.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=torch.inf)
     report = tritonattn.fallback_report()
     assert report == dispatch_log.FallbackReport(3, {"scale": 1})
-    assert str(report).splitlines() == ["attention calls while patched: 3 handled by tritonattn, 1 by torch", "  1  scale"]
+    assert str(report).splitlines() == ["attention calls while patched: 3 handled by tritonattn, 1 by torch", "       1  scale"]
     assert tritonattn.fallback_report(clear=True) == report and counts() == tallied()
     assert "0 handled" in str(tritonattn.fallback_report())
 

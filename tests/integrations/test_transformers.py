@@ -263,8 +263,11 @@ def test_a_refused_part_of_a_model_is_named():
     assert model.encoder.config._attn_implementation == model.decoder.config._attn_implementation == "tritonattn"
     parts[0] = transformers.DebertaV2Config(**TINY, vocab_size=64)
     model = transformers.EncoderDecoderModel(transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts))
-    with pytest.raises(NotImplementedError, match="DebertaV2Model computes attention itself"):
-        model.set_attn_implementation("tritonattn")
+    for request in ("tritonattn", {"encoder": "tritonattn"}, {"encoder": {"": "tritonattn"}}):
+        with pytest.raises(NotImplementedError, match="DebertaV2Model computes attention itself"):
+            model.set_attn_implementation(request)
+    model.set_attn_implementation({"decoder": "tritonattn"})
+    assert model.decoder.config._attn_implementation == "tritonattn"
 
 
 def test_gemma4_cuts_the_queries():

@@ -6,14 +6,8 @@
     the C++ fast path of torch's multi-head attention (overridden on both routes)
              aten::_native_multi_head_attention
 
-torch chooses among its kernels first, so the route handles calls for which torch has a fused kernel that sdpa_kernel allows.
-float64 on a GPU, dropout and masks with gradients on the CPU, and sizes that no fused kernel takes go to torch's "math" kernel
-and never come here. Packed sequences (varlen_attn) and nested tensors have operators of their own, which stay torch's.
-
-The backward operators receive o and lse, and nothing else that their schemas do not hold. Hence:
-  - Dropout falls back to torch: the schemas have no place for tritonattn's seed. Its backward pass is torch's too.
-  - dq of 16-bit inputs is as exact as FlashAttention's, not as with precise_grad, which keeps the rounding error of o.
-  - A row whose scores are all near the lowest float gets the gradients of torch's fused kernels, because its lse is rounded.
+torch chooses among its kernels first: calls for its "math" kernel never come here. The backward operators receive o and lse,
+and nothing of tritonattn's own. README.md has the consequences.
 """
 
 import collections
@@ -53,30 +47,30 @@ class Overrides:
         self._library, self._kernels = torch.library.Library("aten", "IMPL"), []
         for device in SUPPORTED_DEVICES:
             for name, function in functions.items():
-                self._replace(f"aten::{name}", function, device.upper())
+                self._replace(name, function, device.upper())
 
-    def _replace(self, name, function, key):
+    def _replace(self, name, function, device):
         try:
-            kernel = torch.library.get_kernel(name, key)
+            kernel = torch.library.get_kernel(f"aten::{name}", device)
         except RuntimeError:
             kernel = None  # in the interpreter, the operators of GPUs exist on the CPU too
-        schema = getattr(torch.ops.aten, name.removeprefix("aten::")).default._schema
+        schema = getattr(torch.ops.aten, name).default._schema
         defaults = {argument.name: argument.default_value for argument in schema.arguments}
 
         def override(keys, *arguments, **options):
             def original():
                 if kernel is None:
-                    raise NotImplementedError(f"{name}: torch has no kernel of it for {key}")
+                    raise NotImplementedError(f"aten::{name}: torch has no kernel of it for {device}")
                 return kernel.call_boxed(keys, *arguments, **options)
 
             call = defaults | dict(zip(defaults, arguments)) | options
-            return function(original, SimpleNamespace(**ABSENT | {RENAMED.get(name, name): x for name, x in call.items()}))
+            return function(original, SimpleNamespace(**ABSENT | {RENAMED.get(key, key): x for key, x in call.items()}))
 
         with warnings.catch_warnings():
             # replacing a kernel is the purpose here
             warnings.filterwarnings("ignore", "Warning only once for all operators")
-            self._library.impl(name, override, key, with_keyset=True)
-        self._kernels.append(torch.library.get_kernel(name, key))
+            self._library.impl(name, override, device, with_keyset=True)
+        self._kernels.append(torch.library.get_kernel(f"aten::{name}", device))
 
     def remove(self):
         """Put torch's kernels back. Calling it again does nothing."""

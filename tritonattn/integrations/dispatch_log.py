@@ -39,9 +39,7 @@ class FallbackReport:
     def __str__(self):
         total = sum(self.fallbacks.values())
         lines = [f"attention calls while patched: {self.handled} handled by tritonattn, {total} by torch"]
-        width = max((len(str(count)) for count in self.fallbacks.values()), default=0)
-        lines += [f"  {count:>{width}}  {reason}" for reason, count in Counter(self.fallbacks).most_common()]
-        return "\n".join(lines)
+        return "\n".join(lines + [f"{count:>8}  {reason}" for reason, count in Counter(self.fallbacks).most_common()])
 
 
 def fallback_report(clear: bool = False) -> FallbackReport:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import attention as flash_registry
 from torch.nn.attention.bias import CausalBias
-from torch.overrides import TorchFunctionMode, get_overridable_functions, handle_torch_function
+from torch.overrides import TorchFunctionMode, get_overridable_functions
 
 from ..attention import scaled_dot_product_attention as tritonattn_sdpa
 from . import aten_overrides, torch_private
@@ -46,7 +46,7 @@ def enable(route: str = "python") -> None:
             torch._C._nn.scaled_dot_product_attention stays torch's. Functions saved in a closure, a default argument or an
             object are not reached, nor is C++ code.
             "aten" replaces torch's fused kernels in the dispatcher, and so reaches those too. It falls back for dropout,
-            and its dq is less exact in 16 bits (`tritonattn.integrations.aten_overrides`). Both may be on.
+            and its dq is less exact in 16 bits. Both may be on.
 
     Compiled functions follow the patch on and off: Dynamo guards on the function. Exported programs keep the function that
     they were exported with. A checkpointed forward pass runs again in the backward pass, so keep the patch on until then.
@@ -90,12 +90,10 @@ def _claim(owner, route):
             expected = "tritonattn's, since the patch is on" if _on else "torch's own function"
             raise RuntimeError(f"torch.nn.functional.scaled_dot_product_attention: expected {expected}, got {current!r}; undo "
                                "that replacement first")
-        before = _claims
         try:
-            _set(before | {(owner, route)})
+            _set(_claims | {(owner, route)})
         except BaseException:
-            # no half of a patch stays where torch refuses the other half
-            _set(before)
+            _set(_claims)  # no half of a patch stays where torch refuses the other half
             raise
     return owner, route
 
@@ -130,7 +128,7 @@ def _under_modes(arguments, options):
     """Call torch's function under the active modes, as without the patch: their tables hold that function."""
     if torch.compiler.is_dynamo_compiling():
         # Dynamo allows no mode beneath the active ones
-        out = handle_torch_function(TORCH_SDPA, (), *arguments, **options)
+        out = TORCH_SDPA(*arguments, **options)
         record_call("function mode in compiled code", None)
         return out
     modes = torch_private.function_modes()
