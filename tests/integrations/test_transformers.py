@@ -270,7 +270,7 @@ def test_a_refused_part_of_a_model_is_named():
     assert model.decoder.config._attn_implementation == "tritonattn"
 
 
-def test_gemma4_cuts_the_queries():
+def test_gemma4_cuts_the_queries(calls):
     if not hasattr(transformers, "Gemma4ForCausalLM"):
         pytest.skip(f"no Gemma4 in transformers {transformers.__version__}")
     config = transformers.Gemma4TextConfig(
@@ -286,6 +286,8 @@ def test_gemma4_cuts_the_queries():
             with torch.no_grad():
                 logits.append(model(ids, **options).logits)
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    if all(call["q"][2] == 9 for call in calls):
+        pytest.skip(f"Gemma4 of transformers {transformers.__version__} keeps all queries")
     with pytest.raises(NotImplementedError, match="attention_mask: .*3 causal queries and 9 keys, got None"):
         model(ids, logits_to_keep=3)
 
