@@ -244,6 +244,11 @@ def test_another_implementation_is_restored(monkeypatch):
     with tritonattn.swapped(route="aten"):
         activate_flash_attention_impl("another")
     assert current_flash_attention_impl() == "another" and kernels() == before
+    with tritonattn.swapped(route="aten"):
+        activate_flash_attention_impl("another")
+        with tritonattn.swapped(route="aten"):
+            assert current_flash_attention_impl() == "tritonattn"
+    assert current_flash_attention_impl() == "another" and kernels() == before
     torch.nn.attention.restore_flash_attention_impl()
     torch.nn.attention._registry._FLASH_ATTENTION_IMPLS.pop("another")
 

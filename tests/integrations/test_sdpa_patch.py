@@ -792,7 +792,7 @@ def test_compiled_autograd(device):
     close([x.grad for x in inputs], with_gradients(torchs, inputs, is_causal=True)[1:])
 
 
-def is_off_and_swaps(queue):
+def is_off_and_patches(queue):
     start = F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
     with tritonattn.swapped():
         queue.put((start, F.scaled_dot_product_attention is sdpa_patch.scaled_dot_product_attention))
@@ -803,7 +803,7 @@ def test_a_spawned_process_starts_unpatched():
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     with tritonattn.swapped():
-        child = context.Process(target=is_off_and_swaps, args=(queue,))
+        child = context.Process(target=is_off_and_patches, args=(queue,))
         child.start()
         child.join(120)
     assert child.exitcode == 0 and queue.get() == (True, True)

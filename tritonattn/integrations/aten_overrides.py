@@ -11,6 +11,7 @@ and nothing of tritonattn's own. README.md has the consequences.
 """
 
 import collections
+import contextlib
 import functools
 import math
 import time
@@ -25,9 +26,10 @@ import torch.nn.functional as F
 from ..attention import scaled_dot_product_attention as tritonattn_sdpa
 from ..runtime.arguments import AttentionInputs
 from ..runtime.custom_op import backward_op, forward_op
+from . import torch_private
 from .support import SUPPORTED_DEVICES, accept, supports
 
-# of torch's operators, some lack these arguments, and some have them under the second name
+# arguments that some of torch's operators lack, and other names that some have for them
 ABSENT = {"attn_bias": None, "return_debug_mask": False, "grad_input_mask": None}
 RENAMED = {"attn_mask": "attn_bias", "grad_out_": "grad_out"}
 GRACE = 60.0  # seconds
@@ -81,28 +83,32 @@ class Overrides:
         self._library = None
 
 
-def fast_path() -> Overrides:
-    """Replace the attention of the C++ fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer.
+@contextlib.contextmanager
+def fast_path():
+    """Context manager: replace the attention of the C++ fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer."""
+    overrides = Overrides({"_native_multi_head_attention": _multi_head_attention})
+    torch_private.set_fastpath_flag(patched=True)
+    yield
+    overrides.remove()
+    torch_private.set_fastpath_flag(patched=False)
 
-    Both call one operator: self-attention [B, L, E] with its projections. Nested tensors and calls that return the weights
-    keep torch's kernel. A floating-point mask is added to the scores, as with gradients on; torch's kernel turns it into
-    booleans.
+
+def _multi_head_attention(original, call):
+    """Compute self-attention [B, L, E] with its projections. Calls that return the weights keep torch's kernel.
+
+    A floating-point mask is added to the scores, as with gradients on; torch's kernel turns it into booleans.
     """
-    def attention(original, call):
-        mask = call.mask
-        if call.need_weights or call.query is not call.key or call.query is not call.value:
-            return original()
-        qkv = F.linear(call.query, call.qkv_weight, call.qkv_bias)
-        q, k, v = qkv.unflatten(-1, (3, call.num_head, -1)).permute(2, 0, 3, 1, 4)
-        mask = ~mask if mask is not None and mask.dtype == torch.bool else mask  # True hides a key here
-        if call.mask_type == 1 and mask is not None:
-            mask = mask[:, None, None, :]  # [B, L], by key; mask type 0 is [L, L], 2 is [B, H, L, L]
-        if not accept(q, k, v, mask):
-            return original()
-        out = tritonattn_sdpa(q, k, v, mask).transpose(1, 2).flatten(-2)
-        return F.linear(out, call.proj_weight, call.proj_bias), out.new_empty(0)
-
-    return Overrides({"_native_multi_head_attention": attention})
+    if call.need_weights or call.query is not call.key or call.query is not call.value:
+        return original()
+    qkv = F.linear(call.query, call.qkv_weight, call.qkv_bias)
+    q, k, v = qkv.unflatten(-1, (3, call.num_head, -1)).permute(2, 0, 3, 1, 4)
+    mask = ~call.mask if call.mask is not None and call.mask.dtype == torch.bool else call.mask  # True hides a key here
+    if call.mask_type == 1 and mask is not None:
+        mask = mask[:, None, None, :]  # [B, L], by key; mask type 0 is [L, L], 2 is [B, H, L, L]
+    if not accept(q, k, v, mask):
+        return original()
+    out = tritonattn_sdpa(q, k, v, mask).transpose(1, 2).flatten(-2)
+    return F.linear(out, call.proj_weight, call.proj_bias), out.new_empty(0)
 
 
 def fused_kernels() -> Overrides:
@@ -113,9 +119,9 @@ def fused_kernels() -> Overrides:
 
 
 class Operator(NamedTuple):
-    """One of torch's attention operators, by the differences of its results from those of the kernels."""
+    """The form of the results of one of torch's attention operators and of its backward pass."""
 
-    results: Callable                # of the call, o and lse [B, H, L]: what the operator returns
+    results: Callable                # (call, o, lse [B, H, L]) -> the results of the operator
     rows_first: bool = False         # whether gradients [B, H, L, D] are laid out in memory as [B, L, H, D]
     bottom_right: bool = False       # whether is_causal aligns the last query with the last key
     empty_row_lse: float = math.inf  # of a row that attends to no key, from which torch's backward pass makes gradients of 0
@@ -135,10 +141,11 @@ def _backward(operator, original, call):
     tensors = call.query, call.key, call.value, call.attn_bias
     if _unsupported(operator, call) or not supports(*tensors, call.scale):
         return original()
-    lse, nothing = call.logsumexp.reshape(*call.logsumexp.shape[:3])[..., :call.query.shape[2]], call.query.new_empty(0)
-    lse_minus_max = nothing if call.attn_bias is None else torch.zeros_like(lse)
+    lse = call.logsumexp.reshape(*call.logsumexp.shape[:3])[..., :call.query.shape[2]]
+    o_residual = call.query.new_empty(0)
+    lse_minus_max = o_residual if call.attn_bias is None else torch.zeros_like(lse)
     wanted = [want and x is not None for want, x in zip(call.grad_input_mask or (True, True, True, False), tensors)]
-    gradients = backward_op(call.grad_out, None, call.out, lse, nothing, lse_minus_max, *_inputs(operator, call), wanted)
+    gradients = backward_op(call.grad_out, None, call.out, lse, o_residual, lse_minus_max, *_inputs(operator, call), wanted)
     dq, dk, dv, dbias = (x if want else None for x, want in zip(gradients, wanted))
     if operator.rows_first:
         dq, dk, dv = map(_rows_first, (dq, dk, dv))

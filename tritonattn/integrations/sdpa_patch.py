@@ -29,7 +29,7 @@ CAUSAL_BIAS_FUNCTION = vars(CausalBias)["__torch_function__"]
 
 _on = False            # whether the python route is on
 _claims = frozenset()  # (owner, route) of every open request: "enable", or a token for each open block
-_open = {}             # the entered context managers out of PATCHES, by name
+_open = {}             # by name, the patches that are on: an ExitStack that ends each
 
 
 def enable(route: str = "python") -> None:
@@ -142,29 +142,19 @@ def _under_modes(arguments, options):
 
 
 def _set(claims):
-    """Enter the patches that the claims ask for, and exit all others. The caller holds the lock."""
+    """Switch on the patches that the claims ask for, and all others off. The caller holds the lock."""
     global _claims
     wanted = {route for _, route in claims} | ({"fast path"} if claims else set())
     for name, patch in PATCHES.items():
         # another implementation of flash attention may have been activated since
         stale = name == "aten" and flash_registry.current_flash_attention_impl() != "tritonattn"
         if name in _open and (stale or name not in wanted):
-            _open.pop(name).__exit__(None, None, None)
+            _open.pop(name).close()
         if name in wanted and name not in _open:
-            context = patch()
-            context.__enter__()
-            _open[name] = context
+            stack = contextlib.ExitStack()
+            stack.enter_context(patch())
+            _open[name] = stack
     _claims = claims
-
-
-@contextlib.contextmanager
-def _patch_fast_path():
-    """Replace the C++ fast path of torch's multi-head attention, which calls no Python function."""
-    overrides = aten_overrides.fast_path()
-    torch_private.set_fastpath_flag(patched=True)
-    yield
-    overrides.remove()
-    torch_private.set_fastpath_flag(patched=False)
 
 
 @contextlib.contextmanager
@@ -194,7 +184,7 @@ def _patch_python():
     _on = False
 
 
-PATCHES = {"fast path": _patch_fast_path, "aten": _patch_aten, "python": _patch_python}
+PATCHES = {"fast path": aten_overrides.fast_path, "aten": _patch_aten, "python": _patch_python}
 
 
 def _torch_function(cls, func, types, args=(), kwargs=None):

@@ -67,9 +67,7 @@ def register(name="tritonattn", *, harmless=()):
     AttentionMaskInterface.register(name, padding_mask)
 
 
-# names of transformers that carry no promise of stability: _can_set_attn_implementation, _supports_flash_attn
-
-
+# names of transformers that carry no promise of stability follow: _can_set_attn_implementation, _supports_flash_attn
 def _check_before(name, check):
     """Make a method of PreTrainedModel call check(model, *arguments) first."""
     method = getattr(PreTrainedModel, name)
