@@ -66,7 +66,8 @@ def test_reading_needs_a_first_line(tmp_path, content, words):
 def test_one_writer_at_a_time(tmp_path):
     with Journal(tmp_path / "a.jsonl", PLAN), pytest.raises(JournalError, match="another process is writing to it"):
         Journal(tmp_path / "a.jsonl", PLAN)
-    Journal(tmp_path / "a.jsonl", PLAN).close()
+    with Journal(tmp_path / "a.jsonl", PLAN) as book:
+        assert book.entries == []
 
 
 def test_nan_is_an_error_and_writes_nothing(tmp_path):

@@ -16,7 +16,7 @@ from tritonattn.measure.device_timer import Cuda, Host, State
 from tritonattn.measure.timing import Timed, TimedError, TimingBudget, measure, quantiles
 
 
-def contenders(gpu, **seconds):
+def timed(gpu, **seconds):
     return {name: Timed([gpu.kernel(name, true)]) for name, true in seconds.items()}
 
 
@@ -26,15 +26,15 @@ def rounds_of(gpu, names, count):
     return [log[i:i + len(names)] for i in range(0, len(log), len(names))]
 
 
-def test_contenders_take_turns_in_changing_order():
+def test_calls_take_turns_in_changing_order():
     gpu = FakeGpu()
-    found, _ = measure(contenders(gpu, a=1e-3, b=2e-3, c=3e-3), gpu, TimingBudget(seconds=0.04))
+    found, _ = measure(timed(gpu, a=1e-3, b=2e-3, c=3e-3), gpu, TimingBudget(seconds=0.04))
     count = len(found["a"].samples)
     assert count == 20 and {len(x.samples) for x in found.values()} == {count}
     rounds = rounds_of(gpu, "abc", count)
     assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds) and len(set(map(tuple, rounds))) > 3
     again = FakeGpu()
-    measure(contenders(again, a=1e-3, b=2e-3, c=3e-3), again, TimingBudget(seconds=0.04))
+    measure(timed(again, a=1e-3, b=2e-3, c=3e-3), again, TimingBudget(seconds=0.04))
     assert again.log == gpu.log
 
 
@@ -43,12 +43,12 @@ def test_clock_drift_affects_all_calls_equally():
         return true * (1 + 0.2 * min(1.0, gpu.time))
 
     gpu = FakeGpu(warming)
-    found, _ = measure(contenders(gpu, a=5e-3, b=5e-3), gpu, TimingBudget(seconds=0.4, settle=(0, 0)))
+    found, _ = measure(timed(gpu, a=5e-3, b=5e-3), gpu, TimingBudget(seconds=0.4, settle=(0, 0)))
     assert found["a"].seconds == pytest.approx(found["b"].seconds, rel=0.01)
     # one after the other, the second would have looked slower
     gpu = FakeGpu(warming)
-    effort = TimingBudget(seconds=0.4, settle=(0, 0))
-    first, second = (measure(contenders(gpu, a=5e-3), gpu, effort)[0]["a"].seconds for _ in range(2))
+    budget = TimingBudget(seconds=0.4, settle=(0, 0))
+    first, second = (measure(timed(gpu, a=5e-3), gpu, budget)[0]["a"].seconds for _ in range(2))
     assert second > 1.05 * first
 
 
@@ -59,7 +59,7 @@ def test_throttled_samples_are_marked_and_left_out():
         return State(1980.0, 60.0, 500.0, ("hardware thermal slowdown",) if reads - 1 in hot else ("power cap",))
 
     gpu = FakeGpu(lambda true, gpu: true * (3 if gpu.reads in hot else 1), states)
-    found, said = measure(contenders(gpu, a=1e-3, b=1e-3), gpu, TimingBudget(seconds=0.01, settle=(0, 0)))
+    found, said = measure(timed(gpu, a=1e-3, b=1e-3), gpu, TimingBudget(seconds=0.01, settle=(0, 0)))
     for x in found.values():
         assert x.throttled == (3, 4, 5) and not x.mostly_throttled
         assert [x.samples[i] for i in x.throttled] == pytest.approx([3e-3] * 3)
@@ -69,17 +69,18 @@ def test_throttled_samples_are_marked_and_left_out():
 
 def test_mostly_throttled_run_uses_all_samples_and_is_marked():
     gpu = FakeGpu(states=lambda reads: State(900.0, 90.0, 300.0, ("power brake",) if reads > 2 else ()))
-    found = measure(contenders(gpu, a=1e-3), gpu, TimingBudget(seconds=0.01, settle=(0, 0)))[0]["a"]
+    found = measure(timed(gpu, a=1e-3), gpu, TimingBudget(seconds=0.01, settle=(0, 0)))[0]["a"]
     assert found.mostly_throttled and found.seconds == pytest.approx(1e-3) and len(found.throttled) == len(found.samples) - 2
 
 
 def settled_after(clock, settle=(0.05, 3.0), refresh=0.1):
     """How long a GPU is warmed whose sensor shows, anew every `refresh` seconds, the clock at that time."""
-    gpu = FakeGpu()
-    gpu.states = clock and (lambda reads: State(clock(gpu.time // refresh * refresh), 40.0, 200.0))
-    busy = types.SimpleNamespace(around=contextlib.nullcontext, warm=gpu.kernel("busy", 1e-2))
-    timing._settle({"busy": busy}, gpu, TimingBudget(settle=settle))
-    return gpu.time
+    gpu, start = FakeGpu(), 0.0
+    gpu.states = clock and (lambda reads: State(clock((gpu.time - start) // refresh * refresh), 40.0, 200.0))
+    timer = timing.InterleavedTimer(timed(gpu, busy=1e-2), gpu, TimingBudget(settle=settle))
+    start = gpu.time
+    timer.settle()
+    return gpu.time - start
 
 
 @pytest.mark.parametrize("refresh", [0.02, 0.1])
@@ -99,7 +100,7 @@ def test_without_sensors_it_warms_for_a_fixed_time():
 
 def test_sensors_are_not_asked_all_the_time():
     gpu = FakeGpu(states=steady)
-    measure(contenders(gpu, a=1e-4), gpu, TimingBudget(seconds=0.01, rounds=(1, 1), settle=(1.0, 1.0)))
+    measure(timed(gpu, a=1e-4), gpu, TimingBudget(seconds=0.01, rounds=(1, 1), settle=(1.0, 1.0)))
     assert 15 <= gpu.reads <= 22
 
 
@@ -178,18 +179,18 @@ def test_entering_the_context_is_not_timed():
 
 def test_long_calls_are_taken_one_by_one_on_a_flushed_cache():
     gpu = FakeGpu()
-    found = measure(contenders(gpu, x=1e-3), gpu, TimingBudget(settle=(0, 0)))[0]["x"]
+    found = measure(timed(gpu, x=1e-3), gpu, TimingBudget(settle=(0, 0)))[0]["x"]
     assert (found.calls, found.caches, found.method) == (1, "flushed", "events") and found.host_seconds == 1e-5
 
 
 @pytest.mark.parametrize(("true", "count"), [(1.0, 7), (1e-3, 100), (2e-2, 25)])
 def test_rounds_follow_the_budget_within_bounds(true, count):
     gpu = FakeGpu()
-    assert len(measure(contenders(gpu, x=true), gpu, TimingBudget(settle=(0, 0)))[0]["x"].samples) == count
+    assert len(measure(timed(gpu, x=true), gpu, TimingBudget(settle=(0, 0)))[0]["x"].samples) == count
 
 
 @pytest.mark.parametrize("after", [0, 70])
-def test_a_contender_that_fails_is_named(after):
+def test_a_call_that_fails_is_named(after):
     gpu, count = FakeGpu(), [0]
 
     def failing():
@@ -199,7 +200,7 @@ def test_a_contender_that_fails_is_named(after):
         gpu.time += 1e-3
 
     with pytest.raises(TimedError, match="bad: ValueError: out of luck") as caught:
-        measure(contenders(gpu, good=1e-3) | {"bad": Timed([failing])}, gpu, TimingBudget(settle=(0, 0)))
+        measure(timed(gpu, good=1e-3) | {"bad": Timed([failing])}, gpu, TimingBudget(settle=(0, 0)))
     assert caught.value.name == "bad" and isinstance(caught.value.__cause__, ValueError)
 
 
@@ -254,52 +255,52 @@ def test_missing_sensors_have_a_reason(monkeypatch):
 
 
 @pytest.fixture
-def stopwatch(device):
+def timer(device):
     return Cuda(device)
 
 
 @pytest.mark.gpu
 @pytest.mark.alone
-def test_a_product_of_twice_the_size_takes_eight_times_as_long(stopwatch, device):
+def test_a_product_of_twice_the_size_takes_eight_times_as_long(timer, device):
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for n in (4096, 8192))
-    found, _ = measure({"small": Timed([lambda: a @ a]), "large": Timed([lambda: b @ b])}, stopwatch)
+    found, _ = measure({"small": Timed([lambda: a @ a]), "large": Timed([lambda: b @ b])}, timer)
     assert 5 < found["large"].seconds / found["small"].seconds < 11
 
 
 @pytest.mark.gpu
 @pytest.mark.alone
-def test_the_cache_is_cold_in_every_sample(stopwatch, device, monkeypatch):
-    x = torch.randn(stopwatch.cache_bytes // 16, device=device)  # a quarter of the cache
+def test_the_cache_is_cold_in_every_sample(timer, device, monkeypatch):
+    x = torch.randn(timer.cache_bytes // 16, device=device)  # a quarter of the cache
 
     def median():
-        return statistics.median(stopwatch.sample(x.sum, 1e-4) for _ in range(50))
+        return statistics.median(timer.sample(x.sum, 1e-4) for _ in range(50))
 
     cold = median()
-    monkeypatch.setattr(stopwatch, "_flush", lambda: None)
+    monkeypatch.setattr(timer, "_flush", lambda: None)
     assert cold > 1.2 * median()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
-def test_our_own_kernels_are_captured(stopwatch, device, direction):
+def test_our_own_kernels_are_captured(timer, device, direction):
     q, k, v, do = (torch.randn(1, 2, 128, 64, device=device, dtype=torch.bfloat16) for _ in range(4))
-    with stopwatch.context():
+    with timer.context():
         leaves = [x.requires_grad_(direction != "forward") for x in (q, k, v)]
         o = attention(*leaves)
         call = {"forward": lambda: attention(q, k, v),
                 "backward": lambda: torch.autograd.grad(o, leaves, do, retain_graph=True),
                 "both": lambda: torch.autograd.grad(attention(*leaves), leaves, do)}[direction]
-        found = measure({"ours": Timed([call], 1 << 16)}, stopwatch)[0]["ours"]
+        found = measure({"ours": Timed([call], 1 << 16)}, timer)[0]["ours"]
     assert found.method == "graph" and found.note is None and 1e-6 < found.seconds < 1e-3
 
 
 @pytest.mark.gpu
-def test_the_peak_of_memory_is_seen(stopwatch, device):
-    assert stopwatch.peak_bytes(lambda: torch.empty(50 << 20, dtype=torch.int8, device=device)) == 50 << 20
+def test_the_peak_of_memory_is_seen(timer, device):
+    assert timer.peak_bytes(lambda: torch.empty(50 << 20, dtype=torch.int8, device=device)) == 50 << 20
 
 
 @pytest.mark.gpu
-def test_sensors_are_read(stopwatch):
+def test_sensors_are_read(timer):
     pytest.importorskip("pynvml", reason="reading clocks needs nvidia-ml-py")
-    state = stopwatch.state()
+    state = timer.state()
     assert 100 < state.clock < 5000 and 0 < state.temperature < 120 and state.power > 10

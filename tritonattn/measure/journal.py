@@ -39,7 +39,7 @@ def read(path: Path) -> tuple[dict, list[dict]]:
 
 
 class Journal:
-    """The file at `path`, open for appending by one process; a new file starts with `plan`.
+    """The file at `path`, open for appending by one process; a new file starts with `plan`. A context manager.
 
     Raises JournalError if the file has another plan, is broken before its last line, or is open in another process.
     """
@@ -48,21 +48,17 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
         try:
-            self._lock(path)
             self.entries = self._resume(path, plan)
         except BaseException:
             self._file.close()
             raise
 
-    def _lock(self, path):
+    def _resume(self, path, plan) -> list[dict]:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise JournalError(f"{path}: another process is writing to it") from error
-
-    def _resume(self, path, plan) -> list[dict]:
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
+        whole = path.read_bytes().rfind(b"\n") + 1
         # remove an incomplete last line, or the next entry would continue it
         self._file.truncate(whole)
         if not whole:
@@ -83,14 +79,11 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        self._file.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self._file.close()
 
 
 def now() -> str:

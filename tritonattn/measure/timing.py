@@ -74,33 +74,39 @@ class TimedError(RuntimeError):
         self.name = name
 
 
-def measure(contenders: Mapping[str, Timed], stopwatch,
-            effort: TimingBudget = TimingBudget()) -> tuple[dict[str, Timing], list[State]]:
+def measure(calls: Mapping[str, Timed], timer, budget: TimingBudget = TimingBudget()) -> tuple[dict[str, Timing], list[State]]:
     """Time calls in turns; return their timings, and the state of the device after each round if it has sensors.
 
-    `stopwatch` is a device_timer.Cuda or device_timer.Host, or has their methods. Raises TimedError.
+    `timer` is a device_timer.Cuda or device_timer.Host, or has their methods. Raises TimedError.
     """
-    timer = InterleavedTimer(contenders, stopwatch, effort)
-    timer.settle()
-    least, most = effort.rounds
-    rounds = max(least, min(most, round(effort.seconds * len(contenders) / max(timer.round_seconds, 1e-9))))
-    for _ in range(rounds):
-        timer.take()
-    return {name: timer.timing(name) for name in contenders}, timer.states
+    interleaved = InterleavedTimer(calls, timer, budget)
+    interleaved.settle()
+    least, most = budget.rounds
+    rounds = round(budget.seconds * len(calls) / max(interleaved.round_seconds, 1e-9))
+    for _ in range(max(least, min(most, rounds))):
+        interleaved.take()
+    return {name: interleaved.timing(name) for name in calls}, interleaved.states
 
 
 class InterleavedTimer:
     """Time calls round by round. An error of a call is raised as TimedError."""
 
-    def __init__(self, contenders: Mapping[str, Timed], stopwatch, effort: TimingBudget):
-        self._stopwatch, self._effort, self._rng = stopwatch, effort, random.Random(effort.seed)
+    def __init__(self, calls: Mapping[str, Timed], timer, budget: TimingBudget):
+        self._timer, self._budget, self._rng = timer, budget, random.Random(budget.seed)
         self.states: list[State] = []
-        self._samplers = {name: _apply(name, x.around, lambda x=x: _Sampler(x, stopwatch, effort))
-                          for name, x in contenders.items()}
-        self._order = list(self._samplers)
-        if min((sampler.estimate for sampler in self._samplers.values()), default=math.inf) < effort.small:
-            for name, sampler in self._samplers.items():
-                _apply(name, sampler.around, lambda sampler=sampler: sampler.repeat(effort))
+        self._samplers = {name: _Sampler(timed, timer, budget) for name, timed in calls.items()}
+        self._each(_Sampler.estimate_seconds)
+        if min((sampler.estimate for sampler in self._samplers.values()), default=math.inf) < budget.small:
+            self._each(_Sampler.repeat)
+
+    def _each(self, action: Callable[["_Sampler"], None], shuffled: bool = False) -> None:
+        """Apply an action to every call, inside the call's context."""
+        for name in self._rng.sample(list(self._samplers), len(self._samplers)) if shuffled else self._samplers:
+            try:
+                with self._samplers[name].timed.around():
+                    action(self._samplers[name])
+            except Exception as error:
+                raise TimedError(name, error) from error
 
     @property
     def round_seconds(self) -> float:
@@ -108,15 +114,21 @@ class InterleavedTimer:
         return sum(sampler.estimate * sampler.repeats for sampler in self._samplers.values())
 
     def settle(self) -> None:
-        """Run the calls until the GPU's clock is steady."""
-        _settle(self._samplers, self._stopwatch, self._effort)
+        """Run the calls until the GPU's clock is steady: idle devices run slow, cool ones fast."""
+        least, most = self._budget.settle
+        reads, start = [], self._timer.now()  # (seconds, MHz)
+        while (spent := self._timer.now() - start) < most:
+            self._each(_Sampler.warm)
+            now = self._timer.now()
+            if (not reads or now - reads[-1][0] >= APART) and (state := self._timer.state()):
+                reads.append((now, state.clock))
+            if spent >= least and (not reads or _steady(reads)):
+                return
 
     def take(self) -> None:
         """Take one sample of each call, in random order."""
-        self._rng.shuffle(self._order)
-        for name in self._order:
-            _apply(name, self._samplers[name].around, self._samplers[name].take)
-        if (state := self._stopwatch.state()) is not None:
+        self._each(_Sampler.take, shuffled=True)
+        if (state := self._timer.state()) is not None:
             self.states.append(state)
             if state.throttled:
                 for sampler in self._samplers.values():
@@ -125,27 +137,6 @@ class InterleavedTimer:
     def timing(self, name: str) -> Timing:
         """Return the timing of one call."""
         return self._samplers[name].timing()
-
-
-def _apply(name, around, action):
-    try:
-        with around():
-            return action()
-    except Exception as error:
-        raise TimedError(name, error) from error
-
-
-def _settle(samplers, stopwatch, effort):
-    """Run the calls until the GPU's clock is steady: idle devices run slow, cool ones fast."""
-    least, most = effort.settle
-    reads, start = [], stopwatch.now()  # (seconds, MHz)
-    while (spent := stopwatch.now() - start) < most:
-        for name, sampler in samplers.items():
-            _apply(name, sampler.around, sampler.warm)
-        if (now := stopwatch.now()) - (reads[-1][0] if reads else -math.inf) >= APART and (state := stopwatch.state()):
-            reads.append((now, state.clock))
-        if spent >= least and (not reads or _steady(reads)):
-            return
 
 
 def _steady(reads) -> bool:
@@ -161,29 +152,32 @@ def _steady(reads) -> bool:
 class _Sampler:
     """One call, with its repeats and samples."""
 
-    def __init__(self, contender: Timed, stopwatch, effort: TimingBudget):
-        self.contender, self.around, self.stopwatch = contender, contender.around, stopwatch
+    def __init__(self, timed: Timed, timer, budget: TimingBudget):
+        self.timed, self._timer, self._budget = timed, timer, budget
         self.samples, self.throttled, self.note = [], [], None
-        for call in contender.calls:
-            call()
-        stopwatch.synchronize()
-        first = contender.calls[0]
-        self.host_seconds = stopwatch.host_seconds(first, 1)
-        self.estimate = stopwatch.sample(first, 2 * self.host_seconds)
-        if self.estimate < effort.long:
-            times = min(10, math.ceil(effort.long / max(self.estimate, 1e-6)))
-            self.host_seconds = statistics.median(stopwatch.host_seconds(first, times) for _ in range(5))
-            self.estimate = min(stopwatch.sample(first, 2 * self.host_seconds) for _ in range(3))
-        self.repeats, self.method, self.replay = 1, stopwatch.method, first
-        self.caches = "flushed" if stopwatch.cache_bytes > 0 else "warm"
+        self.repeats, self.method, self.replay = 1, timer.method, timed.calls[0]
+        self.caches = "flushed" if timer.cache_bytes > 0 else "warm"
 
-    def repeat(self, effort):
+    def estimate_seconds(self):
+        """Run every call once, then estimate the seconds that the host and the device need."""
+        for call in self.timed.calls:
+            call()
+        timer, long = self._timer, self._budget.long
+        timer.synchronize()
+        self.host_seconds = timer.host_seconds(self.replay, 1)
+        self.estimate = timer.sample(self.replay, 2 * self.host_seconds)
+        if self.estimate < long:
+            times = min(10, math.ceil(long / max(self.estimate, 1e-6)))
+            self.host_seconds = statistics.median(timer.host_seconds(self.replay, times) for _ in range(5))
+            self.estimate = min(timer.sample(self.replay, 2 * self.host_seconds) for _ in range(3))
+
+    def repeat(self):
         """Repeat the call within a sample, in a graph if possible, equally often on every copy of the inputs."""
-        calls, size = self.contender.calls, self.contender.input_bytes
-        turns = math.ceil(effort.sample / max(self.estimate, 1e-6) / len(calls))
+        calls, cache = self.timed.calls, self._timer.cache_bytes
+        turns = math.ceil(self._budget.sample / max(self.estimate, 1e-6) / len(calls))
         self.repeats = turns * len(calls)
         if self.repeats > 1:
-            self.caches = "rotated" if len(calls) * size >= 2 * self.stopwatch.cache_bytes > 0 else "warm"
+            self.caches = "rotated" if len(calls) * self.timed.input_bytes >= 2 * cache > 0 else "warm"
 
         def in_turns():
             for _ in range(turns):
@@ -192,7 +186,7 @@ class _Sampler:
 
         self.replay = in_turns
         try:
-            self.replay, self.method = self.stopwatch.capture(in_turns), "graph"
+            self.replay, self.method = self._timer.capture(in_turns), "graph"
         except Exception as error:
             # ending a failed capture raises a second error; the first has the reason
             cause = error.__context__ or error
@@ -200,15 +194,14 @@ class _Sampler:
 
     def warm(self):
         self.replay()
-        self.stopwatch.synchronize()
+        self._timer.synchronize()
 
     def take(self):
         wait = 2 * self.host_seconds * (1 if self.method == "graph" else self.repeats)
-        self.samples.append(self.stopwatch.sample(self.replay, wait) / self.repeats)
+        self.samples.append(self._timer.sample(self.replay, wait) / self.repeats)
 
     def timing(self) -> Timing:
-        held_back = set(self.throttled)
-        free = [x for i, x in enumerate(self.samples) if i not in held_back]
+        free = [x for i, x in enumerate(self.samples) if i not in self.throttled]
         counted = free if 2 * len(free) >= len(self.samples) else self.samples
         q20, median, q80 = quantiles(counted)
         return Timing(median, q20, q80, tuple(self.samples), tuple(self.throttled), self.repeats, self.method, self.caches,
