@@ -12,7 +12,6 @@ that is already in the cache. Clocks are the vendor's: a GPU that runs faster lo
 import argparse
 import csv
 import functools
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from tritonattn import Problem, gpu
+from tritonattn.cli.format import columns
 
 from . import cases
 
@@ -70,16 +70,13 @@ class Floor:
 
     @property
     def tflops(self) -> float:
-        """The roofline ceiling in TFLOP/s: the rate at the least time."""
-        return self._rate(self.seconds)
+        """The roofline ceiling in TFLOP/s: the rate at the least time; 0 without work."""
+        return self.flops / self.seconds / 1e12 if self.flops else 0.0
 
     @property
     def serial_tflops(self) -> float:
         """The ceiling in TFLOP/s without overlap of products and exponentials."""
-        return self._rate(self.serial)
-
-    def _rate(self, seconds):
-        return self.flops / seconds / 1e12 if seconds else 0.0
+        return self.flops / self.serial / 1e12 if self.flops else 0.0
 
 
 def floor(problem: Problem, direction: str, device: gpu.Gpu) -> Floor:
@@ -137,21 +134,18 @@ def published() -> tuple[Published, ...]:
 def best_published(problem: Problem, direction: str, gpu_name: str) -> Published | None:
     """Return the highest published rate for this problem, in any 16-bit dtype, on this GPU or another with the same chip."""
     known = gpu.find_gpu(gpu_name)
-    names = SAME_CHIP.get(known.name, (known.name,)) if known else ()
-    rows = [row for row in published() if row.gpu in names and row.direction == direction and _same(row, problem)]
-    return max(rows, key=lambda row: row.tflops, default=None)
-
-
-def _same(row, problem):
     square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
-    sizes = (problem.mask, problem.d, problem.heads, math.prod(problem.batch), problem.n_q)
-    return square and problem.dtype in SIXTEEN_BIT and sizes == (row.mask, row.d, row.heads, row.batch, row.n)
+    if known is None or not square or problem.dtype not in SIXTEEN_BIT:
+        return None
+    key = (direction, problem.mask, problem.d, problem.heads, math.prod(problem.batch), problem.n_q)
+    rows = [row for row in published() if row.gpu in SAME_CHIP.get(known.name, (known.name,))
+            and (row.direction, row.mask, row.d, row.heads, row.batch, row.n) == key]
+    return max(rows, key=lambda row: row.tflops, default=None)
 
 
 class Line(NamedTuple):
     """One case in one direction on one GPU."""
 
-    gpu: str
     case: cases.Case
     direction: str
     floor: Floor
@@ -163,22 +157,13 @@ class Line(NamedTuple):
         ceilings = [_digits(self.floor.tflops), _digits(self.floor.serial_tflops)]
         return [self.case.name, self.direction, *times, self.floor.bound, *ceilings, str(self.best or "")]
 
-    def as_json(self) -> dict:
-        """Return the line as a JSON object."""
-        return {
-            "gpu": self.gpu, "case": self.case.name, "direction": self.direction, "problem": self.case.problem.as_json(),
-            "microseconds": {name: seconds * 1e6 for name, seconds in self.floor.units.items()}, "bound": self.floor.bound,
-            "tflops": self.floor.tflops, "serial_tflops": self.floor.serial_tflops,
-            "published": self.best and self.best._asdict(),
-        }
-
 
 def _digits(number):
     return f"{number:.3g}" if number < 100 else f"{number:.0f}"
 
 
 HEADS = ("case", "direction", "tensor", "special", "fp32", "memory", "bound", "ceiling", "serial", "published")
-LEFT = ("case", "direction", "bound", "published")  # left-aligned columns
+LEFT = (0, 1, 6, 9)  # left-aligned columns
 
 
 def lines(suite: str, device: gpu.Gpu) -> Iterator[Line]:
@@ -187,39 +172,23 @@ def lines(suite: str, device: gpu.Gpu) -> Iterator[Line]:
         for direction in DIRECTIONS:
             if direction in case.directions:
                 best = best_published(case.problem, direction, device.name)
-                yield Line(device.name, case, direction, floor(case.problem, direction, device), best)
-
-
-def table(rows: list[Line]) -> str:
-    """Return the lines as an aligned text table."""
-    rows = [list(HEADS), *(line.cells() for line in rows)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    formats = [f"{'<' if head in LEFT else '>'}{width}" for head, width in zip(HEADS, widths)]
-    return "\n".join("  ".join(map(format, row, formats)).rstrip() for row in rows)
-
-
-def gpu_argument(name: str) -> gpu.Gpu:
-    """Return a known GPU by name, for argparse."""
-    try:
-        return gpu.named(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+                yield Line(case, direction, floor(case.problem, direction, device), best)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the least times of a suite and return the exit code."""
     parser = argparse.ArgumentParser("python -m perf.limits", description="Print the least time that each unit of a GPU "
                                      "needs for the cases of a suite, and the best published rates. Needs no GPU.")
-    parser.add_argument("--gpu", type=gpu_argument, required=True, metavar="NAME", help="a known GPU, such as h200")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="a known GPU, such as h200")
     parser.add_argument("--suite", choices=cases.SUITES, required=True)
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     arguments = parser.parse_args(argv)
-    rows = list(lines(arguments.suite, arguments.gpu))
-    if arguments.json:
-        print(json.dumps([line.as_json() for line in rows], indent=2))
-    else:
-        print(f"{arguments.gpu.name}, {arguments.suite}: least microseconds per unit; TFLOP/s with all units overlapped "
-              f"(ceiling),\nwith products and exponentials in turn (serial), and as published\n\n{table(rows)}")
+    try:
+        device = gpu.named(arguments.gpu)
+    except ValueError as error:
+        parser.error(f"--gpu: {error}")
+    print(f"{device.name}, {arguments.suite}: least microseconds per unit; TFLOP/s with all units overlapped (ceiling),\n"
+          "with products and exponentials in turn (serial), and as published\n")
+    print(*columns([HEADS, *(line.cells() for line in lines(arguments.suite, device))], left=LEFT), sep="\n")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -242,18 +241,6 @@ def test_table(suite, capsys):
         ["square", "backward", "347", "69.5", "34.7", "112", "tensor", "989", "825", *"424 FA3 on H100, transcribed".split()],
         ["one", "query", "forward", "0.136", "0.0678", "0.0297", "28", "memory", "4.8", "4.8"],
     ]
-
-
-def test_json_output(suite, capsys):
-    assert limits.main(["--gpu", "H100", "--suite", "paper", "--json"]) == 0
-    square, backward, one = json.loads(capsys.readouterr().out)
-    expected = floor(n=1024, device=gpu.named("h100"))
-    assert (square["gpu"], square["case"], square["direction"], square["bound"]) == ("H100", "square", "forward", "tensor")
-    assert Problem.from_json(square["problem"]) == problem(n=1024)
-    assert square["microseconds"] == {name: approx(1e6 * seconds) for name, seconds in expected.units.items()}
-    assert square["tflops"] == approx(989, rel=5e-3) and square["serial_tflops"] == approx(660, rel=0.01)
-    assert limits.Published(**square["published"]) == best(n=1024)
-    assert backward["published"]["evidence"] == "transcribed" and one["published"] is None
 
 
 @pytest.mark.parametrize("arguments, named", [
