@@ -50,11 +50,6 @@ def in_paper_grid(problem: Problem) -> bool:
     return square and sizes == (16384, 2048) and problem.mask in MASKS
 
 
-def length_name(n: int) -> str:
-    """Return a length in short: 512, 1k, 16k."""
-    return f"{n // 1024}k" if n and n % 1024 == 0 else str(n)
-
-
 PAPER = tuple(of_paper(d, mask, n) for d in (64, 128, 256) for mask in MASKS for n in PAPER_LENGTHS)
 
 # sizes of the published model configurations

@@ -1,17 +1,18 @@
 """Draw the rooflines of recorded runs: python -m perf.plot
 
 TFLOP/s against length on the grid of the FlashAttention papers, a panel for each head size, mask and direction, below two
-ceilings of the GPU: all units overlapped, and matrix products in turn with exponentials (see perf.limits). Without a
-recorded run, the figure shows the numbers that others have published.
+ceilings of the GPU: all units overlapped, and matrix products in turn with exponentials (see perf.limits).
 """
 
 import argparse
-import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from tritonattn import gpu as gpus
 from tritonattn.gpu import Gpu
@@ -20,10 +21,6 @@ from tritonattn.measure.journal import JournalError
 from . import cases, limits, results
 from .readme_table import dtypes, provenance
 from .results import OURS, Job, Run
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 MARKERS = "s^vDPX<>phd8*"
 CEILINGS = {"tflops": ("ceiling: all units overlapped", "-"), "serial_tflops": ("ceiling: products, then exponentials", ":")}
@@ -64,23 +61,8 @@ def measured(jobs: Iterable[Job]) -> Curves:
     return curves
 
 
-def published(gpu: Gpu) -> Curves:
-    """Return the best rates that others have published on the papers' grid, for GPUs with the same chip as this one."""
-    best, names = {}, limits.SAME_CHIP.get(gpu.name, (gpu.name,))
-    for row in sorted(limits.published(), key=lambda row: row.tflops):
-        if row.gpu in names and row.direction in limits.DIRECTIONS and (row.batch * row.n, row.heads * row.d) == (16384, 2048):
-            best[Panel(row.d, row.mask, row.direction), f"{row.implementation} ({row.gpu})", row.n] = row.tflops
-    curves = {Panel(case.problem.d, case.problem.mask, direction): defaultdict(list)
-              for case in cases.PAPER for direction in case.directions}
-    for (panel, name, n), tflops in sorted(best.items()):
-        curves[panel][name].append(Point(n, tflops, tflops, tflops))
-    return curves
-
-
-def roofline(title: str, curves: Curves, gpu: Gpu | None) -> "Figure":
+def roofline(title: str, curves: Curves, gpu: Gpu | None) -> Figure:
     """Draw curves, below the ceilings of a GPU if it is known."""
-    from matplotlib.figure import Figure
-
     sizes = sorted({panel.d for panel in curves})
     rows = sorted({(panel.mask, panel.direction) for panel in curves}, key=lambda row: (row[1] != "forward", row[0] != "full"))
     names = sorted({name for panel in curves.values() for name in panel}, key=lambda name: (name != OURS, name))
@@ -89,13 +71,17 @@ def roofline(title: str, curves: Curves, gpu: Gpu | None) -> "Figure":
     for row, (mask, direction) in zip(grid, rows):
         for axes, d in zip(row, sizes):
             axes.set_title(f"{direction}, {mask}, head size {d}", fontsize=9)
-            panel = curves.get(Panel(d, mask, direction), {})
+            panel = Panel(d, mask, direction)
             for index, name in enumerate(names):
-                if name in panel:
-                    draw_curve(axes, name, panel[name], index)
+                if points := curves.get(panel, {}).get(name):
+                    draw_curve(axes, name, points, index)
             if gpu:
-                draw_ceilings(axes, Panel(d, mask, direction), gpu)
-    format_axes(grid)
+                draw_ceilings(axes, panel, gpu)
+    grid[0][0].set_xscale("log", base=2)
+    grid[0][0].set_xticks(cases.PAPER_LENGTHS, map(str, cases.PAPER_LENGTHS))
+    grid[0][0].set_ylim(bottom=0)
+    figure.supxlabel("sequence length (tokens)", fontsize=9)
+    figure.supylabel("TFLOP/s", fontsize=9)
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     order = [*(name for name in names if name in handles), *(label for label in handles if label not in names)]
     figure.legend([handles[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=8)
@@ -103,30 +89,18 @@ def roofline(title: str, curves: Curves, gpu: Gpu | None) -> "Figure":
     return figure
 
 
-def format_axes(grid) -> None:
-    """Label the axes that all panels share."""
-    axes = grid[0][0]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(cases.PAPER_LENGTHS, [cases.length_name(n) for n in cases.PAPER_LENGTHS])
-    axes.set_ylim(bottom=0)
-    for axes in grid[-1]:
-        axes.set_xlabel("sequence length (tokens)")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("TFLOP/s")
-
-
-def draw_curve(axes: "Axes", name: str, points: list[Point], index: int) -> None:
+def draw_curve(axes: Axes, name: str, points: list[Point], index: int) -> None:
     """Draw one implementation with bars between the quantiles. Hollow markers: throttled."""
-    n, tflops, low, high, throttled = zip(*points)
+    n, tflops, low, high, _ = zip(*points)
     color, marker = ("black", "o") if name == OURS else (f"C{index % 10}", MARKERS[index % len(MARKERS)])
     axes.plot(n, tflops, color=color, marker=marker, linewidth=2.4 if name == OURS else 1.2, markersize=5, label=name)
     axes.vlines(n, low, high, color=color)
-    hollow = [(x, y) for x, y, held in zip(n, tflops, throttled) if held]
+    hollow = [(point.n, point.tflops) for point in points if point.throttled]
     if hollow:
         axes.plot(*zip(*hollow), linestyle="none", marker=marker, color=color, markerfacecolor="white", markersize=5)
 
 
-def draw_ceilings(axes: "Axes", panel: Panel, gpu: Gpu) -> None:
+def draw_ceilings(axes: Axes, panel: Panel, gpu: Gpu) -> None:
     """Draw the ceilings of a GPU over the lengths of the papers' grid."""
     floors = [limits.floor(cases.of_paper(panel.d, panel.mask, n).problem, panel.direction, gpu) for n in cases.PAPER_LENGTHS]
     for field, (label, dashes) in CEILINGS.items():
@@ -148,45 +122,25 @@ def summary(run: Run, gpu: Gpu | None) -> str:
     return f"{run.environment.get('gpu')}, {dtypes(run)}: {share}\n{provenance(run)}"
 
 
-def draw_runs(runs: Iterable[Run], root: Path, out: Path) -> list[Path]:
-    """Save a figure for each run with jobs on the papers' grid, in the same folders under `out` as under `root`."""
-    paths = []
-    for run in runs:
-        if curves := measured(run.jobs):
-            gpu = known_gpu(run)
-            path = out / run.path.relative_to(root).with_name(f"{run.path.stem}-roofline.png")
-            paths.append(save(roofline(summary(run, gpu), curves, gpu), path))
-    return paths
-
-
-def save(figure: "Figure", path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Draw every recorded run, or the published numbers if there is none. Return 0, or 2 for wrong input."""
+    """Save a figure for each run with jobs on the papers' grid. Return 0, or 2 for wrong input."""
     parser = argparse.ArgumentParser("python -m perf.plot", description="Draw the rooflines of recorded runs, as PNG.")
     parser.add_argument("--results", type=Path, default=results.RESULTS, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: next to the results")
-    parser.add_argument("--gpu", type=limits.gpu_argument, default="h200", metavar="NAME",
-                        help="GPU of the published numbers, if nothing is recorded (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    if importlib.util.find_spec("matplotlib") is None:
-        parser.error('figures need matplotlib: pip install "tritonattn[perf]"')
-    out = arguments.out or arguments.results
     try:
-        paths = draw_runs(results.load(arguments.results), arguments.results, out)
-        if not paths:
-            print(f"nothing is recorded in {arguments.results}: drawing the numbers published by others")
-            name = arguments.gpu.name
-            figure = roofline(f"{name}: published by others, not measured here", published(arguments.gpu), arguments.gpu)
-            paths = [save(figure, out / f"published-{name.lower().replace(' ', '-')}.png")]
+        drawn = [run for run in results.load(arguments.results) if measured(run.jobs)]
+        for run in drawn:
+            path = (arguments.out or arguments.results) / run.path.relative_to(arguments.results)
+            path = path.with_name(f"{path.stem}-roofline.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            roofline(summary(run, known_gpu(run)), measured(run.jobs), known_gpu(run)).savefig(path, dpi=150)
+            print(path)
     except (JournalError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(*paths, sep="\n")
+    if not drawn:
+        print(f"{arguments.results}: no run of the papers' grid is recorded")
     return 0
 
 

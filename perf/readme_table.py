@@ -29,11 +29,9 @@ def dtypes(run: Run) -> str:
 
 def provenance(run: Run) -> str:
     """Return the versions, the date and the commit of a run, separated by commas."""
-    def fact(key):
-        return str(run.environment.get(key) or "not recorded")
-
-    return (f"driver {fact('driver')}, torch {fact('torch')}, Triton {fact('triton')}, {fact('date')[:10]}, "
-            f"commit {fact('commit')}")
+    facts = {name: str(run.environment.get(name) or "not recorded") for name in ("driver", "torch", "triton", "date", "commit")}
+    return (f"driver {facts['driver']}, torch {facts['torch']}, Triton {facts['triton']}, {facts['date'][:10]}, "
+            f"commit {facts['commit']}")
 
 
 def newest(runs: Iterable[Run]) -> list[Run]:
@@ -45,35 +43,17 @@ def newest(runs: Iterable[Run]) -> list[Run]:
 
 
 def section(run: Run) -> str:
-    """Return the heading and the tables of one run."""
-    parts = [f"**{run.environment.get('gpu')}**, {run.jobs[0].suite} suite, {dtypes(run)} ({provenance(run)}). "
-             "In TFLOP/s: ours / best baseline (its name) = ratio; above 1, in bold, ours is faster."]
-    grid, others = {}, {}
-    for job in run.jobs:
-        problem = job.problem
-        if cases.in_paper_grid(problem) and job.direction != "both":
-            grid[(str(problem.d), problem.mask, job.direction), cases.length_name(problem.n_q)] = job
-        else:
-            others[(job.case,), job.direction] = job
-    if grid:
-        lengths = [cases.length_name(n) for n in sorted({job.problem.n_q for job in grid.values()})]
-        shown = [n for n in lengths if n in map(cases.length_name, SHOWN)] or lengths
-        rows = sorted({row for row, _ in grid}, key=lambda row: (int(row[0]), row[1] != "full", row[2] != "forward"))
-        parts.append(markdown(("head size", "mask", "direction"), rows, shown, grid))
-    if others:
-        directions = [direction for direction in cases.DIRECTIONS if any(key[1] == direction for key in others)]
-        parts.append(markdown(("case",), dict.fromkeys(row for row, _ in others), directions, others))
-    if any("†" in part for part in parts[1:]):
-        parts.append("† The GPU was throttled during this measurement.")
-    return "\n\n".join(parts)
-
-
-def markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]], columns: list[str], jobs: dict) -> str:
-    """Return a table: a line per row key, a column per column key, and the comparison of the job with both keys."""
-    lines = [[*head, *columns], ["---"] * (len(head) + len(columns))]
-    lines += [[*(text.replace("|", r"\|") for text in row), *(entry(jobs.get((row, column))) for column in columns)]
-              for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return the heading and the table of one run: a line per case, a column per direction."""
+    shown = [job for job in run.jobs if job.problem.n_q in SHOWN or not cases.in_paper_grid(job.problem)] or run.jobs
+    jobs = {(job.case, job.direction): job for job in shown}
+    directions = [direction for direction in cases.DIRECTIONS if any(job.direction == direction for job in shown)]
+    lines = [["case", *directions], ["---"] * (1 + len(directions))]
+    lines += [[case.replace("|", r"\|"), *(entry(jobs.get((case, direction))) for direction in directions)]
+              for case in dict.fromkeys(job.case for job in shown)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head = (f"**{run.environment.get('gpu')}**, {run.jobs[0].suite} suite, {dtypes(run)} ({provenance(run)}). "
+            "In TFLOP/s: ours / best baseline (its name) = ratio; above 1, in bold, ours is faster.")
+    return "\n\n".join([head, table] + ["† The GPU was throttled during this measurement."] * ("†" in table))
 
 
 def entry(job: Job | None) -> str:
@@ -104,26 +84,23 @@ def replace_block(text: str, content: str) -> str:
     return text.replace(blocks[0], f"{BEGIN}\n{content}\n{END}")
 
 
+def written(text: str, folder: Path) -> str:
+    """Return the text of the README with the tables of all results in a folder. Raises ValueError, JournalError."""
+    return replace_block(text, "\n\n".join(map(section, newest(results.load(folder)))) or NOTHING)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Write the tables or, with --check, compare them. Return 0, 1 if the README differs, 2 for wrong input."""
-    parser = argparse.ArgumentParser("python -m perf.readme_table", description="Write the speed tables of README.md.",
-                                     epilog="exit codes: 0 success; 1 the README is out of date (--check); 2 wrong input")
+    """Write the tables. Return 0, or 2 for wrong input."""
+    parser = argparse.ArgumentParser("python -m perf.readme_table", description="Write the speed tables of README.md.")
     parser.add_argument("--results", type=Path, default=results.RESULTS, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--readme", type=Path, default=README, metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
     arguments = parser.parse_args(argv)
     try:
         text = arguments.readme.read_bytes().decode()  # bytes keep the line ends
-        wanted = replace_block(text, "\n\n".join(map(section, newest(results.load(arguments.results)))) or NOTHING)
-        if arguments.check and wanted != text:
-            print(f"{arguments.readme.name} is out of date: run python -m perf.readme_table", file=sys.stderr)
-            return 1
-        if wanted != text:
-            arguments.readme.write_bytes(wanted.encode())
+        arguments.readme.write_bytes(written(text, arguments.results).encode())
     except (ValueError, JournalError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{arguments.readme.name}: {'unchanged' if wanted == text else 'written'}")
     return 0
 
 
