@@ -5,17 +5,15 @@
     python -m perf.config_table h200 --restamp                            accept edited kernels with the same binaries
 
 A row gets the config with the least modelled time among those without a fault. 16-bit rows with heads of 64, 128 and 256
-are searched. The other rows choose among the configs of the old table, of neighbouring head sizes and of `--like`; they are
-searched only if each of these has a fault. With `--like` this holds for all rows. Configs of 16-bit rows with heads of 64
-and 128 must also do well on the other problems that use the row, and with the Triton of another Python (`--also`). Configs
-of float32 rows must fit with IEEE and with TF32 products.
+are searched. The other rows choose among the configs of the old table and of neighbouring head sizes; they are searched only
+if each of these has a fault. `--like` starts from the table of another GPU instead, and then this holds for all rows. Configs
+of 16-bit rows with heads of 64 and 128 must also do well on the other problems that use the row, and with the Triton of
+another Python (`--also`). Configs of float32 rows must fit with IEEE and with TF32 products.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
-import math
 import re
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 import triton
@@ -36,34 +35,20 @@ from tritonattn.autotune.replay import comparable
 from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.block_mask import TILE
 from tritonattn.config import Config
-from tritonattn.configs.kernel_hash import SOURCES, kernel_hash
+from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.lookup import gpu_fill, mask_class, row_keys
-from tritonattn.configs.shipped import (
-    FILLS,
-    FOLDER,
-    MASKS,
-    WIDTHS,
-    Entry,
-    Row,
-    Table,
-    TableError,
-    gpu_fingerprint,
-    read_table,
-    write_table,
-)
+from tritonattn.configs.shipped import FILLS, FOLDER, MASKS, WIDTHS, Entry, Row, Table, gpu_fingerprint, read_table, write_table
 from tritonattn.gpu import Gpu
 from tritonattn.measure import environment
-from tritonattn.measure.journal import Journal, JournalError, digest
+from tritonattn.measure.journal import Journal, digest
 from tritonattn.problem import Problem
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-# the files that decide the results in a journal: an edit of one of them begins a new journal
-DECISIVE = (*SOURCES, "analysis/compile_report.py", "analysis/sass.py", "analysis/cost_model.py", "gpu.py", "configs/key.py",
-            "problem.py", "autotune/prune.py", "autotune/worker_pool.py")
 CHECKED_WIDTHS = (64, 128)  # head sizes whose 16-bit rows are checked on the other problems that they serve
 ATTEMPTS = 12      # configs of a row that are checked before the one with the fewest faults is accepted
 LIGHT_SPILLS = 16  # spilling instructions in a loop that are tolerated with the second Triton
+WORK = Path("build")  # where the journals go
 REJECTED = 8       # rejected configs that a row lists, the fastest first
 
 
@@ -127,87 +112,73 @@ class Variant:
 class Result:
     """One compiled config. Without cycles there is no binary, or it does not fit, or its loop was not recognised."""
 
-    config: Config
-    reason: str | None  # one of prune.REASONS, None without a fault
-    note: str = ""
-    registers: int = 0  # 0: there is no binary
-    spills: int = 0
-    shared_memory: int = 0
-    tensor_memory: int = 0
-    occupancy: int = 0
-    bound: str | None = None
+    entry: Entry                                # with its fault; no registers: there is no binary
+    reason: str | None = None                   # one of prune.REASONS, None without a fault
+    spills: int = 0                             # instructions in the loop
     cycles: dict = field(default_factory=dict)  # {fill: modelled cycles}
 
     @property
-    def fault(self) -> str:
-        return f"{self.reason}: {self.note}".rstrip(": ") if self.reason else ""
-
-    @property
-    def entry(self) -> Entry:
-        return Entry(self.config, "static-model", self.registers, self.shared_memory, self.tensor_memory, self.occupancy,
-                     self.bound, self.fault)
+    def config(self) -> Config:
+        return self.entry.config
 
 
 def result_of(config: Config, compiled, underfilled: Problem) -> Result:
     """Return the result for a KernelReport or a Failure."""
     if isinstance(compiled, Failure):
-        return Result(config, compiled.code, compiled.message)
-    verdict, cycles = check_report(compiled), {}
+        fault = f"{compiled.code}: {compiled.message}"
+        return Result(Entry(config, "static-model", 0, 0, 0, 0, None, fault), compiled.code)
+    verdict, cycles, bound = check_report(compiled), {}, None
     if verdict.estimate is not None:
         small = estimate(replace(compiled, problem=underfilled))
-        cycles = {"filled": verdict.estimate.cycles, "underfilled": small.cycles}
-    return Result(config, verdict.reason, verdict.note, compiled.registers, compiled.loop_spills or 0, compiled.shared_memory,
-                  compiled.tensor_memory, compiled.occupancy, verdict.estimate and verdict.estimate.bound, cycles)
-
-
-class NothingFits(RuntimeError):
-    """No config can serve a row."""
+        cycles, bound = {"filled": verdict.estimate.cycles, "underfilled": small.cycles}, verdict.estimate.bound
+    fault = f"{verdict.reason}: {verdict.note}".rstrip(": ") if verdict.reason else ""
+    entry = Entry(config, "static-model", compiled.registers, compiled.shared_memory, compiled.tensor_memory,
+                  compiled.occupancy, bound, fault)
+    return Result(entry, verdict.reason, compiled.loop_spills or 0, cycles)
 
 
 class Builder:
-    """Makes the rows of one GPU's table; `old` and `like` are rows of earlier tables, `second` compiles with another Triton."""
+    """Makes the rows of one GPU's table; `old` are the rows to start from, `second` compiles with another Triton."""
 
     def __init__(self, gpu: Gpu, journal: Journal, workers: Workers, second: Workers | None = None, old: dict | None = None,
-                 like: dict | None = None):
+                 search: bool = True):
+        """search: whether the usual rows are searched even if the known configs have no fault."""
         self._gpu, self._journal, self._workers, self._second = gpu, journal, workers, second
-        self._old, self._like = old or {}, like
+        self._old, self._search = old or {}, search
         self._faults: dict[tuple, list[str]] = {}  # {(row, config): its faults in variants}
-        self._results = {}
-        for entry in journal.entries:
-            result = Result(**entry["result"] | {"config": Config.parse(entry["config"])})
-            self._results[tuple(entry["row"]), entry["variant"], entry["config"]] = result
+        self._results = {(tuple(entry["row"]), entry["variant"], entry["result"]["entry"]["config"]):
+                         Result(**entry["result"] | {"entry": Entry.from_json(entry["result"]["entry"])})
+                         for entry in journal.entries}
 
     def row(self, key: tuple, done: dict) -> Row:
-        """Return the row for a key; `done` are the rows made before. Raise NothingFits."""
-        configs, row = self.known_configs(key, done), None
-        with contextlib.suppress(NothingFits):
-            row = self.choose(key, self.compile(key, configs))
+        """Return the row for a key; `done` are the rows made before. Raise ValueError if no config fits."""
+        configs = self.known_configs(key, done)
+        row = self.choose(key, self.compile(key, configs))
         _, size, width, _ = key
         # wide heads of float32 spill with every config and take long to compile
         faulty = row and (size == 2 or width <= 128) and (row.filled.accepted_fault or row.underfilled.accepted_fault)
-        return self._search(key, configs) if row is None or faulty or (self._like is None and searched(key)) else row
+        if row is None or faulty or (self._search and searched(key)):
+            problem = example_problem(key, "filled", self._gpu)
+            configs |= {config for config in candidates(key[0], problem, self._gpu, stages_of(key, self._gpu))
+                        if sensible(key, config, self._gpu) and check_config(key[0], problem, config, self._gpu) is None}
+            results = self.compile(key, configs)
+            row = self.choose(key, results)
+            if row is None:
+                faults = "; ".join(f"{result.config}: {result.entry.accepted_fault}" for result in results)
+                raise ValueError(f"{self._gpu.name}, {key}: expected a config that fits, got none ({faults})")
+        return row
 
     def known_configs(self, key: tuple, done: dict) -> set[Config]:
-        """Return the configs of the old row, and for 16-bit rows those it rejected, of neighbouring widths, and of `like`."""
+        """Return the configs of the old row, and for 16-bit rows those it rejected and those of neighbouring widths."""
         rows = [self._old.get(key)]
-        texts = set()
-        if key[1] == 2:
-            at = WIDTHS.index(key[2])
-            rows += [done.get((*key[:2], width, key[3])) for width in WIDTHS[max(at - 1, 0):at + 2]]
-            texts |= set(rows[0].rejected) if rows[0] else set()
-        configs = {getattr(row, fill).config for row in rows if row for fill in FILLS} | {Config.parse(text) for text in texts}
-        if key[1] == 2 and self._like and (row := self._like.get(key)):
-            # only Hopper leaves the edges out of its pipeline
-            edge_stages = 1 if self._gpu.arch == "sm_90" else None
-            configs |= {replace(config, edge_stages=edge_stages if config.num_stages > 1 else None)
-                        for config in (row.filled.config, row.underfilled.config, *map(Config.parse, row.rejected))}
-        return configs
-
-    def _search(self, key, configs) -> Row:
-        problem = example_problem(key, "filled", self._gpu)
-        tiles = {config for config in candidates(key[0], problem, self._gpu, stages_of(key, self._gpu))
-                 if sensible(key, config, self._gpu) and check_config(key[0], problem, config, self._gpu) is None}
-        return self.choose(key, self.compile(key, configs | tiles))
+        if key[1] == 4:
+            return {getattr(row, fill).config for row in rows if row for fill in FILLS}
+        rejected, at = map(Config.parse, rows[0].rejected if rows[0] else ()), WIDTHS.index(key[2])
+        rows += [done.get((*key[:2], width, key[3])) for width in WIDTHS[max(at - 1, 0):at + 2]]
+        # only Hopper leaves the edges out of its pipeline
+        edge_stages = 1 if self._gpu.arch == "sm_90" else None
+        return {replace(config, edge_stages=edge_stages if config.num_stages > 1 else None)
+                for config in (*rejected, *(getattr(row, fill).config for row in rows if row for fill in FILLS))}
 
     def compile(self, key: tuple, configs: Iterable[Config], variants: Iterable[Variant] = ()) -> list[Result]:
         """Return the results of every config in every variant (default: the row's example), from the journal if possible."""
@@ -222,44 +193,43 @@ class Builder:
                 result = result_of(config, compiled, underfilled)
                 self._results[key, variant.name, str(config)] = result
                 if not isinstance(compiled, Failure) or compiled.lasting:
-                    self._journal.append({"row": list(key), "variant": variant.name, "config": str(config),
-                                          "result": dataclasses.asdict(result) | {"config": None}})
+                    content = vars(result) | {"entry": result.entry.as_json()}
+                    self._journal.append({"row": list(key), "variant": variant.name, "result": content})
         return [self._results[key, variant.name, str(config)] for variant, config in jobs]
 
     def order(self, results: list[Result], fill: str) -> list[Result]:
         """Return the results with cycles, the fastest first; those with a fault come last."""
         def sort_key(result):
             cycles = result.cycles[fill] * time_penalty(result.reason, result.spills)
-            return result.reason is not None, cycles, result.shared_memory, str(result.config)
+            return result.reason is not None, cycles, result.entry.shared_memory, str(result.config)
 
         return sorted((result for result in results if result.cycles), key=sort_key)
 
-    def choose(self, key: tuple, results: list[Result]) -> Row:
-        """Return the row made of the best of these results. Raise NothingFits."""
+    def choose(self, key: tuple, results: list[Result]) -> Row | None:
+        """Return the row made of the best of these results, or None if none fits."""
         orders = {fill: self.order(results, fill) for fill in FILLS}
-        if not orders["filled"]:
-            faults = "; ".join(f"{result.config}: {result.fault}" for result in results)
-            raise NothingFits(f"{self._gpu.name}, {key}: expected a config that fits, got none ({faults})")
         pick = self._pick_float32 if key[1] == 4 else self._pick
         entries = {fill: pick(key, order) for fill, order in orders.items()}
+        if None in entries.values():
+            return None
         chosen = {entry.config for entry in entries.values()}
         others = [result for result in orders["filled"] if result.config not in chosen]
         others += [result for result in results if not result.cycles]
         return Row(*key, **entries, rejected={str(result.config): self._reason(key, result) for result in others[:REJECTED]})
 
-    def _pick_float32(self, key, order) -> Entry:
+    def _pick_float32(self, key, order) -> Entry | None:
         """Return the first config that fits with TF32 too, with the larger of both binaries' resources."""
         variant = Variant(example_problem(key, "filled", self._gpu), "tf32", "tf32")
         for result in order:
-            tf32, = self.compile(key, [result.config], [variant])
-            if tf32.registers and tf32.entry.fits(self._gpu):
-                return replace(result.entry, shared_memory=max(result.shared_memory, tf32.shared_memory),
-                               tensor_memory=max(result.tensor_memory, tf32.tensor_memory),
-                               occupancy=min(result.occupancy, tf32.occupancy))
-            self._faults[key, result.config] = [tf32.fault]
-        raise NothingFits(f"{self._gpu.name}, {key}: expected a config that fits with TF32, got {len(order)} that do not")
+            entry, tf32 = result.entry, self.compile(key, [result.config], [variant])[0].entry
+            if tf32.registers and tf32.fits(self._gpu):
+                return replace(entry, shared_memory=max(entry.shared_memory, tf32.shared_memory),
+                               tensor_memory=max(entry.tensor_memory, tf32.tensor_memory),
+                               occupancy=min(entry.occupancy, tf32.occupancy))
+            self._faults[key, result.config] = [tf32.accepted_fault]
+        return None
 
-    def _pick(self, key, order) -> Entry:
+    def _pick(self, key, order) -> Entry | None:
         """Return the first config without a fault in any variant, else the one with the fewest."""
         least = None
         for result in [result for result in order[:ATTEMPTS] if result.reason is None]:
@@ -268,7 +238,9 @@ class Builder:
                 return result.entry
             if least is None or len(faults) < len(least[1]):
                 least = result, faults
-        return replace(least[0].entry, accepted_fault="; ".join(least[1])) if least else order[0].entry
+        if least is None:
+            return order[0].entry if order else None
+        return replace(least[0].entry, accepted_fault="; ".join(least[1]))
 
     def faults(self, key: tuple, config: Config) -> list[str]:
         """Return the faults of a config on the other problems of its row and with the second Triton."""
@@ -278,7 +250,7 @@ class Builder:
             variants.append(Variant(example_problem(key, "filled", self._gpu), "by another Triton", second=True))
         results = self.compile(key, [config], variants) if variants else []
         self._faults[key, config] = [
-            f"{result.fault}, {variant.name}" for result, variant in zip(results, variants)
+            f"{result.entry.accepted_fault}, {variant.name}" for result, variant in zip(results, variants)
             if result.reason and not (variant.second and result.reason == "spill" and result.spills <= LIGHT_SPILLS)]
         return self._faults[key, config]
 
@@ -324,22 +296,20 @@ def path_of(gpu: Gpu, folder: Path = FOLDER) -> Path:
     return folder / f"{environment.slug(gpu.name)}.json"
 
 
-def build(gpu: Gpu, folder: Path = FOLDER, work: Path = Path("build"), jobs: int | None = None, like: Gpu | None = None,
-          also: str | None = None) -> Path:
+def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, folder: Path = FOLDER, work: Path = WORK) -> Path:
     """Build all rows of a GPU's table, then write the file and return its path.
 
-    like: another GPU, whose rows offer configs. also: a Python with another Triton. Results are kept in a journal in `work`.
+    like: another GPU, whose table to start from. also: a Python with another Triton. Results are kept in a journal in `work`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = path_of(gpu, folder)
-    old = read_table(path).rows if path.exists() else {}
+    path, start = path_of(gpu, folder), path_of(like or gpu, folder)
+    old = read_table(start).rows if like or start.exists() else {}
     tritons = {"triton": triton.__version__} | ({"second_triton": triton_of(also)} if also else {})
-    plan = {"gpu": gpu.name, "source": environment.source_digest(Path(__file__), patterns=DECISIVE)} | tritons
-    second_workers = Workers(jobs, python=also) if also else contextlib.nullcontext()
-    with Journal(work / f"table-{path.stem}-{digest(plan)}.jsonl", plan) as journal, Workers(jobs) as workers, \
+    # an edit of the package begins a new journal
+    plan = {"gpu": gpu.name, "source": environment.source_digest(Path(__file__), patterns=("**/*.py",))} | tritons
+    second_workers = Workers(python=also) if also else contextlib.nullcontext()
+    with Journal(work / f"table-{path.stem}-{digest(plan)}.jsonl", plan) as journal, Workers() as workers, \
             second_workers as second:
-        builder = Builder(gpu, journal, workers, second, old, read_table(path_of(like)).rows if like else None)
-        rows = {}
+        builder, rows = Builder(gpu, journal, workers, second, old, search=like is None), {}
         # searched rows come first, because the others look at them
         for key in sorted(row_keys_of(gpu), key=lambda key: not searched(key)):
             rows[key] = row = builder.row(key, rows)
@@ -361,51 +331,40 @@ def triton_of(python: str) -> str:
 def build_from_sweeps(gpu: Gpu, runs: list[trials.Run], folder: Path = FOLDER) -> Path:
     """Replace the entries of a GPU's shipped table that sweeps measured, write the table to `folder` and return its path.
 
-    An entry gets the config with the least geometric mean of its slowdowns (its time over the best time) over all problems
+    An entry gets the config with the least geometric mean of its times, as multiples of the incumbent's, over all problems
     of the entry. Raise ValueError for a synthetic sweep, and for one of another GPU or of other kernels than the table.
     """
     path = path_of(gpu)
-    table = read_table(path)
+    table, timed = read_table(path), defaultdict(lambda: defaultdict(list))  # {(row key, fill): {config: a trial per problem}}
     for run in runs:
         if run.synthetic:
             raise ValueError("config_table: expected measured sweeps, got a synthetic one")
         if run.plan["source"] != table.provenance["kernel_hash"] or not table.matches(Gpu(tensor_memory=0, **run.plan["gpu"])):
             raise ValueError(f"{path}: expected a sweep of the GPU and the kernels of this table, got one of {run.plan['gpu']}")
-    for (key, fill), by_config in slowdowns(runs, gpu).items():
-        config = least_slowdown(by_config)
+        for job in run.jobs:
+            at = next(row_keys(job.kernel, job.problem)), gpu_fill(job.kernel, job.problem, gpu)
+            for name, trial in comparable(run.of(job)).items():
+                config = Config.parse(name)
+                # a table holds no tile larger than a block mask's
+                if (trial.status == "ok" or name == job.incumbent) and max(config.block_m, config.block_n) <= TILE:
+                    timed[at][config].append(trial)
+    for (key, fill), by_config in timed.items():
+        config = fastest(by_config)
         # of the binaries for several problems, the one with the most shared memory
-        static = max((run.of(job)[config].static for run in runs for job in run.jobs if config in run.of(job)
-                      and next(row_keys(job.kernel, job.problem)) == key), key=lambda static: static.get("shared_memory", 0))
-        entry = Entry(Config.parse(config), "measured", static.get("registers"), static.get("shared_memory", 0),
+        static = max((trial.static for trial in by_config[config]), key=lambda static: static.get("shared_memory", 0))
+        entry = Entry(config, "measured", static.get("registers"), static.get("shared_memory", 0),
                       static.get("tensor_memory", 0), static.get("occupancy"), static.get("bound"))
         row = table.rows.get(key) or Row(*key, filled=entry, underfilled=entry)
-        rejected = {name: reason for name, reason in row.rejected.items() if name != config}
+        rejected = {name: reason for name, reason in row.rejected.items() if name != str(config)}
         table.rows[key] = replace(row, **{fill: entry}, rejected=rejected)
     return write_table(table, folder)
 
 
-def slowdowns(runs: list[trials.Run], gpu: Gpu) -> dict:
-    """Return {(row key, fill): {config: [slowdown on each problem, None if it was not timed]}}."""
-    entries = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        for job in run.jobs:
-            key, fill = next(row_keys(job.kernel, job.problem)), gpu_fill(job.kernel, job.problem, gpu)
-            # a table holds no tile larger than a block mask's
-            timed = {name: trial for name, trial in comparable(run.of(job)).items()
-                     if (trial.status == "ok" or name == job.incumbent)
-                     and max(Config.parse(name).block_m, Config.parse(name).block_n) <= TILE}
-            best = min((trial.ratio for trial in timed.values()), default=None)
-            for name in job.configs if timed else ():
-                entries[key, fill][name].append(timed[name].ratio / best if name in timed else None)
-    return {at: dict(by_config) for at, by_config in entries.items()}
-
-
-def least_slowdown(by_config: dict) -> str:
+def fastest(by_config: dict[Config, list[trials.Trial]]) -> Config:
     """Return the config with the least geometric mean, out of those that were timed on the most problems."""
-    times = {name: [x for x in ratios if x is not None] for name, ratios in by_config.items()}
-    most = max(map(len, times.values()))
-    return min((name for name, ratios in times.items() if len(ratios) == most),
-               key=lambda name: (math.fsum(map(math.log, times[name])), name))
+    most = max(map(len, by_config.values()))
+    return min((config for config, group in by_config.items() if len(group) == most),
+               key=lambda config: (geometric_mean(trial.ratio for trial in by_config[config]), str(config)))
 
 
 def restamp(gpu: Gpu, workers: Workers, folder: Path = FOLDER) -> Path:
@@ -429,44 +388,29 @@ def restamp(gpu: Gpu, workers: Workers, folder: Path = FOLDER) -> Path:
     return write_table(replace(table, provenance=table.provenance | {"kernel_hash": kernel_hash()}), folder)
 
 
-def gpu_named(name: str) -> Gpu:
-    """Return a GPU by model or architecture."""
-    try:
-        return gpus.KNOWN.get(name.lower()) or gpus.named(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}; or an architecture: {', '.join(gpus.KNOWN)}") from None
-
-
-def parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     top = argparse.ArgumentParser(prog="python -m perf.config_table", description="Build the shipped tables of configs.")
-    top.add_argument("gpus", type=gpu_named, nargs="+", metavar="GPU", help="model or architecture: h200, sm_80")
+    top.add_argument("gpus", nargs="+", metavar="GPU", help="model: h200, a100")
     mode = top.add_mutually_exclusive_group()
     mode.add_argument("--from-sweeps", type=Path, nargs="+", metavar="FOLDER", help="replace rows by what sweeps measured")
     mode.add_argument("--restamp", action="store_true", help="accept edited kernels if the binaries are the same")
-    mode.add_argument("--like", type=gpu_named, metavar="GPU", help="try the configs of this GPU instead of a search: faster")
+    mode.add_argument("--like", metavar="GPU", help="start from this GPU's table and search only rows with a fault: faster")
     top.add_argument("--also", metavar="PYTHON", help="a Python with another Triton that must compile the configs well too")
-    top.add_argument("--work", type=Path, default=Path("build"), metavar="FOLDER", help="journals (default: %(default)s)")
-    top.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help="where tables go (default: the package)")
-    top.add_argument("--jobs", type=int, metavar="N", help="compilers in parallel (default: one per core)")
-    return top
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0 is success, 1 an error in the input."""
-    arguments = parser().parse_args(argv)
+    arguments = top.parse_args(argv)
     try:
-        for gpu in arguments.gpus:
+        like = gpus.named(arguments.like) if arguments.like else None
+        for gpu in map(gpus.named, arguments.gpus):
             if arguments.restamp:
-                with Workers(arguments.jobs) as workers:
-                    path = restamp(gpu, workers, arguments.out)
+                with Workers() as workers:
+                    path = restamp(gpu, workers)
             elif arguments.from_sweeps:
-                path = build_from_sweeps(gpu, [trials.read(folder) for folder in arguments.from_sweeps], arguments.out)
+                path = build_from_sweeps(gpu, [trials.read(folder) for folder in arguments.from_sweeps])
             else:
-                path = build(gpu, arguments.out, arguments.work, arguments.jobs, arguments.like, arguments.also)
+                path = build(gpu, like, arguments.also)
             print(f"wrote {path}")
-    except (ValueError, OSError, NothingFits, TableError, JournalError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    except ValueError as error:
+        top.error(str(error))
     return 0
 
 

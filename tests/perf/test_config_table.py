@@ -44,16 +44,16 @@ class FakeWorkers:
         return map(self.compile, jobs)
 
 
-def result(text, filled, underfilled=None, reason=None, **fields):
+def result(text, filled, underfilled=None, reason=None, spills=0, note="", shared_memory=1000):
     cycles = {} if filled is None else {"filled": filled, "underfilled": underfilled or filled}
-    return Result(Config.parse(text), reason, **{"registers": 100, "shared_memory": 1000, "occupancy": 1, "bound": "issue",
-                                                 "cycles": cycles} | fields)
+    fault = f"{reason}: {note}".rstrip(": ") if reason else ""
+    entry = Entry(Config.parse(text), "static-model", 100, shared_memory, 0, 1, "issue", fault)
+    return Result(entry, reason, spills, cycles)
 
 
 def journal_of(key, results, **variants):
     """A journal with results for the row's example, and {variant: results} for others."""
-    return FakeJournal({"row": list(key), "variant": name, "config": str(each.config),
-                        "result": dataclasses.asdict(each) | {"config": None}}
+    return FakeJournal({"row": list(key), "variant": name, "result": vars(each) | {"entry": each.entry.as_json()}}
                        for name, group in {"": results, **variants}.items() for each in group)
 
 
@@ -76,8 +76,14 @@ def test_a_row_takes_the_fastest_config_of_each_fill_and_lists_the_others():
     assert row.rejected == {"16x16w4s1": "slower", "16x32w4s1": "spill"} and not row.filled.accepted_fault
     only = builder.choose(BOUNDED, results[2:3])
     assert str(only.filled.config) == "16x32w4s1" and only.filled.accepted_fault == "spill"
-    with pytest.raises(config_table.NothingFits, match=r"H200.*got none \(16x16w4s1: shared memory\)"):
-        builder.choose(BOUNDED, [result("16x16w4s1", None, reason="shared memory")])
+    assert builder.choose(BOUNDED, [result("16x16w4s1", None, reason="shared memory")]) is None
+
+
+def test_a_row_without_a_config_that_fits_is_an_error(monkeypatch):
+    monkeypatch.setattr(config_table, "candidates", lambda *_: [Config(32, 16, 4, 1)])
+    builder = Builder(H200, journal_of(BOUNDED, [result("32x16w4s1", None, reason="shared memory")]), None)
+    with pytest.raises(ValueError, match=r"H200.*expected a config that fits, got none \(32x16w4s1: shared memory\)"):
+        builder.row(BOUNDED, {})
 
 
 def test_the_modelled_time_of_spilling_configs_is_penalized():
@@ -89,15 +95,14 @@ def test_the_modelled_time_of_spilling_configs_is_penalized():
         "32x32w4s1", "64x32w4s2", "16x32w4s2", "32x16w4s2", "32x32w8s1", "64x16w4s2", "16x16w4s1"]
 
 
-def test_the_known_configs_are_those_of_the_old_row_of_neighbours_and_of_the_other_gpu():
+def test_the_known_configs_are_those_of_the_old_row_and_of_neighbours():
     key, narrower = ("forward", 2, 128, "edges"), ("forward", 2, 96, "edges")
-    builder = Builder(H200, FakeJournal(), None, None, {key: row_of(key, "64x64w4s2", "128x64w8s2e1")},
-                      {key: row_of(key, "128x128w8s3", "64x32w4s1")})
+    builder = Builder(H200, FakeJournal(), None, None, {key: row_of(key, "64x64w4s2", "128x64w8s1e1")})
     configs = builder.known_configs(key, {narrower: row_of(narrower, "32x32w4s2e1", "16x16w4s1")})
-    assert set(map(str, configs)) == {"64x64w4s2", "128x64w8s2e1", "32x32w4s2e1", "128x128w8s3e1", "64x32w4s1"}
+    assert set(map(str, configs)) == {"64x64w4s2e1", "128x64w8s1", "32x32w4s2e1"}, "Hopper has edge stages"
     exact = ("forward", 4, 64, "edges")
-    assert Builder(H200, FakeJournal(), None, None, {exact: row_of(exact, "64x16w4s2", "16x16w4s1")},
-                   {exact: row_of(exact, "32x32w4s1")}).known_configs(exact, {}) == {Config(64, 16, 4, 2)}
+    builder = Builder(H200, FakeJournal(), None, None, {exact: row_of(exact, "64x16w4s2", "16x16w4s1")})
+    assert builder.known_configs(exact, {}) == {Config(64, 16, 4, 2)}
 
 
 @pytest.mark.parametrize("key, on, stages", [
@@ -132,15 +137,15 @@ def test_largest_tiles_of_a_search():
     # wide heads of float32 spill with every config and take long to compile
     (("forward", 4, 256, "edges"), result("32x32w8s1", 2.0, reason="spill"), False),
 ], ids=str)
-@pytest.mark.parametrize("like", [{}, None])
-def test_a_row_is_searched_if_its_known_configs_have_faults(key, known, search, like, monkeypatch):
+@pytest.mark.parametrize("always", [False, True])
+def test_a_row_is_searched_if_its_known_configs_have_faults(key, known, search, always, monkeypatch):
     new = "16x32w4s1" if key[1] == 4 else "64x32w8s2e1"
     # with TF32, tiles of 64 rows do not fit
     tf32 = [result(text, 1.0, shared_memory=H200.shared_memory + text.startswith("64"), reason="shared memory")
             for text in (new, "64x16w4s1", "32x32w4s1", "32x32w8s1", "16x16w4s1")]
     monkeypatch.setattr(config_table, "candidates", lambda *_: [Config.parse(new)])
     journal = journal_of(key, [known, result(new, 1.0)], tf32=tf32)
-    row = Builder(H200, journal, None, None, {key: row_of(key, str(known.config))}, like).row(key, {})
+    row = Builder(H200, journal, None, None, {key: row_of(key, str(known.config))}, always).row(key, {})
     assert str(row.filled.config) == (new if search else str(known.config))
     assert set(row.rejected) == ({str(known.config)} if search else set())
 
@@ -149,8 +154,8 @@ def test_usual_rows_are_searched_but_not_with_like(monkeypatch):
     key = ("forward", 2, 256, "full")
     monkeypatch.setattr(config_table, "candidates", lambda *_: [Config(64, 32, 4, 2, 1)])
     journal = journal_of(key, [result("64x64w4s2e1", 2.0), result("64x32w4s2e1", 1.0)])
-    for like, config in ((None, "64x32w4s2e1"), ({}, "64x64w4s2e1")):
-        row = Builder(H200, journal, None, None, {key: row_of(key, "64x64w4s2e1")}, like).row(key, {})
+    for search, config in ((True, "64x32w4s2e1"), (False, "64x64w4s2e1")):
+        row = Builder(H200, journal, None, None, {key: row_of(key, "64x64w4s2e1")}, search).row(key, {})
         assert str(row.filled.config) == config
 
 
@@ -160,7 +165,7 @@ def test_configs_with_faults_on_other_problems_are_passed_over():
 
     def choose(**faults):
         """The row where these configs (c0 to c2) have these faults with a map and with lengths."""
-        variants = {f"with {name}": [dataclasses.replace(each, reason=reason, note=note) for each, (reason, note) in zip(
+        variants = {f"with {name}": [result(str(each.config), 1.0, reason=reason, note=note) for each, (reason, note) in zip(
             results, [faults.get(f"c{i}", {}).get(name, (None, "")) for i in range(3)])] for name in ("a map", "lengths")}
         return Builder(H200, journal_of(key, results, **variants), None).choose(key, results)
 
@@ -205,8 +210,7 @@ def test_a_float32_row_fits_with_tf32_and_records_the_larger_binary():
     assert [(job[2].block_m, job[4]) for job in workers.jobs] == [(64, "tf32"), (32, "tf32")], "each config once"
     again = Builder(H200, journal, None)
     assert again.choose(key, results) == row, "all results are in the journal"
-    with pytest.raises(config_table.NothingFits, match="expected a config that fits with TF32, got 1 that do not"):
-        again.choose(key, results[:1])
+    assert again.choose(key, results[:1]) is None
     refused = Builder(H200, FakeJournal(), FakeWorkers(
         lambda job: Failure("compile error", "refused") if job[2].block_m == 64 else GOOD)).choose(key, results)
     assert refused.rejected["64x32w4s1"] == "compile error"
@@ -218,17 +222,18 @@ def test_a_failure_that_may_not_repeat_is_not_kept_in_the_journal():
     builder = Builder(H200, journal, FakeWorkers(lambda job: failures[job[2].block_m]))
     reasons = {str(each.config): each.reason for each in builder.compile(BOUNDED, [Config(16, 16), Config(32, 32)])}
     assert reasons == {"16x16w4s2": "compile timeout", "32x32w4s2": "compile error"}
-    assert [entry["config"] for entry in journal.entries] == ["32x32w4s2"]
+    assert [entry["result"]["entry"]["config"] for entry in journal.entries] == ["32x32w4s2"]
 
 
 def test_a_result_holds_what_the_compiler_reported():
     underfilled = config_table.example_problem(("forward", 2, 128, "full"), "underfilled", H200)
     good = config_table.result_of(GOOD.config, GOOD, underfilled)
-    assert (good.reason, good.fault, good.entry.accepted_fault) == (None, "", "")
-    assert (good.registers, good.shared_memory, good.occupancy) == (GOOD.registers, GOOD.shared_memory, GOOD.occupancy)
+    entry = good.entry
+    assert (good.reason, entry.accepted_fault) == (None, "")
+    assert (entry.registers, entry.shared_memory, entry.occupancy) == (GOOD.registers, GOOD.shared_memory, GOOD.occupancy)
     assert good.cycles["filled"] != good.cycles["underfilled"] > 0
     faulty = config_table.result_of(GOOD.config, spilling(3), underfilled)
-    assert faulty.fault == faulty.entry.accepted_fault == "spill: 3 in the loop" and faulty.spills == 3
+    assert faulty.entry.accepted_fault == "spill: 3 in the loop" and faulty.spills == 3
     assert not config_table.result_of(GOOD.config, dataclasses.replace(GOOD, shared_memory=1 << 30), underfilled).cycles
 
 
@@ -256,9 +261,9 @@ config_table.row_keys_of = lambda gpu: [key]
 config_table.sensible = lambda key, config, gpu: str(config) in ("64x64w4s2e1", "128x128w8s2e1", "128x128w8s3e1")
 with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    path = config_table.build(on, folder, folder)
+    path = config_table.build(on, folder=folder, work=folder)
     table, journal = path.read_text(), next(folder.glob("*.jsonl")).read_text()
-    config_table.build(on, folder, folder)
+    config_table.build(on, folder=folder, work=folder)
     row = shipped.read_table(path).rows[key]
     print(json.dumps([table == path.read_text(), journal == next(folder.glob("*.jsonl")).read_text(), str(row.filled.config),
                       row.filled.registers, sorted(row.rejected) + [str(row.underfilled.config)]]))
@@ -305,23 +310,25 @@ def test_a_sweep_of_another_gpu_or_of_other_kernels_is_rejected(change, swept, t
         config_table.build_from_sweeps(H200, [dataclasses.replace(swept, plan=plan)], tmp_path)
 
 
-def test_slowdowns_leave_out_large_tiles_and_configs_timed_without_the_incumbent():
-    recorded = corpus.made_up()
-    job = recorded.jobs[0]
-    good, = (trial for trial in recorded.of(job).values() if trial.config == job.incumbent)
-    large = dataclasses.replace(good, config="256x64w8s2", samples=(1e-6,) * len(good.samples))
-    alone = dataclasses.replace(good, config="128x32w4s2", samples=(1e-6,), beside=())
-    fast = dataclasses.replace(good, config="32x64w4s2", samples=tuple(seconds / 2 for seconds in good.samples))
+def test_a_table_leaves_out_large_tiles_and_configs_timed_without_the_incumbent(swept, tmp_path):
+    job = next(job for job in swept.jobs if job.kernel == "forward")
+    good = swept.of(job)[job.incumbent]
+    large = dataclasses.replace(good, config="256x64w8s2e1", samples=tuple(seconds / 9 for seconds in good.samples))
+    alone = dataclasses.replace(good, config="128x32w4s2e1", samples=(1e-9,), beside=())
+    fast = dataclasses.replace(good, config="32x64w4s2e1", samples=tuple(seconds / 2 for seconds in good.samples))
     small = dataclasses.replace(job, configs=(job.incumbent, large.config, alone.config, fast.config))
-    run = dataclasses.replace(recorded, jobs=(small,), trials=(good, large, alone, fast))
-    (_, by_config), = config_table.slowdowns([run], H200).items()
-    assert by_config == {job.incumbent: [2.0], "256x64w8s2": [None], "128x32w4s2": [None], "32x64w4s2": [1.0]}
+    run = dataclasses.replace(swept, jobs=(small,), trials=(good, large, alone, fast))
+    new = shipped.read_table(config_table.build_from_sweeps(H200, [run], tmp_path))
+    assert str(new.rows[next(lookup.row_keys(job.kernel, job.problem))].filled.config) == fast.config
 
 
-def test_the_least_slowdown_is_over_all_problems():
-    by_config = {"a": [1.0, 1.5, 1.5], "b": [1.2, 1.2, 1.2], "c": [1.0, 1.0, None]}
-    assert config_table.least_slowdown(by_config) == "b", "c was not timed everywhere"
-    assert config_table.least_slowdown({"b": [1.0], "a": [1.0]}) == "a"
+def test_the_fastest_is_so_over_all_problems():
+    def group(*ratios):
+        return [runs.Trial("job", "config", "ok", samples=(ratio,), beside=(1.0,)) for ratio in ratios]
+
+    a, b, c = Config(16, 16), Config(32, 32), Config(64, 64)
+    assert config_table.fastest({a: group(1.0, 1.5, 1.5), b: group(1.2, 1.2, 1.2), c: group(1.0, 1.0)}) == b
+    assert config_table.fastest({b: group(1.0), a: group(1.0)}) == a
 
 
 # restamping and the command line
@@ -374,21 +381,19 @@ def test_a_table_is_not_restamped_with_another_version_of_triton(copied, monkeyp
         config_table.restamp(H200, FakeWorkers(None), copied[0])
 
 
-def test_the_command_line(monkeypatch, capsys, tmp_path):
+def test_the_command_line(monkeypatch, capsys):
     calls = []
     for name in ("build", "build_from_sweeps", "restamp"):
         monkeypatch.setattr(config_table, name, lambda on, *arguments, name=name: calls.append((name, on.name, *arguments)))
     monkeypatch.setattr(runs, "read", lambda folder: folder.name)
-    argv = ["h200", "sm_80", "--like", "l40s", "--also", "python3", "--out", str(tmp_path), "--jobs", "3"]
-    assert config_table.main(argv) == 0
-    assert [call[:3] for call in calls] == [("build", "H200", tmp_path), ("build", "A100", tmp_path)]
-    assert calls[0][4:] == (3, gpu.named("l40s"), "python3")
+    assert config_table.main(["h200", "a100", "--like", "l40s", "--also", "python3"]) == 0
+    assert calls == [("build", name, gpu.named("l40s"), "python3") for name in ("H200", "A100")]
     assert config_table.main(["h200", "--from-sweeps", "a", "b"]) == 0
-    assert calls[2] == ("build_from_sweeps", "H200", ["a", "b"], shipped.FOLDER)
+    assert calls[2] == ("build_from_sweeps", "H200", ["a", "b"])
     assert config_table.main(["h200", "--restamp"]) == 0 and calls[3][:2] == ("restamp", "H200")
-    for wrong in (["gtx"], [], ["h200", "--restamp", "--like", "a100"]):
-        with pytest.raises(SystemExit):
-            config_table.main(wrong)
     monkeypatch.setattr(config_table, "restamp", lambda *_: (_ for _ in ()).throw(ValueError("another binary")))
-    capsys.readouterr()
-    assert config_table.main(["h200", "--restamp"]) == 1 and capsys.readouterr().err == "another binary\n"
+    for wrong, message in ((["gtx"], "H200"), ([], "GPU"), (["h200", "--restamp", "--like", "a100"], "not allowed"),
+                           (["h200", "--restamp"], "another binary")):
+        with pytest.raises(SystemExit, match="2"):
+            config_table.main(wrong)
+        assert message in capsys.readouterr().err
