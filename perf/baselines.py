@@ -8,14 +8,12 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
@@ -25,6 +23,7 @@ from tritonattn import Problem, reference
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+FLASH_ATTN = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}  # modules
 
 
 class Unsupported(Exception):
@@ -56,21 +55,6 @@ def boolean_mask(problem: Problem, device) -> torch.Tensor:
     return reference.visible(problem.n_q, problem.n_k, window=problem.window, align=align(problem), device=device)
 
 
-def check_memory(problem: Problem, device, matrices: int, dtype: torch.dtype) -> None:
-    """Raise Unsupported if `matrices` score matrices [n_q, n_k] of every head in this dtype would not fit in memory.
-
-    Copies of keys and values, made to expand grouped heads or to convert the dtype, are counted too.
-    """
-    numbers = matrices * problem.n_q * problem.n_k
-    if problem.group > 1 or dtype != problem.dtype:
-        numbers += problem.n_k * (problem.d + problem.dv)
-    needed = math.prod(problem.batch) * problem.heads * numbers * dtype.itemsize
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
-    if needed > 0.35 * total:
-        raise Unsupported(f"score matrices and copies need {needed / 2**30:.0f} GiB, the limit is 35% of "
-                          f"{total / 2**30:.0f} GiB")
-
-
 def ours(problem, device, **options):
     """Return tritonattn.attention for this problem, with the config that the library chooses."""
     return functools.partial(tritonattn.attention, window=problem.window, align=align(problem), **options)
@@ -90,9 +74,6 @@ def sdpa_mask(problem, device, backend=None):
 
 def sdpa(problem, device, backend=None):
     """Return torch's SDPA. `backend` names the backend that the caller's context forces, if any."""
-    if backend == "math":
-        # the math backend computes 16-bit inputs in float32
-        check_memory(problem, device, 6, torch.promote_types(problem.dtype, torch.float32))
     causal, mask = sdpa_mask(problem, device, backend)
 
     def attention(q, k, v):
@@ -101,18 +82,12 @@ def sdpa(problem, device, backend=None):
     return attention
 
 
-def sdpa_choice(problem: Problem, q, k, v) -> str:
-    """Return the backend that torch's SDPA selects for these tensors."""
-    grouped = problem.group > 1
+def sdpa_choice(problem: Problem, q, k, v) -> str | None:
+    """Return the backend that torch's SDPA selects for these tensors; None where a CausalBias selects it."""
     causal, mask = sdpa_mask(problem, q.device)
     if isinstance(mask, CausalBias):
-        parameters = SDPAParams(q, k, v, None, 0.0, False, grouped)
-        if can_use_flash_attention(parameters):
-            return "flash"
-        if can_use_efficient_attention(parameters):
-            return "efficient"
-        mask = boolean_mask(problem, q.device)
-    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=grouped)
+        return None
+    choice = torch._fused_sdp_choice(q, k, v, mask, 0.0, causal, enable_gqa=problem.group > 1)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
@@ -140,7 +115,6 @@ def flex(problem, device):
 
 def eager(problem, device):
     """Return softmax(Q K^T) V as separate torch operations."""
-    check_memory(problem, device, 4, problem.dtype)
     hidden = None if problem.mask == "full" else ~boolean_mask(problem, device)
     scale, group = problem.d**-0.5, problem.group
 
@@ -153,15 +127,6 @@ def eager(problem, device):
     return attention
 
 
-def length_first(function) -> Attention:
-    """Wrap a function of [batch, length, heads, size] to take [batch, heads, length, size]."""
-    def attention(q, k, v):
-        o = function(q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2))
-        return (o[0] if isinstance(o, tuple) else o).transpose(-3, -2)
-
-    return attention
-
-
 def flash_attn(problem, device, module):
     """Return the function of a flash-attn package; versions 2, 3 and 4 share the signature."""
     if problem.mask != "full" and problem.shift != problem.n_k - problem.n_q:
@@ -169,29 +134,14 @@ def flash_attn(problem, device, module):
     options = {"causal": problem.mask == "causal"}
     if problem.mask == "window":
         options["window_size"] = tuple(-1 if side is None else side for side in problem.window)
-    return length_first(functools.partial(importlib.import_module(module).flash_attn_func, **options))
-
-
-def xformers(problem, device):
-    """Return xFormers' memory-efficient attention."""
-    import xformers.ops as ops
-    from xformers.ops import fmha
-
-    if problem.mask == "window":
-        raise Unsupported("sliding windows are not benchmarked with xFormers")
-    bias = None
-    if problem.mask == "causal":
-        bias = fmha.attn_bias.LowerTriangularFromBottomRightMask() if problem.shift else ops.LowerTriangularMask()
-    group = problem.group
+    function = importlib.import_module(module).flash_attn_func
 
     def attention(q, k, v):
-        if group > 1:
-            q = q.unflatten(2, (-1, group))
-            k, v = (x.unsqueeze(3).expand(-1, -1, -1, group, -1) for x in (k, v))
-        o = ops.memory_efficient_attention(q, k, v, attn_bias=bias)
-        return o.flatten(2, 3) if group > 1 else o
+        # [batch, length, heads, size]
+        o = function(q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2), **options)
+        return (o[0] if isinstance(o, tuple) else o).transpose(-3, -2)
 
-    return length_first(attention)
+    return attention
 
 
 def import_error(module: str) -> str | None:
@@ -209,17 +159,10 @@ def package_version(module: str) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(set(names))) or "unknown"
 
 
-def package(name: str, build, module: str, missing: str | None) -> Implementation:
-    """Return the implementation of a separate package. `missing` is a reason that holds even if it is installed."""
-    missing = missing or import_error(module)
-    return Implementation(name, build, missing, "" if missing else package_version(module))
-
-
 @functools.cache
 def implementations(device_type: str) -> dict[str, Implementation]:
     """Return all implementations by name, ours first; `missing` is set for those that cannot run here."""
     no_gpu = None if device_type == "cuda" else "needs a GPU"
-    versions = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}
     everything = [
         Implementation("tritonattn", ours, version=tritonattn.__version__),
         Implementation("tritonattn-plain-grad", functools.partial(ours, precise_grad=False), version=tritonattn.__version__),
@@ -228,8 +171,8 @@ def implementations(device_type: str) -> dict[str, Implementation]:
                          context=functools.partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()),
         Implementation("flex", flex, no_gpu),
         Implementation("eager", eager),
-        *(package(name, functools.partial(flash_attn, module=module), module, no_gpu) for name, module in versions.items()),
-        package("xformers", xformers, "xformers.ops", no_gpu)]
+        *(Implementation(name, functools.partial(flash_attn, module=module), no_gpu or import_error(module),
+                         package_version(module)) for name, module in FLASH_ATTN.items())]
     return {implementation.name: implementation for implementation in everything}
 
 

@@ -9,7 +9,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,11 +19,10 @@ from tritonattn.measure import accuracy, device_timer, timing
 
 from .baselines import Implementation, Unsupported, align, sdpa_choice
 from .cases import Case
+from .results import OURS
 
 FLOAT32_PAIRS = 2**31  # (query, key) pairs above which 16-bit results are checked against float32 instead of float64
 MAX_COPIES = 32        # copies of small inputs, rotated so that none is in the cache
-SPIN, SPINS = "spin_kernel", 100  # kernels that precede the profiled ones: a profiler session may lose its first
-NONE = MappingProxyType({})
 KERNELS = {"forward": ("forward",), "backward": ("delta", "dq", "dkdv"), "both": ("forward", "delta", "dq", "dkdv")}
 TENSORS = {"forward": ("o",), "backward": ("dq", "dk", "dv"), "both": ("o", "dq", "dk", "dv")}
 
@@ -43,10 +41,6 @@ class Expected(NamedTuple):
     exact: dict[str, torch.Tensor]
     allowed: dict[str, float]
 
-    def errors(self, names, tensors) -> dict[str, list[float]]:
-        """Return {name: [error, allowed error]}."""
-        return {name: [accuracy.max_error(x, self.exact[name]), self.allowed[name]] for name, x in zip(names, tensors)}
-
 
 @dataclass
 class Setup:
@@ -64,31 +58,30 @@ class Setup:
             self._expected = (case, expected_tensors(case, inputs))
         return self._expected[1]
 
-    @property
-    def input_limit(self) -> int:
-        """Bytes that the tensors of a job may take."""
-        return torch.cuda.get_device_properties(self.device).total_memory // 2 if self.device.type == "cuda" else 4 << 30
-
 
 def measure_job(setup: Setup, case: Case, direction: str, implementations: list[Implementation],
-                excluded: Mapping[str, str] = NONE) -> dict:
+                excluded: Mapping[str, str]) -> dict:
     """Return {"results": {name: outcome}, "state": device state} as the journal stores it.
 
     `excluded` maps names of implementations that must not run to the reason. Raises DeviceLost.
     """
     needed = case.problem.bytes("forward" if direction == "forward" else "backward")
-    if needed > setup.input_limit:
-        reason = f"the tensors need {needed / 2**30:.0f} GiB, the limit is {setup.input_limit / 2**30:.0f} GiB"
+    cuda = setup.device.type == "cuda"
+    limit = torch.cuda.get_device_properties(setup.device).total_memory // 2 if cuda else 4 << 30
+    if needed > limit:
+        reason = f"the tensors need {needed / 2**30:.0f} GiB, the limit is {limit / 2**30:.0f} GiB"
         return {"results": {each.name: {"status": "refused", "reason": reason} for each in implementations}, "state": None}
     outcomes, ready = {}, {}
     with setup.timer.context():
         inputs = draw_inputs(case.problem, setup.device, copies_needed(case.problem, setup.timer.cache_bytes))
         expected = setup.expected(case, inputs[0])
         for each in implementations:
-            if reason := excluded.get(each.name):
+            if each.missing:
+                outcomes[each.name] = {"status": "missing", "reason": each.missing}
+            elif reason := excluded.get(each.name):
                 outcomes[each.name] = {"status": "failed", "reason": reason}
             else:
-                outcomes[each.name] = check(setup, each, case, direction, inputs, expected, ready)
+                outcomes[each.name] = check(setup, each, case.problem, direction, inputs, expected, ready)
         timings, states = _time(setup, ready, outcomes)
     for name, result in timings.items():
         outcomes[name] = timed_outcome(result, outcomes[name]["details"])
@@ -128,34 +121,34 @@ def expected_tensors(case: Case, inputs) -> Expected:
     return Expected(exact, allowed)
 
 
-def check(setup: Setup, each: Implementation, case: Case, direction: str, inputs, expected: Expected, ready: dict) -> dict:
+def check(setup: Setup, each: Implementation, problem: Problem, direction: str, inputs, expected: Expected,
+          ready: dict) -> dict:
     """Run an implementation, compare it with the expected tensors, and return its outcome. Raises DeviceLost.
 
     The calls of a correct implementation are added to `ready`, to be timed.
     """
-    if each.missing:
-        return {"status": "missing", "reason": each.missing}
     try:
         with each.context():
-            function = each.build(case.problem, setup.device)
-            calls = [CALLS[direction](function, *copy) for copy in inputs]
+            function = each.build(problem, setup.device)
+            calls = [call_of(direction, function, *copy) for copy in inputs]
             first = calls[0]()
-            errors = expected.errors(TENSORS[direction], first)
-            details = {"errors": errors, "repeatable": all(map(torch.equal, first, calls[0]()))}
-            if wrong := [name for name, (error, allowed) in errors.items() if not error <= allowed]:
-                reason = ", ".join(f"{name}: error {errors[name][0]:.1e}, limit {errors[name][1]:.1e}" for name in wrong)
-                # JSON has no infinity
-                details["errors"] = {name: [error if math.isfinite(error) else None, allowed]
-                                     for name, (error, allowed) in errors.items()}
-                return {"status": "wrong", "reason": reason, "details": details}
+            errors = {name: (accuracy.max_error(x, expected.exact[name]), expected.allowed[name])
+                      for name, x in zip(TENSORS[direction], first)}
+            # JSON has no infinity
+            details = {"errors": {name: [error if math.isfinite(error) else None, allowed]
+                                  for name, (error, allowed) in errors.items()},
+                       "repeatable": all(map(torch.equal, first, calls[0]()))}
+            wrong = [f"{name}: error {error:.1e}, limit {allowed:.1e}" for name, (error, allowed) in errors.items()
+                     if not error <= allowed]
+            if wrong:
+                return {"status": "wrong", "reason": ", ".join(wrong), "details": details}
             del first
-            details |= {"peak_bytes": setup.timer.peak_bytes(calls[0]),
-                        **_choices(each, case.problem, direction, inputs[0], setup.device)}
+            details |= {"peak_bytes": setup.timer.peak_bytes(calls[0])} | choices(each, problem, direction, inputs[0])
     except Unsupported as error:
         return {"status": "refused", "reason": str(error)}
     except Exception as error:
         return failure(setup, each.name, error)
-    ready[each.name] = timing.Timed(calls, case.problem.bytes(), each.context)
+    ready[each.name] = timing.Timed(calls, problem.bytes(), each.context)
     return {"status": "ok", "details": details}
 
 
@@ -170,74 +163,29 @@ def failure(setup: Setup, name: str, error: Exception) -> dict:
     return {"status": "refused" if "No available kernel" in reason else "failed", "reason": reason}
 
 
-def _forward(function, q, k, v, do):
-    return lambda: (function(q, k, v),)
-
-
-def _both(function, q, k, v, do):
+def call_of(direction: str, function, q, k, v, do):
+    """Return a function that runs one direction and returns its tensors; for "backward", the forward pass has run."""
+    if direction == "forward":
+        return lambda: (function(q, k, v),)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    if direction == "backward":
+        o = function(*leaves)
+        return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
 
-    def call():
+    def both():
         o = function(*leaves)
         return o.detach(), *torch.autograd.grad(o, leaves, do)
 
-    return call
+    return both
 
 
-def _backward(function, q, k, v, do):
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = function(*leaves)
-    return lambda: torch.autograd.grad(o, leaves, do, retain_graph=True)
-
-
-CALLS = {"forward": _forward, "backward": _backward, "both": _both}
-
-
-def kernel_names(setup: Setup, case: Case, direction: str, implementations: list[Implementation]) -> dict[str, list[str]]:
-    """Return {implementation: names of the kernels it runs}. Do not time in this process afterwards. Raises DeviceLost."""
-    names = {}
-    with setup.timer.context():
-        for each in implementations:
-            try:
-                with each.context():
-                    function = each.build(case.problem, setup.device)
-                    call = CALLS[direction](function, *draw_inputs(case.problem, setup.device, 1)[0])
-                    names[each.name] = profile_kernels(call, setup.device)
-            except Exception as error:
-                names[each.name] = [f"not read: {failure(setup, each.name, error)['reason']}"]
-    return names
-
-
-def profile_kernels(call, device, most: int = 6) -> list[str]:
-    """Return the names of the kernels that a call runs on a GPU, by decreasing time; ["not seen"] if there are none."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    call()  # compile first
-    torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(SPINS):
-            torch.cuda._sleep(1000)
-        torch.cuda.synchronize(device)
-        for _ in range(3):
-            call()
-        torch.cuda.synchronize(device)
-    seconds = Counter()
-    for event in profiler.events():
-        if event.device_type == DeviceType.CUDA and SPIN not in event.name:
-            seconds[event.name[:160]] += event.self_device_time_total
-    return [name for name, _ in seconds.most_common(most)] or ["not seen"]
-
-
-def _choices(each: Implementation, problem: Problem, direction, inputs, device) -> dict:
+def choices(each: Implementation, problem: Problem, direction: str, inputs) -> dict:
     """Return what an implementation selects by itself: our configs, the backend of torch's SDPA."""
-    if each.name.startswith("tritonattn"):
-        this_gpu = gpu.gpu_of(device)
+    q, k, v = (x.detach().requires_grad_(direction != "forward") for x in inputs[:3])
+    if each.name.startswith(OURS):
+        this_gpu = gpu.gpu_of(q.device)
         return {"configs": {kernel: str(lookup.get_config(kernel, problem, this_gpu)) for kernel in KERNELS[direction]}}
-    if each.name == "torch" and device.type == "cuda":
-        q, k, v = (x.detach().requires_grad_(direction != "forward") for x in inputs[:3])
-        return {"backend": sdpa_choice(problem, q, k, v)}
-    return {}
+    return {"backend": sdpa_choice(problem, q, k, v)} if each.name == "torch" and q.is_cuda else {}
 
 
 def _time(setup, ready, outcomes):

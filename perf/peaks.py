@@ -1,11 +1,10 @@
-"""Measure the peak rates of this GPU and the backends torch's SDPA selects: python -m perf.peaks --out FILE
+"""Measure the peak rates of this GPU: python -m perf.peaks --out FILE
 
 The rates of a large matrix product and a large copy show how much of the datasheet's peak this GPU reaches under its
 clocks, power limit and cooling.
 """
 
 import argparse
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,11 +13,7 @@ import torch
 
 from tritonattn.measure import device_timer, environment, journal, timing
 
-from . import baselines, cases
-from .measure import draw_inputs
-
 MATMUL, COPY = 8192, 4 << 30  # rows and columns; bytes, read and written
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def peaks(timer, device: torch.device, size: int = MATMUL, count: int = COPY // 2) -> dict:
@@ -34,18 +29,6 @@ def peaks(timer, device: torch.device, size: int = MATMUL, count: int = COPY // 
                    "unit": amounts[name][1], "throttled": x.mostly_throttled} for name, x in timings.items()}
 
 
-def backends(device: torch.device) -> dict[str, str]:
-    """Return {problem and direction: the backend that torch's SDPA selects}."""
-    choices = {}
-    for dtype, d, (mask, window) in itertools.product(DTYPES, (64, 128, 192, 256), cases.MASKS.items()):
-        problem = cases.problem(1, 8, 1024, d, window, dtype=dtype)
-        q, k, v, _ = draw_inputs(problem, device, 1)[0]
-        for direction in ("inference", "training"):
-            leaves = [x.requires_grad_(direction == "training") for x in (q, k, v)]
-            choices[f"{str(dtype)[6:]} d{d} {mask} {direction}"] = baselines.sdpa_choice(problem, *leaves)
-    return choices
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the rates and write one JSON file."""
     parser = argparse.ArgumentParser("python -m perf.peaks", description=__doc__.split(":")[0] + ".")
@@ -55,8 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("perf.peaks needs a GPU, and torch detects none")
     device = torch.device("cuda")
     rates = peaks(device_timer.timer_of(device), device)
-    content = {"environment": environment.environment_of(device), "date": journal.now(), "peaks": rates,
-               "backends": backends(device)}
+    content = {"environment": environment.environment_of(device), "date": journal.now(), "peaks": rates}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(content, indent=1))
     for name, peak in rates.items():

@@ -3,10 +3,10 @@
     <gpu>/<suite>-<digest>.jsonl     line 1: the plan, with the environment     then: journal entries, one per event
 
 A job is one case in one direction with every implementation. Its entry is written when the job is complete. Each process
-that works on a plan adds a session with its commit. The names of the kernels are added after all timing.
+that works on a plan adds a session with its commit.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tritonattn import Problem
@@ -87,13 +87,10 @@ def read(path: Path) -> Run:
     environment = {"date": head["begun"]} | head["plan"]["environment"]
     for entry in entries:
         environment |= {"commit": entry["session"]["commit"]} if "session" in entry else {}
-    kernels = {entry["named"]: entry["kernels"] for entry in entries if "named" in entry}
-    return Run(path, environment, [job_of(entry, kernels.get(entry["job"])) for entry in entries if "results" in entry])
+    return Run(path, environment, [job_of(entry) for entry in entries if "results" in entry])
 
 
-def job_of(entry: dict, kernels: dict[str, list[str]] | None = None) -> Job:
-    """Return the job of a journal entry, with the kernels that each implementation ran, if they are known."""
+def job_of(entry: dict) -> Job:
+    """Return the job of a journal entry."""
     results = {name: Result(name, **fields) for name, fields in entry["results"].items()}
-    for name, names in (kernels or {}).items():
-        results[name] = replace(results[name], details=(results[name].details or {}) | {"kernels": names})
     return Job(entry["suite"], entry["case"], Problem.from_json(entry["problem"]), entry["direction"], results)

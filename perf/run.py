@@ -3,7 +3,7 @@
 Each job is one case in one direction: every implementation is checked against the definition, and the correct ones are
 timed together, interleaved. Each job adds a line to <out>/<gpu>/<suite>-<digest>.jsonl. The digest covers the cases, the
 implementations and their versions, the timing budget, the GPU, the software versions and the source that runs. After an
-interruption or a kill, the same command continues with the jobs that are left. The names of the kernels are read last.
+interruption or a kill, the same command continues with the jobs that are left.
 
 Exit codes: 0 complete, or the time is up; 1 tritonattn is wrong or failed; 2 wrong usage; 3 the device is lost: run again,
 the implementation that lost it is excluded; 130 after Ctrl-C or SIGTERM.
@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,9 +29,8 @@ from tritonattn.measure.journal import Journal, JournalError
 from . import baselines, cases, measure, results
 from .cases import Case
 
-DEVICE_LOST = 3    # exit code
-MAX_ATTEMPTS = 2   # crashes after which a job is skipped; device losses after which a baseline is excluded
-NAMING_SHARE = 0.1 # share of --minutes reserved for reading kernel names
+DEVICE_LOST = 3   # exit code
+MAX_ATTEMPTS = 2  # crashes after which a job is skipped; device losses after which a baseline is excluded
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 INTERPRETED_BUDGET = timing.TimingBudget(seconds=1.0, rounds=(3, 5), settle=(0.0, 0.0))
 SETUP_SECONDS = {"flex": 20.0}  # estimate of the time before timing, mostly compilation; 2.5 s for all others
@@ -49,11 +47,10 @@ class Plan:
     environment: dict
     commit: str | None = None  # not in the digest: committing results must not invalidate them
 
-    def jobs(self) -> Iterator[tuple[str, Case, str]]:
-        """Yield (name, case, direction)."""
-        for case in self.cases:
-            for direction in case.directions:
-                yield f"{self.suite}/{case.name}/{direction}", case, direction
+    def jobs(self) -> list[tuple[str, Case, str]]:
+        """Return (name, case, direction) of each job."""
+        return [(f"{self.suite}/{case.name}/{direction}", case, direction)
+                for case in self.cases for direction in case.directions]
 
     def as_json(self) -> dict:
         described = [{"name": case.name, "problem": case.problem.as_json(), "directions": list(case.directions)}
@@ -79,7 +76,7 @@ def run(plan: Plan, path: Path, setup: measure.Setup, deadline: float = float("i
     """
     now = setup.timer.now
     with Journal(path, plan.as_json()) as book:
-        done = {entry["job"]: entry for entry in book.entries if "results" in entry}
+        done = {entry["job"]: results.job_of(entry) for entry in book.entries if "results" in entry}
         pending = [job for job in plan.jobs() if job[0] not in done]
         if pending:
             book.append({"session": {"commit": plan.commit, "time": journal.now()}})
@@ -91,60 +88,34 @@ def run(plan: Plan, path: Path, setup: measure.Setup, deadline: float = float("i
             done[name] = _run_job(plan, book, setup, name, case, direction)
             expected = (now() - start) / (count + 1)
             minutes = (total - len(done)) * expected / 60
-            print(f"[{len(done)}/{total}] {name}: {verdict(results.job_of(done[name]))}; {minutes:.0f} min left", flush=True)
-        return [results.job_of(done[name]) for name, *_ in plan.jobs() if name in done]
+            print(f"[{len(done)}/{total}] {name}: {verdict(done[name])}; {minutes:.0f} min left", flush=True)
+        return [done[name] for name, *_ in plan.jobs() if name in done]
 
 
-def _run_job(plan, book, setup, name, case, direction) -> dict:
-    """Measure one job and write its entry. A job that crashed the process MAX_ATTEMPTS times is written as failed."""
+def _run_job(plan, book, setup, name, case, direction) -> results.Job:
+    """Measure one job, write its entry and return it. An error fails the job, unless the process or the device is lost."""
     if crashes(book.entries, name) >= MAX_ATTEMPTS:
         outcome = _failed(plan, f"the process crashed {MAX_ATTEMPTS} times in this job")
     else:
-        outcome = _attempt(plan, book, setup, name, case, direction)
-    entry = {"job": name, "suite": plan.suite, "case": case.name, "problem": case.problem.as_json(), "direction": direction,
-             "time": journal.now()} | outcome
-    book.append(entry)
-    return entry
-
-
-def _attempt(plan, book, setup, name, case, direction) -> dict:
-    """Measure one job. Every error becomes an outcome, unless the process or the device is lost."""
-    book.append({"began": name})
-    try:
-        return measure.measure_job(setup, case, direction, plan.implementations, excluded(book.entries, name))
-    except measure.DeviceLost as lost:
-        book.append({"lost": name, "implementation": lost.name, "reason": f"lost the device: {lost.reason}"})
-        raise
-    except KeyboardInterrupt:
-        book.append({"interrupted": name})
-        raise
-    except Exception as error:
-        # in the inputs, the definition or the timer; a device that is lost here counts as a crash of the job
-        return _failed(plan, measure.failure(setup, "inputs or reference", error)["reason"])
+        book.append({"began": name})
+        try:
+            outcome = measure.measure_job(setup, case, direction, plan.implementations, excluded(book.entries, name))
+        except measure.DeviceLost as lost:
+            book.append({"lost": name, "implementation": lost.name, "reason": f"lost the device: {lost.reason}"})
+            raise
+        except KeyboardInterrupt:
+            book.append({"interrupted": name})
+            raise
+        except Exception as error:
+            # in the inputs, the definition or the timer; a device that is lost here counts as a crash of the job
+            outcome = _failed(plan, measure.failure(setup, "inputs or reference", error)["reason"])
+    book.append({"job": name, "suite": plan.suite, "case": case.name, "problem": case.problem.as_json(),
+                 "direction": direction, "time": journal.now()} | outcome)
+    return results.job_of(book.entries[-1])
 
 
 def _failed(plan, reason) -> dict:
     return {"results": {each.name: {"status": "failed", "reason": reason} for each in plan.implementations}, "state": None}
-
-
-def name_kernels(plan: Plan, path: Path, setup: measure.Setup, deadline: float = float("inf")) -> None:
-    """Write the kernels that each implementation ran in every complete job, until the deadline.
-
-    This comes after all timing: a profiler may slow down the launches of its process for good.
-    Raises measure.DeviceLost, JournalError.
-    """
-    by_name = {each.name: each for each in plan.implementations}
-    with Journal(path, plan.as_json()) as book:
-        done = {entry["job"]: entry["results"] for entry in book.entries if "results" in entry}
-        attempts = Counter(entry["naming"] for entry in book.entries if "naming" in entry)
-        named = {entry["named"] for entry in book.entries if "named" in entry}
-        for name, case, direction in plan.jobs():
-            if setup.timer.now() > deadline:
-                return
-            if name in done and name not in named and attempts[name] < MAX_ATTEMPTS:
-                book.append({"naming": name})
-                timed = [by_name[each] for each, result in done[name].items() if result["status"] == "ok"]
-                book.append({"named": name, "kernels": measure.kernel_names(setup, case, direction, timed)})
 
 
 def crashes(entries: list[dict], name: str) -> int:
@@ -196,15 +167,15 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--baselines", default="all", metavar="NAMES", help='comma-separated names, or "all" (default)')
     top.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR", help="default: perf/results")
     top.add_argument("--dtype", choices=DTYPES, help="default: that of each case, mostly bfloat16")
-    top.add_argument("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    top.add_argument("--seconds", type=_positive, metavar="S", help="samples per implementation and job (default: 0.5)")
-    top.add_argument("--minutes", type=_positive, metavar="M", help="stop before a job that would end later")
+    top.add_argument("--seconds", type=positive, metavar="S", help="samples per implementation and job (default: 0.5)")
+    top.add_argument("--minutes", type=positive, metavar="M", help="stop before a job that would end later")
     top.add_argument("--commit", metavar="ID", help="commit to record, for a source tree without its repository")
     top.add_argument("--dry-run", action="store_true", help="print the plan and the estimated duration, and exit")
     return top
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """Return a positive number, for argparse."""
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
@@ -226,16 +197,6 @@ def make_plan(arguments, device: torch.device) -> Plan:
     return Plan(arguments.suite, suite, selected, budget, facts, arguments.commit or commit)
 
 
-def select_device(arguments, top: argparse.ArgumentParser) -> torch.device:
-    """Return the device to run on, by default a GPU if there is one. Exit with an error if kernels cannot run on it."""
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu"))
-    if device.type == "cpu" and not gpu.INTERPRETED and not arguments.dry_run:
-        top.error("no GPU was found: set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
-    if device.type == "cuda" and (gpu.INTERPRETED or not torch.cuda.is_available()):
-        top.error("--device cuda needs a GPU that torch detects, and TRITON_INTERPRET unset")
-    return device
-
-
 @contextlib.contextmanager
 def interruptible():
     """Turn SIGTERM into KeyboardInterrupt, and SIGINT too where a background shell ignores it."""
@@ -247,24 +208,13 @@ def interruptible():
             signal.signal(number, handler)
 
 
-def execute(plan: Plan, path: Path, device: torch.device, start: float, minutes: float | None) -> list[results.Job]:
-    """Run the pending jobs, then read the names of kernels, within `minutes` of the start. Raises what `run` raises."""
-    seconds = 60 * minutes if minutes else float("inf")
-    setup = measure.Setup(device, device_timer.timer_of(device), plan.budget)
-    if device.type != "cuda":
-        return run(plan, path, setup, start + seconds)
-    if plan.environment["sensors"] != "NVML":
-        print(f"throttling is not recorded: {plan.environment['sensors']}", file=sys.stderr, flush=True)
-    done = run(plan, path, setup, start + (1 - NAMING_SHARE) * seconds)
-    name_kernels(plan, path, setup, start + seconds)
-    return done
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     top, start = parser(), time.perf_counter()
     arguments = top.parse_args(argv)
-    device = select_device(arguments, top)
+    device = torch.device("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu")
+    if device.type == "cpu" and not gpu.INTERPRETED and not arguments.dry_run:
+        top.error("no GPU was found: set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter")
     try:
         plan = make_plan(arguments, device)
     except ValueError as error:
@@ -274,9 +224,12 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(plan, path))
         return 0
     print(f"results: {path}", flush=True)
+    if device.type == "cuda" and plan.environment["sensors"] != "NVML":
+        print(f"throttling is not recorded: {plan.environment['sensors']}", file=sys.stderr, flush=True)
+    deadline = start + 60 * arguments.minutes if arguments.minutes else float("inf")
     try:
         with interruptible():
-            done = execute(plan, path, device, start, arguments.minutes)
+            done = run(plan, path, measure.Setup(device, device_timer.timer_of(device), plan.budget), deadline)
     except JournalError as error:
         print(error, file=sys.stderr)
         return 2

@@ -73,15 +73,9 @@ def test_mask_for_sdpa(name, backend, causal, kind):
         assert torch.equal(mask == 0, baselines.boolean_mask(PROBLEMS[name], CPU)) and mask.unique().tolist() == [-torch.inf, 0]
 
 
-@pytest.mark.parametrize(("flash", "efficient", "choice"), [(True, True, "flash"), (False, True, "efficient"),
-                                                            (False, False, "cudnn")])
-def test_sdpa_choice_for_a_bottom_right_mask(flash, efficient, choice, monkeypatch):
-    monkeypatch.setattr(baselines, "can_use_flash_attention", lambda parameters: flash)
-    monkeypatch.setattr(baselines, "can_use_efficient_attention", lambda parameters: efficient)
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda q, k, v, mask, dropout, causal, enable_gqa: (
-        SDPBackend.CUDNN_ATTENTION.value if mask.dtype == torch.bool and enable_gqa and not causal else -1))
+def test_sdpa_choice_is_unknown_where_a_causal_bias_makes_it():
     problem = PROBLEMS["grouped, bottom right"]
-    assert baselines.sdpa_choice(problem, *draw_inputs(problem, CPU, 1)[0][:3]) == choice
+    assert baselines.sdpa_choice(problem, *draw_inputs(problem, CPU, 1)[0][:3]) is None
 
 
 @pytest.mark.interpreted
@@ -126,50 +120,10 @@ def test_flash_attn_does_not_support_top_left_masks(monkeypatch):
         baselines.flash_attn(PROBLEMS["causal, more keys"], CPU, "flash_attn")
 
 
-def xformers_attention(q, k, v, attn_bias=None):
-    """[batch, length, heads, size] or [batch, length, groups, heads, size], with equal heads of q, k and v."""
-    assert q.shape[2:-1] == k.shape[2:-1] == v.shape[2:-1]
-    shape = q.shape
-    q, k, v = (x.flatten(2, -2).transpose(1, 2) for x in (q, k, v))
-    causal = attn_bias is not None
-    return reference.attention(q, k, v, causal=causal, align=attn_bias).transpose(1, 2).reshape(*shape[:-1], -1)
-
-
-@pytest.mark.parametrize("name", ["full", "causal", "causal, more keys", "grouped, bottom right"])
-def test_xformers_is_correct(name, monkeypatch):
-    package = fake_module(monkeypatch, "xformers")
-    package.ops = fake_module(monkeypatch, "xformers.ops", memory_efficient_attention=xformers_attention,
-                           LowerTriangularMask=lambda: "top_left")
-    package.ops.fmha = fake_module(monkeypatch, "xformers.ops.fmha", attn_bias=types.SimpleNamespace(
-        LowerTriangularFromBottomRightMask=lambda: "bottom_right"))
-    assert_correct(baselines.xformers(PROBLEMS[name], CPU), PROBLEMS[name])
-
-
 def test_missing_implementations_have_a_reason():
     known = baselines.implementations("cpu")
     assert known["cudnn"].missing == known["flex"].missing == "needs a GPU" and known["torch"].missing is None
     assert baselines.import_error("no_such_package") == "ModuleNotFoundError: No module named 'no_such_package'"
-
-
-def test_score_matrices_that_exceed_memory_are_unsupported():
-    with pytest.raises(Unsupported, match=r"need 1024 GiB, the limit is 35% of 8 GiB"):
-        baselines.eager(make_problem(1, 8, 131072, 64), CPU)
-    # in float32, with keys and values in float32 too
-    with pytest.raises(Unsupported, match=r"need 3072 GiB, the limit is 35% of 8 GiB"):
-        baselines.implementations("cpu")["math"].build(make_problem(1, 8, 131072, 64), CPU)
-
-
-@pytest.mark.parametrize(("heads", "dtype", "needed"), [
-    (8, F32, 4 * 8 * 4 * 2**20), ((8, 1), F32, (4 * 2**20 + 2**20 * 128) * 8 * 4),
-    (8, torch.bfloat16, (4 * 2**20 + 2**20 * 128) * 8 * 4),
-])
-def test_copies_of_keys_and_values_count(heads, dtype, needed, monkeypatch):
-    expanded, device = make_problem(1, heads, (1, 2**20), 64, dtype=dtype), torch.device("cuda")
-    for total, fails in ((needed / 0.36, True), (needed / 0.34, False)):
-        properties = types.SimpleNamespace(total_memory=total)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, properties=properties: properties)
-        with pytest.raises(Unsupported) if fails else contextlib.nullcontext():
-            baselines.check_memory(expanded, device, 4, F32)
 
 
 def test_version_names_the_distributions_of_a_module():
@@ -215,5 +169,3 @@ def test_bottom_right_masks_are_correct_on_a_gpu(backend, device):
     with baseline.context():
         o = baseline.build(problem, device)(q, k, v)
     torch.testing.assert_close(o, expected(problem, q, k, v), atol=2e-2, rtol=2e-2)
-    if backend == "torch":
-        assert baselines.sdpa_choice(problem, q, k, v) == "flash"

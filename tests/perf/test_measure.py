@@ -1,8 +1,8 @@
 """Jobs: wrong implementations are not timed, failures have a reason, and outcomes record what ran."""
 
 import contextlib
-import types
 import weakref
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def implementation(name, function):
     return Implementation(name, lambda problem, device: function)
 
 
-def outcome(gpu, implementations, direction="forward", case=CASE, **options):
-    return measure.measure_job(measure.Setup(CPU, gpu, BUDGET), case, direction, implementations, **options)
+def outcome(gpu, implementations, direction="forward", case=CASE, excluded=MappingProxyType({})):
+    return measure.measure_job(measure.Setup(CPU, gpu, BUDGET), case, direction, implementations, excluded)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
@@ -58,8 +58,7 @@ def test_correct_implementation_is_timed(direction):
         assert result["status"] == "ok" and result["seconds"] == pytest.approx(2 * seconds if direction == "both" else seconds)
         assert set(result["details"]["errors"]) == set(measure.TENSORS[direction]) and result["details"]["repeatable"]
         assert all(error <= allowed for error, allowed in result["details"]["errors"].values())
-        # profiling comes after all timing
-        assert result["details"]["peak_bytes"] == 4096 and "kernels" not in result["details"]
+        assert result["details"]["peak_bytes"] == 4096
     assert outcomes["state"]["clock"] == 1980.0 and outcomes["state"]["rounds"] > 0
 
 
@@ -177,47 +176,6 @@ def test_definition_that_is_not_finite_is_an_error(spoil, monkeypatch):
         measure.expected_tensors(case, measure.draw_inputs(case.problem, CPU, 1)[0])
 
 
-class FakeProfile:
-    """A profiler that loses the first kernels of a session."""
-
-    def __init__(self, log, loses):
-        self.log, self.loses = log, loses
-
-    def __call__(self, activities):
-        return self
-
-    def __enter__(self):
-        self.log.clear()
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def events(self):
-        cuda = torch.autograd.DeviceType.CUDA
-        return [types.SimpleNamespace(name=name, device_type=cuda, self_device_time_total=time)
-                for name, time in self.log[self.loses:]]
-
-
-@pytest.mark.parametrize(("loses", "names"), [(0, ["long", "short"]), (measure.SPINS, ["long", "short"]),
-                                              (10**6, ["not seen"])])
-def test_kernel_names_survive_a_profiler_that_loses_the_first(loses, names, monkeypatch):
-    log = []
-    monkeypatch.setattr(torch.profiler, "profile", FakeProfile(log, loses))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(("at::cuda::spin_kernel(long)", 50)), raising=False)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    assert measure.profile_kernels(lambda: log.extend([("short", 3), ("long", 5)]), CPU) == names
-
-
-def test_kernel_names_that_cannot_be_read_have_a_reason(monkeypatch):
-    calls = []
-    monkeypatch.setattr(measure, "profile_kernels", lambda call, device: [call()[0].shape, calls.append(1)][:1])
-    setup = measure.Setup(CPU, FakeGpu(), BUDGET)
-    both = [implementation("a", correct), Implementation("b", raising(TypeError("no")))]
-    names = measure.kernel_names(setup, CASE, "both", both)
-    assert names == {"a": [torch.Size([2, 4, 16, 8])], "b": ["not read: TypeError: no"]} and len(calls) == 1
-
-
 def test_lost_device_raises():
     gpu = FakeGpu()
 
@@ -270,14 +228,6 @@ def test_large_problems_are_checked_against_float32(monkeypatch):
             assert dtypes[-2:] == [exact, dtype]
 
 
-@pytest.mark.gpu
-def test_kernel_names_on_a_gpu(device):
-    x = torch.randn(4096, 4096, device=device)
-    names = measure.profile_kernels(lambda: (x @ x).softmax(-1), device)
-    assert any("gemm" in name.lower() or "cutlass" in name.lower() for name in names)
-    assert any("softmax" in name.lower() for name in names)
-
-
 @pytest.fixture
 def nondeterministic(unwritten_memory_is_nan):
     """Turn off deterministic algorithms, which cuDNN does not have."""
@@ -291,5 +241,5 @@ def test_baselines_are_correct_and_timed_in_every_direction(direction, device):
     known, timer = baselines.implementations("cuda"), device_timer.timer_of(device)
     case = Case("causal 512", problem(2, 4, 512, 64, CAUSAL), ("forward", "backward", "both"))
     selected = [known[name] for name in ("tritonattn", "torch", "cudnn", "flash", "efficient", "flex", "eager")]
-    outcomes = measure.measure_job(measure.Setup(torch.device(device), timer, BUDGET), case, direction, selected)["results"]
+    outcomes = measure.measure_job(measure.Setup(torch.device(device), timer, BUDGET), case, direction, selected, {})["results"]
     assert {name: result["status"] for name, result in outcomes.items()} == {each.name: "ok" for each in selected}, outcomes
