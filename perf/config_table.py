@@ -19,9 +19,10 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,7 +31,7 @@ from tritonattn import __version__
 from tritonattn import gpu as gpus
 from tritonattn.analysis.cost_model import estimate
 from tritonattn.autotune import trials
-from tritonattn.autotune.prune import candidates, check_config, check_report, time_penalty
+from tritonattn.autotune.prune import Verdict, candidates, check_config, check_report, ranked
 from tritonattn.autotune.replay import comparable
 from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.block_mask import TILE
@@ -40,7 +41,7 @@ from tritonattn.configs.lookup import gpu_fill, mask_class, row_keys
 from tritonattn.configs.shipped import FILLS, FOLDER, MASKS, WIDTHS, Entry, Row, Table, gpu_fingerprint, read_table, write_table
 from tritonattn.gpu import Gpu
 from tritonattn.measure import environment
-from tritonattn.measure.journal import Journal, digest
+from tritonattn.measure.journal import digest
 from tritonattn.problem import Problem
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
@@ -48,7 +49,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 CHECKED_WIDTHS = (64, 128)  # head sizes whose 16-bit rows are checked on the other problems that they serve
 ATTEMPTS = 12      # configs of a row that are checked before the one with the fewest faults is accepted
 LIGHT_SPILLS = 16  # spilling instructions in a loop that are tolerated with the second Triton
-WORK = Path("build")  # where the journals go
+WORK = Path("build")  # where the rows of unfinished tables are
 REJECTED = 8       # rejected configs that a row lists, the fastest first
 
 
@@ -98,8 +99,7 @@ def other_problems(key: tuple) -> dict[str, Problem]:
     return {name: problem for name, problem in problems.items() if mask_class(kernel, problem) == mask}
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One way in which the configs of a row are compiled; the row's example has no name."""
 
     problem: Problem
@@ -108,156 +108,128 @@ class Variant:
     second: bool = False  # by the second Triton
 
 
-@dataclass(frozen=True)
-class Result:
-    """One compiled config. Without cycles there is no binary, or it does not fit, or its loop was not recognised."""
-
-    entry: Entry                                # with its fault; no registers: there is no binary
-    reason: str | None = None                   # one of prune.REASONS, None without a fault
-    spills: int = 0                             # instructions in the loop
-    cycles: dict = field(default_factory=dict)  # {fill: modelled cycles}
-
-    @property
-    def config(self) -> Config:
-        return self.entry.config
+def fault_of(verdict: Verdict) -> str:
+    """Return the reason against a config, with its note."""
+    return f"{verdict.reason}: {verdict.note}".rstrip(": ") if verdict.reason else ""
 
 
-def result_of(config: Config, compiled, underfilled: Problem) -> Result:
-    """Return the result for a KernelReport or a Failure."""
-    if isinstance(compiled, Failure):
-        fault = f"{compiled.code}: {compiled.message}"
-        return Result(Entry(config, "static-model", 0, 0, 0, 0, None, fault), compiled.code)
-    verdict, cycles, bound = check_report(compiled), {}, None
-    if verdict.estimate is not None:
-        small = estimate(replace(compiled, problem=underfilled))
-        cycles, bound = {"filled": verdict.estimate.cycles, "underfilled": small.cycles}, verdict.estimate.bound
-    fault = f"{verdict.reason}: {verdict.note}".rstrip(": ") if verdict.reason else ""
-    entry = Entry(config, "static-model", compiled.registers, compiled.shared_memory, compiled.tensor_memory,
-                  compiled.occupancy, bound, fault)
-    return Result(entry, verdict.reason, compiled.loop_spills or 0, cycles)
+def entry_of(verdict: Verdict) -> Entry:
+    """Return the entry of a config that fits."""
+    report = verdict.report
+    return Entry(verdict.config, "static-model", report.registers, report.shared_memory, report.tensor_memory,
+                 report.occupancy, verdict.estimate.bound, fault_of(verdict))
 
 
-class Builder:
-    """Makes the rows of one GPU's table; `old` are the rows to start from, `second` compiles with another Triton."""
+class RowBuilder:
+    """Compiles configs for one row of a GPU's table and chooses among them; `second` compiles with another Triton."""
 
-    def __init__(self, gpu: Gpu, journal: Journal, workers: Workers, second: Workers | None = None, old: dict | None = None,
-                 search: bool = True):
-        """search: whether the usual rows are searched even if the known configs have no fault."""
-        self._gpu, self._journal, self._workers, self._second = gpu, journal, workers, second
-        self._old, self._search = old or {}, search
-        self._faults: dict[tuple, list[str]] = {}  # {(row, config): its faults in variants}
-        self._results = {(tuple(entry["row"]), entry["variant"], entry["result"]["entry"]["config"]):
-                         Result(**entry["result"] | {"entry": Entry.from_json(entry["result"]["entry"])})
-                         for entry in journal.entries}
+    def __init__(self, key: tuple, gpu: Gpu, workers: Workers, second: Workers | None = None):
+        self.key, self._gpu, self._workers, self._second = key, gpu, workers, second
+        self._examples = {fill: example_problem(key, fill, gpu) for fill in FILLS}
+        self._verdicts: dict[tuple[Variant, Config], Verdict] = {}
+        self._faults: dict[Config, list[str]] = {}  # in variants
 
-    def row(self, key: tuple, done: dict) -> Row:
-        """Return the row for a key; `done` are the rows made before. Raise ValueError if no config fits."""
-        configs = self.known_configs(key, done)
-        row = self.choose(key, self.compile(key, configs))
-        _, size, width, _ = key
+    def build(self, configs: set[Config], search: bool) -> Row:
+        """Return the row with the best of these configs, or of all candidates if each of these has a fault.
+
+        search: whether all candidates are compiled in any case. Raise ValueError if no config fits.
+        """
+        row = self.choose(configs)
+        kernel, size, width, _ = self.key
         # wide heads of float32 spill with every config and take long to compile
         faulty = row and (size == 2 or width <= 128) and (row.filled.accepted_fault or row.underfilled.accepted_fault)
-        if row is None or faulty or (self._search and searched(key)):
-            problem = example_problem(key, "filled", self._gpu)
-            configs |= {config for config in candidates(key[0], problem, self._gpu, stages_of(key, self._gpu))
-                        if sensible(key, config, self._gpu) and check_config(key[0], problem, config, self._gpu) is None}
-            results = self.compile(key, configs)
-            row = self.choose(key, results)
+        if row is None or faulty or search:
+            example = self._examples["filled"]
+            configs |= {config for config in candidates(kernel, example, self._gpu, stages_of(self.key, self._gpu))
+                        if sensible(self.key, config, self._gpu) and check_config(kernel, example, config, self._gpu) is None}
+            row = self.choose(configs)
             if row is None:
-                faults = "; ".join(f"{result.config}: {result.entry.accepted_fault}" for result in results)
-                raise ValueError(f"{self._gpu.name}, {key}: expected a config that fits, got none ({faults})")
+                faults = "; ".join(f"{verdict.config}: {fault_of(verdict)}" for verdict in self.compile(configs))
+                raise ValueError(f"{self._gpu.name}, {self.key}: expected a config that fits, got none ({faults})")
         return row
 
-    def known_configs(self, key: tuple, done: dict) -> set[Config]:
-        """Return the configs of the old row, and for 16-bit rows those it rejected and those of neighbouring widths."""
-        rows = [self._old.get(key)]
-        if key[1] == 4:
-            return {getattr(row, fill).config for row in rows if row for fill in FILLS}
-        rejected, at = map(Config.parse, rows[0].rejected if rows[0] else ()), WIDTHS.index(key[2])
-        rows += [done.get((*key[:2], width, key[3])) for width in WIDTHS[max(at - 1, 0):at + 2]]
-        # only Hopper leaves the edges out of its pipeline
-        edge_stages = 1 if self._gpu.arch == "sm_90" else None
-        return {replace(config, edge_stages=edge_stages if config.num_stages > 1 else None)
-                for config in (*rejected, *(getattr(row, fill).config for row in rows if row for fill in FILLS))}
-
-    def compile(self, key: tuple, configs: Iterable[Config], variants: Iterable[Variant] = ()) -> list[Result]:
-        """Return the results of every config in every variant (default: the row's example), from the journal if possible."""
-        variants = tuple(variants) or (Variant(example_problem(key, "filled", self._gpu)),)
+    def compile(self, configs: Iterable[Config], variants: Iterable[Variant] = ()) -> list[Verdict]:
+        """Return the verdicts on every config in every variant (default: the row's example)."""
+        variants = tuple(variants) or (Variant(self._examples["filled"]),)
         jobs = [(variant, config) for variant in variants for config in sorted(configs, key=str)]
-        underfilled = example_problem(key, "underfilled", self._gpu)
         for second, workers in ((False, self._workers), (True, self._second)):
-            missing = [(variant, config) for variant, config in jobs
-                       if variant.second == second and (key, variant.name, str(config)) not in self._results]
-            todo = [(key[0], variant.problem, config, self._gpu, variant.precision) for variant, config in missing]
-            for compiled, (variant, config) in zip(workers.map(todo) if todo else (), missing):
-                result = result_of(config, compiled, underfilled)
-                self._results[key, variant.name, str(config)] = result
-                if not isinstance(compiled, Failure) or compiled.lasting:
-                    content = vars(result) | {"entry": result.entry.as_json()}
-                    self._journal.append({"row": list(key), "variant": variant.name, "result": content})
-        return [self._results[key, variant.name, str(config)] for variant, config in jobs]
+            missing = [job for job in jobs if job[0].second == second and job not in self._verdicts]
+            todo = [(self.key[0], variant.problem, config, self._gpu, variant.precision) for variant, config in missing]
+            for result, job in zip(workers.map(todo) if todo else (), missing):
+                failed = isinstance(result, Failure)
+                self._verdicts[job] = Verdict(job[1], result.code, result.message) if failed else check_report(result)
+        return [self._verdicts[job] for job in jobs]
 
-    def order(self, results: list[Result], fill: str) -> list[Result]:
-        """Return the results with cycles, the fastest first; those with a fault come last."""
-        def sort_key(result):
-            cycles = result.cycles[fill] * time_penalty(result.reason, result.spills)
-            return result.reason is not None, cycles, result.entry.shared_memory, str(result.config)
-
-        return sorted((result for result in results if result.cycles), key=sort_key)
-
-    def choose(self, key: tuple, results: list[Result]) -> Row | None:
-        """Return the row made of the best of these results, or None if none fits."""
-        orders = {fill: self.order(results, fill) for fill in FILLS}
-        pick = self._pick_float32 if key[1] == 4 else self._pick
-        entries = {fill: pick(key, order) for fill, order in orders.items()}
+    def choose(self, configs: set[Config]) -> Row | None:
+        """Return the row made of the best of these configs, or None if none fits."""
+        verdicts = self.compile(configs)
+        orders = {fill: ranked(replace(verdict, estimate=estimate(replace(verdict.report, problem=problem)))
+                               for verdict in verdicts if verdict.estimate)
+                  for fill, problem in self._examples.items()}
+        pick = self._pick_float32 if self.key[1] == 4 else self._pick
+        entries = {fill: pick(order) for fill, order in orders.items()}
         if None in entries.values():
             return None
         chosen = {entry.config for entry in entries.values()}
-        others = [result for result in orders["filled"] if result.config not in chosen]
-        others += [result for result in results if not result.cycles]
-        return Row(*key, **entries, rejected={str(result.config): self._reason(key, result) for result in others[:REJECTED]})
+        others = [verdict for verdict in orders["filled"] if verdict.config not in chosen]
+        others += [verdict for verdict in verdicts if not verdict.estimate]
+        return Row(*self.key, **entries, rejected={str(verdict.config): self._reason(verdict) for verdict in others[:REJECTED]})
 
-    def _pick_float32(self, key, order) -> Entry | None:
+    def _pick_float32(self, order) -> Entry | None:
         """Return the first config that fits with TF32 too, with the larger of both binaries' resources."""
-        variant = Variant(example_problem(key, "filled", self._gpu), "tf32", "tf32")
-        for result in order:
-            entry, tf32 = result.entry, self.compile(key, [result.config], [variant])[0].entry
-            if tf32.registers and tf32.fits(self._gpu):
-                return replace(entry, shared_memory=max(entry.shared_memory, tf32.shared_memory),
-                               tensor_memory=max(entry.tensor_memory, tf32.tensor_memory),
-                               occupancy=min(entry.occupancy, tf32.occupancy))
-            self._faults[key, result.config] = [tf32.accepted_fault]
+        variant = Variant(self._examples["filled"], "tf32", "tf32")
+        for verdict in order:
+            entry, (tf32,) = entry_of(verdict), self.compile([verdict.config], [variant])
+            if tf32.report and tf32.report.fits:
+                return replace(entry, shared_memory=max(entry.shared_memory, tf32.report.shared_memory),
+                               tensor_memory=max(entry.tensor_memory, tf32.report.tensor_memory),
+                               occupancy=min(entry.occupancy, tf32.report.occupancy))
+            self._faults[verdict.config] = [fault_of(tf32)]
         return None
 
-    def _pick(self, key, order) -> Entry | None:
+    def _pick(self, order) -> Entry | None:
         """Return the first config without a fault in any variant, else the one with the fewest."""
         least = None
-        for result in [result for result in order[:ATTEMPTS] if result.reason is None]:
-            faults = self.faults(key, result.config)
+        for verdict in [verdict for verdict in order[:ATTEMPTS] if verdict.reason is None]:
+            faults = self.faults(verdict.config)
             if not faults:
-                return result.entry
+                return entry_of(verdict)
             if least is None or len(faults) < len(least[1]):
-                least = result, faults
+                least = verdict, faults
         if least is None:
-            return order[0].entry if order else None
-        return replace(least[0].entry, accepted_fault="; ".join(least[1]))
+            return entry_of(order[0]) if order else None
+        return replace(entry_of(least[0]), accepted_fault="; ".join(least[1]))
 
-    def faults(self, key: tuple, config: Config) -> list[str]:
+    def faults(self, config: Config) -> list[str]:
         """Return the faults of a config on the other problems of its row and with the second Triton."""
-        variants = [Variant(problem, f"with {name}") for name, problem in other_problems(key).items()]
-        if self._second and key[1] == 2 and key[2] in CHECKED_WIDTHS:
-            variants += [Variant(each.problem, f"{each.name} by another Triton", second=True) for each in variants]
-            variants.append(Variant(example_problem(key, "filled", self._gpu), "by another Triton", second=True))
-        results = self.compile(key, [config], variants) if variants else []
-        self._faults[key, config] = [
-            f"{result.entry.accepted_fault}, {variant.name}" for result, variant in zip(results, variants)
-            if result.reason and not (variant.second and result.reason == "spill" and result.spills <= LIGHT_SPILLS)]
-        return self._faults[key, config]
+        _, size, width, _ = self.key
+        variants = [Variant(problem, f"with {name}") for name, problem in other_problems(self.key).items()]
+        if self._second and size == 2 and width in CHECKED_WIDTHS:
+            variants += [variant._replace(name=f"{variant.name} by another Triton", second=True) for variant in variants]
+            variants.append(Variant(self._examples["filled"], "by another Triton", second=True))
+        verdicts = self.compile([config], variants) if variants else []
+        self._faults[config] = [
+            f"{fault_of(verdict)}, {variant.name}" for verdict, variant in zip(verdicts, variants) if verdict.reason
+            and not (variant.second and verdict.reason == "spill" and verdict.report.loop_spills <= LIGHT_SPILLS)]
+        return self._faults[config]
 
-    def _reason(self, key, result) -> str:
+    def _reason(self, verdict) -> str:
         """Return why a config was rejected: its own fault, else its first fault in another variant, else "slower"."""
-        faults = self._faults.get((key, result.config)) or ["slower"]
-        return result.reason or re.split("[:,]", faults[0])[0]
+        faults = self._faults.get(verdict.config) or ["slower"]
+        return verdict.reason or re.split("[:,]", faults[0])[0]
+
+
+def known_configs(key: tuple, gpu: Gpu, old: dict, done: dict) -> set[Config]:
+    """Return the configs of the old row, and for 16-bit rows those it rejected and those of neighbouring widths."""
+    rows = [old.get(key)]
+    if key[1] == 4:
+        return {getattr(row, fill).config for row in rows if row for fill in FILLS}
+    rejected, at = map(Config.parse, rows[0].rejected if rows[0] else ()), WIDTHS.index(key[2])
+    rows += [done.get((*key[:2], width, key[3])) for width in WIDTHS[max(at - 1, 0):at + 2]]
+    # only Hopper leaves the edges out of its pipeline
+    edge_stages = 1 if gpu.arch == "sm_90" else None
+    return {replace(config, edge_stages=edge_stages if config.num_stages > 1 else None)
+            for config in (*rejected, *(getattr(row, fill).config for row in rows if row for fill in FILLS))}
 
 
 def searched(key: tuple) -> bool:
@@ -299,25 +271,31 @@ def path_of(gpu: Gpu, folder: Path = FOLDER) -> Path:
 def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, folder: Path = FOLDER, work: Path = WORK) -> Path:
     """Build all rows of a GPU's table, then write the file and return its path.
 
-    like: another GPU, whose table to start from. also: a Python with another Triton. Results are kept in a journal in `work`.
+    like: another GPU, whose table to start from. also: a Python with another Triton. Rows are kept in `work` until the table
+    is complete; an edit of the package begins anew.
     """
     path, start = path_of(gpu, folder), path_of(like or gpu, folder)
     old = read_table(start).rows if like or start.exists() else {}
     tritons = {"triton": triton.__version__} | ({"second_triton": triton_of(also)} if also else {})
-    # an edit of the package begins a new journal
-    plan = {"gpu": gpu.name, "source": environment.source_digest(Path(__file__), patterns=("**/*.py",))} | tritons
-    second_workers = Workers(python=also) if also else contextlib.nullcontext()
-    with Journal(work / f"table-{path.stem}-{digest(plan)}.jsonl", plan) as journal, Workers() as workers, \
-            second_workers as second:
-        builder, rows = Builder(gpu, journal, workers, second, old, search=like is None), {}
+    source = environment.source_digest(Path(__file__), patterns=("**/*.py",))
+    plan = {"gpu": gpu.name, "like": like and like.name, "source": source} | tritons
+    work.mkdir(parents=True, exist_ok=True)
+    provenance = {"tritonattn": __version__, "kernel_hash": kernel_hash()} | tritons
+    table = Table(path.stem, {"name": gpu.name} | gpu_fingerprint(gpu), provenance, {})
+    partial = replace(table, name=f"{path.stem}-{digest(plan)}")
+    if (work / f"{partial.name}.json").exists():
+        partial.rows.update(read_table(work / f"{partial.name}.json").rows)
+    with Workers() as workers, Workers(python=also) if also else contextlib.nullcontext() as second:
         # searched rows come first, because the others look at them
         for key in sorted(row_keys_of(gpu), key=lambda key: not searched(key)):
-            rows[key] = row = builder.row(key, rows)
-            print(f"{gpu.name}  {key[0]:8} {8 * key[1]:2} bits  {key[2]:3}  {key[3]:6} {row.filled.config!s:14} "
-                  f"{row.underfilled.config!s:14} {row.filled.accepted_fault}", flush=True)
-    provenance = {"tritonattn": __version__, "kernel_hash": kernel_hash()} | tritons
-    rows = {key: rows[key] for key in row_keys_of(gpu)}
-    return write_table(Table(path.stem, {"name": gpu.name} | gpu_fingerprint(gpu), provenance, rows), folder)
+            if key not in partial.rows:
+                builder = RowBuilder(key, gpu, workers, second)
+                row = builder.build(known_configs(key, gpu, old, partial.rows), search=like is None and searched(key))
+                partial.rows[key] = row
+                write_table(partial, work)
+                print(f"{gpu.name}  {key[0]:8} {8 * key[1]:2} bits  {key[2]:3}  {key[3]:6} {row.filled.config!s:14} "
+                      f"{row.underfilled.config!s:14} {row.filled.accepted_fault}", flush=True)
+    return write_table(replace(table, rows={key: partial.rows[key] for key in row_keys_of(gpu)}), folder)
 
 
 def triton_of(python: str) -> str:
