@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +32,6 @@ from .cases import Case
 DEVICE_LOST = 3   # exit code
 MAX_ATTEMPTS = 2  # crashes after which a job is skipped; device losses after which a baseline is excluded
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-INTERPRETED_BUDGET = timing.TimingBudget(seconds=1.0, rounds=(3, 5), settle=(0.0, 0.0))
 SETUP_SECONDS = {"flex": 20.0}  # estimate of the time before timing, mostly compilation; 2.5 s for all others
 
 
@@ -167,7 +166,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--baselines", default="all", metavar="NAMES", help='comma-separated names, or "all" (default)')
     top.add_argument("--out", type=Path, default=results.RESULTS, metavar="DIR", help="default: perf/results")
     top.add_argument("--dtype", choices=DTYPES, help="default: that of each case, mostly bfloat16")
-    top.add_argument("--seconds", type=positive, metavar="S", help="samples per implementation and job (default: 0.5)")
+    top.add_argument("--seconds", type=positive, default=0.5, metavar="S",
+                     help="samples per implementation and job (default: %(default)s)")
     top.add_argument("--minutes", type=positive, metavar="M", help="stop before a job that would end later")
     top.add_argument("--commit", metavar="ID", help="commit to record, for a source tree without its repository")
     top.add_argument("--dry-run", action="store_true", help="print the plan and the estimated duration, and exit")
@@ -190,11 +190,9 @@ def make_plan(arguments, device: torch.device) -> Plan:
     # configs tuned on this machine are used here too, and other configs are other kernels
     tuned = {path.name: str(record.config) for path, record in user_cache.current_cache().records()}
     facts["tuned"] = journal.digest(tuned) if tuned else None
-    budget = timing.TimingBudget() if device.type == "cuda" else INTERPRETED_BUDGET
-    budget = replace(budget, seconds=arguments.seconds) if arguments.seconds else budget
-    suite = cases.suite(arguments.suite, DTYPES.get(arguments.dtype))
-    selected = baselines.select(arguments.baselines, device.type)
-    return Plan(arguments.suite, suite, selected, budget, facts, arguments.commit or commit)
+    return Plan(arguments.suite, cases.suite(arguments.suite, DTYPES.get(arguments.dtype)),
+                baselines.select(arguments.baselines, device.type), timing.TimingBudget(seconds=arguments.seconds), facts,
+                arguments.commit or commit)
 
 
 @contextlib.contextmanager

@@ -70,16 +70,14 @@ def source_digest(*extra: Path, patterns: tuple[str, ...] = RUNS) -> str:
 def commit() -> str | None:
     """Return the commit that is checked out, with "-dirty" if tracked files differ; None outside the package's repository."""
     def git(*arguments):
-        return subprocess.run(["git", "-C", PACKAGE.parent, *arguments], capture_output=True, text=True, timeout=20)
+        return subprocess.run(["git", "-C", PACKAGE.parent, *arguments], capture_output=True, check=True, text=True,
+                              timeout=20).stdout.strip()
 
     try:
-        head = git("rev-parse", "--show-toplevel", "HEAD")
-        if head.returncode or Path(head.stdout.split("\n")[0]) != PACKAGE.parent.resolve():
-            return None
-        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
+        inside = Path(git("rev-parse", "--show-toplevel")) == PACKAGE.parent.resolve()
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") if inside else None
+    except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.split("\n")[1][:12] + ("-dirty" if changed else "")
 
 
 def _version(name: str) -> str | None:
