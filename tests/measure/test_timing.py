@@ -239,8 +239,10 @@ class FakeNvml:
 def test_sensors_that_fail_once_cost_no_measurement(monkeypatch):
     nvml = FakeNvml()
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    sensors, reason = device_timer._Nvml.of(types.SimpleNamespace(uuid="1"))
-    assert reason is None and sensors.state() == State(0x48, 0x48, 0.072, ("hardware slowdown", "hardware thermal slowdown"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1"))
+    sensors = device_timer.Sensors("cuda")
+    slow = "hardware slowdown", "hardware thermal slowdown"
+    assert sensors.missing is None and sensors.state() == State(0x48, 0x48, 0.072, slow)
     nvml.fails = "nvmlDeviceGetPowerUsage"
     assert sensors.state() is None
 
@@ -251,7 +253,8 @@ def test_missing_sensors_have_a_reason(monkeypatch):
                            (FakeNvml("nvmlInit"), "NVML: Not Supported"), (None, "nvidia-ml-py is not installed"),
                            (FakeNvml(), None)):
         monkeypatch.setitem(sys.modules, "pynvml", module)
-        assert device_timer.missing_sensors("cuda") == reason
+        sensors = device_timer.Sensors("cuda")
+        assert sensors.missing == reason and (sensors.state() is None) == (reason is not None)
 
 
 @pytest.fixture

@@ -64,12 +64,11 @@ class Cuda:
 
     def __init__(self, device: torch.device):
         self.device = torch.device(device)
-        properties = torch.cuda.get_device_properties(self.device)
-        self.cache_bytes = properties.L2_cache_size
+        self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         self._filler = torch.zeros(self.cache_bytes // 2, dtype=torch.float32, device=self.device)  # twice the cache's size
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         self._stream = torch.cuda.Stream(self.device)
-        self._sensors, _ = _Nvml.of(properties)
+        self.state = Sensors(self.device).state
 
     def now(self) -> float:
         return time.perf_counter()
@@ -122,9 +121,6 @@ class Cuda:
             call()
         return graph.replay
 
-    def state(self) -> State | None:
-        return self._sensors.state() if self._sensors else None
-
     def peak_bytes(self, call: Call) -> int:
         """Return the peak of torch's allocated memory during a call, above what was allocated before."""
         self.synchronize()
@@ -135,36 +131,33 @@ class Cuda:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-class _Nvml:
-    """NVIDIA's sensors, if nvidia-ml-py is installed."""
+class Sensors:
+    """NVIDIA's sensors of a GPU, read with nvidia-ml-py; `missing` is the reason if they cannot be read."""
 
     # NVML's reasons for a limited clock, without an idle GPU and the user's own settings
     REASONS = {0x04: "power cap", 0x08: "hardware slowdown", 0x20: "software thermal slowdown",
                0x40: "hardware thermal slowdown", 0x80: "power brake"}
 
-    def __init__(self, nvml, handle):
-        self._nvml, self._handle = nvml, handle
-
-    @staticmethod
-    def of(properties) -> "tuple[_Nvml | None, str | None]":
-        """Return the sensors of a GPU, or the reason why there are none."""
+    def __init__(self, device: torch.device):
+        self.missing: str | None = None
         try:
             import pynvml
         except ImportError:
-            return None, "nvidia-ml-py is not installed"
+            self.missing = "nvidia-ml-py is not installed"
+            return
+        self._nvml = pynvml
         try:
             pynvml.nvmlInit()
-            sensors = _Nvml(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}"))
-            sensors._read()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            self._read()
         except pynvml.NVMLError as error:
             # a MIG slice has no sensors, and a container may lack the driver's library
-            return None, f"NVML: {error}"
-        return sensors, None
+            self.missing = f"NVML: {error}"
 
     def state(self) -> State | None:
         """Read the sensors; None if they fail, which must not end a measurement."""
         try:
-            return self._read()
+            return None if self.missing else self._read()
         except self._nvml.NVMLError:
             return None
 
@@ -175,11 +168,6 @@ class _Nvml:
                      nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
                      nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
                      tuple(reason for bit, reason in self.REASONS.items() if bits & bit))
-
-
-def missing_sensors(device: torch.device) -> str | None:
-    """Return why a GPU's sensors cannot be read; None if they can."""
-    return _Nvml.of(torch.cuda.get_device_properties(device))[1]
 
 
 def timer_of(device: torch.device) -> "Cuda | Host":

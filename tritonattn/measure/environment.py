@@ -30,7 +30,7 @@ def environment_of(device: torch.device) -> dict:
         "sms": model.sms if on_gpu else None,
         "l2_bytes": getattr(properties, "L2_cache_size", None),
         "memory_bytes": getattr(properties, "total_memory", None),
-        "sensors": (device_timer.missing_sensors(device) or "NVML") if on_gpu else None,
+        "sensors": (device_timer.Sensors(device).missing or "NVML") if on_gpu else None,
         "driver": driver_version() if on_gpu else None,
         "cuda": torch.version.cuda or torch.version.hip,
         "cudnn": torch.backends.cudnn.version() if on_gpu else None,
