@@ -6,14 +6,13 @@ ceilings of the GPU: all units overlapped, and matrix products in turn with expo
 
 import argparse
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tritonattn import Problem
 from tritonattn import gpu as gpus
 from tritonattn.gpu import Gpu
 from tritonattn.measure.journal import JournalError
@@ -26,57 +25,28 @@ MARKERS = "s^vDPX<>phd8*"
 CEILINGS = {"tflops": ("ceiling: all units overlapped", "-"), "serial_tflops": ("ceiling: products, then exponentials", ":")}
 
 
-class Panel(NamedTuple):
-    """The key of one pair of axes."""
-
-    d: int
-    mask: str
-    direction: str
+def grid_jobs(jobs: Iterable[Job]) -> list[Job]:
+    """Return the jobs on the papers' grid that were timed, by length."""
+    return sorted((job for job in jobs if cases.in_paper_grid(job.problem) and job.direction != "both" and job.timed),
+                  key=lambda job: job.problem.n_q)
 
 
-class Point(NamedTuple):
-    """A measured rate at one length, with the rates of the slow and the fast quantile."""
-
-    n: int
-    tflops: float
-    low: float
-    high: float
-    throttled: bool = False
-
-
-Curves = dict[Panel, dict[str, list[Point]]]
-
-
-def measured(jobs: Iterable[Job]) -> Curves:
-    """Return the points of every implementation on the papers' grid, sorted by length."""
-    curves = defaultdict(lambda: defaultdict(list))
-    for job in sorted(jobs, key=lambda job: job.problem.n_q):
-        if not cases.in_paper_grid(job.problem) or job.direction == "both":
-            continue
-        panel = curves[Panel(job.problem.d, job.problem.mask, job.direction)]
-        for name, result in job.results.items():
-            if result.status == "ok":
-                rates = [job.tflops(time or result.seconds) for time in (result.seconds, result.q80, result.q20)]
-                panel[name].append(Point(job.problem.n_q, *rates, result.throttled))
-    return curves
-
-
-def roofline(title: str, curves: Curves, gpu: Gpu | None) -> Figure:
-    """Draw curves, below the ceilings of a GPU if it is known."""
-    sizes = sorted({panel.d for panel in curves})
-    rows = sorted({(panel.mask, panel.direction) for panel in curves}, key=lambda row: (row[1] != "forward", row[0] != "full"))
-    names = sorted({name for panel in curves.values() for name in panel}, key=lambda name: (name != OURS, name))
+def roofline(title: str, jobs: list[Job], gpu: Gpu | None) -> Figure:
+    """Draw jobs on the papers' grid, below the ceilings of a GPU if it is known."""
+    sizes = sorted({job.problem.d for job in jobs})
+    rows = sorted({(job.problem.mask, job.direction) for job in jobs}, key=lambda row: (row[1] != "forward", row[0] != "full"))
+    names = sorted({name for job in jobs for name in job.timed}, key=lambda name: (name != OURS, name))
     figure = Figure(figsize=(2 + 3.2 * len(sizes), 2.2 + 2.2 * len(rows)), layout="constrained")
     grid = figure.subplots(len(rows), len(sizes), sharex=True, sharey=True, squeeze=False)
     for row, (mask, direction) in zip(grid, rows):
         for axes, d in zip(row, sizes):
             axes.set_title(f"{direction}, {mask}, head size {d}", fontsize=9)
-            panel = Panel(d, mask, direction)
+            panel = [job for job in jobs if (job.problem.d, job.problem.mask, job.direction) == (d, mask, direction)]
             for index, name in enumerate(names):
-                if points := curves.get(panel, {}).get(name):
-                    draw_curve(axes, name, points, index)
+                if timed := [job for job in panel if name in job.timed]:
+                    draw_curve(axes, name, timed, index)
             if gpu:
-                draw_ceilings(axes, panel, gpu)
+                draw_ceilings(axes, [cases.of_paper(d, mask, n).problem for n in cases.PAPER_LENGTHS], direction, gpu)
     grid[0][0].set_xscale("log", base=2)
     grid[0][0].set_xticks(cases.PAPER_LENGTHS, map(str, cases.PAPER_LENGTHS))
     grid[0][0].set_ylim(bottom=0)
@@ -89,22 +59,24 @@ def roofline(title: str, curves: Curves, gpu: Gpu | None) -> Figure:
     return figure
 
 
-def draw_curve(axes: Axes, name: str, points: list[Point], index: int) -> None:
+def draw_curve(axes: Axes, name: str, jobs: list[Job], index: int) -> None:
     """Draw one implementation with bars between the quantiles. Hollow markers: throttled."""
-    n, tflops, low, high, _ = zip(*points)
     color, marker = ("black", "o") if name == OURS else (f"C{index % 10}", MARKERS[index % len(MARKERS)])
-    axes.plot(n, tflops, color=color, marker=marker, linewidth=2.4 if name == OURS else 1.2, markersize=5, label=name)
-    axes.vlines(n, low, high, color=color)
-    hollow = [(point.n, point.tflops) for point in points if point.throttled]
-    if hollow:
-        axes.plot(*zip(*hollow), linestyle="none", marker=marker, color=color, markerfacecolor="white", markersize=5)
+    lengths = [job.problem.n_q for job in jobs]
+    tflops, low, high = ([job.tflops(getattr(job.timed[name], field)) for job in jobs] for field in ("seconds", "q80", "q20"))
+    axes.plot(lengths, tflops, color=color, marker=marker, linewidth=2.4 if name == OURS else 1.2, markersize=5, label=name)
+    axes.vlines(lengths, low, high, color=color)
+    for job, n, rate in zip(jobs, lengths, tflops):
+        if job.timed[name].throttled:
+            axes.plot(n, rate, color=color, marker=marker, markerfacecolor="white", markersize=5)
 
 
-def draw_ceilings(axes: Axes, panel: Panel, gpu: Gpu) -> None:
-    """Draw the ceilings of a GPU over the lengths of the papers' grid."""
-    floors = [limits.floor(cases.of_paper(panel.d, panel.mask, n).problem, panel.direction, gpu) for n in cases.PAPER_LENGTHS]
+def draw_ceilings(axes: Axes, problems: list[Problem], direction: str, gpu: Gpu) -> None:
+    """Draw the ceilings of a GPU for these problems."""
+    floors = [limits.floor(problem, direction, gpu) for problem in problems]
     for field, (label, dashes) in CEILINGS.items():
-        axes.plot(cases.PAPER_LENGTHS, [getattr(floor, field) for floor in floors], color="grey", linestyle=dashes, label=label)
+        axes.plot([problem.n_q for problem in problems], [getattr(floor, field) for floor in floors], color="grey",
+                  linestyle=dashes, label=label)
 
 
 def known_gpu(run: Run) -> Gpu | None:
@@ -116,7 +88,7 @@ def known_gpu(run: Run) -> Gpu | None:
 def summary(run: Run, gpu: Gpu | None) -> str:
     """Return the title of a run's figure: its GPU, the share of the ceiling that ours reaches, and the provenance."""
     shares = [job.tflops(job.ours.seconds) / limits.floor(job.problem, job.direction, gpu).tflops
-              for job in run.jobs if gpu and job.ours and cases.in_paper_grid(job.problem) and job.direction != "both"]
+              for job in grid_jobs(run.jobs) if gpu and job.ours]
     share = (f"{OURS} reaches {min(shares):.0%} to {max(shares):.0%} of the ceiling" if shares else
              "no ceilings: the limits of this GPU are not known" if gpu is None else f"{OURS} has no result")
     return f"{run.environment.get('gpu')}, {dtypes(run)}: {share}\n{provenance(run)}"
@@ -129,12 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: next to the results")
     arguments = parser.parse_args(argv)
     try:
-        drawn = [run for run in results.load(arguments.results) if measured(run.jobs)]
+        drawn = [run for run in results.load(arguments.results) if grid_jobs(run.jobs)]
         for run in drawn:
             path = (arguments.out or arguments.results) / run.path.relative_to(arguments.results)
             path = path.with_name(f"{path.stem}-roofline.png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            roofline(summary(run, known_gpu(run)), measured(run.jobs), known_gpu(run)).savefig(path, dpi=150)
+            roofline(summary(run, known_gpu(run)), grid_jobs(run.jobs), known_gpu(run)).savefig(path, dpi=150)
             print(path)
     except (JournalError, OSError) as error:
         print(error, file=sys.stderr)

@@ -50,15 +50,19 @@ class Job:
         return f"{self.suite}/{self.case}/{self.direction}"
 
     @property
+    def timed(self) -> dict[str, Result]:
+        """The results that are "ok"."""
+        return {name: result for name, result in self.results.items() if result.status == "ok"}
+
+    @property
     def ours(self) -> Result | None:
         """Our result, if it is "ok"."""
-        result = self.results.get(OURS)
-        return result if result and result.status == "ok" else None
+        return self.timed.get(OURS)
 
     @property
     def best_baseline(self) -> Result | None:
         """The fastest result that is "ok" and not ours."""
-        baselines = [result for result in self.results.values() if result.status == "ok" and not result.ours]
+        baselines = [result for result in self.timed.values() if not result.ours]
         return min(baselines, key=lambda result: result.seconds, default=None)
 
     def tflops(self, seconds: float) -> float:

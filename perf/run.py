@@ -52,10 +52,8 @@ class Plan:
                 for case in self.cases for direction in case.directions]
 
     def as_json(self) -> dict:
-        described = [{"name": case.name, "problem": case.problem.as_json(), "directions": list(case.directions)}
-                     for case in self.cases]
-        budget = asdict(self.budget) | {"rounds": list(self.budget.rounds), "settle": list(self.budget.settle)}
-        return {"suite": self.suite, "cases": described, "budget": budget, "environment": self.environment,
+        return {"suite": self.suite, "cases": [case._asdict() | {"problem": case.problem.as_json()} for case in self.cases],
+                "budget": asdict(self.budget), "environment": self.environment,
                 "implementations": {each.name: each.identity for each in self.implementations}}
 
     def path(self, folder: Path) -> Path:

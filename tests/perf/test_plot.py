@@ -3,7 +3,6 @@
 import pytest
 
 from perf import limits, plot, results
-from perf.plot import Panel, Point
 from tests.perf.recorded import bad, entry, grid_entry, ok, rates, write
 from tritonattn import gpu
 
@@ -30,17 +29,14 @@ def line(axes, label):
     return list(zip(found.get_xdata(), found.get_ydata()))
 
 
-def test_points_are_rates_with_their_quantiles(run):
-    curves = plot.measured(run.jobs)
-    assert list(curves) == [Panel(64, "full", "forward"), Panel(128, "full", "forward")]
-    ours = curves[Panel(64, "full", "forward")]["tritonattn"]
-    assert ours == [pytest.approx(Point(n, tflops, tflops / 1.1, tflops / 0.9, held), rel=1e-9)
-                    for n, tflops, held in ((1024, 200, False), (4096, 600, False), (16384, 300, True))]
-    assert set(curves[Panel(128, "full", "forward")]) == {"cudnn"}
+def test_jobs_on_the_grid_are_those_timed_by_length(run):
+    jobs = plot.grid_jobs(run.jobs)
+    assert [(job.problem.d, job.problem.n_q) for job in jobs] == [(64, 1024), (128, 1024), (64, 4096), (128, 4096), (64, 16384)]
+    assert [list(job.timed) for job in jobs if job.problem.d == 128] == [["cudnn"]] * 2
 
 
 def test_figure_shows_points_ceilings_and_provenance(run):
-    figure = plot.roofline(plot.summary(run, H200), plot.measured(run.jobs), H200)
+    figure = plot.roofline(plot.summary(run, H200), plot.grid_jobs(run.jobs), H200)
     axes = axes_of(figure, "forward, full, head size 64")
     assert line(axes, "tritonattn") == [(1024, pytest.approx(200)), (4096, pytest.approx(600)), (16384, pytest.approx(300))]
     [hollow] = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
@@ -62,7 +58,7 @@ def test_gpu_with_unknown_limits_has_no_ceilings(tmp_path, environment):
     write(tmp_path, rates(400, 500), **environment)
     [run] = results.load(tmp_path)
     assert plot.known_gpu(run) is None and "no ceilings" in plot.summary(run, None)
-    figure = plot.roofline("", plot.measured(run.jobs), None)
+    figure = plot.roofline("", plot.grid_jobs(run.jobs), None)
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"tritonattn", "cudnn"}
 
 
