@@ -50,8 +50,10 @@ def roofline(title: str, jobs: list[Job], gpu: Gpu | None) -> Figure:
     grid[0][0].set_xscale("log", base=2)
     grid[0][0].set_xticks(cases.PAPER_LENGTHS, map(str, cases.PAPER_LENGTHS))
     grid[0][0].set_ylim(bottom=0)
-    figure.supxlabel("sequence length (tokens)", fontsize=9)
-    figure.supylabel("TFLOP/s", fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("sequence length (tokens)")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("TFLOP/s")
     handles = {label: handle for axes in grid.flat for handle, label in zip(*axes.get_legend_handles_labels())}
     order = [*(name for name in names if name in handles), *(label for label in handles if label not in names)]
     figure.legend([handles[label] for label in order], order, loc="outside lower center", ncols=4, fontsize=8)
