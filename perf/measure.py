@@ -9,7 +9,6 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -35,11 +34,7 @@ class DeviceLost(Exception):
         self.name, self.reason = name, reason
 
 
-class Expected(NamedTuple):
-    """The exact tensors of a case and the error allowed for each, by name."""
-
-    exact: dict[str, torch.Tensor]
-    allowed: dict[str, float]
+Expected = dict[str, tuple[torch.Tensor, float]]  # {name: (exact tensor, allowed error)}
 
 
 @dataclass
@@ -115,10 +110,10 @@ def expected_tensors(case: Case, inputs) -> Expected:
         return dict(zip(names, (tensors,) if do is None else tensors))
 
     exact, rounded = tensors_by_name(wide), tensors_by_name(problem.dtype)
-    allowed = {name: accuracy.tolerance(rounded[name], exact[name], problem.dtype) for name in names}
-    if unbounded := [name for name, limit in allowed.items() if not math.isfinite(limit)]:
+    expected = {name: (exact[name], accuracy.tolerance(rounded[name], exact[name], problem.dtype)) for name in names}
+    if unbounded := [name for name, (_, allowed) in expected.items() if not math.isfinite(allowed)]:
         raise ValueError(f"{', '.join(unbounded)}: the definition in {problem.dtype} is not finite")
-    return Expected(exact, allowed)
+    return expected
 
 
 def check(setup: Setup, each: Implementation, problem: Problem, direction: str, inputs, expected: Expected,
@@ -132,12 +127,11 @@ def check(setup: Setup, each: Implementation, problem: Problem, direction: str, 
             function = each.build(problem, setup.device)
             calls = [call_of(direction, function, *copy) for copy in inputs]
             first = calls[0]()
-            errors = {name: (accuracy.max_error(x, expected.exact[name]), expected.allowed[name])
+            errors = {name: (accuracy.max_error(x, expected[name][0]), expected[name][1])
                       for name, x in zip(TENSORS[direction], first)}
             # JSON has no infinity
-            details = {"errors": {name: [error if math.isfinite(error) else None, allowed]
-                                  for name, (error, allowed) in errors.items()},
-                       "repeatable": all(map(torch.equal, first, calls[0]()))}
+            recorded = {name: [error if math.isfinite(error) else None, allowed] for name, (error, allowed) in errors.items()}
+            details = {"errors": recorded, "repeatable": all(map(torch.equal, first, calls[0]()))}
             wrong = [f"{name}: error {error:.1e}, limit {allowed:.1e}" for name, (error, allowed) in errors.items()
                      if not error <= allowed]
             if wrong:
