@@ -140,11 +140,11 @@ class RowBuilder:
         faulty = row and (size == 2 or width <= 128) and (row.filled.accepted_fault or row.underfilled.accepted_fault)
         if row is None or faulty or search:
             example = self._examples["filled"]
-            configs |= {config for config in candidates(kernel, example, self._gpu, stages_of(self.key, self._gpu))
-                        if sensible(self.key, config, self._gpu) and check_config(kernel, example, config, self._gpu) is None}
-            row = self.choose(configs)
+            tiles = {config for config in candidates(kernel, example, self._gpu, stages_of(self.key, self._gpu))
+                     if sensible(self.key, config, self._gpu) and check_config(kernel, example, config, self._gpu) is None}
+            row = self.choose(configs | tiles)
             if row is None:
-                faults = "; ".join(f"{verdict.config}: {fault_of(verdict)}" for verdict in self.compile(configs))
+                faults = "; ".join(f"{verdict.config}: {fault_of(verdict)}" for verdict in self.compile(configs | tiles))
                 raise ValueError(f"{self._gpu.name}, {self.key}: expected a config that fits, got none ({faults})")
         return row
 
