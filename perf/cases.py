@@ -3,7 +3,7 @@
     paper    the grid of the FlashAttention papers: 16k tokens, hidden size 2048
     models   shapes of published models          decode   one query, many keys
     odd      sizes that no tile divides          small    short calls, dominated by launch cost
-    short    a selection for a visit of minutes  tiny     seconds in Triton's interpreter
+    short    a selection for a few minutes       tiny     seconds in Triton's interpreter
 """
 
 import math
