@@ -249,6 +249,19 @@ def test_configs_tuned_on_this_machine_change_the_plan(monkeypatch, tmp_path):
     assert len(paths) == 3
 
 
+@pytest.mark.parametrize("sensors", ["NVML", "nvidia-ml-py is not installed"])
+def test_a_gpu_has_a_deadline_and_missing_sensors_are_reported(stage, monkeypatch, sensors, capsys):
+    deadlines, stage.environment = [], HERE | {"sensors": sensors}
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "make_plan", lambda arguments, device: stage.plan)
+    monkeypatch.setattr(run.device_timer, "timer_of", lambda device: stage.gpu)
+    monkeypatch.setattr(run, "run", lambda plan, path, setup, deadline: deadlines.append(deadline) or [])
+    assert run.main(["--minutes", "10"]) == run.main([]) == 0
+    assert deadlines == [pytest.approx(time.perf_counter() + 600, abs=60), float("inf")]
+    assert capsys.readouterr().err == ("" if sensors == "NVML" else f"throttling is not recorded: {sensors}\n" * 2)
+
+
 def test_run_stops_before_the_deadline_and_prints_what_is_left(stage, capsys):
     expected = stage.plan.seconds_per_job()
     jobs = stage.go(deadline=stage.gpu.now() + expected / 2)
