@@ -1,6 +1,7 @@
 """Test, benchmark and tune on a GPU within a time limit: python -m perf.gpu --minutes 9 --out DIR
 
     tests       tests of timing (alone on the GPU), all other tests that need a GPU, then all attention cases compiled
+    peaks       rates of a large matrix product and a large copy, and the backends torch's SDPA selects
     benchmark   tritonattn and its baselines on a suite
     tuning      sweeps of all kernels at head sizes 128, 64 and 256, full and causal
 
@@ -29,7 +30,7 @@ from . import cases, run
 from .run import DEVICE_LOST
 
 GRACE = 15  # seconds between the interrupt and the kill of a step that exceeds its limit
-STAGES = ("tests", "benchmark", "tuning")
+STAGES = ("tests", "peaks", "benchmark", "tuning")
 BENCHMARK_DEFAULTS = ["--suite", "short", "--baselines", "torch,cudnn,flash", "--seconds", "0.1"]
 
 
@@ -39,6 +40,7 @@ def steps(out: Path, benchmark: list[str]) -> Iterator[tuple[str, str, float, li
     for name, share, count, marks in (("alone", 0.15, "0", ["gpu and alone"]), ("gpu", 0.3, workers, ["gpu and not alone"]),
                                       ("cases", 0.2, workers, ["not gpu and not alone", "tests/test_attention.py"])):
         yield "tests", f"tests-{name}", share, ["pytest", "-n", count, "--continue-on-collection-errors", "-m", *marks]
+    yield "peaks", "peaks", 0.2, ["perf.peaks", "--out", str(out / "peaks.json")]
     yield "benchmark", "benchmark", 1.0, ["perf.run", "--out", str(out), *benchmark]
     for d, heads in ((128, 32), (64, 32), (256, 16)):
         for mask in cases.MASKS:
@@ -86,7 +88,7 @@ def run_stages(out: Path, stages: list[str], benchmark: list[str], deadline: flo
                 print(f"{name}: skipped, {max(limit, 0):.0f} s are left for it", flush=True)
                 break
             # these end by themselves in time
-            minutes = [] if stage == "tests" else ["--minutes", f"{max(1.0, limit - GRACE) / 60:.2f}"]
+            minutes = [] if stage in ("tests", "peaks") else ["--minutes", f"{max(1.0, limit - GRACE) / 60:.2f}"]
             code = run_step(out / f"{name}.log", arguments + minutes, limit)
             # continue without the implementation that lost the device
             again = stage == "benchmark" and code is not None and (code == DEVICE_LOST or code < 0)

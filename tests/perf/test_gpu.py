@@ -1,5 +1,6 @@
 """perf.gpu runs its steps within their limits, keeps their output, and continues after an interruption."""
 
+import json
 import os
 import signal
 import textwrap
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from perf import gpu
+from perf import baselines, gpu, peaks
 from perf.gpu import DEVICE_LOST
+from tests.helpers.fake_gpu import FakeGpu
 from tritonattn.autotune import trials
+from tritonattn.measure import timing
 
 
 @pytest.fixture
@@ -103,6 +106,11 @@ def test_benchmark_continues_after_a_lost_device(scripted, codes, success, tmp_p
     assert steps[0][1] == ["perf.run", "--out", str(tmp_path), "--suite", "short", "--minutes", "8.50"]
 
 
+def test_peaks_are_one_step(scripted, tmp_path):
+    _, ((name, arguments, _),) = scripted("peaks", [0])
+    assert name == "peaks" and arguments == ["perf.peaks", "--out", str(tmp_path / "peaks.json")]
+
+
 def test_steps_are_skipped_without_time(tmp_path, capsys):
     assert gpu.run_stages(tmp_path, ["benchmark"], [], time.monotonic() + 29)
     assert capsys.readouterr().out == "benchmark: skipped, 14 s are left for it\n"
@@ -145,3 +153,23 @@ def test_missing_gpu_is_an_error_before_any_step(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["--out", str(tmp_path / "out")])
     assert "needs a GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_peaks_are_rates(monkeypatch):
+    fake = FakeGpu()
+    monkeypatch.setattr(timing, "measure", lambda calls, timer, real=timing.measure: real(
+        {name: timing.Timed([fake.kernel(name, 0.5)]) for name in calls}, timer))
+    rates = peaks.peaks(fake, "cpu", size=8, count=100)
+    assert rates["matmul"]["rate"] == pytest.approx(2 * 8**3 / 0.5 / 1e12) and rates["matmul"]["unit"] == "TFLOP/s"
+    assert rates["copy"]["rate"] == pytest.approx(400 / 0.5 / 1e12) and rates["copy"]["seconds"] == pytest.approx(0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_peaks_of_this_gpu(tmp_path, unwritten_memory_is_nan):
+    # cuDNN has no deterministic algorithms
+    torch.use_deterministic_algorithms(False)
+    assert peaks.main(["--out", str(tmp_path / "peaks.json")]) == 0
+    content = json.loads((tmp_path / "peaks.json").read_text())
+    assert content["peaks"]["matmul"]["rate"] > 1 and content["peaks"]["copy"]["rate"] > 0.01
+    assert set(content["backends"].values()) <= set(baselines.BACKENDS) and len(content["backends"]) == 48
