@@ -59,17 +59,19 @@ def test_threads_are_all_counted(tmp_path):
     assert record_problems.read(tmp_path / "x") == [(A, {"forward": 400})]
 
 
-def test_a_missing_folder_raises_before_anything_runs(tmp_path):
-    with pytest.raises(OSError), tritonattn.record_problems(tmp_path / "none" / "x"):
+def test_a_file_that_cannot_be_written_raises_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError), tritonattn.record_problems(tmp_path / "file" / "x"):
         raise AssertionError("it ran")
 
 
 def test_a_later_write_error_is_a_warning(tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.warns(UserWarning, match="problems cannot be written: FileNotFoundError"):
+    with pytest.warns(UserWarning, match="problems cannot be written: FileExistsError"):
         with tritonattn.record_problems(tmp_path / "folder" / "x"):
             (tmp_path / "folder" / "x").unlink()
             (tmp_path / "folder").rmdir()
+            (tmp_path / "folder").write_text("")
             assert lookup.get_config("forward", A, H200)
 
 

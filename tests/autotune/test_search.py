@@ -11,7 +11,7 @@ import torch
 from tests.helpers.fake_bench import FakeBench
 from tritonattn import Problem
 from tritonattn.autotune import search
-from tritonattn.autotune.search import Budget, Check, Search, run_search, spread
+from tritonattn.autotune.search import Budget, Search, run_search, spread
 from tritonattn.autotune.trials import Job
 
 PROBLEM = Problem((4,), 32, 32, 4096, 4096, 128, 128, torch.bfloat16)
@@ -156,6 +156,10 @@ def test_halving_has_little_regret_in_a_quarter_of_the_device_time(incumbent):
     assert sorted(regret for regret, _ in others)[28] > 0.005
 
 
-def test_checks_and_failures_have_reasons():
-    assert Check().reason is None
+def test_an_unknown_strategy_raises():
+    with pytest.raises(ValueError, match="strategy: expected one of halving, .*, got 'fast'"):
+        run_search(search_of(FakeBench(TEN)), "fast")
+
+
+def test_failures_have_reasons():
     assert set(search.FAILURES) == {"incorrect", "not repeatable", "launch error", "hang", "device lost"}

@@ -15,7 +15,7 @@ from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import Config, Problem, config, gpu
 from tritonattn.autotune import first_call
 from tritonattn.autotune import tune as tuning
-from tritonattn.autotune.search import STRATEGIES, Budget, Check
+from tritonattn.autotune.search import STRATEGIES, Budget
 from tritonattn.autotune.tune import TuningSetup
 from tritonattn.autotune.worker_pool import Failure
 from tritonattn.configs import lookup, shipped, user_cache
@@ -95,7 +95,7 @@ def test_the_best_config_is_stored_and_used_by_the_next_call(setup, tmp_path):
     assert lookup.lookup_config("dq", PROBLEM, H200).origin == "table"
     model = gpu.named("h100")
     assert lookup.lookup_config("forward", PROBLEM, model).origin == "architecture", "another GPU model of this architecture"
-    user_cache._caches.clear()
+    user_cache.cache_at.cache_clear()
     lookup.clear_lookup_cache()
     assert lookup.lookup_config("forward", PROBLEM, H200).origin == "cache", "from the file"
 
@@ -129,7 +129,7 @@ def test_a_wrong_candidate_never_wins(setup):
 def test_nothing_is_stored_if_nothing_can_be_timed(setup):
     class Broken(FakeBench):
         def check(self, name):
-            return Check({}, "launch error", "no")
+            return Failure("launch error", "no")
 
     setup.bench = bench_of(Broken(Surface("64x128w4s2e1")))
     assert tuning.tune_kernel("forward", PROBLEM, setup) is None
@@ -139,7 +139,7 @@ def test_nothing_is_stored_if_nothing_can_be_timed(setup):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_stores_a_config_that_fits(setup, strategy):
     record = tuning.tune_kernel("dkdv", PROBLEM, setup, strategy, Budget(trials=12))
-    assert record.fits(H200) and record.run["strategy"] == strategy
+    assert record.static["shared_memory"] <= H200.shared_memory and record.run["strategy"] == strategy
 
 
 def test_strategy_table_has_few_configs_from_the_tables():
@@ -156,7 +156,7 @@ def test_equal_keys_are_tuned_once(setup, capsys):
     assert kernels == ("forward", "dq", "dkdv") and tuning.kernels_of(PROBLEM, False) == ("forward",)
     assert tuning.kernels_of(dataclasses.replace(PROBLEM, bias=torch.float32))[-1] == "dbias"
     found, missed = tuning.tune_all([(PROBLEM, kernels), (alike, kernels)], setup, "static")
-    assert not missed and [record.key.kernel for record in found] == list(kernels)
+    assert not missed and [record.key.split()[0] for record in found] == list(kernels)
     assert "times as fast as" in capsys.readouterr().out
 
 
@@ -175,14 +175,12 @@ def test_a_new_candidate_is_timed_against_the_earlier_best_only(setup, monkeypat
     assert len(set(bench.timed)) > 20
 
 
-def test_a_record_of_another_triton_is_only_a_candidate(setup):
+def test_a_record_of_another_triton_is_not_used(setup):
     record = tuning.tune_kernel("forward", PROBLEM, setup)
-    stale = dataclasses.replace(record, config=Config(16, 16, 4, 1), versions=record.versions | {"triton": "2.0.0"})
-    setup.store.put(stale)
+    user_cache.current_cache().clear()
+    setup.store.put(dataclasses.replace(record, versions=record.versions | {"triton": "2.0.0"}))
     lookup.clear_lookup_cache()
-    assert lookup.lookup_config("forward", PROBLEM, H200).origin == "table", "calls do not use it"
-    _, verdicts = tuning.job_of("forward", PROBLEM, setup, "halving")
-    assert "16x16w4s1" in verdicts, "it is a candidate"
+    assert lookup.lookup_config("forward", PROBLEM, H200).origin == "table"
 
 
 def test_invalid_arguments_of_tune_raise():
@@ -294,18 +292,6 @@ def test_the_variable_must_be_quick():
         lookup._observers = tuple(each for each in lookup._observers if each not in added)
 
 
-def test_a_child_forked_while_a_thread_tunes_can_tune(setup, timed):
-    tuned = Tuned()
-    watch = first_call.FirstCallTuner(tuned)
-    watch._busy.acquire()
-    child = os.fork()
-    if child == 0:
-        watch("forward", PROBLEM, H200)
-        os._exit(0 if tuned.jobs else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    watch._busy.release()
-
-
 # --- several processes
 
 
@@ -346,7 +332,7 @@ def test_an_error_in_one_kernel_does_not_stop_the_others(setup, capsys):
 
     setup.bench = bench
     found, missed = tuning.tune_all([(PROBLEM, ("forward", "dq", "dkdv"))], setup, "static")
-    assert missed == 1 and [record.key.kernel for record in found] == ["forward", "dkdv"]
+    assert missed == 1 and [record.key.split()[0] for record in found] == ["forward", "dkdv"]
     assert "not tuned: bench: expected room" in capsys.readouterr().out
 
 
@@ -364,7 +350,7 @@ def test_tf32_is_not_tuned_and_has_keys_of_its_own(setup, tf32):
     assert lookup.lookup_config("forward", problem, H200).origin == "cache"
     tf32()
     lookup.clear_lookup_cache()
-    assert key_of("forward", problem, H200).precision == "tf32" and key_of("forward", PROBLEM, H200).precision is None
+    assert "tf32" in key_of("forward", problem, H200) and "tf32" not in key_of("forward", PROBLEM, H200)
     assert lookup.lookup_config("forward", problem, H200).origin == "table"
     with pytest.raises(ValueError, match="tune: float32 dots use TF32"):
         tuning.tune_kernel("forward", problem, setup)

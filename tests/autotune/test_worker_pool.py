@@ -63,6 +63,11 @@ def status(pid):
         return ""
 
 
+def test_a_compiler_that_hangs_in_the_middle_of_its_result_is_killed():
+    with Workers(1, timeout=2, code=code("(os.write(pipe.fileno(), b'abc'), time.sleep(600 * (job[0] == 'hang')))")) as workers:
+        assert next(workers.map([("hang",)])).code == "compile timeout"
+
+
 @pytest.mark.parametrize("work", ["os._exit(7) if job[0] == 'die' else None",
                                   "(os.write(pipe.fileno(), b'abc'), os._exit(0)) if job[0] == 'die' else None"],
                          ids=["before the result", "in the result"])
@@ -78,18 +83,10 @@ def test_a_compiler_that_does_not_start_fails_every_job():
     assert [result.code for result in results] == ["compile error"] * 3
 
 
-def test_stopping_early_stops_what_is_being_compiled():
-    with Workers(1, code=code("time.sleep(600 * (job[0] == 'hang'))")) as workers:
-        results = workers.map([("a",), ("hang",), ("hang",)])
-        assert next(results) == ("done", "a")
-        results.close()
-        assert next(workers.map([("b",)])) == ("done", "b")
-
-
 def test_no_child_outlives_its_pool():
     with Workers(2, code=code("time.sleep(600 * (job[0] == 'hang'))")) as workers:
         list(workers.map([("a",), ("b",)]))
-        suspended = workers.map([("c",), ("hang",), ("hang",)])
+        suspended = workers.map([("c",), ("hang",), ("hang",), ("never",), ("never",)])
         next(suspended)
         children = list(workers._children)
     assert len(children) == 2 and all(child.process.poll() is not None for child in children)

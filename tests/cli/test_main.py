@@ -250,11 +250,12 @@ def test_the_cache_is_listed_and_cleared(kept, capsys, tmp_path):
     assert said(capsys, "cache", "path").strip() == str(tmp_path / "cache")
     line, = said(capsys, "cache", "ls").splitlines()
     assert "H200" in line and "64x128w4s2e1" in line and line.startswith("forward-") and line.endswith(" us")
-    kept.store.put(replace(next(kept.store.records())[1], versions={"triton": "1.0.0"}))
-    kept.store.put(replace(next(kept.store.records())[1], kernel_hash="0" * 12))
+    (_, record), = kept.store.records()
+    kept.store.put(replace(record, versions={"triton": "1.0.0"}))
+    kept.store.put(replace(record, kernel_hash="0" * 12))
     states = [line.rpartition(" us")[2].strip() for line in said(capsys, "cache", "ls").splitlines()]
-    assert sorted(states) == ["another Triton", "other kernels"]
-    assert said(capsys, "cache", "clear", "--yes") == "removed 2 files\n" and said(capsys, "cache", "ls") == ""
+    assert sorted(states) == ["", *["not used: of other kernels or another Triton"] * 2]
+    assert said(capsys, "cache", "clear", "--yes") == "removed 3 files\n" and said(capsys, "cache", "ls") == ""
 
 
 def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_gpu):
@@ -274,18 +275,15 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
 def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path, compiled_without_a_gpu):
     folder = str(tmp_path / "sweep")
     assert main.main(["sweep", folder]) == 2 and "has no sweep to resume; to begin one, add --shape" in capsys.readouterr().err
-    argv = ["sweep", folder, "--shape", "4x32x32x4096x128", "--kernels", "forward", "--rounds", "3"]
+    argv = ["sweep", folder, "--shape", "4x32x32x4096x128", "--forward", "--rounds", "3"]
     out = said(capsys, *argv)
     assert out.endswith("done\n") and "Sweep of 1 jobs" in out and "64x128w4s2e1" in out
     assert main.main(argv) == 2 and "already has a sweep" in capsys.readouterr().err
     assert said(capsys, "sweep", folder).endswith("done\n")
     out = said(capsys, "replay", folder, "--seeds", "2")
     assert [line.split()[0] for line in out.splitlines()] == ["strategy", "halving", "static", "random", "exhaustive"]
-    replayed = json.loads(said(capsys, "replay", folder, "--strategy", "halving", "--seeds", "2", "--json"))
-    assert replayed["strategies"]["halving"]["largest"] == 0 and replayed["synthetic"] is False
+    assert "halving 0.00% 0.00% 0.00%" in " ".join(out.split())
     assert main.main(["replay", str(tmp_path)]) == 2 and "no sweep can be read" in capsys.readouterr().err
-    assert main.main(["sweep", str(tmp_path / "y"), *argv[2:5], "back"]) == 2 and "got back" in capsys.readouterr().err
-    assert not (tmp_path / "y").exists()
     out = said(capsys, "report", folder, "--out", str(tmp_path / "report"), "--plot")
     assert "Sweep of 1 jobs" in out and out.count("wrote ") == 3
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.csv", "t4.json", "heat.png"}
@@ -311,4 +309,4 @@ def test_the_synthetic_sweep_of_the_repository_is_reported_and_replayed(capsys, 
 def test_report_checks_for_matplotlib_before_it_reads(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main.main(["report", str(tmp_path / "none"), "--plot"]) == 2
-    assert capsys.readouterr().err == '--plot needs matplotlib: pip install "tritonattn[demo]"\n'
+    assert capsys.readouterr().err == "matplotlib is not installed; fix: pip install 'tritonattn[demo]'\n"

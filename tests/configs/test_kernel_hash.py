@@ -48,6 +48,14 @@ def test_exchanged_locals_change_the_hash():
     assert digest("def f(a):\n return a") != digest("def f(a):\n return b")
 
 
+@pytest.mark.parametrize("code", [
+    "def f(a, b):\n def g(a):\n  def h(c):\n   return a - c\n  return h\n return g, b",
+    "def f(a, b):\n return lambda a: lambda c: a - c, b",
+], ids=["functions", "lambdas"])
+def test_a_shadowed_name_hides_no_exchange(code):
+    assert digest(code) != digest(code.replace("a - c", "c - a"))
+
+
 def test_every_pattern_matches_files_and_the_hash_covers_all_of_them():
     paths = [path for pattern in SOURCES for path in PACKAGE.glob(pattern)]
     names = {path.relative_to(PACKAGE).as_posix() for path in paths}

@@ -36,21 +36,18 @@ def made_up(jobs: Iterable[tuple[str, int, str]] = JOBS, seed: int = 0) -> Run:
         planned.append(job)
         base = _seconds(kernel, problem, INCUMBENT)
         trials += [_trial(job, name, *outcomes[name], base, rng) for name in order]
-    # through JSON, as a plan is read from a file: JSON has no tuples
-    plan = json.loads(json.dumps({"schema": runs.SCHEMA, "synthetic": True, "seed": seed,
-                                  "jobs": [job.as_json() for job in planned]}))
     environment = {"gpu": "a made-up GPU", "arch": "sm_90", "sms": 132, "torch": "2.11.0", "triton": "3.6.0", "commit": None}
-    return Run(plan, tuple(planned), tuple(trials), environment)
+    # through JSON, as a plan is read from a file: JSON has no tuples
+    plan = json.loads(json.dumps({"schema": runs.SCHEMA, "synthetic": True, "seed": seed, "environment": environment,
+                                  "jobs": [job.as_json() for job in planned]}))
+    return Run(plan, tuple(planned), tuple(trials))
 
 
 def write_to(folder: Path, run: Run | None = None) -> Run:
-    """Write a run, by default made_up(), as a sweep does; replace the files of an earlier run."""
+    """Write a run, by default made_up(), as a sweep does; replace the file of an earlier run."""
     run = made_up() if run is None else run
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / runs.RESULTS).unlink(missing_ok=True)
-    (folder / runs.PLAN).write_text(json.dumps(run.plan))
-    (folder / runs.ENVIRONMENT).write_text(json.dumps(run.environment))
-    with journal.Journal(folder / runs.RESULTS, {"digest": journal.digest(run.plan)}) as book:
+    (folder / runs.PLAN).unlink(missing_ok=True)
+    with journal.Journal(folder / runs.PLAN, run.plan) as book:
         for trial in run.trials:
             book.append(trial.as_json())
     return run

@@ -4,7 +4,6 @@ import contextlib
 import math
 import random
 
-from tritonattn.autotune.search import Check
 from tritonattn.autotune.worker_pool import Failure
 
 
@@ -29,8 +28,8 @@ class FakeBench:
         self.checked.append(config)
         self.time += 0.01
         if config in self.wrong:
-            return Check({}, "incorrect", "o is off")
-        return Check({}, "not repeatable", "o") if config in self.torn else Check({"o": (1e-3, 2e-3)})
+            return Failure("incorrect", "o is off")
+        return Failure("not repeatable", "o") if config in self.torn else {"o": (1e-3, 2e-3)}
 
     def sample(self, config):
         """Return one sample at the present time of the virtual clock."""

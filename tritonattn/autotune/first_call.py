@@ -4,8 +4,6 @@ Configs run in a child process. Nothing is timed while a CUDA graph is captured,
 torch.use_deterministic_algorithms, or with several ranks. Calls of other threads continue meanwhile with the current config.
 """
 
-import dataclasses
-import functools
 import os
 import threading
 import warnings
@@ -13,7 +11,7 @@ import warnings
 import torch
 
 from .. import config, gpu
-from ..configs import lookup, user_cache
+from ..configs import lookup
 from ..configs.key import key_of
 from ..gpu import Gpu
 from ..problem import Problem
@@ -26,18 +24,13 @@ class FirstCallTuner:
 
     def __init__(self, tune):
         self._tune, self._seen, self._busy = tune, set(), threading.Lock()
-        # the thread that holds the lock does not exist in a forked child
-        os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self):
-        self._busy = threading.Lock()
 
     def __call__(self, kernel: str, problem: Problem, on: Gpu) -> None:
         if kernel == "delta" or on is gpu.INTERPRETER or config.pinned_config(kernel) is not None:
             return
         key = key_of(kernel, problem, on)
         # calls that come while another key is timed do not wait
-        if key in self._seen or cannot_time() or not self._busy.acquire(blocking=False):
+        if key in self._seen or must_not_time() or not self._busy.acquire(blocking=False):
             return
         try:
             if key in self._seen:
@@ -51,37 +44,24 @@ class FirstCallTuner:
             self._busy.release()
 
 
-def cannot_time() -> str | None:
-    """Return the reason why nothing may be timed now, or None."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        return "a CUDA graph is being captured"
-    if torch.are_deterministic_algorithms_enabled():
-        return "deterministic algorithms are enabled"
+def must_not_time() -> bool:
+    """Return whether a CUDA graph is captured, algorithms must be deterministic, or several ranks would have to agree."""
     dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return "several ranks would have to agree: call tritonattn.tune before"
-    return None
+    return ((torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+            or torch.are_deterministic_algorithms_enabled()
+            or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1))
 
 
 def tune_from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
     """Tune with strategy "table". Raises RuntimeError if the current device is not the one of the tensors."""
-    from .tune import tune_kernel
+    from .tune import local_setup, tune_kernel
 
     device = torch.device("cuda", torch.cuda.current_device())
     if gpu.gpu_of(device) != on:
         raise RuntimeError(f"the tensors are on another GPU than the current device, {device}")
-    setup = dataclasses.replace(_setup(device), store=user_cache.current_cache())
-    # compilers take memory, so they end with the tuning
+    setup = local_setup(device)
     with setup.compilers:
         tune_kernel(kernel, problem, setup, "table")
-
-
-@functools.cache
-def _setup(device):
-    """Return the setup of a device. Cached: reading the driver's version takes a second."""
-    from .tune import local_setup
-
-    return local_setup(device)
 
 
 def install(environment=os.environ) -> None:

@@ -3,9 +3,9 @@
     one JSON line each: {"problem": {...}, "kernels": {"forward": 96, "dq": 96, "dkdv": 96}}     kernels and their calls
 """
 
+import collections
 import contextlib
 import json
-import os
 import threading
 import warnings
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..configs import lookup
+from ..configs.shipped import replace_file
 from ..problem import Problem
 
 
@@ -30,13 +31,12 @@ def record_problems(path):
     """
     dist = torch.distributed
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    counts, lock, path = {}, threading.Lock(), Path(f"{path}.rank{rank}" if rank else path)
+    path = Path(f"{path}.rank{rank}" if rank else path)
+    counts, lock = collections.defaultdict(collections.Counter), threading.Lock()
 
     def write():
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text("".join(json.dumps({"problem": problem.as_json(), "kernels": kernels}) + "\n"
-                                for problem, kernels in counts.items()))
-        part.replace(path)
+        lines = [json.dumps({"problem": problem.as_json(), "kernels": kernels}) for problem, kernels in counts.items()]
+        replace_file(path, "".join(f"{line}\n" for line in lines))
 
     def try_to_write():
         try:
@@ -46,9 +46,8 @@ def record_problems(path):
 
     def count(kernel, problem, gpu):
         with lock:
-            kernels = counts.setdefault(problem, {})
-            kernels[kernel] = kernels.get(kernel, 0) + 1
-            if kernels[kernel] == 1:
+            counts[problem][kernel] += 1
+            if counts[problem][kernel] == 1:
                 try_to_write()
 
     write()

@@ -6,10 +6,10 @@
 import random
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .search import FAILURES, STRATEGIES, Budget, Check, Search, run_search
-from .trials import Job, Run, Trial
+from .search import FAILURES, STRATEGIES, Budget, Search, run_search
+from .trials import Run, Trial
 from .worker_pool import Failure
 
 # "table" takes configs from the tables, which a sweep need not contain
@@ -18,34 +18,26 @@ CHECK_SECONDS = 0.05  # of a check, where the sweep has no time of it
 
 
 class ReplayBench:
-    """A search.Bench whose samples are drawn from recorded ones, on a virtual clock."""
+    """A search.Bench whose samples are drawn from recorded ones, on a virtual clock. Raises KeyError for other configs."""
 
     def __init__(self, trials: dict[str, Trial], seed: int = 0):
-        self._trials, self._rng, self._time = trials, random.Random(seed), 0.0
-        self.device_seconds = 0.0
+        self._trials, self._rng, self._check_seconds, self.device_seconds = trials, random.Random(seed), 0.0, 0.0
 
     def now(self) -> float:
-        return self._time
+        return self._check_seconds + self.device_seconds
 
-    def _trial(self, config):
-        if config not in self._trials:
-            raise KeyError(f"{config} was not tried in this sweep")
-        return self._trials[config]
+    def check(self, config: str) -> dict | Failure:
+        trial = self._trials[config]
+        self._check_seconds += trial.check_seconds or CHECK_SECONDS
+        return trial.check if trial.samples else Failure(trial.status, trial.note)
 
-    def check(self, config: str) -> Check:
-        trial = self._trial(config)
-        self._time += trial.check_seconds or CHECK_SECONDS
-        return Check(trial.check) if trial.samples else Check({}, trial.status, trial.note)
-
-    def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
+    def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...]]:
         results = {}
-        for config in configs:
-            trial = self._trial(config)
+        for trial in map(self._trials.get, configs):
             # the median becomes the ratio to the incumbent, in ms: drift between groups of the sweep cancels
             scale = 1e-3 * trial.ratio / trial.seconds
-            results[config] = tuple(self._rng.choice(trial.samples) * scale for _ in range(rounds))
-        seconds = sum(map(sum, results.values()))
-        self._time, self.device_seconds = self._time + seconds, self.device_seconds + seconds
+            results[trial.config] = tuple(self._rng.choice(trial.samples) * scale for _ in range(rounds))
+        self.device_seconds += sum(map(sum, results.values()))
         return results
 
 
@@ -81,9 +73,8 @@ def replay(recorded: Run, strategy: str, seeds: Iterable[int] = range(5), budget
         best = min(trial.ratio for trial in timed.values())
         for seed in seeds:
             bench = ReplayBench(trials, seed)
-            search = Search(Job(job.kernel, job.problem, tuple(offered), job.incumbent), bench, budget or Budget())
-            pick = run_search(search, strategy, seed).winner(
-                lambda name, trials=trials: trials[name].static.get("shared_memory", 0))
+            search = run_search(Search(replace(job, configs=tuple(offered)), bench, budget or Budget()), strategy, seed)
+            pick = search.winner(lambda name, trials=trials: trials[name].static.get("shared_memory", 0))
             if pick is not None:
                 outcomes.append(Outcome(job.name, strategy, seed, pick, timed[pick].ratio / best - 1, len(search.trials),
                                         bench.device_seconds))

@@ -3,7 +3,7 @@
     halving     one sample of each config -> the configs within 1.5 times the best, three samples -> the fastest third, nine
                 -> ... -> the last four, sixty: successive halving (Jamieson & Talwalkar 2016)
     static      the incumbent and the seven configs that the model ranks first
-    table       the incumbent and what the shipped tables hold for similar problems (the job differs, not the search)
+    table       the incumbent and at most seven of what the shipped tables hold for similar problems (the job differs)
     random      thirty configs, drawn        exhaustive   all configs, thirty samples each
 
 The incumbent, the config that calls currently use, is timed in every round, so that clock and thermal drift affect both
@@ -24,9 +24,9 @@ from .worker_pool import Failure
 FAILURES = {
     "incorrect": "a result differs from the definition by more than rounding",
     "not repeatable": "two runs gave different bits",
-    "launch error": "the device rejected it, or the launch raised an error",
+    "launch error": "the launch raised an error, or made the device unusable",
     "hang": "it did not finish in time",
-    "device lost": "it ended the process, or made the device unusable",
+    "device lost": "it ended the process",
 }
 TIE = 0.01     # the incumbent stays if it is slower than the best by at most this share
 UNKNOWN = 0.1  # the assumed spread of one or two samples
@@ -49,19 +49,10 @@ class BudgetExhausted(Exception):
     """The budget is used up."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """The correctness of a config: the worst error of each tensor and its limit, over all inputs."""
-
-    errors: dict = field(default_factory=dict)  # {tensor: (error, allowed)}
-    reason: str | None = None                   # one of FAILURES; None if correct
-    note: str = ""
-
-
 class Bench(Protocol):
     """Checks and times configs by their names. A Failure concerns one config; its code is one of FAILURES."""
 
-    def check(self, config: str) -> Check: ...
+    def check(self, config: str) -> dict[str, tuple[float, float]] | Failure: ...  # {tensor: (worst error, allowed)}
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]: ...
     def now(self) -> float: ...
 
@@ -110,9 +101,10 @@ class Search:
         if name not in self.trials:
             if self.trials and (self._is_late or len(self.trials) >= (self.budget.trials or math.inf)):
                 return False
-            start, check = self.bench.now(), self.bench.check(name)
-            self.trials[name] = Trial(self.job.name, name, check.reason or "ok", check.note, check=dict(check.errors),
-                                      check_seconds=round(self.bench.now() - start, 3))
+            start, result = self.bench.now(), self.bench.check(name)
+            outcome = ({"status": result.code, "note": result.message} if isinstance(result, Failure) else
+                       {"status": "ok", "check": result})
+            self.trials[name] = Trial(self.job.name, name, check_seconds=round(self.bench.now() - start, 3), **outcome)
         return self.trials[name].status == "ok"
 
     @property
@@ -149,10 +141,7 @@ def spread(samples: Sequence[float]) -> float:
     return 1.48 * 1.25 * deviation / math.sqrt(len(samples)) / middle
 
 
-Strategy = Callable[[Search, random.Random], None]
-
-
-def halving(search: Search, rng: random.Random) -> None:
+def halving(search: Search) -> None:
     """Successive halving; the module's docstring has the schedule."""
     names = search.time_round(search.candidates, 1)
     limit = HOPELESS * search.trials[names[0]].seconds if names else 0.0
@@ -163,34 +152,21 @@ def halving(search: Search, rng: random.Random) -> None:
     search.time_round(names, FINAL)
 
 
-def static(search: Search, rng: random.Random) -> None:
-    """Time the incumbent and the configs that the model ranks first."""
-    search.time_round(search.candidates[:FEW], SHORT)
-
-
-def table(search: Search, rng: random.Random) -> None:
-    """Time all configs of a job that comes from the tables."""
-    search.time_round(search.candidates, SHORT)
-
-
-def random_subset(search: Search, rng: random.Random) -> None:
-    """Time configs drawn at random."""
-    names = search.candidates
-    search.time_round(rng.sample(names, min(RANDOM, len(names))), SHORT)
-
-
-def exhaustive(search: Search, rng: random.Random) -> None:
-    """Time all configs."""
-    search.time_round(search.candidates, LONG)
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "halving": halving, "static": static, "table": table, "random": random_subset, "exhaustive": exhaustive,
-}
+STRATEGIES = ("halving", "static", "table", "random", "exhaustive")
 
 
 def run_search(search: Search, strategy: str, seed: int = 0) -> Search:
-    """Run a strategy until it is done or the budget is used up, and return the search."""
+    """Run a strategy until it is done or the budget is used up, and return the search. Raises ValueError."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    names = search.candidates
     with contextlib.suppress(BudgetExhausted):
-        STRATEGIES[strategy](search, random.Random(seed))
+        if strategy == "halving":
+            halving(search)
+        elif strategy == "random":
+            search.time_round(random.Random(seed).sample(names, min(RANDOM, len(names))), SHORT)
+        elif strategy == "exhaustive":
+            search.time_round(names, LONG)
+        else:
+            search.time_round(names[:FEW], SHORT)
     return search

@@ -1,11 +1,9 @@
-"""The record of a sweep: a folder with its plan, the result of each config, and the environment.
+"""The record of a sweep: a folder with one journal, sweep.jsonl.
 
-    plan.json         kernels, problems and configs, frozen; its digest is in the first line of the results
-    results.jsonl     a journal: one line for each config that was tried, in the order of trying
-    environment.json  GPU, versions, clocks
+    line 1        the plan, frozen: kernels, problems, configs, what is known of their binaries, and the environment
+    other lines   one trial each, in the order of trying
 """
 
-import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,8 @@ from pathlib import Path
 from ..measure import journal
 from ..problem import Problem
 
-PLAN, RESULTS, ENVIRONMENT = "plan.json", "results.jsonl", "environment.json"
-SCHEMA = 1
+PLAN = "sweep.jsonl"  # a folder with this file has a sweep
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -31,12 +29,11 @@ class Job:
         return f"{self.kernel} {self.problem}"
 
     def as_json(self) -> dict:
-        return {"kernel": self.kernel, "problem": self.problem.as_json(), "configs": list(self.configs),
-                "incumbent": self.incumbent}
+        return vars(self) | {"problem": self.problem.as_json(), "configs": list(self.configs)}
 
     @staticmethod
     def from_json(content: dict) -> "Job":
-        return Job(content["kernel"], Problem.from_json(content["problem"]), tuple(content["configs"]), content["incumbent"])
+        return Job(**content | {"problem": Problem.from_json(content["problem"]), "configs": tuple(content["configs"])})
 
 
 @dataclass(frozen=True)
@@ -68,8 +65,7 @@ class Trial:
 
     @staticmethod
     def from_json(content: dict) -> "Trial":
-        known = {name: content[name] for name in Trial.__dataclass_fields__ if name in content}
-        return Trial(**known | {name: tuple(content[name]) for name in ("samples", "beside")})
+        return Trial(**content | {"samples": tuple(content["samples"]), "beside": tuple(content["beside"])})
 
 
 @dataclass(frozen=True)
@@ -79,12 +75,15 @@ class Run:
     plan: dict
     jobs: tuple[Job, ...]
     trials: tuple[Trial, ...]
-    environment: dict
 
     def of(self, job: Job) -> dict[str, Trial]:
         """Return {config: trial} of one job, in the order of its configs; of repeated trials the last."""
         trials = {trial.config: trial for trial in self.trials if trial.job == job.name}
         return {config: trials[config] for config in job.configs if config in trials}
+
+    @property
+    def environment(self) -> dict:
+        return self.plan["environment"]
 
     @property
     def synthetic(self) -> bool:
@@ -93,15 +92,12 @@ class Run:
 
 
 def read(folder: Path) -> Run:
-    """Read the sweep in a folder. Raises journal.JournalError if there is none, or its results are of another plan."""
+    """Read the sweep in a folder. Raises journal.JournalError if there is none."""
     try:
-        plan = json.loads((folder / PLAN).read_text())
-        head, entries = journal.read(folder / RESULTS)
-        if head["plan"] != {"digest": journal.digest(plan)}:
-            raise journal.JournalError(f"{folder}: the results are of the plan {head['plan']}, "
-                                       f"but {PLAN} has the digest {journal.digest(plan)}")
-        environment = json.loads((folder / ENVIRONMENT).read_text())
-        jobs = tuple(Job.from_json(job) for job in plan["jobs"])
-        return Run(plan, jobs, tuple(Trial.from_json(entry) for entry in entries), environment)
+        head, entries = journal.read(folder / PLAN)
+        if (schema := head["plan"]["schema"]) != SCHEMA:
+            raise ValueError(f"expected schema {SCHEMA}, got {schema}")
+        jobs = tuple(Job.from_json(job) for job in head["plan"]["jobs"])
+        return Run(head["plan"], jobs, tuple(Trial.from_json(entry) for entry in entries))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise journal.JournalError(f"{folder}: no sweep can be read: {type(error).__name__}: {error}") from error

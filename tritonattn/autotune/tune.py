@@ -15,12 +15,11 @@ import triton
 
 from .. import gpu
 from ..config import Config
-from ..configs import lookup, user_cache
-from ..configs import shipped as tables
+from ..configs import user_cache
 from ..configs.kernel_hash import kernel_hash
 from ..configs.key import key_of, precision
-from ..configs.lookup import clear_lookup_cache, lookup_config
-from ..configs.shipped import FILLS
+from ..configs.lookup import clear_lookup_cache, lookup_config, lookup_shipped
+from ..configs.shipped import FILLS, gpu_fingerprint, shipped_tables
 from ..configs.user_cache import Cache, Record
 from ..gpu import Gpu
 from ..measure import environment, journal
@@ -29,12 +28,10 @@ from ..problem import Problem
 from ..runtime.arguments import problem_of
 from .bench import IsolatedBench
 from .prune import Verdict, candidates, check_report, survey
-from .search import STRATEGIES, Bench, Budget, Search, run_search
+from .search import FEW, STRATEGIES, Bench, Budget, Search, run_search
 from .trials import Job
 from .worker_pool import Failure, Workers
 
-FORWARD, BACKWARD = ("forward",), ("dq", "dkdv")
-MOST_FROM_TABLES = 8  # configs of strategy "table"
 NO_BUDGET = Budget()
 PATIENCE = datetime.timedelta(hours=12)  # of the other ranks, while rank 0 tunes
 
@@ -89,33 +86,33 @@ class TuningSetup:
     seed: int = 0
 
 
-def local_setup(device=None, store: Cache | None = None, seed: int = 0, command: str = "tune") -> TuningSetup:
+def local_setup(device=None, seed: int = 0, command: str = "tune") -> TuningSetup:
     """Return the setup of this machine. Raises RuntimeError, which names the command, if its kernels cannot be timed."""
     if gpu.INTERPRETED or not torch.cuda.is_available():
         reason = "kernels are interpreted (TRITON_INTERPRET=1)" if gpu.INTERPRETED else "torch finds no GPU"
         raise RuntimeError(f"{command} needs a GPU, but {reason}")
     device = torch.device(device or torch.device("cuda", torch.cuda.current_device()))
     return TuningSetup(gpu.gpu_of(device), lambda kernel, problem: IsolatedBench(kernel, problem, device, seed), Workers(),
-                       store or user_cache.current_cache(), environment.environment_of(device), seed)
+                       user_cache.current_cache(), environment.environment_of(device), seed)
 
 
 def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:
     """Return the kernels of this problem that are worth tuning."""
-    return FORWARD + (BACKWARD + (("dbias",) if problem.bias is not None else ()) if backward else ())
+    if not backward:
+        return ("forward",)
+    return ("forward", "dq", "dkdv") if problem.bias is None else ("forward", "dq", "dkdv", "dbias")
 
 
 def candidate_configs(kernel: str, problem: Problem, on: Gpu) -> list[str]:
     """Return the incumbent, and what the shipped tables of this architecture hold for the same dtype and kind of mask."""
-    incumbent = lookup_config(kernel, problem, on)
-    configs = {str(incumbent.config): None}
-    shipped = incumbent.row or lookup.lookup_shipped(kernel, problem, on).row
-    for table in tables.shipped_tables() if shipped else ():
-        similar = [row for row in table.rows.values() if row.kernel == kernel and row.itemsize == shipped.itemsize
-                   and row.mask == shipped.mask and row.width >= shipped.width] if table.gpu["arch"] == on.arch else []
-        # what fits a wider head fits a narrower one, but not the reverse
-        for row in sorted(similar, key=lambda row: row.width):
+    configs = {str(lookup_config(kernel, problem, on).config): None}
+    shipped = lookup_shipped(kernel, problem, on).row
+    same_arch = [table for table in shipped_tables() if shipped and table.gpu["arch"] == on.arch]
+    # what fits a wider head fits a narrower one, but not the reverse
+    for row in sorted((row for table in same_arch for row in table.rows.values()), key=lambda row: row.width):
+        if (row.kernel, row.itemsize, row.mask) == (kernel, shipped.itemsize, shipped.mask) and row.width >= shipped.width:
             configs |= {str(getattr(row, fill).config): None for fill in FILLS if getattr(row, fill).fits(on)}
-    return list(configs)[:MOST_FROM_TABLES]
+    return list(configs)[:FEW]
 
 
 def job_of(kernel: str, problem: Problem, setup: TuningSetup, strategy: str) -> tuple[Job, dict[str, Verdict]]:
@@ -129,9 +126,7 @@ def job_of(kernel: str, problem: Problem, setup: TuningSetup, strategy: str) -> 
     incumbent = str(lookup_config(kernel, problem, setup.gpu).config)
     if strategy == "table":
         return Job(kernel, problem, tuple(candidate_configs(kernel, problem, setup.gpu)), incumbent), {}
-    stale = setup.store.get_stale(key_of(kernel, problem, setup.gpu), setup.gpu)
-    configs = dict.fromkeys([*candidates(kernel, problem, setup.gpu), Config.parse(incumbent),
-                             *([stale.config] if stale else [])])
+    configs = dict.fromkeys([*candidates(kernel, problem, setup.gpu), Config.parse(incumbent)])
     verdicts = {str(verdict.config): verdict for verdict in survey(kernel, problem, setup.gpu, configs, setup.compilers)}
     names = [name for name, verdict in verdicts.items() if verdict.reason is None]
     return Job(kernel, problem, tuple(dict.fromkeys([*names, incumbent])), incumbent), verdicts
@@ -141,10 +136,9 @@ def static_of(verdict: Verdict | None) -> dict:
     """Return what the compiled kernel of a config needs, as JSON; {} if it was not compiled."""
     if verdict is None or verdict.report is None:
         return {}
-    report, estimate = verdict.report, verdict.estimate
-    return {"registers": report.registers, "stack": report.stack, "shared_memory": report.shared_memory,
-            "tensor_memory": report.tensor_memory, "occupancy": report.occupancy,
-            "bound": estimate and estimate.bound, "cycles": estimate and estimate.cycles}
+    names = ("registers", "stack", "shared_memory", "tensor_memory", "occupancy")
+    estimate = {name: verdict.estimate and getattr(verdict.estimate, name) for name in ("bound", "cycles")}
+    return {name: getattr(verdict.report, name) for name in names} | estimate
 
 
 def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str = "halving",
@@ -166,20 +160,17 @@ def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str
     winner = search.winner(lambda name: static_of(verdicts.get(name)).get("shared_memory", 0))
     if winner is None:
         return None
-    static = static_of(verdicts.get(winner)) or _compiled(kernel, problem, winner, setup)
-    if not static:
-        return None
+    if not (static := static_of(verdicts.get(winner))):
+        # strategy "table" compiles nothing before
+        result, = setup.compilers.map([(kernel, problem, Config.parse(winner), setup.gpu)])
+        if isinstance(result, Failure):
+            return None
+        static = static_of(check_report(result))
     run = {"id": uuid.uuid4().hex[:12], "time": journal.now(), "strategy": strategy, "trials": len(search.trials),
            "seconds": round(time.monotonic() - start, 3), "seed": setup.seed, "tried": sorted({*tried, *search.trials})}
     record = record_of(search, winner, static, setup, run)
     keep(record, setup)
     return record
-
-
-def _compiled(kernel, problem, config, setup) -> dict:
-    """Return `static_of` a config that was not surveyed."""
-    result, = setup.compilers.map([(kernel, problem, Config.parse(config), setup.gpu)])
-    return {} if isinstance(result, Failure) else static_of(check_report(result))
 
 
 def keep(record: Record, setup: TuningSetup) -> None:
@@ -190,14 +181,13 @@ def keep(record: Record, setup: TuningSetup) -> None:
 
 def record_of(search: Search, winner: str, static: dict, setup: TuningSetup, run: dict) -> Record:
     """Return the cache's record of the best config."""
-    job, trial = search.job, search.trials[winner]
-    incumbent = search.trials.get(job.incumbent)
+    job, trial, incumbent = search.job, search.trials[winner], search.trials.get(search.job.incumbent)
     q20, median, q80 = quantiles(trial.samples)
     versions = {name: setup.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
-    return Record(key_of(job.kernel, job.problem, setup.gpu), Config.parse(trial.config), median, q20, q80, len(trial.samples),
+    return Record(key_of(job.kernel, job.problem, setup.gpu), Config.parse(winner), median, q20, q80, len(trial.samples),
                   Config.parse(job.incumbent), incumbent and incumbent.seconds,
                   {name: list(pair) for name, pair in trial.check.items()}, static,
-                  {"name": setup.gpu.name} | tables.gpu_fingerprint(setup.gpu), versions | {"triton": triton.__version__},
+                  {"name": setup.gpu.name} | gpu_fingerprint(setup.gpu), versions | {"triton": triton.__version__},
                   kernel_hash(), run)
 
 
@@ -207,30 +197,27 @@ def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSet
 
     Returns the records, and the number of kernels that could not be tuned; an error does not stop the others.
     """
-    records, seen, failed = [], set(), 0
+    jobs, records = {}, []
     for problem, kernels in problems:
         for kernel in kernels:
-            key = key_of(kernel, problem, setup.gpu)
-            if key in seen:
-                continue
-            seen.add(key)
-            try:
-                record = tune_kernel(kernel, problem, setup, strategy, budget, again)
-                message = summarize(record)
-            except (RuntimeError, ValueError, OSError) as error:
-                record, message = None, f"not tuned: {error}"
-            say(f"{kernel:8} {problem}: {message}", flush=True)
-            records, failed = records + ([record] if record else []), failed + (record is None)
-    return records, failed
+            jobs.setdefault(key_of(kernel, problem, setup.gpu), (kernel, problem))
+    for kernel, problem in jobs.values():
+        try:
+            record = tune_kernel(kernel, problem, setup, strategy, budget, again)
+            message = summarize(record)
+        except (RuntimeError, ValueError, OSError) as error:
+            record, message = None, f"not tuned: {error}"
+        say(f"{kernel:8} {problem}: {message}", flush=True)
+        records.append(record)
+    return [record for record in records if record], records.count(None)
 
 
 def summarize(record: Record | None) -> str:
     """Describe a record in a few words."""
     if record is None:
         return "not tuned: no config could be timed"
-    default = record.default_seconds
+    default, run = record.default_seconds, record.run
     speedup = f", {default / record.seconds:.2f} times as fast as {record.default}" if default else ""
-    run = record.run
     return f"{record.config}, {record.seconds * 1e6:.0f} us{speedup}; {run['trials']} tried in {run['seconds']:.0f} s"
 
 
@@ -242,18 +229,17 @@ def on_rank0(tuned: Callable[[], list[Record]], setup: TuningSetup) -> list[Reco
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tuned()
-    first = dist.get_rank() == 0
     # gloo has a timeout of its own, NCCL does not wait for hours
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    records = [[]]
     try:
-        content = [[record.as_json() for record in tuned()] if first else None]
-    except BaseException:
-        # release the other ranks
-        dist.broadcast_object_list([[]], src=0, group=group)
-        raise
-    dist.broadcast_object_list(content, src=0, group=group)
-    records = [Record.from_json(entry) for entry in content[0]]
-    for record in records if not first else ():
-        if user_cache.gpu_dirname(record.gpu) == user_cache.gpu_dirname(tables.gpu_fingerprint(setup.gpu)):
+        if dist.get_rank() == 0:
+            records = [tuned()]
+    finally:
+        # after an error too, so that the other ranks do not wait
+        dist.broadcast_object_list(records, src=0, group=group)
+    own = user_cache.gpu_dirname(gpu_fingerprint(setup.gpu))
+    for record in records[0] if dist.get_rank() else ():
+        if user_cache.gpu_dirname(record.gpu) == own:
             keep(record, setup)
-    return records
+    return records[0]

@@ -7,16 +7,18 @@ Children are started with `subprocess`, not with `multiprocessing`, whose "spawn
 Compilers see no GPU and never interpret, even where the parent does.
 """
 
+import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -47,49 +49,59 @@ class Child:
         # the package goes to the end of the path: another Python has its own torch and Triton
         code = f"import sys; sys.path.append({str(ROOT)!r})\n{code}"
         with other_end:
-            # a session of its own, so that stop() also kills ptxas; compilers print whole kernels when they fail
+            # a session of its own, so that kill() also ends ptxas; compilers print whole kernels when they fail
             self.process = subprocess.Popen(
                 [python, "-c", code, str(other_end.fileno())], pass_fds=[other_end.fileno()], env=environment,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
     def send(self, job: tuple) -> None:
         """Send a job. A dead child shows at `receive`."""
-        with suppress(BrokenPipeError, ConnectionResetError):
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(job)
 
     def receive(self, timeout: float):
-        """Return the child's result. Raises TimeoutError, or EOFError if the child has ended."""
-        if not self.pipe.poll(timeout):
-            raise TimeoutError
+        """Return the child's next message. Raises TimeoutError, or EOFError if the child has ended; stop it after either."""
+        deadline = time.monotonic() + timeout
+        # a child that hangs, even in the middle of a message, is killed: that ends `recv`
+        watchdog = threading.Timer(timeout, self.kill)
+        watchdog.start()
         try:
             return self.pipe.recv()
-        except OSError as error:
-            # it ended in the middle of a result, or before it read its job
-            raise EOFError from error
+        except (EOFError, OSError) as error:
+            raise (EOFError if time.monotonic() < deadline else TimeoutError) from error
+        finally:
+            watchdog.cancel()
 
-    def stop(self) -> None:
-        """Kill the process and everything that it started, and wait for its end."""
+    def kill(self) -> None:
+        """Kill the process and everything that it started."""
         if self.process.returncode is None:
             # a compiler that it started may still run, even if the process itself has ended
-            with suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+
+    def stop(self) -> None:
+        """Kill the process and wait for its end."""
+        self.kill()
+        self.process.wait()
         self.pipe.close()
+
+
+@functools.cache
+def parent_pipe() -> Connection:
+    """Return the pipe from a child to its parent."""
+    return Connection(int(sys.argv[1]))
 
 
 def serve(answer: Callable, code: str) -> None:
     """Answer jobs in a child until the parent closes the pipe; an exception becomes a Failure with this code."""
-    pipe = Connection(int(sys.argv[1]))
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = answer(*job)
-        except Exception as error:  # any error of a config is its result
-            result = Failure(code, f"{type(error).__name__}: {str(error)[:300]}")
-        pipe.send(result)
+    with contextlib.suppress(EOFError):
+        while True:
+            job = parent_pipe().recv()
+            try:
+                result = answer(*job)
+            except Exception as error:  # any error of a config is its result
+                result = Failure(code, f"{type(error).__name__}: {str(error)[:300]}")
+            parent_pipe().send(result)
 
 
 def inspect_job(kernel: str, problem, config, gpu, precision: str = "ieee"):
@@ -111,59 +123,41 @@ class Workers:
         """python: an interpreter with another torch and Triton. code: what a child runs, for tests."""
         self._count = count or min(len(os.sched_getaffinity(0)), MOST)
         self._timeout, self._python, self._code = timeout, python, code
-        self._children: list[Child] = []
-        self._idle: list[Child] = []
-
-    def map(self, jobs: Sequence[tuple]) -> Iterator:
-        """Yield the result of each job, arguments of `inspect_job`, in order: a KernelReport or a Failure."""
-        waiting, busy, results = deque(enumerate(jobs)), {}, {}  # busy: {pipe: (child, number of its job, deadline)}
-        try:
-            for number in range(len(waiting)):
-                while number not in results:
-                    while waiting and len(busy) < self._count:
-                        child = self._idle.pop() if self._idle else self._start()
-                        busy[child.pipe] = child, waiting[0][0], time.monotonic() + self._timeout
-                        child.send(waiting.popleft()[1])
-                    results |= self._collect(busy)
-                yield results.pop(number)
-        finally:
-            # not empty only after an error, or when the caller stops early
-            for child, *_ in busy.values():
-                self._stop(child)
-
-    def _collect(self, busy) -> dict:
-        """Wait for at least one child. Return {number of a job: its result} of all that have answered, ended or timed out."""
-        first = min(deadline for _, _, deadline in busy.values())
-        ready = wait(list(busy), max(first - time.monotonic(), 0))
-        expired = [pipe for pipe, (_, _, deadline) in busy.items() if deadline <= time.monotonic()]
-        results = {}
-        for pipe in ready or expired:
-            child, number, _ = busy[pipe]
-            try:
-                results[number] = child.receive(0)
-                self._idle.append(child)
-            except TimeoutError:
-                results[number] = Failure("compile timeout", f"no result in {self._timeout:g} s", lasting=False)
-                self._stop(child)
-            except EOFError:
-                results[number] = Failure("compile error", "the compiler's process ended", lasting=False)
-                self._stop(child)
-            del busy[pipe]
-        return results
-
-    def _start(self) -> Child:
-        self._children.append(Child(self._code, python=self._python))
-        return self._children[-1]
-
-    def _stop(self, child) -> None:
-        child.stop()
-        if child in self._children:
-            self._children.remove(child)
 
     def __enter__(self):
+        self._children, self._idle = [], []
+        # one thread for each compiler, to wait for its results
+        self._threads = ThreadPoolExecutor(self._count)
         return self
 
     def __exit__(self, *_):
-        self._idle.clear()
-        while self._children:
-            self._children.pop().stop()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for child in self._children:
+            # ends the wait of its thread
+            child.kill()
+        self._threads.shutdown()
+        for child in self._children:
+            child.stop()
+
+    def map(self, jobs: Iterable[tuple]) -> Iterator:
+        """Yield the result of each job, arguments of `inspect_job`, in order: a KernelReport or a Failure."""
+        return self._threads.map(self._compile, jobs)
+
+    def _compile(self, job):
+        try:
+            child = self._idle.pop()
+        except IndexError:
+            child = Child(self._code, python=self._python)
+            self._children.append(child)
+        try:
+            child.send(job)
+            result = child.receive(self._timeout)
+        except TimeoutError:
+            failure = Failure("compile timeout", f"no result in {self._timeout:g} s", lasting=False)
+        except EOFError:
+            failure = Failure("compile error", "the compiler's process ended", lasting=False)
+        else:
+            self._idle.append(child)
+            return result
+        child.stop()
+        return failure

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-import json
+import importlib.util
 import sys
 import time
 from pathlib import Path
@@ -12,9 +12,9 @@ import torch
 from ..autotune import record_problems, replay, search, trials
 from ..autotune.record_problems import RecordingError
 from ..configs import user_cache
-from ..configs.kernel_hash import kernel_hash
 from ..measure.journal import JournalError
 from ..problem import Problem
+from .format import columns
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 ERRORS = (ValueError, OSError, RuntimeError, JournalError, RecordingError)  # of input
@@ -22,20 +22,41 @@ ERRORS = (ValueError, OSError, RuntimeError, JournalError, RecordingError)  # of
 
 def add(commands) -> None:
     """Add these commands to a parser."""
-    _add_tune(commands)
-    _add_sweep(commands)
-    replay_parser = commands.add_parser("replay", help="compare search strategies on a recorded sweep, without a GPU")
-    replay_parser.add_argument("folder", type=Path, help="a sweep")
-    replay_parser.add_argument("--strategy", choices=replay.REPLAYED, help="only this one (default: all)")
-    replay_parser.add_argument("--seeds", type=_count, default=20, metavar="N", help="runs of each (default: %(default)s)")
-    replay_parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    replay_parser.set_defaults(run=_checked(_replay))
-    report = commands.add_parser("report", help="print the results of a sweep, and write summary.csv and t4.json")
+    def command(name, run, summary, to=commands, **defaults):
+        parser = to.add_parser(name, help=summary)
+        parser.set_defaults(run=_checked(run), **defaults)
+        return parser
+
+    tune = command("tune", _tune, "find the best configs for some shapes on this GPU, and use them in later calls",
+                   compiled=True)
+    _add_problems(tune, required=True)
+    tune.add_argument("--strategy", choices=search.STRATEGIES, default="halving", help="default: %(default)s")
+    tune.add_argument("--trials", type=_count, metavar="N", help="try at most N configs for each kernel")
+    tune.add_argument("--seconds", type=_positive, default=float("inf"), metavar="S", help="at most S seconds for each kernel")
+    tune.add_argument("--again", action="store_true", help="try earlier configs again (default: only new candidates)")
+
+    sweep = command("sweep", _sweep, "time every config of some kernels and shapes; resumes after an interruption",
+                    compiled=True)
+    sweep.add_argument("folder", type=Path, help="a new folder; or a sweep to resume, without other arguments")
+    _add_problems(sweep, required=False)
+    sweep.add_argument("--rounds", type=_count, default=search.LONG, metavar="N", help="samples of each (default: %(default)s)")
+    sweep.add_argument("--minutes", type=_positive, default=float("inf"), metavar="M", help="stop after so many minutes")
+
+    compare = command("replay", _replay, "compare search strategies on a recorded sweep, without a GPU")
+    compare.add_argument("folder", type=Path, help="a sweep")
+    compare.add_argument("--seeds", type=_count, default=20, metavar="N", help="runs of each (default: %(default)s)")
+
+    report = command("report", _report, "print the results of a sweep, and write summary.csv and t4.json")
     report.add_argument("folder", type=Path, help="a sweep")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the sweep's own folder)")
     report.add_argument("--plot", action="store_true", help="also draw heat.png: the best time of each tile (needs matplotlib)")
-    report.set_defaults(run=_checked(_report))
-    _add_cache(commands)
+
+    actions = commands.add_parser("cache", help="the configs tuned on this machine").add_subparsers(
+        required=True, metavar="path|ls|clear")
+    command("path", _cache_path, "print the folder", actions)
+    command("ls", _cache_ls, "list the tuned configs", actions)
+    clear = command("clear", _cache_clear, "remove all tuned configs", actions)
+    clear.add_argument("--yes", action="store_true", required=True, help="confirm: this cannot be undone")
 
 
 def _add_problems(command, required: bool) -> None:
@@ -48,38 +69,8 @@ def _add_problems(command, required: bool) -> None:
     command.add_argument("--seed", type=int, default=0, help="of inputs and random choices (default: %(default)s)")
 
 
-def _add_tune(commands) -> None:
-    tune = commands.add_parser("tune", help="find the best configs for some shapes on this GPU, and use them in later calls")
-    _add_problems(tune, required=True)
-    tune.add_argument("--strategy", choices=search.STRATEGIES, default="halving", help="default: %(default)s")
-    tune.add_argument("--trials", type=_count, metavar="N", help="try at most N configs for each kernel")
-    tune.add_argument("--seconds", type=_positive, default=float("inf"), metavar="S", help="at most S seconds for each kernel")
-    tune.add_argument("--again", action="store_true", help="try earlier configs again (default: only new candidates)")
-    tune.set_defaults(run=_checked(_tune), compiled=True)
-
-
-def _add_sweep(commands) -> None:
-    sweep = commands.add_parser("sweep", help="time every config of some kernels and shapes; resumes after an interruption")
-    sweep.add_argument("folder", type=Path, help="a new folder; or a sweep to resume, without other arguments")
-    _add_problems(sweep, required=False)
-    sweep.add_argument("--kernels", metavar="NAMES", help="forward,dq,dkdv,dbias (default: those of the pass)")
-    sweep.add_argument("--rounds", type=_count, default=search.LONG, metavar="N", help="samples of each (default: %(default)s)")
-    sweep.add_argument("--minutes", type=_positive, default=float("inf"), metavar="M", help="stop after so many minutes")
-    sweep.set_defaults(run=_checked(_sweep), compiled=True)
-
-
-def _add_cache(commands) -> None:
-    cache = commands.add_parser("cache", help="the configs tuned on this machine")
-    actions = cache.add_subparsers(required=True, metavar="path|ls|clear")
-    actions.add_parser("path", help="print the folder").set_defaults(run=_checked(_cache_path))
-    actions.add_parser("ls", help="list the tuned configs").set_defaults(run=_checked(_cache_ls))
-    clear = actions.add_parser("clear", help="remove all tuned configs")
-    clear.add_argument("--yes", action="store_true", required=True, help="confirm: this cannot be undone")
-    clear.set_defaults(run=_checked(_cache_clear))
-
-
 def _checked(run):
-    """Return the command with input errors as one line on stderr and exit code 2."""
+    """Return the command with errors of input as one line on stderr and exit code 2."""
     def command(arguments) -> int:
         try:
             return run(arguments) or 0
@@ -129,7 +120,7 @@ def _tune(arguments) -> int:
     return 1 if failed else 0
 
 
-def _sweep(arguments) -> int:
+def _sweep(arguments) -> None:
     from ..autotune import sweep, sweep_report, tune
 
     new, start = bool(arguments.shape or arguments.file), time.monotonic()
@@ -137,49 +128,34 @@ def _sweep(arguments) -> int:
         sweep.expect_new(arguments.folder)
     elif not (arguments.folder / trials.PLAN).exists():
         raise ValueError(f"{arguments.folder} has no sweep to resume; to begin one, add --shape or --from")
-    problems = _with_kernels(_problems(arguments), arguments.kernels) if new else None
+    problems = _problems(arguments) if new else None
     setup = tune.local_setup(seed=arguments.seed, command="sweep")
     with setup.compilers:
         if new:
-            sweep.begin(arguments.folder, sweep.plan_of(problems, setup, arguments.rounds), setup.environment)
+            sweep.begin(arguments.folder, sweep.plan_of(problems, setup, arguments.rounds))
         done = sweep.resume(arguments.folder, setup, 60 * arguments.minutes - (time.monotonic() - start))
     print(sweep_report.text(trials.read(arguments.folder)))
     print("done" if done else "time limit reached; run `sweep` on the same folder to resume")
-    return 0
-
-
-def _with_kernels(problems, names: str | None) -> list[tuple]:
-    """Replace the kernels of these problems by the named ones, as far as a problem has them."""
-    from ..autotune.tune import kernels_of
-
-    kernels = names.split(",") if names else []
-    if unknown := sorted(set(kernels) - {"forward", "dq", "dkdv", "dbias"}):
-        raise ValueError(f"--kernels: expected forward, dq, dkdv or dbias, got {', '.join(unknown)}")
-    return [(problem, [kernel for kernel in kernels if kernel in kernels_of(problem)] or own) for problem, own in problems]
 
 
 def _replay(arguments) -> None:
-    recorded, summaries = trials.read(arguments.folder), {}
-    for strategy in [arguments.strategy] if arguments.strategy else replay.REPLAYED:
+    recorded = trials.read(arguments.folder)
+    rows = [("strategy", "regret: mean", "p95", "largest", "configs", "device s")]
+    for strategy in replay.REPLAYED:
         outcomes = replay.replay(recorded, strategy, range(arguments.seeds))
         if not outcomes:
             raise ValueError(f"{arguments.folder}: no config of this sweep was timed")
-        summaries[strategy] = replay.summary(outcomes)
-    if arguments.json:
-        print(json.dumps({"synthetic": recorded.synthetic, "strategies": summaries}, indent=1))
-        return
-    print("synthetic: no GPU was timed\n" if recorded.synthetic else "", end="")
-    print(f"{'strategy':12}{'regret: mean':>14}{'p95':>9}{'largest':>9}{'tried':>8}{'device s':>10}   per job")
-    for strategy, row in summaries.items():
-        print(f"{strategy:12}{row['mean']:14.2%}{row['p95']:9.2%}{row['largest']:9.2%}{row['trials']:8.1f}"
-              f"{row['device_seconds']:10.3f}")
+        row = replay.summary(outcomes)
+        rows.append((strategy, *(f"{row[name]:.2%}" for name in ("mean", "p95", "largest")), f"{row['trials']:.1f}",
+                     f"{row['device_seconds']:.3f}"))
+    print("synthetic: no GPU was timed\n" if recorded.synthetic else "", "\n".join(columns(rows)), sep="")
 
 
 def _report(arguments) -> None:
     from ..autotune import sweep_report
 
-    if arguments.plot:
-        sweep_report.require_matplotlib()
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed; fix: pip install 'tritonattn[demo]'")
     run = trials.read(arguments.folder)
     print(sweep_report.text(run))
     for path in sweep_report.write(run, arguments.out or arguments.folder, arguments.plot):
@@ -194,9 +170,8 @@ def _cache_path(arguments) -> int:
 
 def _cache_ls(arguments) -> None:
     for path, record in user_cache.current_cache().records():
-        state = "other kernels" if record.kernel_hash != kernel_hash() else "another Triton" if record.stale else ""
-        line = f"{path.stem}  {record.gpu['name']}  {record.key}  {record.config}  {record.seconds * 1e6:.0f} us  {state}"
-        print(line.rstrip())
+        print(f"{path.stem}  {record.gpu['name']}  {record.key}  {record.config}  {record.seconds * 1e6:.0f} us"
+              f"{'' if record.is_current else '  not used: of other kernels or another Triton'}")
 
 
 def _cache_clear(arguments) -> None:

@@ -45,31 +45,31 @@ def _dump(node) -> str:
 class _Canonical(ast.NodeTransformer):
     """Drop docstrings, and number the parameters and locals of each function in the order in which they appear."""
 
-    def __init__(self, numbers=None):
-        self._numbers = numbers or {}
+    def __init__(self, numbers=None, count=0):
+        self._numbers, self._count = numbers or {}, count
+
+    def _inside(self, prefix, names):
+        """Return the transformer inside a function with these names of its own. A name of an outer function is shadowed."""
+        own = {name: f"{prefix}{i}" for i, name in enumerate(dict.fromkeys(names), self._count)}
+        return _Canonical(self._numbers | own, self._count + len(own))
 
     def visit_FunctionDef(self, node):
-        # a nested function may use the names of the enclosing one
-        names = dict.fromkeys(_bound_names(node))
-        inner = _Canonical(self._numbers | {name: f"v{len(self._numbers) + i}" for i, name in enumerate(names)})
+        inside = self._inside("v", _bound_names(node))
         node.decorator_list = [self.visit(decorator) for decorator in node.decorator_list]
-        node.args, node.returns = inner.visit(node.args), None
-        node.body = [inner.visit(statement) for statement in _without_docstring(node.body)]
+        node.args, node.returns = inside.visit(node.args), None
+        node.body = [inside.visit(statement) for statement in _without_docstring(node.body)]
         return node
 
     def visit_Lambda(self, node):
-        names = {argument.arg: f"w{len(self._numbers) + i}" for i, argument in enumerate(_arguments(node))}
-        inner = _Canonical(self._numbers | names)
-        node.args, node.body = inner.visit(node.args), inner.visit(node.body)
-        return node
-
-    def visit_ClassDef(self, node):
-        node.body = [self.visit(statement) for statement in _without_docstring(node.body)]
+        inside = self._inside("w", [argument.arg for argument in _arguments(node)])
+        node.args, node.body = inside.visit(node.args), inside.visit(node.body)
         return node
 
     def visit_Module(self, node):
         node.body = [self.visit(statement) for statement in _without_docstring(node.body)]
         return node
+
+    visit_ClassDef = visit_Module
 
     def visit_arg(self, node):
         node.arg = self._numbers.get(node.arg, node.arg)

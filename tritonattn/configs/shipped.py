@@ -6,6 +6,8 @@ README.md explains how to read a row; `python -m perf.config_table` makes the fi
 
 import functools
 import json
+import os
+import secrets
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -121,7 +123,20 @@ def write_table(table: Table, folder: Path = FOLDER) -> Path:
     rows = [json.dumps(asdict(row) | {fill: getattr(row, fill).as_json() for fill in FILLS}) for row in table.rows.values()]
     head = json.dumps({"schema": SCHEMA, "gpu": table.gpu, "provenance": table.provenance})[:-1]
     path = folder / f"{table.name}.json"
-    partial = path.with_suffix(".part")
-    partial.write_text(head + ',\n"rows": [\n' + ",\n".join(rows) + "\n]}\n")
-    partial.replace(path)
+    replace_file(path, head + ',\n"rows": [\n' + ",\n".join(rows) + "\n]}\n")
     return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file under another name and rename it: readers see all of it or nothing, on network file systems too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(partial, "x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,31 +1,27 @@
 """The user cache: configs tuned on this machine, one JSON file per key, in one folder per model of GPU.
 
-    <cache>/tuned/v2/sm_90-132sm-227k-50m-144g/forward-0123456789abcdef.json
+    <cache>/tuned/v3/sm_90-132sm-227k-50m-144g/forward-0123456789abcdef.json
 
-The digits hash the key and the kernels, so an edit of the kernels hides all older records. A file is written under another
-name and renamed, so readers see either all of it or nothing, on network file systems too. A file that holds no valid record
-is ignored with a warning. There are no locks: shared state changes by single dictionary operations.
+The digits hash the key, the kernels and the minor version of Triton: other kernels and binaries need other configs. A file
+that holds no valid record is ignored with a warning. There are no locks: files are replaced as a whole.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
 import os
-import re
-import secrets
+import typing
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import Config
 from ..gpu import TRITON, Gpu
 from .kernel_hash import kernel_hash
-from .key import Key
-from .shipped import gpu_fingerprint
+from .shipped import gpu_fingerprint, replace_file
 
-SCHEMA = 2
+SCHEMA = 3
 LAYOUT = Path("tuned", f"v{SCHEMA}")
 MAX_BYTES = 1 << 20  # a longer file holds no record
 INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what reading a foreign file raises
@@ -35,10 +31,10 @@ INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionEr
 class Record:
     """The fastest config found for a key on a GPU, and how it was found. Times are in seconds.
 
-    Raise ValueError, TypeError or KeyError for values that the lookup or `explain` cannot use.
+    Raise TypeError for a value of another type.
     """
 
-    key: Key
+    key: str
     config: Config
     seconds: float                 # the median of the samples; q20 and q80 are quantiles
     q20: float
@@ -54,35 +50,22 @@ class Record:
     run: dict          # id, time (UTC), strategy, trials, seconds, seed, tried: the configs of this and earlier runs
 
     def __post_init__(self):
-        times = [self.seconds, self.q20, self.q80, *([] if self.default_seconds is None else [self.default_seconds])]
-        if not all(0 < time < float("inf") for time in times):
-            raise ValueError(f"record: expected positive times in seconds, got {times}")
-        for name, kind, value in (("shared_memory", int, self.static["shared_memory"]), ("time", str, self.run["time"]),
-                                  ("tensor_memory", int, self.static["tensor_memory"]), ("samples", int, self.samples),
-                                  ("triton", (str, type(None)), self.versions["triton"]), ("check", dict, self.check),
-                                  ("tried", list, self.run.get("tried", []))):
-            if not isinstance(value, kind):
-                raise TypeError(f"record: unexpected type of {name} (got {value!r:.40})")
-
-    def fits(self, gpu: Gpu) -> bool:
-        """Return whether the GPU has the memory that the binary needs."""
-        return self.static["shared_memory"] <= gpu.shared_memory and self.static["tensor_memory"] <= gpu.tensor_memory
-
-    @property
-    def stale(self) -> bool:
-        """True if another or an unknown minor version of Triton compiled it, so that the binary may differ here."""
-        minor = _minor(self.versions["triton"])
-        return minor is None or minor != _minor(triton_version())
+        for name, kind in typing.get_type_hints(Record).items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"record: expected {kind} for {name}, got {getattr(self, name)!r:.40}")
 
     @property
     def path(self) -> Path:
         """Its file, relative to the cache's folder."""
-        return record_path(self.key, self.kernel_hash, self.gpu)
+        return record_path(self.key, self.gpu, self.kernel_hash, self.versions["triton"])
+
+    @property
+    def is_current(self) -> bool:
+        """True if it was made from the present kernels by the present minor version of Triton."""
+        return self.path == record_path(self.key, self.gpu)
 
     def as_json(self) -> dict:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        printed = {"key": self.key.as_json(), "config": str(self.config), "default": str(self.default)}
-        return {"schema": SCHEMA} | values | printed
+        return {"schema": SCHEMA} | vars(self) | {"config": str(self.config), "default": str(self.default)}
 
     @staticmethod
     def from_json(content: dict) -> "Record":
@@ -90,24 +73,17 @@ class Record:
         values = dict(content)
         if (schema := values.pop("schema")) != SCHEMA:
             raise ValueError(f"schema: expected {SCHEMA}, got {schema!r:.40}")
-        return Record(**values | {"key": Key.from_json(values["key"]), "config": Config.parse(values["config"]),
-                                  "default": Config.parse(values["default"])})
+        return Record(**values | {name: Config.parse(values[name]) for name in ("config", "default")})
 
 
 @functools.cache
-def triton_version() -> str | None:
-    """Return the version of the installed Triton, None without Triton. Several packages provide it: only the module knows."""
+def triton_version() -> str:
+    """Return the version of the installed Triton, or "". Several packages provide it: only the module knows."""
     if not TRITON:
-        return None
+        return ""
     import triton
 
     return triton.__version__
-
-
-def _minor(version: str | None) -> str | None:
-    """Return "3.6" for "3.6.0+git"; None for anything else."""
-    match = re.match(r"\d+\.\d+", version or "")
-    return match and match[0]
 
 
 def cache_folder() -> Path | None:
@@ -115,11 +91,9 @@ def cache_folder() -> Path | None:
     if named := os.environ.get("TRITONATTN_CACHE_DIR"):
         return Path(named).expanduser().absolute()
     caches = os.environ.get("XDG_CACHE_HOME", "")
-    # the XDG specification says to ignore relative paths
-    if os.path.isabs(caches):
-        return Path(caches) / "tritonattn"
     try:
-        return Path.home() / ".cache" / "tritonattn"
+        # the XDG specification says to ignore relative paths
+        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "tritonattn"
     except RuntimeError:
         return None
 
@@ -134,50 +108,39 @@ def gpu_dirname(gpu: dict) -> str:
     return "-".join([gpu["arch"], f"{gpu['sms']}sm", *parts])
 
 
-def record_path(key: Key, kernels: str, gpu: dict) -> Path:
-    """Return the file for a key, a kernel hash and the fingerprint of a GPU, relative to the cache's folder."""
-    digest = hashlib.sha256(json.dumps([key.as_json(), kernels], sort_keys=True).encode()).hexdigest()[:16]
-    return LAYOUT / gpu_dirname(gpu) / f"{key.kernel}-{digest}.json"
+def record_path(key: str, gpu: dict, kernels: str | None = None, triton: str | None = None) -> Path:
+    """Return the file for a key and a GPU's fingerprint, relative to the cache; by default for the present versions."""
+    minor = (triton or triton_version()).split(".")[:2]
+    digest = hashlib.sha256(json.dumps([key, kernels or kernel_hash(), minor]).encode()).hexdigest()[:16]
+    return LAYOUT / gpu_dirname(gpu) / f"{key.split()[0]}-{digest}.json"
 
 
+@dataclass
 class Cache:
-    """The records under `folder`, and those that this process put. Without a folder, only the latter."""
+    """The records under `folder`, and those of this process that could not be written. Without a folder, only the latter."""
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-        self._put: dict[Path, Record] = {}
-        self._warned: dict = {}
+    folder: Path | None
+    unwritten: dict[Path, Record] = field(default_factory=dict)
 
-    def get(self, key: Key, gpu: Gpu) -> Record | None:
-        """Return the record that a call may use: made from these kernels by this minor version of Triton, and it fits."""
-        record = self.get_stale(key, gpu)
-        return None if record is None or record.stale else record
-
-    def get_stale(self, key: Key, gpu: Gpu) -> Record | None:
-        """Return the record whatever version of Triton made it: a candidate for the tuner."""
-        path = record_path(key, kernel_hash(), gpu_fingerprint(gpu))
-        record = self._put.get(path) or self._read(path)
-        return record if record and record.fits(gpu) else None
+    def get(self, key: str, gpu: Gpu) -> Record | None:
+        """Return the record for a key on a GPU, made from the present kernels by the present minor version of Triton."""
+        path = record_path(key, gpu_fingerprint(gpu))
+        return self.unwritten.get(path) or self._read(path)
 
     def put(self, record: Record) -> Path | None:
-        """Store a record in place of its predecessor. Return its file, or None where only memory holds it (with a warning).
-
-        Raise one of INVALID if the record could not be read back.
-        """
+        """Store a record in place of its predecessor. Return its file, or None where only memory holds it (with a warning)."""
         text = json.dumps(record.as_json(), allow_nan=False)
-        # memory holds the same types as a file: lists, not tuples
-        self._put[record.path] = Record.from_json(json.loads(text))
-        if self.folder is None:
-            self._warn("write", "cache: no home folder for tuned configs, so they last only as long as this process; "
-                                "set TRITONATTN_CACHE_DIR")
-            return None
-        path = self.folder / record.path
         try:
-            _write(path, text)
+            if self.folder is None:
+                raise FileNotFoundError("no home folder; set TRITONATTN_CACHE_DIR")
+            replace_file(self.folder / record.path, text + "\n")
         except OSError as error:
-            self._warn("write", f"{path}: cannot write ({error}); tuned configs last only as long as this process")
+            warnings.warn(f"cache: cannot write {record.path} ({error}); tuned configs last only as long as this process",
+                          stacklevel=2)
+            self.unwritten[record.path] = record
             return None
-        return path
+        self.unwritten.pop(record.path, None)
+        return self.folder / record.path
 
     def records(self) -> Iterator[tuple[Path, Record]]:
         """Yield (file, record) for every valid file, of all GPUs, kernels and versions of Triton."""
@@ -190,7 +153,7 @@ class Cache:
 
         Raise OSError if a file cannot be removed.
         """
-        self._put = {}
+        self.unwritten.clear()
         paths = list(self.folder.glob("tuned/v*/*/*.json*")) if self.folder else []
         for path in paths:
             path.unlink(missing_ok=True)
@@ -208,37 +171,16 @@ class Cache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except INVALID as error:
-            self._warn(path, f"{path}: not a valid tuned config, ignored ({type(error).__name__}: {error})")
+            warnings.warn(f"{path}: not a valid tuned config, ignored ({type(error).__name__}: {error})", stacklevel=2)
             return None
         return record
 
-    def _warn(self, topic, message):
-        """Warn once per topic."""
-        token = object()
-        if self._warned.setdefault(topic, token) is token:
-            warnings.warn(message, stacklevel=2)
 
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(partial, "x", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
-
-
-_caches: dict[Path | None, Cache] = {}
+@functools.cache
+def cache_at(folder: Path | None) -> Cache:
+    return Cache(folder)
 
 
 def current_cache() -> Cache:
     """Return this process's cache for the folder that the environment names now."""
-    folder = cache_folder()
-    return _caches.get(folder) or _caches.setdefault(folder, Cache(folder))
+    return cache_at(cache_folder())
