@@ -254,7 +254,7 @@ def test_the_cache_is_listed_and_cleared(kept, capsys, tmp_path):
     kept.store.put(replace(record, versions={"triton": "1.0.0"}))
     kept.store.put(replace(record, kernel_hash="0" * 12))
     states = [line.rpartition(" us")[2].strip() for line in said(capsys, "cache", "ls").splitlines()]
-    assert sorted(states) == ["", *["not used: of other kernels or another Triton"] * 2]
+    assert sorted(states) == ["", *["stale: other kernels or another Triton"] * 2]
     assert said(capsys, "cache", "clear", "--yes") == "removed 3 files\n" and said(capsys, "cache", "ls") == ""
 
 

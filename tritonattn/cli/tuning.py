@@ -171,7 +171,7 @@ def _cache_path(arguments) -> int:
 def _cache_ls(arguments) -> None:
     for path, record in user_cache.current_cache().records():
         print(f"{path.stem}  {record.gpu['name']}  {record.key}  {record.config}  {record.seconds * 1e6:.0f} us"
-              f"{'' if record.is_current else '  not used: of other kernels or another Triton'}")
+              f"{'' if record.is_current else '  stale: other kernels or another Triton'}")
 
 
 def _cache_clear(arguments) -> None:
