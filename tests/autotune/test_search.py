@@ -89,10 +89,10 @@ def test_the_incumbent_stays_unless_it_is_slower_by_more_than_a_percent():
 
 
 def test_of_configs_within_the_noise_the_one_with_less_shared_memory_wins():
-    bench = FakeBench({"a": 1e-3, "b": 1e-3, "slow": 2e-3}, jitter=0.01, seed=1)
-    search_run = run_search(search_of(bench, "slow"), "exhaustive")
-    assert search_run.winner({"a": 2, "b": 1, "slow": 0}.get) == "b"
-    assert search_run.winner({"a": 1, "b": 2, "slow": 0}.get) == "a"
+    for shared_memory, winner in (((2, 1, 0), "b"), ((1, 2, 0), "a")):
+        bench = FakeBench({"a": 1e-3, "b": 1e-3, "slow": 2e-3}, jitter=0.01, seed=1)
+        static = {name: {"shared_memory": size} for name, size in zip(bench.true, shared_memory)}
+        assert run_search(search_of(bench, "slow", static=static), "exhaustive").winner() == winner
 
 
 def test_a_search_ends_with_its_budget_of_trials_or_seconds():
@@ -146,7 +146,8 @@ def test_halving_has_little_regret_in_a_quarter_of_the_device_time(incumbent):
         names = list(TRUE)
         random.Random(seed).shuffle(names)
         bench = FakeBench(TRUE, seed, **NOISE)
-        winner = run_search(search_of(bench, incumbent, names), "halving", seed).winner(lambda name: SURFACE[name][1])
+        static = {name: {"shared_memory": shared_memory} for name, (_, shared_memory) in SURFACE.items()}
+        winner = run_search(search_of(bench, incumbent, names, static=static), "halving", seed).winner()
         regrets.append(TRUE[winner] / min(TRUE.values()) - 1)
         seconds.append(bench.device_seconds)
     others = [sequential(TRUE, seed) for seed in range(30)]

@@ -32,7 +32,7 @@ def record_of(key=KEY, on=H200, triton=None, memory=(160 * 1024, 0), **changes):
     static = {"registers": 168, "stack": 0, "shared_memory": memory[0], "tensor_memory": memory[1], "occupancy": 1,
               "bound": "tensor", "cycles": 1234.5}
     record = Record(
-        key, Config(128, 64, 8, 3, 1), 0.1 + 0.2, 0.29, 0.32, 30, Config(128, 128, 8, 2), 0.4,
+        key, Config(128, 64, 8, 3, 1), 0.1 + 0.2, 30, Config(128, 128, 8, 2), 0.4,
         {"o": [0.001, 0.002], "lse": [0.0, 1e-7]}, static, shipped.gpu_fingerprint(on) | {"name": on.name},
         {"tritonattn": "0.1.0", "torch": "2.11.0", "triton": triton or user_cache.triton_version(), "cuda": "13.0"},
         user_cache.kernel_hash(),
@@ -69,7 +69,7 @@ some_keys = st.builds("{} {}".format, st.sampled_from(["forward", "dq"]), st.tex
 some_configs = st.builds(Config, st.sampled_from([16, 32, 64, 128, 256]), st.sampled_from([16, 32, 64, 128, 256]),
                          st.sampled_from([1, 2, 4, 8, 16]), st.integers(1, 9), st.sampled_from([None, 1]))
 some_changes = st.fixed_dictionaries({
-    "config": some_configs, "default": some_configs, "seconds": times, "q20": times, "q80": times,
+    "config": some_configs, "default": some_configs, "seconds": times,
     "samples": st.integers(1, 99), "default_seconds": st.none() | times,
     "check": st.dictionaries(st.text(), st.tuples(times, times).map(list))})
 
@@ -213,7 +213,7 @@ def spoiled():
 
     for name in content:
         yield f"no {name}", without(content, name)
-    for name in ("schema", "key", "config", "seconds", "q20", "samples", "default", "check", "static", "gpu", "versions",
+    for name in ("schema", "key", "config", "seconds", "samples", "default", "check", "static", "gpu", "versions",
                  "kernel_hash", "run"):
         for value in (None, "text", [], [[]], {"a": 1}):
             if (name, value) not in [("check", {"a": 1}), ("static", {"a": 1}), ("run", {"a": 1})]:

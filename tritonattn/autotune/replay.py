@@ -70,11 +70,11 @@ def replay(recorded: Run, strategy: str, seeds: Iterable[int] = range(5), budget
                    if trial.status == "ok" or (not trial.samples and trial.status in FAILURES)]
         if job.incumbent not in timed or not offered:
             continue
-        best = min(trial.ratio for trial in timed.values())
+        best, static = min(trial.ratio for trial in timed.values()), {name: trial.static for name, trial in trials.items()}
         for seed in seeds:
             bench = ReplayBench(trials, seed)
-            search = run_search(Search(replace(job, configs=tuple(offered)), bench, budget or Budget()), strategy, seed)
-            pick = search.winner(lambda name, trials=trials: trials[name].static.get("shared_memory", 0))
+            search = Search(replace(job, configs=tuple(offered)), bench, budget or Budget(), static)
+            pick = run_search(search, strategy, seed).winner()
             if pick is not None:
                 outcomes.append(Outcome(job.name, strategy, seed, pick, timed[pick].ratio / best - 1, len(search.trials),
                                         bench.device_seconds))

@@ -14,7 +14,7 @@ import contextlib
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -64,6 +64,7 @@ class Search:
     job: Job
     bench: Bench
     budget: Budget = field(default_factory=Budget)
+    static: dict[str, dict] = field(default_factory=dict)  # properties of the binaries, as far as they are known
     trials: dict[str, Trial] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -104,14 +105,15 @@ class Search:
             start, result = self.bench.now(), self.bench.check(name)
             outcome = ({"status": result.code, "note": result.message} if isinstance(result, Failure) else
                        {"status": "ok", "check": result})
-            self.trials[name] = Trial(self.job.name, name, check_seconds=round(self.bench.now() - start, 3), **outcome)
+            self.trials[name] = Trial(self.job.name, name, static=self.static.get(name, {}),
+                                      check_seconds=round(self.bench.now() - start, 3), **outcome)
         return self.trials[name].status == "ok"
 
     @property
     def _is_late(self) -> bool:
         return self.bench.now() - self._start > self.budget.seconds
 
-    def winner(self, shared_memory: Callable[[str], int] = lambda name: 0) -> str | None:
+    def winner(self) -> str | None:
         """Return the fastest config among those with the most samples, or None if nothing could be timed.
 
         The incumbent stays if it is slower by less than TIE or twice the spread of the median. Other configs that differ by
@@ -128,7 +130,7 @@ class Search:
         if self.job.incumbent in last and last[self.job.incumbent].seconds <= last[best].seconds * (1 + max(TIE, margin)):
             return self.job.incumbent
         equals = [name for name, trial in last.items() if trial.seconds <= last[best].seconds * (1 + margin)]
-        return min(equals, key=lambda name: (shared_memory(name), last[name].seconds, name))
+        return min(equals, key=lambda name: (last[name].static.get("shared_memory", 0), last[name].seconds, name))
 
 
 def spread(samples: Sequence[float]) -> float:

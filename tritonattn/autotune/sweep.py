@@ -27,24 +27,24 @@ from .tune import TuningSetup, job_of, static_of
 
 GROUP = 8        # configs that are timed together
 CONTROLS = 0.1   # share of the excluded configs that is timed
-EXCLUDED = ("spill", "duplicate work", "serialized", "wrong tensor path", "unclear")  # reasons of configs that would run
+WOULD_RUN = ("spill", "duplicate work", "serialized", "wrong tensor path", "unclear")  # reasons of configs that would run
 
 
 def plan_of(problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, rounds: int = LONG,
             say: Callable = print) -> dict:
     """Compile all candidates, which takes about a minute for each job, and return the plan."""
-    jobs, static, controls, rng = [], {}, {}, random.Random(setup.seed)
+    jobs, excluded, static, controls, rng = [], {}, {}, {}, random.Random(setup.seed)
     for kernel, problem in ((kernel, problem) for problem, kernels in problems for kernel in kernels):
         job, verdicts = job_of(kernel, problem, setup, "exhaustive")
         say(f"{job.name}: {len(verdicts)} candidates, {len(job.configs)} to be timed", flush=True)
-        excluded = [name for name, verdict in verdicts.items() if verdict.reason in EXCLUDED and name != job.incumbent]
-        controls[job.name] = sorted(rng.sample(excluded, round(CONTROLS * len(excluded))))
-        static[job.name] = {name: {"reason": verdict.reason, "note": verdict.note} | static_of(verdict)
-                            for name, verdict in verdicts.items()}
+        excluded[job.name] = {name: [verdict.reason, verdict.note] for name, verdict in verdicts.items() if verdict.reason}
+        static[job.name] = {name: static_of(verdict) for name, verdict in verdicts.items()}
+        able = [name for name, (reason, _) in excluded[job.name].items() if reason in WOULD_RUN and name != job.incumbent]
+        controls[job.name] = sorted(rng.sample(able, round(CONTROLS * len(able))))
         # by modelled time, excluded ones last
         jobs.append(replace(job, configs=tuple(dict.fromkeys([*job.configs, *verdicts]))))
-    return {"jobs": [job.as_json() for job in jobs], "static": static, "controls": controls, "rounds": rounds,
-            "seed": setup.seed, "environment": setup.environment} | conditions(setup)
+    return {"jobs": [job.as_json() for job in jobs], "excluded": excluded, "static": static, "controls": controls,
+            "rounds": rounds, "seed": setup.seed, "environment": setup.environment} | conditions(setup)
 
 
 def conditions(setup: TuningSetup) -> dict:
@@ -70,8 +70,8 @@ def resume(folder: Path, setup: TuningSetup, seconds: float = float("inf"), say:
     """Do what is left of a plan, for so many seconds at most. Returns whether all is done; raises JournalError."""
     run = read(folder)
     for name, value in conditions(setup).items():
-        if run.plan[name] != value:
-            raise JournalError(f"{folder}: planned with {name} {run.plan[name]}, but this is {value}; begin another sweep")
+        if (planned := run.plan.get(name)) != value:
+            raise JournalError(f"{folder}: planned with {name} {planned}, but this is {value}; begin another sweep")
     with Journal(folder / PLAN, run.plan) as results:
         progress = Progress(run, results, time.monotonic() + seconds, say)
         return all(_run_job(job, run, setup, progress) for job in run.jobs)
@@ -79,33 +79,28 @@ def resume(folder: Path, setup: TuningSetup, seconds: float = float("inf"), say:
 
 def _run_job(job, run, setup, progress) -> bool:
     """Do what is left of one job. Return whether there was time for all of it."""
-    verdicts, done = run.plan["static"][job.name], run.of(job)
+    excluded, static, done = run.plan["excluded"][job.name], run.plan["static"][job.name], run.of(job)
     chosen = {job.incumbent, *run.plan["controls"][job.name]}
-    timed = [name for name in job.configs if name in chosen or verdicts[name]["reason"] is None]
+    timed = [name for name in job.configs if name in chosen or name not in excluded]
     for name in job.configs:
         if name not in timed and name not in done:
-            progress.add(_with_verdict(Trial(job.name, name, "ok"), verdicts))
+            progress.add(Trial(job.name, name, *excluded[name], static=static[name]))
     # the same groups after every interruption
     groups = [[name for name in timed[i:i + GROUP] if name not in done] for i in range(0, len(timed), GROUP)]
     if not any(groups):
         return True
     with setup.bench(job.kernel, job.problem) as bench:
-        search = Search(job, bench)
+        search = Search(job, bench, static=static)
         for group in filter(None, groups):
             if time.monotonic() > progress.deadline:
                 return False
             search.time_round(group, run.plan["rounds"])
-            for name in group:
-                progress.add(_with_verdict(search.trials[name], verdicts))
+            for trial in (search.trials[name] for name in group):
+                if trial.status == "ok" and trial.config in excluded:
+                    # an excluded config keeps its reason, whatever its time
+                    trial = replace(trial, **dict(zip(("status", "note"), excluded[trial.config])))
+                progress.add(trial)
     return True
-
-
-def _with_verdict(trial: Trial, verdicts: dict) -> Trial:
-    """Add what is known of the binary. An excluded config keeps its reason, whatever its time, unless it failed."""
-    verdict = dict(verdicts[trial.config])
-    reason, note = verdict.pop("reason"), verdict.pop("note")
-    trial = replace(trial, static=verdict)
-    return replace(trial, status=reason, note=note) if reason and trial.status == "ok" else trial
 
 
 class Progress:

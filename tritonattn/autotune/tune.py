@@ -23,7 +23,6 @@ from ..configs.shipped import FILLS, gpu_fingerprint, shipped_tables
 from ..configs.user_cache import Cache, Record
 from ..gpu import Gpu
 from ..measure import environment, journal
-from ..measure.timing import quantiles
 from ..problem import Problem
 from ..runtime.arguments import problem_of
 from .bench import IsolatedBench
@@ -132,9 +131,9 @@ def job_of(kernel: str, problem: Problem, setup: TuningSetup, strategy: str) -> 
     return Job(kernel, problem, tuple(dict.fromkeys([*names, incumbent])), incumbent), verdicts
 
 
-def static_of(verdict: Verdict | None) -> dict:
+def static_of(verdict: Verdict) -> dict:
     """Return what the compiled kernel of a config needs, as JSON; {} if it was not compiled."""
-    if verdict is None or verdict.report is None:
+    if verdict.report is None:
         return {}
     names = ("registers", "stack", "shared_memory", "tensor_memory", "occupancy")
     estimate = {name: verdict.estimate and getattr(verdict.estimate, name) for name in ("bound", "cycles")}
@@ -156,19 +155,19 @@ def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str
         return known
     job = replace(job, configs=tuple(name for name in job.configs if name not in tried))
     with setup.bench(kernel, problem) as bench:
-        search = run_search(Search(job, bench, budget), strategy, setup.seed)
-    winner = search.winner(lambda name: static_of(verdicts.get(name)).get("shared_memory", 0))
-    if winner is None:
+        static = {name: static_of(verdict) for name, verdict in verdicts.items()}
+        search = run_search(Search(job, bench, budget, static), strategy, setup.seed)
+    if (winner := search.winner()) is None:
         return None
-    if not (static := static_of(verdicts.get(winner))):
+    if winner not in static:
         # strategy "table" compiles nothing before
         result, = setup.compilers.map([(kernel, problem, Config.parse(winner), setup.gpu)])
         if isinstance(result, Failure):
             return None
-        static = static_of(check_report(result))
+        static[winner] = static_of(check_report(result))
     run = {"id": uuid.uuid4().hex[:12], "time": journal.now(), "strategy": strategy, "trials": len(search.trials),
            "seconds": round(time.monotonic() - start, 3), "seed": setup.seed, "tried": sorted({*tried, *search.trials})}
-    record = record_of(search, winner, static, setup, run)
+    record = record_of(search, winner, static[winner], setup, run)
     keep(record, setup)
     return record
 
@@ -182,10 +181,9 @@ def keep(record: Record, setup: TuningSetup) -> None:
 def record_of(search: Search, winner: str, static: dict, setup: TuningSetup, run: dict) -> Record:
     """Return the cache's record of the best config."""
     job, trial, incumbent = search.job, search.trials[winner], search.trials.get(search.job.incumbent)
-    q20, median, q80 = quantiles(trial.samples)
     versions = {name: setup.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
-    return Record(key_of(job.kernel, job.problem, setup.gpu), Config.parse(winner), median, q20, q80, len(trial.samples),
-                  Config.parse(job.incumbent), incumbent and incumbent.seconds,
+    return Record(key_of(job.kernel, job.problem, setup.gpu), Config.parse(winner), trial.seconds,
+                  len(trial.samples), Config.parse(job.incumbent), incumbent and incumbent.seconds,
                   {name: list(pair) for name, pair in trial.check.items()}, static,
                   {"name": setup.gpu.name} | gpu_fingerprint(setup.gpu), versions | {"triton": triton.__version__},
                   kernel_hash(), run)
@@ -222,10 +220,7 @@ def summarize(record: Record | None) -> str:
 
 
 def on_rank0(tuned: Callable[[], list[Record]], setup: TuningSetup) -> list[Record]:
-    """Call `tuned` on rank 0 alone, and return its records on every rank. Every rank must call this.
-
-    A rank with another kind of GPU does not keep them.
-    """
+    """Call `tuned` on rank 0 alone, and return and keep its records on every rank. Every rank must call this."""
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tuned()
@@ -238,8 +233,6 @@ def on_rank0(tuned: Callable[[], list[Record]], setup: TuningSetup) -> list[Reco
     finally:
         # after an error too, so that the other ranks do not wait
         dist.broadcast_object_list(records, src=0, group=group)
-    own = user_cache.gpu_dirname(gpu_fingerprint(setup.gpu))
     for record in records[0] if dist.get_rank() else ():
-        if user_cache.gpu_dirname(record.gpu) == own:
-            keep(record, setup)
+        keep(record, setup)
     return records[0]

@@ -8,6 +8,7 @@ that holds no valid record is ignored with a warning. There are no locks: files 
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import typing
@@ -36,9 +37,7 @@ class Record:
 
     key: str
     config: Config
-    seconds: float                 # the median of the samples; q20 and q80 are quantiles
-    q20: float
-    q80: float
+    seconds: float                 # the median of the samples
     samples: int
     default: Config                # the config that a call would have used without tuning, timed in the same rounds
     default_seconds: float | None  # None: it could not be timed
@@ -79,11 +78,7 @@ class Record:
 @functools.cache
 def triton_version() -> str:
     """Return the version of the installed Triton, or "". Several packages provide it: only the module knows."""
-    if not TRITON:
-        return ""
-    import triton
-
-    return triton.__version__
+    return importlib.import_module("triton").__version__ if TRITON else ""
 
 
 def cache_folder() -> Path | None:
