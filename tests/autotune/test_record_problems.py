@@ -47,7 +47,7 @@ def test_an_error_in_the_block_loses_nothing_and_blocks_may_nest(tmp_path):
         lookup.get_config("forward", B, H200)
         raise KeyError
     assert [problem for problem, _ in record_problems.read(tmp_path / "outer")] == [A, B]
-    assert [problem for problem, _ in record_problems.read(tmp_path / "inner")] == [A] and not lookup._observers
+    assert [problem for problem, _ in record_problems.read(tmp_path / "inner")] == [A] and not lookup.observers
 
 
 def test_threads_are_all_counted(tmp_path):

@@ -245,15 +245,8 @@ class IsolatedBench:
         """Return the child's result. Raises RuntimeError if no child can do any job."""
         if self._child is None:
             self._child = Child(self._code, uses_gpu=True)
-            result = self._exchange(("open", *self._bench), OPEN_LIMIT)
-            if isinstance(result, Failure):
+            if isinstance(result := self._ask(("open", *self._bench), OPEN_LIMIT), Failure):
                 raise RuntimeError(f"bench: a new process cannot use {self._bench[2]}: {result.message}")
-        result = self._exchange(job, limit)
-        if isinstance(result, Failure) and "OutOfMemoryError" in result.message:
-            raise RuntimeError(f"bench: no room for the tensors of {self._bench[1]}: {result.message}")
-        return result
-
-    def _exchange(self, job, limit):
         self._announced = None
         try:
             self._child.send(job)
@@ -265,6 +258,8 @@ class IsolatedBench:
             result = Failure("device lost", "its process ended", lasting=False)
         if isinstance(result, Failure) and result.code not in WRONG:
             self.__exit__()
+            if "OutOfMemoryError" in result.message:
+                raise RuntimeError(f"bench: no room for the tensors of {self._bench[1]}: {result.message}")
         return result
 
     def __enter__(self):

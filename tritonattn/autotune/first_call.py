@@ -68,6 +68,6 @@ def install(environment=os.environ) -> None:
     """Observe lookups from now on if TRITONATTN_AUTOTUNE is "quick"; warn about an unknown value."""
     value = environment.get(VARIABLE, "off").lower()
     if value == "quick":
-        lookup.add_observer(FirstCallTuner(tune_from_tables))
+        lookup.observers.append(FirstCallTuner(tune_from_tables))
     elif value not in ("off", "0", ""):
         warnings.warn(f"{VARIABLE}: expected quick or off, got {value!r}; nothing is tuned", stacklevel=2)

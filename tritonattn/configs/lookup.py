@@ -18,30 +18,23 @@ from .key import key_of, precision, waves
 from .shipped import FILLS, WIDTHS, Row, Table, shipped_tables
 from .user_cache import Record
 
-Observer = Callable[[str, Problem, Gpu], None]
-_observers: tuple[Observer, ...] = ()
-
-
-def add_observer(observer: Observer) -> None:
-    """Call `observer` before every lookup from now on, in every thread of the process."""
-    global _observers
-    _observers += (observer,)
+# called with (kernel, problem, gpu) before every lookup, in every thread of the process
+observers: list[Callable[[str, Problem, Gpu], None]] = []
 
 
 @contextlib.contextmanager
-def observed(observer: Observer):
+def observed(observer: Callable[[str, Problem, Gpu], None]):
     """Call `observer` before every lookup within the block."""
-    global _observers
-    add_observer(observer)
+    observers.append(observer)
     try:
         yield
     finally:
-        _observers = tuple(other for other in _observers if other is not observer)
+        observers.remove(observer)
 
 
 def get_config(kernel: str, problem: Problem, gpu: Gpu) -> Config:
     """Return the config for a kernel of a problem on a GPU. Raises RuntimeError for an unsupported GPU."""
-    for observer in _observers:
+    for observer in tuple(observers):
         observer(kernel, problem, gpu)
     if (config := pinned_config(kernel)) is not None:
         return config
@@ -75,12 +68,12 @@ def lookup_config(kernel: str, problem: Problem, gpu: Gpu) -> ConfigChoice:
 
     The result is cached until this process tunes: records of other processes do not change it in between.
     """
+    # TF32 is a global setting, and has keys of its own in the user cache
     return _lookup_config(kernel, problem, gpu, precision(problem))
 
 
 @functools.lru_cache(maxsize=4096)
 def _lookup_config(kernel, problem, gpu, _precision):
-    """Look up without the cache. `_precision` belongs to the cache's key because the user cache distinguishes it."""
     if gpu.arch == "interpreter":
         # an interpreted step costs the same for every tile size
         return ConfigChoice(Config(64, 64), "formula")
@@ -98,13 +91,11 @@ def clear_lookup_cache() -> None:
 
 
 def lookup_shipped(kernel: str, problem: Problem, gpu: Gpu) -> ConfigChoice:
-    """Return the config that the shipped tables have for a kernel other than delta."""
-    return _lookup_shipped(tuple(row_keys(kernel, problem)), gpu_fill(kernel, problem, gpu), gpu)
+    """Return the config that the shipped tables have for a kernel other than delta.
 
-
-@functools.lru_cache(maxsize=1024)
-def _lookup_shipped(keys, fill, gpu) -> ConfigChoice:
-    """Try the tables and the row keys in order of preference, and the other fill where the entry of `fill` does not fit."""
+    Tries the tables and the row keys in order of preference, and the other fill where the entry of the right one does not fit.
+    """
+    keys, fill = tuple(row_keys(kernel, problem)), gpu_fill(kernel, problem, gpu)
     for origin, table in table_sources(gpu):
         row = next(filter(None, map(table.rows.get, keys)), None)
         for name in sorted(FILLS, key=lambda name: name != fill) if row else ():
