@@ -36,7 +36,7 @@ def record_of(key=KEY, on=H200, triton=None, memory=(160 * 1024, 0), **changes):
         {"o": [0.001, 0.002], "lse": [0.0, 1e-7]}, static, shipped.gpu_fingerprint(on) | {"name": on.name},
         {"tritonattn": "0.1.0", "torch": "2.11.0", "triton": triton or user_cache.triton_version(), "cuda": "13.0"},
         user_cache.kernel_hash(),
-        {"id": "a", "time": "2026-11-21T15:04:05Z", "strategy": "all", "trials": 40, "seconds": 60.5, "seed": 0})
+        {"time": "2026-11-21T15:04:05Z", "strategy": "all", "trials": 40, "seconds": 60.5, "seed": 0})
     return dataclasses.replace(record, **changes)
 
 
@@ -193,7 +193,7 @@ def test_a_flipped_byte_never_raises(store, tmp_path, caught):
 
 @pytest.mark.parametrize("content", [
     b"", b"\0" * 100, b"null", b"[]", b"{}", b"1", b'"a"', b"NaN", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 100_000,
-    b"9" * 100_000, b" " * (user_cache.MAX_BYTES + 1), b"\x80\x04N.", b'{"schema": 3}', "é\n".encode("utf-16"),
+    b"9" * 100_000, b" " * 100, b"\x80\x04N.", b'{"schema": 3}', "é\n".encode("utf-16"),
 ], ids=lambda content: str(content[:12]))
 def test_a_foreign_file_is_ignored_with_a_warning_and_replaced(content, store, tmp_path, caught):
     path = store.put(record_of())

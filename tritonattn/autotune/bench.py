@@ -100,17 +100,13 @@ class Bench:
         return launcher(self.kernel, self.problem, self.device, self._seed)
 
     def _timed(self, config, make_launch) -> timing.Timed:
-        @functools.cache
-        def prepared():
-            return make_launch(Config.parse(config))
-
         @contextlib.contextmanager
         def announced():
             self._announce(config)
             yield
 
-        # prepared at the first call, so that an error is attributed to this config
-        return timing.Timed([lambda: launch.run(prepared(), self.device)], around=announced)
+        # the launch is made at the first call, so that an error is attributed to this config
+        return timing.Timed([lambda: launch.run(make_launch(Config.parse(config)), self.device)], around=announced)
 
 
 def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
@@ -203,12 +199,12 @@ def launcher(kernel: str, problem: Problem, device, seed: int) -> Callable[[Conf
     # the values of delta do not change the time
     queries = Queries(inputs.q, do, lse, torch.zeros_like(lse), lse_minus_maxes)
     dq, dk, dv, dbias = (x if x is None else torch.empty_like(x) for x in inputs[:4])
-    return {
+    return functools.cache({
         "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, o_residuals, lse_minus_maxes)),
         "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
         "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),
         "dbias": lambda config: launch.dbias_launch(problem, config, inputs, queries, dbias),
-    }[kernel]
+    }[kernel])
 
 
 class IsolatedBench:

@@ -5,7 +5,6 @@
 
 import datetime
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -165,7 +164,7 @@ def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str
         if isinstance(result, Failure):
             return None
         static[winner] = static_of(check_report(result))
-    run = {"id": uuid.uuid4().hex[:12], "time": journal.now(), "strategy": strategy, "trials": len(search.trials),
+    run = {"time": journal.now(), "strategy": strategy, "trials": len(search.trials),
            "seconds": round(time.monotonic() - start, 3), "seed": setup.seed, "tried": sorted({*tried, *search.trials})}
     record = record_of(search, winner, static[winner], setup, run)
     keep(record, setup)

@@ -24,7 +24,6 @@ from .shipped import gpu_fingerprint, replace_file
 
 SCHEMA = 3
 LAYOUT = Path("tuned", f"v{SCHEMA}")
-MAX_BYTES = 1 << 20  # a longer file holds no record
 INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what reading a foreign file raises
 
 
@@ -46,7 +45,7 @@ class Record:
     gpu: dict          # name and fingerprint
     versions: dict     # tritonattn, torch, triton, cuda, driver
     kernel_hash: str   # of the kernels that were timed
-    run: dict          # id, time (UTC), strategy, trials, seconds, seed, tried: the configs of this and earlier runs
+    run: dict          # time (UTC), strategy, trials, seconds, seed, tried: the configs of this and earlier runs
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(Record).items():
@@ -159,8 +158,7 @@ class Cache:
             return None
         path = self.folder / relative
         try:
-            with open(path, "rb") as file:
-                record = Record.from_json(json.loads(file.read(MAX_BYTES).decode()))
+            record = Record.from_json(json.loads(path.read_text(encoding="utf-8")))
             if record.path != relative:
                 raise ValueError(f"the content belongs to {record.path}")
         except (FileNotFoundError, NotADirectoryError):
