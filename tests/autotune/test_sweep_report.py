@@ -58,12 +58,11 @@ def test_drift_does_not_change_the_order():
     assert list(result.slowdowns) == [C, B, A] and list(result.slowdowns.values()) == pytest.approx([1, 1.125, 1.25])
 
 
-def test_without_common_rounds_medians_are_compared():
+def test_without_the_default_medians_are_compared():
     job = a_job()
-    assert result_of(tried(job, A, [10] * 3), tried(job, B, [8] * 3)).default_slowdown == pytest.approx(1.25)
-    # the default has no trial, but samples in the rounds of another config
-    result = result_of(tried(job, B, [8] * 3), tried(job, C, [12] * 3, [10] * 3))
-    assert result.default_slowdown == pytest.approx(1.25) and result.slowdowns[C] == pytest.approx(1.5)
+    # trials without the default cannot be compared with those beside it
+    result = result_of(tried(job, B, [8] * 3), tried(job, C, [12] * 3, [10] * 3), tried(job, D, [15] * 3, [10] * 3))
+    assert result.default_slowdown == pytest.approx(1 / 1.2) and result.slowdowns == pytest.approx({C: 1, D: 1.25})
     result = result_of(tried(job, A, status="incorrect"), tried(job, B, [9] * 3), tried(job, C, [18] * 3))
     assert result.default_slowdown is None and result.slowdowns == {B: 1, C: 2}
     assert result_of(tried(job, A, status="incorrect")).ok == []

@@ -1,6 +1,6 @@
 """The report of a sweep: a text table, summary.csv, t4.json and a heat map.
 
-    slowdown  of a config: its time / the time of the fastest config of the job that is ok; in the rounds with the default
+    slowdown  of a config: its time / the time of the fastest config of the job that is ok; both relative to the default's
 """
 
 import collections
@@ -54,15 +54,12 @@ def results_of(run: Run) -> list[JobResult]:
     results = []
     for job in run.jobs:
         trials = run.of(job)
-        own = trials[job.incumbent].samples if job.incumbent in trials else ()
-        sides = own, *(trial.beside for trial in trials.values())
-        default = next((statistics.median(samples) for samples in sides if samples), None)
-        # time / the default's time; seconds where the default was never timed
-        costs = {config: trial.ratio if trial.beside else trial.seconds / (default or 1)
-                 for config, trial in trials.items() if trial.samples}
-        least = min((cost for config, cost in costs.items() if trials[config].status == "ok"), default=None)
-        slowdowns = {config: costs[config] / least for config in sorted(costs, key=costs.get)} if least else {}
-        results.append(JobResult(job, trials, slowdowns, 1 / least if least and default else None))
+        # times in the same rounds as the default; seconds where the default could not be timed
+        ratios = {config: trial.ratio for config, trial in trials.items() if trial.beside}
+        times = ratios or {config: trial.seconds for config, trial in trials.items() if trial.samples}
+        least = min((time for config, time in times.items() if trials[config].status == "ok"), default=None)
+        slowdowns = {config: times[config] / least for config in sorted(times, key=times.get)} if least else {}
+        results.append(JobResult(job, trials, slowdowns, 1 / least if least and ratios else None))
     return results
 
 
