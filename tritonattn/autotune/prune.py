@@ -89,19 +89,18 @@ def check_config(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Ver
 
 def check_report(report: KernelReport) -> Verdict:
     """Return the verdict on a compiled config."""
-    reason, note = _reason(report) or (None, "")
-    return Verdict(report.config, reason, note, report, estimate(report) if report.fits else None)
+    return Verdict(report.config, *_reason(report), report, estimate(report) if report.fits else None)
 
 
-def _reason(report):
-    """Return (reason, note) of the first of REASONS that holds, or None."""
+def _reason(report) -> tuple[str | None, str]:
+    """Return the first of REASONS that holds, or None, and a note."""
     gpu = report.gpu
     if report.shared_memory > gpu.shared_memory:
         return "shared memory", f"{report.shared_memory} bytes, {gpu.shared_memory} allowed"
     if report.tensor_memory > gpu.tensor_memory:
         return "tensor memory", f"{report.tensor_memory} columns, {gpu.tensor_memory} allowed"
     if report.loops is None:
-        return None
+        return None, ""
     if report.registers <= COLLAPSED_REGISTERS and report.stack >= COLLAPSED_STACK:
         return "register collapse", f"{report.registers} registers, {report.stack} bytes of stack"
     if not report.loops:
@@ -121,20 +120,18 @@ def _reason(report):
         return "spill", spills
     if duplicated < WHOLE:
         return "unclear", f"products x {duplicated:.2f}"
-    return None
+    return None, ""
 
 
 def survey(kernel: str, problem: Problem, gpu: Gpu, configs: Iterable[Config], workers: Workers) -> list[Verdict]:
     """Return the ranked verdicts on these configs, compiling those that `check_config` does not exclude."""
-    verdicts, jobs = [], []
-    for config in configs:
-        if (verdict := check_config(kernel, problem, config, gpu)) is not None:
-            verdicts.append(verdict)
-        else:
-            jobs.append((kernel, problem, config, gpu, precision(problem) or "ieee"))
-    for result, job in zip(workers.map(jobs), jobs):
-        verdicts.append(Verdict(job[2], result.code, result.message) if isinstance(result, Failure) else check_report(result))
-    return ranked(verdicts)
+    verdicts = {config: check_config(kernel, problem, config, gpu) for config in configs}
+    compiled = [config for config, verdict in verdicts.items() if verdict is None]
+    results = workers.map([(kernel, problem, config, gpu, precision(problem) or "ieee") for config in compiled])
+    for config, result in zip(compiled, results):
+        verdicts[config] = (Verdict(config, result.code, result.message) if isinstance(result, Failure) else
+                            check_report(result))
+    return ranked(verdicts.values())
 
 
 def ranked(verdicts: Iterable[Verdict]) -> list[Verdict]:
@@ -155,5 +152,4 @@ def time_penalty(reason: str | None, spills: int) -> float:
         return 1.0
     if reason == "register collapse":
         return math.inf
-    spill_penalty = 1 + SPILL_PENALTY * math.log2(1 + spills)
-    return spill_penalty if reason == "spill" else max(spill_penalty, PENALTY)
+    return max(1 + SPILL_PENALTY * math.log2(1 + spills), 1.0 if reason == "spill" else PENALTY)
