@@ -13,7 +13,7 @@ from tritonattn.autotune import prune, replay, search, sweep
 from tritonattn.autotune import trials as runs
 from tritonattn.autotune.tune import TuningSetup
 from tritonattn.configs.user_cache import Cache
-from tritonattn.measure.journal import JournalError
+from tritonattn.measure.journal import Journal, JournalError
 
 JOBS = [(PROBLEM, ("forward",)), (dataclasses.replace(PROBLEM, window=(None, 0)), ("dkdv",))]
 SPILLING = {"64x64w4s2e1", "64x64w4s3e1", "64x32w4s2e1", "128x64w8s2e1", "32x32w4s2e1", "128x64w8s3e1", "128x32w8s3e1",
@@ -39,7 +39,7 @@ def quiet(*_, **__):
 
 def begun(tmp_path, name="run", **options):
     setup = setup_of(tmp_path, **options)
-    sweep.begin(tmp_path / name, sweep.plan_of(JOBS, setup, rounds=5, say=quiet))
+    sweep.begin(tmp_path / name, JOBS, setup, rounds=5, say=quiet)
     return tmp_path / name, setup
 
 
@@ -147,7 +147,7 @@ def test_a_folder_with_or_without_a_sweep_raises(tmp_path):
     (tmp_path / "other").mkdir()
     for plan, words in (({}, "KeyError: 'schema'"), ({"schema": 1}, "ValueError: expected schema 2, got 1")):
         (tmp_path / "other" / runs.PLAN).unlink(missing_ok=True)
-        sweep.begin(tmp_path / "other", plan)
+        Journal(tmp_path / "other" / runs.PLAN, plan).close()
         with pytest.raises(JournalError, match=f"no sweep can be read: {words}"):
             sweep.resume(tmp_path / "other", setup)
 

@@ -30,9 +30,14 @@ CONTROLS = 0.1   # share of the excluded configs that is timed
 WOULD_RUN = ("spill", "duplicate work", "serialized", "wrong tensor path", "unclear")  # reasons of configs that would run
 
 
-def plan_of(problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, rounds: int = LONG,
-            say: Callable = print) -> dict:
-    """Compile all candidates, which takes about a minute for each job, and return the plan."""
+def begin(folder: Path, problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, rounds: int = LONG,
+          say: Callable = print) -> None:
+    """Compile all candidates, which takes about a minute for each job, and write the plan of a new sweep.
+
+    Raises FileExistsError, before it compiles, if the folder has a sweep.
+    """
+    if (folder / PLAN).exists():
+        raise FileExistsError(f"{folder} already has a sweep; name another folder, or resume it by leaving out the problems")
     jobs, excluded, static, controls, rng = [], {}, {}, {}, random.Random(setup.seed)
     for kernel, problem in ((kernel, problem) for problem, kernels in problems for kernel in kernels):
         job, verdicts = job_of(kernel, problem, setup, "exhaustive")
@@ -43,8 +48,9 @@ def plan_of(problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetu
         controls[job.name] = sorted(rng.sample(able, round(CONTROLS * len(able))))
         # by modelled time, excluded ones last
         jobs.append(replace(job, configs=tuple(dict.fromkeys([*job.configs, *verdicts]))))
-    return {"jobs": [job.as_json() for job in jobs], "excluded": excluded, "static": static, "controls": controls,
-            "rounds": rounds, "seed": setup.seed, "environment": setup.environment} | conditions(setup)
+    plan = {"jobs": [job.as_json() for job in jobs], "excluded": excluded, "static": static, "controls": controls,
+            "rounds": rounds, "seed": setup.seed, "environment": setup.environment}
+    Journal(folder / PLAN, plan | conditions(setup)).close()
 
 
 def conditions(setup: TuningSetup) -> dict:
@@ -52,18 +58,6 @@ def conditions(setup: TuningSetup) -> dict:
     versions = {"tritonattn": __version__, "triton": triton.__version__, "torch": torch.__version__}
     return {"schema": SCHEMA, "gpu": {"name": setup.gpu.name} | gpu_fingerprint(setup.gpu), "versions": versions,
             "source": kernel_hash()}
-
-
-def begin(folder: Path, plan: dict) -> None:
-    """Write the plan of a new sweep. Raises FileExistsError if the folder has a sweep."""
-    expect_new(folder)
-    Journal(folder / PLAN, plan).close()
-
-
-def expect_new(folder: Path) -> None:
-    """Raise FileExistsError if the folder has a sweep."""
-    if (folder / PLAN).exists():
-        raise FileExistsError(f"{folder} already has a sweep; name another folder, or resume it by leaving out the problems")
 
 
 def resume(folder: Path, setup: TuningSetup, seconds: float = float("inf"), say: Callable = print) -> bool:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.util
+import math
 import sys
 import time
 from pathlib import Path
@@ -31,20 +32,21 @@ def add(commands) -> None:
                    compiled=True)
     _add_problems(tune, required=True)
     tune.add_argument("--strategy", choices=search.STRATEGIES, default="halving", help="default: %(default)s")
-    tune.add_argument("--trials", type=_count, metavar="N", help="try at most N configs for each kernel")
-    tune.add_argument("--seconds", type=_positive, default=float("inf"), metavar="S", help="at most S seconds for each kernel")
+    tune.add_argument("--trials", type=_positive(int), metavar="N", help="try at most N configs for each kernel")
+    tune.add_argument("--seconds", type=_positive(float), default=math.inf, metavar="S", help="at most S s for each kernel")
     tune.add_argument("--again", action="store_true", help="try earlier configs again (default: only new candidates)")
 
     sweep = command("sweep", _sweep, "time every config of some kernels and shapes; resumes after an interruption",
                     compiled=True)
     sweep.add_argument("folder", type=Path, help="a new folder; or a sweep to resume, without other arguments")
     _add_problems(sweep, required=False)
-    sweep.add_argument("--rounds", type=_count, default=search.LONG, metavar="N", help="samples of each (default: %(default)s)")
-    sweep.add_argument("--minutes", type=_positive, default=float("inf"), metavar="M", help="stop after so many minutes")
+    sweep.add_argument("--rounds", type=_positive(int), default=search.LONG, metavar="N",
+                       help="samples of each config (default: %(default)s)")
+    sweep.add_argument("--minutes", type=_positive(float), default=math.inf, metavar="M", help="stop after so many minutes")
 
     compare = command("replay", _replay, "compare search strategies on a recorded sweep, without a GPU")
     compare.add_argument("folder", type=Path, help="a sweep")
-    compare.add_argument("--seeds", type=_count, default=20, metavar="N", help="runs of each (default: %(default)s)")
+    compare.add_argument("--seeds", type=_positive(int), default=20, metavar="N", help="runs of each (default: %(default)s)")
 
     report = command("report", _report, "print the results of a sweep, and write summary.csv and t4.json")
     report.add_argument("folder", type=Path, help="a sweep")
@@ -81,17 +83,15 @@ def _checked(run):
     return command
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return int(text)
+def _positive(kind):
+    """Return the type of a positive int or float for argparse."""
+    def parse(text: str):
+        with contextlib.suppress(ValueError):
+            if 0 < kind(text) < math.inf:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"expected a positive {kind.__name__}, got {text}")
 
-
-def _positive(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return parse
 
 
 def _problems(arguments) -> list[tuple]:
@@ -124,15 +124,12 @@ def _sweep(arguments) -> None:
     from ..autotune import sweep, sweep_report, tune
 
     new, start = bool(arguments.shape or arguments.file), time.monotonic()
-    if new:
-        sweep.expect_new(arguments.folder)
-    elif not (arguments.folder / trials.PLAN).exists():
+    if not new and not (arguments.folder / trials.PLAN).exists():
         raise ValueError(f"{arguments.folder} has no sweep to resume; to begin one, add --shape or --from")
-    problems = _problems(arguments) if new else None
-    setup = tune.local_setup(seed=arguments.seed, command="sweep")
+    problems, setup = _problems(arguments) if new else None, tune.local_setup(seed=arguments.seed, command="sweep")
     with setup.compilers:
         if new:
-            sweep.begin(arguments.folder, sweep.plan_of(problems, setup, arguments.rounds))
+            sweep.begin(arguments.folder, problems, setup, arguments.rounds)
         done = sweep.resume(arguments.folder, setup, 60 * arguments.minutes - (time.monotonic() - start))
     print(sweep_report.text(trials.read(arguments.folder)))
     print("done" if done else "time limit reached; run `sweep` on the same folder to resume")
