@@ -49,7 +49,7 @@ def write_to(folder: Path, run: Run | None = None) -> Run:
     (folder / runs.PLAN).unlink(missing_ok=True)
     with journal.Journal(folder / runs.PLAN, run.plan) as book:
         for trial in run.trials:
-            book.append(trial.as_json())
+            book.append(vars(trial))
     return run
 
 

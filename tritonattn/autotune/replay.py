@@ -51,8 +51,6 @@ class Outcome:
     """The result of one strategy on one job."""
 
     job: str
-    strategy: str
-    seed: int
     pick: str
     regret: float
     trials: int
@@ -76,7 +74,7 @@ def replay(recorded: Run, strategy: str, seeds: Iterable[int] = range(5), budget
             search = Search(replace(job, configs=tuple(offered)), bench, budget or Budget(), static)
             pick = run_search(search, strategy, seed).winner()
             if pick is not None:
-                outcomes.append(Outcome(job.name, strategy, seed, pick, timed[pick].ratio / best - 1, len(search.trials),
+                outcomes.append(Outcome(job.name, pick, timed[pick].ratio / best - 1, len(search.trials),
                                         bench.device_seconds))
     return outcomes
 

@@ -106,7 +106,7 @@ class Progress:
 
     def add(self, trial: Trial) -> None:
         """Record a trial, and print a line if the config was timed or failed."""
-        self._results.append(trial.as_json())
+        self._results.append(vars(trial))
         if trial.samples or trial.status in FAILURES:
             self._timed += 1
             count = len(self._results.entries)

@@ -29,7 +29,7 @@ class Job:
         return f"{self.kernel} {self.problem}"
 
     def as_json(self) -> dict:
-        return vars(self) | {"problem": self.problem.as_json(), "configs": list(self.configs)}
+        return vars(self) | {"problem": self.problem.as_json()}
 
     @staticmethod
     def from_json(content: dict) -> "Job":
@@ -60,11 +60,9 @@ class Trial:
         """The time as a multiple of the incumbent's: the median over the rounds, in which clock drift cancels."""
         return statistics.median(a / b for a, b in zip(self.samples, self.beside)) if self.beside else None
 
-    def as_json(self) -> dict:
-        return vars(self) | {"samples": list(self.samples), "beside": list(self.beside)}
-
     @staticmethod
     def from_json(content: dict) -> "Trial":
+        """Return the trial with these `vars`."""
         return Trial(**content | {"samples": tuple(content["samples"]), "beside": tuple(content["beside"])})
 
 
