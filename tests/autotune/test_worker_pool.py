@@ -74,7 +74,7 @@ def test_a_compiler_that_hangs_in_the_middle_of_its_result_is_killed():
 def test_a_dead_compiler_is_replaced(work):
     with Workers(1, code=code(work)) as workers:
         results = list(workers.map([("die",), ("one",)]))
-    assert results == [Failure("compile error", "the compiler's process ended", lasting=False), ("done", "one")]
+    assert results == [Failure("compile error", "its process ended", lasting=False), ("done", "one")]
 
 
 def test_a_compiler_that_does_not_start_fails_every_job():
@@ -112,8 +112,7 @@ def test_only_a_child_that_uses_the_gpu_inherits_the_interpreter(uses_gpu, inher
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     names = "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "TRITONATTN_AUTOTUNE"
     child = Child(code(f"job = [os.environ.get(name) for name in {names}]"), uses_gpu)
-    child.send(())
-    assert child.receive(60) == ("done", *inherited)
+    assert child.ask((), 60, ("hang", "death")) == ("done", *inherited)
     child.stop()
 
 

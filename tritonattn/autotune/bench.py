@@ -216,7 +216,7 @@ class IsolatedBench:
         """code: what the child runs, for tests."""
         self._bench, self._code = (kernel, problem, str(device), seed), code
         self._child: Child | None = None
-        self._announced: str | None = None  # the config that the child is timing
+        self._timed: str | None = None  # the config that the child timed last
 
     def now(self) -> float:
         return time.monotonic()
@@ -232,9 +232,9 @@ class IsolatedBench:
             result = self._ask(("times", remaining, rounds), TIMING_LIMIT)
             if not isinstance(result, Failure):
                 return failures | result
-            if self._announced is None:
+            if self._timed is None:
                 raise RuntimeError(f"bench: {self._bench[0]} of {self._bench[1]} cannot be timed: {result.message}")
-            failures[self._announced] = result
+            failures[self._timed] = result
         return failures
 
     def _ask(self, job, limit):
@@ -243,15 +243,9 @@ class IsolatedBench:
             self._child = Child(self._code, uses_gpu=True)
             if isinstance(result := self._ask(("open", *self._bench), OPEN_LIMIT), Failure):
                 raise RuntimeError(f"bench: a new process cannot use {self._bench[2]}: {result.message}")
-        self._announced = None
-        try:
-            self._child.send(job)
-            while isinstance(result := self._child.receive(limit), str):
-                self._announced = result
-        except TimeoutError:
-            result = Failure("hang", f"no result in {limit:.0f} s", lasting=False)
-        except EOFError:
-            result = Failure("device lost", "its process ended", lasting=False)
+        announced = []
+        result = self._child.ask(job, limit, ("hang", "device lost"), announced.append)
+        self._timed = announced[-1] if announced else None
         if isinstance(result, Failure) and result.code not in WRONG:
             self.__exit__()
             if "OutOfMemoryError" in result.message:

@@ -17,8 +17,8 @@ from ..config import Config
 from ..configs import user_cache
 from ..configs.kernel_hash import kernel_hash
 from ..configs.key import key_of, precision
-from ..configs.lookup import clear_lookup_cache, lookup_config, lookup_shipped
-from ..configs.shipped import FILLS, gpu_fingerprint, shipped_tables
+from ..configs.lookup import clear_lookup_cache, lookup_config, row_keys, table_sources
+from ..configs.shipped import FILLS, gpu_fingerprint
 from ..configs.user_cache import Cache, Record
 from ..gpu import Gpu
 from ..measure import environment, journal
@@ -102,13 +102,10 @@ def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:
 
 
 def candidate_configs(kernel: str, problem: Problem, on: Gpu) -> list[str]:
-    """Return the incumbent, and what the shipped tables of this architecture hold for the same dtype and kind of mask."""
+    """Return the incumbent, and what the shipped tables hold for this problem, best first."""
     configs = {str(lookup_config(kernel, problem, on).config): None}
-    shipped = lookup_shipped(kernel, problem, on).row
-    same_arch = [table for table in shipped_tables() if shipped and table.gpu["arch"] == on.arch]
-    # what fits a wider head fits a narrower one, but not the reverse
-    for row in sorted((row for table in same_arch for row in table.rows.values()), key=lambda row: row.width):
-        if (row.kernel, row.itemsize, row.mask) == (kernel, shipped.itemsize, shipped.mask) and row.width >= shipped.width:
+    for _, table in table_sources(on):
+        for row in filter(None, map(table.rows.get, row_keys(kernel, problem))):
             configs |= {str(getattr(row, fill).config): None for fill in FILLS if getattr(row, fill).fits(on)}
     return list(configs)[:FEW]
 

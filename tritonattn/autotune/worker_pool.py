@@ -54,27 +54,44 @@ class Child:
                 [python, "-c", code, str(other_end.fileno())], pass_fds=[other_end.fileno()], env=environment,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
 
-    def send(self, job: tuple) -> None:
-        """Send a job. A dead child shows at `receive`."""
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send(job)
+    def ask(self, job: tuple, timeout: float, codes: tuple[str, str], announce: Callable[[str], object] = lambda text: None):
+        """Send a job and return its result. Strings that come before it go to `announce`.
 
-    def receive(self, timeout: float):
-        """Return the child's next message. Raises TimeoutError, or EOFError if the child has ended; stop it after either."""
-        deadline = time.monotonic() + timeout
+        If a message takes longer than `timeout`, or the child ends, the result is a Failure with the first or the second code.
+        The child is stopped then.
+        """
+        try:
+            self.pipe.send(job)
+            while isinstance(message := self._receive(timeout), str):
+                announce(message)
+            return message
+        except TimeoutError:
+            failure = Failure(codes[0], f"no result in {timeout:g} s", lasting=False)
+        except (EOFError, OSError):
+            failure = Failure(codes[1], "its process ended", lasting=False)
+        self.stop()
+        return failure
+
+    def _receive(self, timeout):
+        start = time.monotonic()
         # a child that hangs, even in the middle of a message, is killed: that ends `recv`
         watchdog = threading.Timer(timeout, self.kill)
         watchdog.start()
         try:
             return self.pipe.recv()
         except (EOFError, OSError) as error:
-            raise (EOFError if time.monotonic() < deadline else TimeoutError) from error
+            raise (TimeoutError if time.monotonic() >= start + timeout else EOFError) from error
         finally:
             watchdog.cancel()
 
+    @property
+    def is_running(self) -> bool:
+        """True until `stop`."""
+        return self.process.returncode is None
+
     def kill(self) -> None:
         """Kill the process and everything that it started."""
-        if self.process.returncode is None:
+        if self.is_running:
             # a compiler that it started may still run, even if the process itself has ended
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -149,15 +166,7 @@ class Workers:
         except IndexError:
             child = Child(self._code, python=self._python)
             self._children.append(child)
-        try:
-            child.send(job)
-            result = child.receive(self._timeout)
-        except TimeoutError:
-            failure = Failure("compile timeout", f"no result in {self._timeout:g} s", lasting=False)
-        except EOFError:
-            failure = Failure("compile error", "the compiler's process ended", lasting=False)
-        else:
+        result = child.ask(job, self._timeout, ("compile timeout", "compile error"))
+        if child.is_running:
             self._idle.append(child)
-            return result
-        child.stop()
-        return failure
+        return result
