@@ -193,7 +193,7 @@ def test_a_flipped_byte_never_raises(store, tmp_path, caught):
 
 @pytest.mark.parametrize("content", [
     b"", b"\0" * 100, b"null", b"[]", b"{}", b"1", b'"a"', b"NaN", b"\xff\xfe{}", b"[" * 100_000, b'{"a":' * 100_000,
-    b"9" * 100_000, b" " * 100, b"\x80\x04N.", b'{"schema": 3}', "é\n".encode("utf-16"),
+    b"9" * 100_000, b" " * 100, b"\x80\x04N.", b'{"key": 3}', "é\n".encode("utf-16"),
 ], ids=lambda content: str(content[:12]))
 def test_a_foreign_file_is_ignored_with_a_warning_and_replaced(content, store, tmp_path, caught):
     path = store.put(record_of())
@@ -213,7 +213,7 @@ def spoiled():
 
     for name in content:
         yield f"no {name}", without(content, name)
-    for name in ("schema", "key", "config", "seconds", "samples", "default", "check", "static", "gpu", "versions",
+    for name in ("key", "config", "seconds", "samples", "default", "check", "static", "gpu", "versions",
                  "kernel_hash", "run"):
         for value in (None, "text", [], [[]], {"a": 1}):
             if (name, value) not in [("check", {"a": 1}), ("static", {"a": 1}), ("run", {"a": 1})]:
@@ -228,7 +228,6 @@ def spoiled():
     yield "another key", content | {"key": content["key"] + " more"}
     yield "another GPU", content | {"gpu": content["gpu"] | {"sms": 114}}
     yield "other kernels", content | {"kernel_hash": "0" * 12}
-    yield "a newer schema", content | {"schema": user_cache.SCHEMA + 1}
     yield "another Triton", content | {"versions": {"triton": "0.1.0"}}
 
 

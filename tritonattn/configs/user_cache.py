@@ -22,8 +22,7 @@ from ..gpu import TRITON, Gpu
 from .kernel_hash import kernel_hash
 from .shipped import gpu_fingerprint, replace_file
 
-SCHEMA = 3
-LAYOUT = Path("tuned", f"v{SCHEMA}")
+LAYOUT = Path("tuned", "v3")  # another number for another schema
 INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what reading a foreign file raises
 
 
@@ -63,15 +62,12 @@ class Record:
         return self.path == record_path(self.key, self.gpu)
 
     def as_json(self) -> dict:
-        return {"schema": SCHEMA} | vars(self) | {"config": str(self.config), "default": str(self.default)}
+        return vars(self) | {"config": str(self.config), "default": str(self.default)}
 
     @staticmethod
     def from_json(content: dict) -> "Record":
         """Return the record with this `as_json`. Raise one of INVALID."""
-        values = dict(content)
-        if (schema := values.pop("schema")) != SCHEMA:
-            raise ValueError(f"schema: expected {SCHEMA}, got {schema!r:.40}")
-        return Record(**values | {name: Config.parse(values[name]) for name in ("config", "default")})
+        return Record(**content | {name: Config.parse(content[name]) for name in ("config", "default")})
 
 
 @functools.cache
