@@ -143,15 +143,15 @@ def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str
     Configs that were tried with the same kernels and the same Triton are not tried again, unless `again`: only new
     candidates are timed, against the earlier best.
     """
-    start = time.monotonic()
+    start, key = time.monotonic(), key_of(kernel, problem, setup.gpu)
     job, verdicts = job_of(kernel, problem, setup, strategy)
-    known = None if again else setup.store.get(key_of(kernel, problem, setup.gpu), setup.gpu)
+    known = None if again else setup.store.get(key, setup.gpu)
     tried = known.run.get("tried", []) if known else []
     if known and set(job.configs) <= {*tried, job.incumbent}:
         return known
     job = replace(job, configs=tuple(name for name in job.configs if name not in tried))
+    static = {name: static_of(verdict) for name, verdict in verdicts.items()}
     with setup.bench(kernel, problem) as bench:
-        static = {name: static_of(verdict) for name, verdict in verdicts.items()}
         search = run_search(Search(job, bench, budget, static), strategy, setup.seed)
     if (winner := search.winner()) is None:
         return None
@@ -161,9 +161,13 @@ def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str
         if isinstance(result, Failure):
             return None
         static[winner] = static_of(check_report(result))
-    run = {"time": journal.now(), "strategy": strategy, "trials": len(search.trials),
-           "seconds": round(time.monotonic() - start, 3), "seed": setup.seed, "tried": sorted({*tried, *search.trials})}
-    record = record_of(search, winner, static[winner], setup, run)
+    run = {"time": journal.now(), "strategy": strategy, "trials": len(search.trials), "seed": setup.seed,
+           "seconds": round(time.monotonic() - start, 3), "tried": sorted({*tried, *search.trials})}
+    trial, incumbent = search.trials[winner], search.trials.get(job.incumbent)
+    record = Record(key, Config.parse(winner), trial.seconds, len(trial.samples), Config.parse(job.incumbent),
+                    incumbent and incumbent.seconds, {name: list(pair) for name, pair in trial.check.items()}, static[winner],
+                    {"name": setup.gpu.name} | gpu_fingerprint(setup.gpu), setup.environment | {"triton": triton.__version__},
+                    kernel_hash(), run)
     keep(record, setup)
     return record
 
@@ -172,17 +176,6 @@ def keep(record: Record, setup: TuningSetup) -> None:
     """Store a record in the cache, for the next call of this process too."""
     setup.store.put(record)
     clear_lookup_cache()
-
-
-def record_of(search: Search, winner: str, static: dict, setup: TuningSetup, run: dict) -> Record:
-    """Return the cache's record of the best config."""
-    job, trial, incumbent = search.job, search.trials[winner], search.trials.get(search.job.incumbent)
-    versions = {name: setup.environment.get(name) for name in ("tritonattn", "torch", "triton", "cuda", "driver")}
-    return Record(key_of(job.kernel, job.problem, setup.gpu), Config.parse(winner), trial.seconds,
-                  len(trial.samples), Config.parse(job.incumbent), incumbent and incumbent.seconds,
-                  {name: list(pair) for name, pair in trial.check.items()}, static,
-                  {"name": setup.gpu.name} | gpu_fingerprint(setup.gpu), versions | {"triton": triton.__version__},
-                  kernel_hash(), run)
 
 
 def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, strategy: str = "halving",

@@ -42,7 +42,7 @@ class Record:
     check: dict        # {tensor: [error, allowed error]}
     static: dict       # registers, stack, shared_memory, tensor_memory, occupancy, bound, cycles: properties of the binary
     gpu: dict          # name and fingerprint
-    versions: dict     # tritonattn, torch, triton, cuda, driver
+    versions: dict     # and other facts of the machine: tritonattn, torch, triton, cuda, driver, ...
     kernel_hash: str   # of the kernels that were timed
     run: dict          # time (UTC), strategy, trials, seconds, seed, tried: the configs of this and earlier runs
 
