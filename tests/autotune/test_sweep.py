@@ -147,8 +147,7 @@ def test_a_folder_with_or_without_a_sweep_raises(tmp_path):
     (tmp_path / "other").mkdir()
     for plan, words in (({}, "KeyError: 'schema'"), ({"schema": 1}, "ValueError: expected schema 2, got 1")):
         (tmp_path / "other" / runs.PLAN).unlink(missing_ok=True)
-        Journal(tmp_path / "other" / runs.PLAN, plan).close()
-        with pytest.raises(JournalError, match=f"no sweep can be read: {words}"):
+        with Journal(tmp_path / "other" / runs.PLAN, plan), pytest.raises(JournalError, match=f"can be read: {words}"):
             sweep.resume(tmp_path / "other", setup)
 
 

@@ -50,7 +50,8 @@ def begin(folder: Path, problems: Iterable[tuple[Problem, Iterable[str]]], setup
         jobs.append(replace(job, configs=tuple(dict.fromkeys([*job.configs, *verdicts]))))
     plan = {"jobs": [job.as_json() for job in jobs], "excluded": excluded, "static": static, "controls": controls,
             "rounds": rounds, "seed": setup.seed, "environment": setup.environment}
-    Journal(folder / PLAN, plan | conditions(setup)).close()
+    with Journal(folder / PLAN, plan | conditions(setup)):
+        say(f"planned in {folder / PLAN}", flush=True)
 
 
 def conditions(setup: TuningSetup) -> dict:
