@@ -285,8 +285,8 @@ def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path,
     assert "halving 0.00% 0.00% 0.00%" in " ".join(out.split())
     assert main.main(["replay", str(tmp_path)]) == 2 and "no sweep can be read" in capsys.readouterr().err
     out = said(capsys, "report", folder, "--out", str(tmp_path / "report"), "--plot")
-    assert "Sweep of 1 jobs" in out and out.count("wrote ") == 3
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {"summary.csv", "t4.json", "heat.png"}
+    assert "Sweep of 1 jobs" in out and out.count("wrote ") == 2
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"t4.json", "heat.png"}
 
 
 @pytest.mark.parametrize("command", [["tune"], ["sweep", "new"]])
@@ -302,7 +302,7 @@ def test_without_a_gpu_the_error_names_the_command(command, monkeypatch, compile
 def test_the_synthetic_sweep_of_the_repository_is_reported_and_replayed(capsys, tmp_path):
     folder = str(ROOT / "notebooks/data/synthetic_sweep")
     out = said(capsys, "report", folder, "--out", str(tmp_path))
-    assert out.startswith("Sweep of 4 jobs; synthetic: no GPU was timed") and out.count("wrote ") == 2
+    assert out.startswith("Sweep of 4 jobs; synthetic: no GPU was timed") and out.count("wrote ") == 1
     assert said(capsys, "replay", folder, "--seeds", "1").startswith("synthetic: no GPU was timed\n")
 
 

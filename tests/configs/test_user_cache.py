@@ -127,9 +127,9 @@ def test_memory_reserved_by_drivers_does_not_change_the_folder(name, share):
     assert user_cache.gpu_dirname(shipped.gpu_fingerprint(device)) == user_cache.gpu_dirname(shipped.gpu_fingerprint(model))
 
 
-def test_unknown_sizes_are_x_in_the_folder_name():
+def test_unknown_sizes_are_0_in_the_folder_name():
     unknown = shipped.gpu_fingerprint(dataclasses.replace(H200, name="unknown"))
-    assert user_cache.gpu_dirname(unknown) == "sm_90-132sm-227k-x-x"
+    assert user_cache.gpu_dirname(unknown) == "sm_90-132sm-227k-0m-0g"
 
 
 def test_records_of_another_gpu_are_not_used(store, tmp_path):

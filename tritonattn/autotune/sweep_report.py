@@ -1,11 +1,9 @@
-"""The report of a sweep: a text table, summary.csv, t4.json and a heat map.
+"""The report of a sweep: a text table, t4.json and a heat map.
 
     slowdown  of a config: its time / the time of the fastest config of the job that is ok; both relative to the default's
 """
 
 import collections
-import csv
-import io
 import json
 import math
 import statistics
@@ -14,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Config
-from ..measure.timing import quantiles
+from ..configs.shipped import replace_file
 from .prune import REASONS
 from .search import FAILURES
 from .trials import Job, Run, Trial
 
 SYNTHETIC = "synthetic: no GPU was timed"
 NEAR = 1.05  # an excluded config with a smaller slowdown was excluded wrongly
-STATIC = ("registers", "stack", "shared_memory", "tensor_memory", "occupancy", "bound", "cycles")
 # https://github.com/odgaard/TuningSchema; all other statuses are its "constraints"
 T4_INVALIDITY = {"ok": "correct", "compile error": "compile", "compile timeout": "timeout", "hang": "timeout",
                  "incorrect": "correctness", "not repeatable": "correctness", "launch error": "runtime",
@@ -122,25 +119,6 @@ def table(rows: list[list[str]], left: set[int]) -> str:
                                for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
-def as_csv(run: Run) -> str:
-    """Return one row for each trial; times in seconds."""
-    rows = []
-    for result in results_of(run):
-        for trial in result.trials.values():
-            q20, median, q80 = quantiles(trial.samples) if trial.samples else ("", "", "")
-            rows.append({
-                "job": trial.job, "kernel": result.job.kernel, "config": trial.config, "status": trial.status,
-                "note": trial.note, "seconds": median, "q20": q20, "q80": q80, "n": len(trial.samples),
-                "slowdown": result.slowdowns.get(trial.config), **{name: trial.static.get(name) for name in STATIC},
-                "check_seconds": trial.check_seconds, "source": SYNTHETIC if run.synthetic else "timed",
-                **result.job.problem.as_json()})
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]) if rows else ["job"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
-
-
 def as_t4(run: Run) -> dict:
     """Return the trials in the Open Autotuning Results Schema (T4) 1.0.0; times in milliseconds."""
     warning = {"note": SYNTHETIC} if run.synthetic else {}
@@ -157,16 +135,12 @@ def as_t4(run: Run) -> dict:
 
 
 def write(run: Run, folder: Path, plot: bool = False) -> list[Path]:
-    """Write summary.csv and t4.json to a folder, and heat.png if `plot`, which needs matplotlib; return their paths."""
-    figure = heat_map(run) if plot else None
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "summary.csv", folder / "t4.json"]
-    paths[0].write_text(as_csv(run))
-    paths[1].write_text(json.dumps(as_t4(run), indent=1, allow_nan=False))
-    if figure:
-        paths.append(folder / "heat.png")
-        figure.savefig(paths[2], dpi=150)
-    return paths
+    """Write t4.json to a folder, and heat.png if `plot`, which needs matplotlib; return their paths."""
+    figures = {folder / "heat.png": heat_map(run)} if plot else {}
+    replace_file(folder / "t4.json", json.dumps(as_t4(run), indent=1, allow_nan=False))
+    for path, figure in figures.items():
+        figure.savefig(path, dpi=150)
+    return [folder / "t4.json", *figures]
 
 
 def heat_map(run: Run):

@@ -48,7 +48,7 @@ def add(commands) -> None:
     compare.add_argument("folder", type=Path, help="a sweep")
     compare.add_argument("--seeds", type=_positive(int), default=20, metavar="N", help="runs of each (default: %(default)s)")
 
-    report = command("report", _report, "print the results of a sweep, and write summary.csv and t4.json")
+    report = command("report", _report, "print the results of a sweep, and write t4.json")
     report.add_argument("folder", type=Path, help="a sweep")
     report.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: the sweep's own folder)")
     report.add_argument("--plot", action="store_true", help="also draw heat.png: the best time of each tile (needs matplotlib)")

@@ -89,13 +89,12 @@ def cache_folder() -> Path | None:
 
 
 def gpu_dirname(gpu: dict) -> str:
-    """Return the folder name of a GPU with this fingerprint: "sm_90-132sm-227k-50m-144g", with "x" for unknown sizes.
+    """Return the folder name of a GPU with this fingerprint: "sm_90-132sm-227k-50m-144g", with 0 for unknown sizes.
 
     Memory is rounded up to 16 GiB, because drivers reserve some of it.
     """
-    sizes = (("shared_memory", 1 << 10, 1, "k"), ("l2", 1 << 20, 1, "m"), ("memory", 16 << 30, 16, "g"))
-    parts = ["x" if gpu[name] is None else f"{-(-gpu[name] // step) * scale}{unit}" for name, step, scale, unit in sizes]
-    return "-".join([gpu["arch"], f"{gpu['sms']}sm", *parts])
+    shared_memory, l2, memory = (gpu[name] or 0 for name in ("shared_memory", "l2", "memory"))
+    return f"{gpu['arch']}-{gpu['sms']}sm-{shared_memory >> 10}k-{l2 >> 20}m-{-(-memory // (16 << 30)) * 16}g"
 
 
 def record_path(key: str, gpu: dict, kernels: str | None = None, triton: str | None = None) -> Path:
