@@ -80,5 +80,5 @@ def test_a_later_write_error_is_a_warning(tmp_path):
                                   "", "{}", "[1]", json.dumps({"problem": {"batch": 1}, "kernels": {}}), "nothing"])
 def test_a_file_without_problems_raises(line, tmp_path):
     (tmp_path / "x").write_text(line + "\n")
-    with pytest.raises(record_problems.RecordingError, match="line 1: expected a problem"):
+    with pytest.raises(ValueError, match="line 1: expected a problem"):
         record_problems.read(tmp_path / "x")

@@ -17,10 +17,6 @@ from ..configs.shipped import replace_file
 from ..problem import Problem
 
 
-class RecordingError(Exception):
-    """A file that holds no problems."""
-
-
 @contextlib.contextmanager
 def record_problems(path):
     """Write the problems of all attention calls inside the block to `path`, for `tritonattn tune --from`.
@@ -60,7 +56,7 @@ def record_problems(path):
 
 
 def read(path) -> list[tuple[Problem, dict[str, int]]]:
-    """Return the problems in a file, each with its kernels and their calls. Raises RecordingError."""
+    """Return the problems in a file, each with its kernels and their calls. Raises ValueError."""
     problems = []
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
@@ -70,5 +66,5 @@ def read(path) -> list[tuple[Problem, dict[str, int]]]:
                 raise TypeError("the dtype or a count is invalid")
             problems.append((problem, kernels))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecordingError(f"{path}, line {number}: expected a problem and its kernels, got {line[:60]!r}") from error
+            raise ValueError(f"{path}, line {number}: expected a problem and its kernels, got {line[:60]!r}") from error
     return problems

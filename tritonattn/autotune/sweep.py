@@ -7,6 +7,7 @@ A kill at any moment loses at most one group. A sweep resumes only with the same
 configs that static pruning excludes is timed as well, to measure how good the pruning is.
 """
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from ..configs.shipped import gpu_fingerprint
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
 from .search import FAILURES, LONG, Search
-from .trials import PLAN, SCHEMA, Run, Trial, read
+from .trials import PLAN, SCHEMA, Trial, read
 from .tune import TuningSetup, job_of, static_of
 
 GROUP = 8        # configs that are timed together
@@ -67,19 +68,27 @@ def resume(folder: Path, setup: TuningSetup, seconds: float = float("inf"), say:
     for name, value in conditions(setup).items():
         if (planned := run.plan.get(name)) != value:
             raise JournalError(f"{folder}: planned with {name} {planned}, but this is {value}; begin another sweep")
+    total, start, timed = sum(len(job.configs) for job in run.jobs), time.monotonic(), itertools.count(1)
     with Journal(folder / PLAN, run.plan) as results:
-        progress = Progress(run, results, time.monotonic() + seconds, say)
-        return all(_run_job(job, run, setup, progress) for job in run.jobs)
+        def record(trial):
+            results.append(vars(trial))
+            if trial.samples or trial.status in FAILURES:
+                done = len(results.entries)
+                left = (total - done) * (time.monotonic() - start) / next(timed)
+                result = f"{trial.seconds * 1e6:.0f} us" if trial.samples else trial.status
+                say(f"[{done}/{total}] {trial.job} {trial.config}: {result}; at most {left / 60:.0f} min left", flush=True)
+
+        return all(_run_job(job, run, setup, record, start + seconds) for job in run.jobs)
 
 
-def _run_job(job, run, setup, progress) -> bool:
-    """Do what is left of one job. Return whether there was time for all of it."""
+def _run_job(job, run, setup, record, deadline) -> bool:
+    """Do what is left of one job and record each trial. Return whether there was time for all of it."""
     excluded, static, done = run.plan["excluded"][job.name], run.plan["static"][job.name], run.of(job)
     chosen = {job.incumbent, *run.plan["controls"][job.name]}
     timed = [name for name in job.configs if name in chosen or name not in excluded]
     for name in job.configs:
         if name not in timed and name not in done:
-            progress.add(Trial(job.name, name, *excluded[name], static=static[name]))
+            record(Trial(job.name, name, *excluded[name], static=static[name]))
     # the same groups after every interruption
     groups = [[name for name in timed[i:i + GROUP] if name not in done] for i in range(0, len(timed), GROUP)]
     if not any(groups):
@@ -87,31 +96,11 @@ def _run_job(job, run, setup, progress) -> bool:
     with setup.bench(job.kernel, job.problem) as bench:
         search = Search(job, bench, static=static)
         for group in filter(None, groups):
-            if time.monotonic() > progress.deadline:
+            if time.monotonic() > deadline:
                 return False
             search.time_round(group, run.plan["rounds"])
-            for trial in (search.trials[name] for name in group):
-                if trial.status == "ok" and trial.config in excluded:
-                    # an excluded config keeps its reason, whatever its time
-                    trial = replace(trial, **dict(zip(("status", "note"), excluded[trial.config])))
-                progress.add(trial)
+            for name in group:
+                trial, (reason, note) = search.trials[name], excluded.get(name, (None, ""))
+                # an excluded config keeps its reason, whatever its time
+                record(replace(trial, status=reason, note=note) if reason and trial.status == "ok" else trial)
     return True
-
-
-class Progress:
-    """The journal of a sweep, and the time left."""
-
-    def __init__(self, run: Run, results: Journal, deadline: float, say: Callable):
-        self.deadline, self._total, self._results, self._say = deadline, sum(len(job.configs) for job in run.jobs), results, say
-        self._start, self._timed = time.monotonic(), 0
-
-    def add(self, trial: Trial) -> None:
-        """Record a trial, and print a line if the config was timed or failed."""
-        self._results.append(vars(trial))
-        if trial.samples or trial.status in FAILURES:
-            self._timed += 1
-            count = len(self._results.entries)
-            left = (self._total - count) * (time.monotonic() - self._start) / self._timed
-            result = f"{trial.seconds * 1e6:.0f} us" if trial.samples else trial.status
-            self._say(f"[{count}/{self._total}] {trial.job} {trial.config}: {result}; at most {left / 60:.0f} min left",
-                      flush=True)

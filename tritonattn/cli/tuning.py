@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 
 from ..autotune import record_problems, replay, search, trials
-from ..autotune.record_problems import RecordingError
 from ..configs import user_cache
 from ..measure.journal import JournalError
 from ..problem import Problem
 from .format import columns
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-ERRORS = (ValueError, OSError, RuntimeError, JournalError, RecordingError)  # of input
+ERRORS = (ValueError, OSError, RuntimeError, JournalError)  # of input
 
 
 def add(commands) -> None:
