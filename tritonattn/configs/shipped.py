@@ -17,10 +17,7 @@ from ..gpu import Gpu
 FOLDER = Path(__file__).parent / "data"
 SCHEMA = 2
 FILLS = ("filled", "underfilled")
-SOURCES = {
-    "static-model": "from the binaries alone",
-    "measured": "timed on this GPU",
-}
+SOURCES = {"static-model": "from the binaries alone", "measured": "timed on this GPU"}
 MASKS = ("full", "edges", "window", "pairs")
 WIDTHS = (64, 96, 128, 192, 256, 512)  # a row serves head sizes up to its width
 SIZE_TOLERANCE = 0.1  # relative; drivers reserve some memory, so sizes that differ by less count as equal
@@ -48,7 +45,7 @@ class Entry:
 
     def as_json(self) -> dict:
         content = asdict(self) | {"config": str(self.config)}
-        return content if self.accepted_fault else {name: content[name] for name in content if name != "accepted_fault"}
+        return {name: value for name, value in content.items() if name != "accepted_fault" or value}
 
     @staticmethod
     def from_json(content: dict) -> "Entry":
