@@ -5,8 +5,8 @@
 
 import functools
 import math
+import os
 import re
-import tempfile
 from dataclasses import dataclass
 
 import triton
@@ -44,10 +44,9 @@ class KernelReport:
     accumulation: int = 0              # AMD: registers that only the matrix cores use, counted in `registers` too
     scalar: int = 0                    # AMD: registers of a wave
     spilled: int = 0                   # AMD: registers kept elsewhere, in memory or in lanes of others
-    spills: int | None = None          # instructions that spill or refill, anywhere; None: not disassembled
+    spills: int = 0                    # instructions that spill or refill, anywhere
     precision: str | None = None       # of float32 products: "ieee" or "tf32"
-    partitions: tuple[int, ...] = ()   # registers of each warp-specialised partition, where there are any
-    loops: tuple[Loop, ...] | None = None  # over tiles, the one without a mask first; None: not disassembled
+    loops: tuple[Loop, ...] = ()       # over tiles, the one without a mask first
 
     @property
     def threads(self) -> int:
@@ -59,21 +58,21 @@ class KernelReport:
         return self.shared_memory <= self.gpu.shared_memory and self.tensor_memory <= self.gpu.tensor_memory
 
     @property
-    def loop_spills(self) -> int | None:
-        """Instructions that spill or refill inside a loop over tiles: the most that one loop has. None: not disassembled."""
-        return None if self.loops is None else max((loop.spills for loop in self.loops), default=0)
+    def loop_spills(self) -> int:
+        """Instructions that spill or refill inside a loop over tiles: the most that one loop has."""
+        return max((loop.spills for loop in self.loops), default=0)
 
     @property
-    def serialized(self) -> bool | None:
-        """On Hopper: whether each warp-group MMA of a loop is waited for separately (C7510 to C7515 of ptxas). None: unknown.
+    def serialized(self) -> bool:
+        """On Hopper: whether each warp-group MMA of a loop is waited for separately (C7510 to C7515 of ptxas).
 
         In a pipelined loop, all MMA instructions of one product of tiles share one wait.
         """
-        return None if self.loops is None else any(self._waits_for_each(loop) for loop in self.loops)
-
-    def _waits_for_each(self, loop):
-        issued = sum(count for name, count in loop.products.items() if name.startswith("HGMMA"))
-        return issued > len(self.products) and loop.waits >= issued
+        for loop in self.loops:
+            issued = sum(count for name, count in loop.products.items() if name.startswith("HGMMA"))
+            if issued > len(self.products) and loop.waits >= issued:
+                return True
+        return False
 
     @functools.cached_property
     def blocks_by_resource(self) -> dict[str, int]:
@@ -97,10 +96,8 @@ class KernelReport:
         return min(self.blocks_by_resource, key=self.blocks_by_resource.get)
 
     @property
-    def mma_instruction(self) -> str | None:
-        """The MMA instructions of the loops, such as "HGMMA"; "" if there are none. None: not disassembled."""
-        if self.loops is None:
-            return None
+    def mma_instruction(self) -> str:
+        """The MMA instructions of the loops, such as "HGMMA"; "" if there are none."""
         return "+".join(sorted({re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops for name in loop.products}))
 
     @property
@@ -154,37 +151,35 @@ class KernelReport:
         return sum(2 * m * n * k for m, n, k in self._products((self.problem.d,), (self.problem.dv,)))
 
 
-def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu, disassembled: bool = True) -> KernelReport:
+def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> KernelReport:
     """Compile one kernel ("forward", "delta", "dq", "dkdv", "dbias") for a GPU and read its binary.
 
-    disassembled=False omits the loops, which take a quarter of a second. Raises ValueError for a binary that cannot be read,
-    RuntimeError if the kernels are interpreted, and Triton's own errors if it cannot compile the kernel.
+    Raises ValueError for a binary that cannot be read, RuntimeError if the kernels are interpreted, and Triton's own errors
+    if it cannot compile the kernel.
     """
     compiled = compile_kernel(kernel, problem, config, gpu)
-    stretches = len([mode for mode in _constexprs_of(kernel, problem, config).LOOP_MODES.value if mode is not None]) or None
-    text = ""
     if gpu.is_amd:
         text = compiled.asm["amdgcn"]
         resources = sass.of_amdgcn(text)
     else:
+        text = sass.disassemble(compiled.asm["cubin"])
         resources = sass.of_cubin(compiled.asm["cubin"])
-        text = sass.disassemble(compiled.asm["cubin"]) if disassembled else ""
-    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return KernelReport(kernel, problem, gpu, config, resources.registers, resources.stack, compiled.metadata.shared,
-                        tensor_memory, resources.accumulation, resources.scalar, resources.spilled,
-                        sass.spills(text) if disassembled else None, precision(problem), sass.partitions(text),
-                        sass.loops(text, stretches) if disassembled else None)
+    modes = launch.example_launch(kernel, problem, config).arguments[-1].LOOP_MODES.value
+    loops = sass.loops(text, len(modes) - modes.count(None) or None)
+    return KernelReport(kernel, problem, gpu, config, shared_memory=compiled.metadata.shared,
+                        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0, spills=sass.spills(text),
+                        precision=precision(problem), loops=loops, **vars(resources))
 
 
-def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu, residual: bool = True):
+def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu):
     """Compile a kernel for the arguments of a real launch; `.asm` of the result holds every intermediate form."""
-    return _compile_cached(kernel, problem, config, gpu, residual, precision(problem))
+    return _compile_cached(kernel, problem, config, gpu, precision(problem))
 
 
 @functools.lru_cache(maxsize=64)
-def _compile_cached(kernel, problem, config, gpu, residual, _precision):
+def _compile_cached(kernel, problem, config, gpu, _precision):
     """Compile once per argument list; `_precision` is read by the launch, and is here as part of the cache's key."""
-    launched = launch.example_launch(kernel, problem, config, residual)
+    launched = launch.example_launch(kernel, problem, config)
     if not isinstance(launched.kernel, JITFunction):
         raise RuntimeError("the kernels are interpreted and cannot be compiled; start Python without TRITON_INTERPRET")
     target = GPUTarget("hip", gpu.arch, 64) if gpu.is_amd else GPUTarget("cuda", gpu.capability, 32)
@@ -207,13 +202,8 @@ def ptxas_remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> li
 
     ptx = compile_kernel(kernel, problem, config, gpu).asm["ptx"]
     arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        done = sass.run(get_ptxas(gpu.capability).path, "-v", f"--gpu-name={arch}", file.name, "-o", "/dev/null")
-    if done.returncode:
-        raise ValueError(f"ptxas: expected PTX that it compiles, got: {done.stderr.strip()[-300:]}")
-    return [line.split(": ", 1)[-1] for line in done.stderr.splitlines() if "Performance" in line]
+    output = sass.run_tool(get_ptxas(gpu.capability), ptx.encode(), "-v", f"--gpu-name={arch}", "-o", os.devnull)
+    return [line.split(": ", 1)[-1] for line in output.splitlines() if "Performance" in line]
 
 
 def flops(product: str) -> int:
@@ -233,8 +223,3 @@ def parts(size: int) -> tuple[int, ...]:
 def padded(size: int) -> int:
     """Return the columns that a head of this size takes in a tile."""
     return sum(parts(size))
-
-
-@functools.lru_cache(maxsize=1024)
-def _constexprs_of(kernel, problem, config):
-    return launch.example_launch(kernel, problem, config).arguments[-1]

@@ -33,7 +33,7 @@ LANES_OF_ALU = 64
 BYTES_OF_SHARED = 128         # per clock
 # part of the peak that HMMA reaches on GPUs with a faster MMA instruction. H100: measured by Luo et al. (2024),
 # arXiv:2402.13499; two thirds according to FlashAttention-3. Blackwell: inferred, the same rate per clock as H100
-OLDER = {"sm_90": 0.63, "sm_100": 0.315}
+HMMA_SHARE = {"sm_90": 0.63, "sm_100": 0.315}
 # single conversions go through the unit of the exponentials (Nsight Compute's XU); packed ones, F2FP and I2FP, do not
 SINGLE = re.compile(r"(F2F|F2I|I2F|FRND)\b")
 PACKED = ("FADD2", "FMUL2", "FFMA2")  # AMD's are named v_pk_*
@@ -45,43 +45,42 @@ ISSUED = 4
 class Estimate:
     """The model's estimate for one report. Cycles are those of an SM."""
 
-    rounds: tuple[dict[str, float], ...]  # cycles of each unit in one iteration, without and with a mask
-    round_cycles: tuple[float, ...]       # of one iteration, without and with a mask
-    visits: tuple[float, ...]             # iterations without and with a mask, of an average block
+    units: dict[str, float]          # cycles of each unit in one iteration without a mask
+    iteration: tuple[float, float]   # cycles of one iteration, without and with a mask
+    iterations: tuple[float, float]  # of an average block, without and with a mask
     blocks: int
-    waves: int                            # how many times the blocks fill the GPU
-    kept_busy: float                      # fraction of the waves' places that have a block (wave quantization)
-    cycles: float                         # of the kernel
-    share: float                          # fraction of the peak, counting unmasked (query, key) pairs only
+    waves: int                       # how many times the blocks fill the GPU
+    wave_fill: float                 # fraction of the waves' places that have a block
+    cycles: float                    # of the kernel
+    share: float                     # fraction of the peak, counting unmasked (query, key) pairs only
 
     @property
     def bound(self) -> str:
         """The unit with the most cycles in the loop without a mask."""
-        return max(self.rounds[0], key=self.rounds[0].get)
+        return max(self.units, key=self.units.get)
 
 
 def estimate(report: KernelReport) -> Estimate | None:
-    """Estimate the time of a compiled kernel; None if it has no loop over tiles (delta) or was not disassembled."""
+    """Estimate the time of a compiled kernel; None if it has no loop over tiles (delta) or does not fit on an SM."""
     if not report.loops or not report.occupancy:
         return None
-    peaks = peaks_of(report.gpu)
-    loops = (report.loops[0], report.loops[-1])
-    blocks, *visited = visits(report.kernel, report.problem, report.config.block_m, report.config.block_n)
-    each = [count / max(blocks, 1) for count in visited]
+    problem, config, gpu = report.problem, report.config, report.gpu
+    peaks = peaks_of(gpu)
+    blocks, *tiles = visits(report.kernel, problem, config.block_m, config.block_n)
     # a GPU that is not full has fewer blocks per SM than its occupancy allows
-    together = max(1, min(report.occupancy, math.ceil(blocks / report.gpu.sms)))
-    rounds = tuple(units(report, loop, peaks) for loop in loops)
-    round_cycles = tuple(_round(cycles, report.config, together) for cycles in rounds)
-    room = report.gpu.sms * together
-    waves = math.ceil(blocks / room)
-    d, dv = report.problem.d, report.problem.dv
-    width = {"forward": dv, "dq": d, "dkdv": d + dv, "dbias": report.config.block_n}[report.kernel]
-    rows = report.config.block_n if report.kernel == "dkdv" else report.config.block_m
-    block = sum(n * cycles for n, cycles in zip(each, round_cycles)) * together + START + rows * width / 8
-    useful = report.useful / (report.config.block_m * report.config.block_n) * _pairs(report.problem)
+    resident = max(1, min(report.occupancy, math.ceil(blocks / gpu.sms)))
+    waves = math.ceil(blocks / (gpu.sms * resident))
+    of_units = [units(report, loop, peaks) for loop in (report.loops[0], report.loops[-1])]
+    iteration = tuple(_iteration(cycles, config, resident) for cycles in of_units)
+    iterations = tuple(count / max(blocks, 1) for count in tiles)
+    width = {"forward": problem.dv, "dq": problem.d, "dkdv": problem.d + problem.dv, "dbias": config.block_n}[report.kernel]
+    rows = config.block_n if report.kernel == "dkdv" else config.block_m
+    block = sum(n * cycles for n, cycles in zip(iterations, iteration)) * resident + START + rows * width / 8
     cycles = max(waves * block, 1.0)
-    return Estimate(rounds, round_cycles, tuple(each), blocks, waves, blocks / max(waves * room, 1), cycles,
-                    useful / (cycles * report.gpu.sms * rate(report, peaks)))
+    pairs = math.prod(problem.batch) * problem.heads * problem.pairs()
+    useful = report.useful / (config.block_m * config.block_n) * pairs
+    return Estimate(of_units[0], iteration, iterations, blocks, waves, blocks / max(waves * gpu.sms * resident, 1), cycles,
+                    useful / (cycles * gpu.sms * rate(report, peaks)))
 
 
 def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:
@@ -112,10 +111,10 @@ def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:
 
 def _mma_cycles(report, loop, peaks):
     """Return the cycles of the tensor cores; HMMA reaches only a part of the peak on some GPUs."""
-    older = sum(flops(name) * count for name, count in loop.products.items() if name.startswith("HMMA"))
+    by_hmma = sum(flops(name) * count for name, count in loop.products.items() if name.startswith("HMMA"))
     work = report.needed * report.duplicated
-    share = min(1.0, older * report.config.num_warps / work) if work else 0.0
-    slowdown = 1 - share + share / OLDER.get(closest_architecture(report.gpu), 1.0)
+    share = min(1.0, by_hmma * report.config.num_warps / work) if work else 0.0
+    slowdown = 1 - share + share / HMMA_SHARE.get(closest_architecture(report.gpu), 1.0)
     return work * slowdown / rate(report, peaks)
 
 
@@ -130,13 +129,13 @@ def _words(name):
     return 4 if "128" in name else 2 if "64" in name else 1
 
 
-def _round(cycles: dict, config: Config, together: int) -> float:
-    """Return the cycles of one iteration by one block, with `together` blocks on an SM."""
+def _iteration(cycles: dict, config: Config, resident: int) -> float:
+    """Return the cycles of one iteration by one block, with `resident` blocks on an SM."""
     softmax = max(value for unit, value in cycles.items() if unit != "tensor")
-    hidden = OVERLAP.get(together * max(1, config.num_warps // 4), OVERLAP_OF_MORE)
+    hidden = OVERLAP.get(resident * max(1, config.num_warps // 4), OVERLAP_OF_MORE)
     latency = LATENCY.get(config.num_stages, LATENCY_OF_MORE)
     slow, fast = max(cycles["tensor"], softmax), min(cycles["tensor"], softmax)
-    return slow + (1 - hidden) * fast + latency / together
+    return slow + (1 - hidden) * fast + latency / resident
 
 
 @functools.lru_cache(maxsize=4096)
@@ -146,31 +145,30 @@ def visits(kernel: str, problem: Problem, block_m: int, block_n: int) -> tuple[i
     rows, cols, row, col = ((problem.n_k, problem.n_q, block_n, block_m) if transposed else
                             (problem.n_q, problem.n_k, block_m, block_n))
     left, right = problem.window[::-1] if transposed else problem.window
-    shift, whole, masked = -problem.shift if transposed else problem.shift, 0, 0
-    for first in range(0, rows, row):
-        at, last = first + shift, first + shift + row - 1
-        start = 0 if left is None else max(at - left, 0) // col
-        stop = math.ceil((cols if right is None else max(min(cols, last + right + 1), 0)) / col)
-        inner = 0 if left is None else math.ceil(max(last - left, 0) / col)
-        outer = (cols if right is None else max(min(cols, at + right + 1), 0)) // col
-        full = max(min(outer, stop) - max(inner, start), 0)
-        whole += full
-        masked += max(stop - start, 0) - full
+    shift, unmasked, masked = -problem.shift if transposed else problem.shift, 0, 0
+
+    def columns_up_to(index: int) -> int:
+        """Return the number of columns up to the end of the window of a row."""
+        return cols if right is None else max(min(cols, index + right + 1), 0)
+
+    for first in range(shift, rows + shift, row):
+        last = first + row - 1
+        start = 0 if left is None else max(first - left, 0) // col
+        stop = math.ceil(columns_up_to(last) / col)
+        unmasked_start = 0 if left is None else math.ceil(max(last - left, 0) / col)
+        inside = max(min(columns_up_to(first) // col, stop) - max(unmasked_start, start), 0)
+        unmasked += inside
+        masked += max(stop - start, 0) - inside
     heads = math.prod(problem.batch) * (problem.kv_heads if transposed else problem.heads)
     repeated = problem.group if transposed else 1
     # dbias has one block per tile of the bias
     blocks = math.ceil(rows / row) * (math.ceil(cols / col) if kernel == "dbias" else 1)
-    return heads * blocks, heads * repeated * whole, heads * repeated * masked
+    return heads * blocks, heads * repeated * unmasked, heads * repeated * masked
 
 
 def peaks_of(gpu: Gpu) -> Peaks:
-    """Return a GPU's peaks; those of another model of its architecture if the model is unknown."""
-    if gpu.peaks:
-        return gpu.peaks
-    if gpu.is_amd:
-        return KNOWN["gfx942"].peaks
-    known = {known.capability: known for known in KNOWN.values() if not known.is_amd}
-    return known[max((capability for capability in known if capability <= gpu.capability), default=min(known))].peaks
+    """Return a GPU's peaks; those of a model of the closest architecture if the model is unknown."""
+    return gpu.peaks or KNOWN[closest_architecture(gpu)].peaks
 
 
 def rate(report: KernelReport, peaks: Peaks) -> float:
@@ -181,7 +179,3 @@ def rate(report: KernelReport, peaks: Peaks) -> float:
     if report.problem.dtype.itemsize == 2:
         return peaks.tensor
     return 2 * peaks.fp32 if not report.mma_instruction else peaks.tensor / (8 if report.gpu.is_amd else 2)
-
-
-def _pairs(problem):
-    return math.prod(problem.batch) * problem.heads * problem.pairs()

@@ -26,10 +26,23 @@ class KernelChoice:
     record: Record | None = None  # in the user's cache
     pinned: dict | None = None    # figures of a pinned config's binary, where it can be compiled
 
-    @property
-    def figures(self) -> dict | None:
-        """Registers, shared memory, occupancy and the bound of the binary, from the source that has them."""
-        return self.pinned or (self.entry.as_json() if self.entry else self.record and self.record.static)
+    def __str__(self):
+        origin = lookup.ORIGINS.get(self.origin, self.origin) + (f" ({self.table}.json)" if self.table else "")
+        notes = []
+        if self.record:
+            run, default = self.record.run, self.record.default_seconds
+            untuned = f"; {self.record.default}, the config without tuning, took {default * 1e6:.0f}" if default else ""
+            notes = [f"measured: {self.record.seconds * 1e6:.0f} us, the median of {self.record.samples}{untuned}",
+                     f"by {run.get('strategy')} on {run['time']}, with Triton {self.record.versions['triton']}; "
+                     f"{run.get('trials')} configs tried"]
+        if self.entry:
+            notes.append(f"{self.entry.source}, {SOURCES[self.entry.source]}")
+        notes += _describe_figures(self.pinned or (self.entry.as_json() if self.entry else self.record and self.record.static))
+        if self.entry and self.entry.accepted_fault:
+            notes.append(f"despite {self.entry.accepted_fault}: no better config was found")
+        for reason in dict.fromkeys(self.lost.values()):
+            notes.append(f"{reason}: {', '.join(name for name, why in self.lost.items() if why == reason)}")
+        return f"\n{' ' * 9}".join([f"{self.kernel:9}{self.config:16}{origin}", *notes])
 
 
 @dataclass(frozen=True)
@@ -46,42 +59,21 @@ class Explanation:
                                             "record": line.record and line.record.as_json()} for line in self.lines]}
 
     def __str__(self):
-        text = [f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: {ENGINE}"]
-        for line in self.lines:
-            origin = "pinned" if line.origin == "pinned" else lookup.ORIGINS[line.origin]
-            text.append(f"\n{line.kernel:9}{line.config:16}{origin}" + (f" ({line.table}.json)" if line.table else ""))
-            if line.record:
-                text += [f"{'':9}{each}" for each in _describe_record(line.record)]
-            if line.entry:
-                text.append(f"{'':9}{line.entry.source}, {SOURCES[line.entry.source]}")
-            if line.pinned and "refused" in line.pinned:
-                text.append(f"{'':9}it does not compile: {line.pinned['refused']}")
-            elif line.figures and line.figures.get("registers") is not None:
-                text.append(f"{'':9}{_describe_figures(line.figures)}")
-            if line.entry and line.entry.accepted_fault:
-                text.append(f"{'':9}despite {line.entry.accepted_fault}: no better config was found")
-            for reason in dict.fromkeys(line.lost.values()):
-                names = ", ".join(name for name, why in line.lost.items() if why == reason)
-                text.append(f"{'':9}{reason}: {names}")
-        return "\n".join(text)
+        return "\n".join([f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: {ENGINE}",
+                          *(f"\n{line}" for line in self.lines)])
 
 
-def _describe_figures(figures: dict) -> str:
-    """Format the known figures of a binary."""
+def _describe_figures(figures: dict | None) -> list[str]:
+    """Format the known figures of a binary in one line, if there are any."""
+    if not figures or "refused" in figures:
+        return [f"it does not compile: {figures['refused']}"] if figures else []
+    if figures.get("registers") is None:
+        return []
     bound = f"bound by {figures['bound']}; " if figures.get("bound") else ""
     blocks = figures.get("occupancy")
     occupancy = "" if blocks is None else f", {blocks} block{'s' * (blocks != 1)} per SM"
-    return (f"{bound}{figures['registers']} registers, {figures['shared_memory']} bytes of shared memory{occupancy}"
-            f"{'' if figures.get('fits', True) else ': more than this GPU has'}")
-
-
-def _describe_record(record: Record) -> list[str]:
-    """Format a record of the user's cache in two lines."""
-    run, default = record.run, record.default_seconds
-    untuned = f"; {record.default}, the config without tuning, took {default * 1e6:.0f}" if default else ""
-    return [f"measured: {record.seconds * 1e6:.0f} us, the median of {record.samples}{untuned}",
-            f"by {run.get('strategy')} on {run['time']}, with Triton {record.versions['triton']}; "
-            f"{run.get('trials')} configs tried"]
+    excess = "" if figures.get("fits", True) else ": more than this GPU has"
+    return [f"{bound}{figures['registers']} registers, {figures['shared_memory']} bytes of shared memory{occupancy}{excess}"]
 
 
 def explain(q, k, v, **options) -> Explanation:

@@ -1,7 +1,7 @@
 """The contents of a compiled kernel's binary, read without a GPU.
 
-    cubin (ELF) -> registers and stack of each function -> SASS -> the loops over tiles -> instructions by kind
-    amdgcn      -> the same, from the notes in the assembly and from its text
+    cubin  -> registers, stack (cuobjdump), SASS (nvdisasm) -> the loops over tiles -> instructions by kind
+    amdgcn -> the same, from the notes in the assembly and from its text
 
 An instruction is its opcode with its modifiers, as the vendor's disassembler writes it: "HGMMA.64x128x16.F32.BF16".
 """
@@ -9,16 +9,12 @@ An instruction is its opcode with its modifiers, as the vendor's disassembler wr
 import collections
 import functools
 import re
-import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import triton
-
-# offset of the section table in an ELF64 header; NVIDIA's notes with the payload (function, value)
-_SECTIONS, _REGISTERS, _FRAME = 0x28, 0x2F, 0x11
-_WITH_PAYLOAD = 4  # the format of a note that stores its own length
 
 
 @dataclass(frozen=True)
@@ -33,35 +29,10 @@ class Resources:
 
 
 def of_cubin(cubin: bytes) -> Resources:
-    """Return the largest function's registers and stack, from the notes for the driver. ValueError: no such notes."""
-    try:
-        found = {_REGISTERS: {}, _FRAME: {}}
-        for note, function, value in _notes(cubin):
-            found.get(note, {})[function] = value
-    except (struct.error, IndexError, ValueError) as error:
-        raise ValueError(f"cubin: expected a whole ELF file, got {len(cubin)} bytes that end too early ({error})") from None
-    if not found[_REGISTERS]:
-        raise ValueError("cubin: expected notes on registers (.nv.info), got none: not NVIDIA's, or stripped")
-    return Resources(max(found[_REGISTERS].values()), max(found[_FRAME].values(), default=0))
-
-
-def _notes(cubin):
-    """Yield (note, function, value) of every note in .nv.info with a payload of two numbers."""
-    if cubin[:4] != b"\x7fELF":
-        raise ValueError("it does not begin as one")
-    table, = struct.unpack_from("<Q", cubin, _SECTIONS)
-    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
-    for name, _, _, _, start, length in sections:
-        begin = sections[names][4] + name
-        if cubin[begin:cubin.index(b"\0", begin)] != b".nv.info":
-            continue
-        at = start
-        while at < start + length:
-            form, note, payload = struct.unpack_from("<BBH", cubin, at)
-            if form == _WITH_PAYLOAD and payload == 8:
-                yield note, *struct.unpack_from("<II", cubin, at + 4)
-            at += 4 + (payload if form == _WITH_PAYLOAD else 0)
+    """Return the registers and stack of the largest function in a cubin. ValueError: cuobjdump finds none."""
+    usage = run_tool(triton.knobs.nvidia.cuobjdump, cubin, "-res-usage")
+    registers, stack = (map(int, re.findall(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK"))
+    return Resources(max(registers), max(stack))
 
 
 def of_amdgcn(assembly: str) -> Resources:
@@ -77,22 +48,23 @@ def of_amdgcn(assembly: str) -> Resources:
 
 
 def disassemble(cubin: bytes) -> str:
-    """Disassemble to SASS with Triton's nvdisasm. ValueError: nvdisasm cannot read the file; its message.
+    """Return the SASS of a cubin. ValueError: nvdisasm cannot read it.
 
     The dataflow analysis is off: it resolves indirect jumps, which kernels do not have, and takes up to a third of the time.
     """
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+    return run_tool(triton.knobs.nvidia.nvdisasm, cubin, "-c", "--no-dataflow")
+
+
+def run_tool(tool: triton.knobs.NvidiaTool, content: bytes, *options: str) -> str:
+    """Return what a CUDA tool that comes with Triton prints about a file. ValueError: it fails; its message."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        done = run(triton.knobs.nvidia.nvdisasm.path, "-c", "--no-dataflow", file.name)
+        done = subprocess.run([tool.path, *options, file.name], capture_output=True, text=True, timeout=120)
+    output = done.stdout + done.stderr
     if done.returncode:
-        raise ValueError(f"cubin: expected one that nvdisasm reads, got: {done.stderr.strip() or done.returncode}")
-    return done.stdout
-
-
-def run(path: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run one of the CUDA tools that come with Triton."""
-    return subprocess.run([path, *arguments], capture_output=True, text=True, timeout=120)
+        raise ValueError(f"{Path(tool.path).name}: expected a file that it can read, got: {output.strip()[-300:]}")
+    return output
 
 
 # Kinds of instructions by the prefix of the opcode; the first match counts. NVIDIA's are upper case, AMD's lower.
@@ -204,8 +176,3 @@ def spills(text: str) -> int:
 def _opcode_of(text):
     """Return the function that finds the opcode in a line. In SASS, a comment with the offset precedes every instruction."""
     return _SASS.search if _SASS.search(text) else _AMDGCN.match
-
-
-def partitions(sass: str) -> tuple[int, ...]:
-    """Return the registers per thread that each warp-specialised partition sets at its start; () if there are none."""
-    return tuple(int(match[1], 16) for match in re.finditer(r"USETMAXREG[^;]*?(0x[0-9a-f]+)", sass))
