@@ -13,8 +13,8 @@ import torch
 import tritonattn
 from tests.helpers.kernel_reports import LOOP, report
 from tritonattn.analysis import compile_report
-from tritonattn.cli import doctor, main, selftest
-from tritonattn.cli.demo import demo
+from tritonattn.cli import demo, doctor, main, selftest
+from tritonattn.cli.format import CommandError
 
 ROOT = Path(__file__).parents[2]
 GOOD = selftest.Result("causal", "float32", "dq", 1e-7, 1e-6)
@@ -82,7 +82,7 @@ def test_demo_receives_its_options(monkeypatch):
 
 def test_input_error_is_one_line_and_2(monkeypatch, capsys):
     def refuse(*options):
-        raise demo.InputError("text: expected at least 66 characters, got 3")
+        raise CommandError("text: expected at least 66 characters, got 3")
 
     monkeypatch.setattr(demo, "run", refuse)
     assert main.main(["demo", "--text", "a.txt"]) == 2
@@ -158,24 +158,18 @@ def test_compiler_error_is_one_line_and_1(monkeypatch, compiled_without_a_gpu, c
     assert capsys.readouterr().err == "compilation failed: RuntimeError: 'PassManager::run failed'\n"
 
 
-@pytest.mark.parametrize("options, error", [
-    ([], ValueError("ptxas: expected PTX")), (["--compare", "64x64w4s2", "128x64w8s2"], RuntimeError("Cannot find ptxas")),
-    ([], subprocess.TimeoutExpired("ptxas", 120)), ([], FileNotFoundError("ptxas")),
-], ids=["refused", "compare", "hangs", "gone"])
-def test_remarks_of_ptxas_are_printed_below_the_reports(options, error, monkeypatch, compiled_without_a_gpu, capsys):
+@pytest.mark.parametrize("options", [[], ["--compare", "64x64w4s2", "128x64w8s2"]])
+def test_remarks_of_ptxas_are_printed_below_the_reports(options, monkeypatch, compiled_without_a_gpu, capsys):
     def remarks(kernel, problem, chosen, target):
-        if target.arch == "sm_80":
-            raise error
-        return ["C7510: Potential Performance Loss"]
+        return ["C7510: Potential Performance Loss"] if target.arch == "sm_90" else []
 
     monkeypatch.setattr(compile_report, "inspect_kernel", lambda _, problem, config, target: report(target, config, (LOOP,)))
     monkeypatch.setattr(compile_report, "ptxas_remarks", remarks)
     assert main.main(["inspect", "--target", "h200,a100", "--direction", "forward", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     count = max(1, len(options) - 1)
-    printed = [line.split(": ", 1)[1] for line in lines if line.startswith("ptxas on sm_")]
-    assert printed == ["C7510: Potential Performance Loss"] * count + [f"no remarks: {error}"] * count
-    assert len(lines) > 2 * count, "the reports come first"
+    assert all(line.startswith("ptxas on sm_90 forward ") and line.endswith("Loss") for line in lines[-count:])
+    assert len(lines) > 2 * count and "ptxas" not in lines[-count - 1], "the reports come first"
 
 
 def test_explain_on_the_command_line(capsys):

@@ -45,7 +45,7 @@ def test_digest_changes_with_every_file_that_a_measurement_runs(package):
 
 def test_digest_ignores_files_that_a_measurement_does_not_run(package):
     before = environment.source_digest()
-    for name in ("cli/doctor.py", "cli/demo/demo.py", "cli/selftest.py", "__main__.py"):
+    for name in ("cli/doctor.py", "cli/demo.py", "cli/selftest.py", "__main__.py"):
         assert edited(package / name, lambda path: path.write_text("")) == before
     assert edited(package / "new.py", lambda path: path.write_text("")) == before
 

@@ -11,7 +11,8 @@ import platform
 import re
 import shutil
 from collections import Counter
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,17 +44,13 @@ def findings() -> list[Finding]:
 
 def table(found: list[Finding]) -> str:
     """Format one line per finding, with its fix below, and a verdict."""
-    lines = []
-    rows = columns([(finding.name, finding.status, finding.value) for finding in found], left=(0, 1, 2))
-    for finding, row in zip(found, rows):
-        lines += [row, f"{'':{row.index(finding.value)}}fix: {finding.fix}"] if finding.fix else [row]
+    rows = []
+    for finding in found:
+        rows.append((finding.name, finding.status, finding.value))
+        if finding.fix:
+            rows.append(("", "", f"fix: {finding.fix}"))
     bad = [finding.name for finding in found if finding.status == "bad"]
-    return "\n".join([*lines, f"problems: {', '.join(bad)}" if bad else "OK"])
-
-
-def as_json(found: list[Finding]) -> list[dict]:
-    """Return the findings as plain data."""
-    return [asdict(finding) for finding in found]
+    return "\n".join([*columns(rows, left=(0, 1, 2)), f"problems: {', '.join(bad)}" if bad else "OK"])
 
 
 def compiles() -> bool:
@@ -72,27 +69,21 @@ def of_torch() -> Finding:
 def of_triton() -> Finding:
     """Check Triton's version against ours and against the one that torch requires."""
     version, pin = _version("triton"), pinned_by_torch()
-    fix = f"pip install '{pin or 'triton>=3.6'}'"
-    if version is None:
-        return Finding("triton", "missing", "bad", fix)
-    if _release(version) < MIN_TRITON:
-        return Finding("triton", f"expected 3.6 or newer, got {version}", "bad", fix)
-    if pin and _release(version) != _release(pin):
-        return Finding("triton", f"expected {pin}, which this torch requires, got {version}", "bad", fix)
-    return Finding("triton", version)
+    if version and _release(version) >= MIN_TRITON and (not pin or _release(version) == _release(pin)):
+        return Finding("triton", version)
+    expected = f"{pin}, which this torch requires" if pin else "3.6 or newer"
+    return Finding("triton", f"expected {expected}, got {version}" if version else "missing", "bad",
+                   f"pip install '{pin or 'triton>=3.6'}'")
 
 
 def pinned_by_torch() -> str | None:
     """Return torch's declared requirement on Triton, such as "triton==3.7.1"; None if there is none that we support."""
-    try:
-        requirements = importlib.metadata.requires("torch") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    for requirement in requirements:
-        # ROCm's is called triton-rocm, or pytorch-triton-rocm; a marker names the system
-        match = re.match(r"((?:pytorch-)?triton(?:-\w+)?)\s*\(?([=~]=)\s*([\w.+]+)", requirement)
-        if match and _release(match[3]) >= MIN_TRITON and platform.system() in requirement.partition(";")[2]:
-            return "".join(match.groups())
+    with suppress(importlib.metadata.PackageNotFoundError):
+        for requirement in importlib.metadata.requires("torch") or ():
+            # ROCm's is called triton-rocm, or pytorch-triton-rocm
+            match = re.match(r"((?:pytorch-)?triton(?:-\w+)?)\s*\(?([=~]=)\s*([\w.+]+)", requirement)
+            if match and _release(match[3]) >= MIN_TRITON:
+                return "".join(match.groups())
     return None
 
 
@@ -117,7 +108,13 @@ def of_gpus() -> list[Finding]:
 def of_interpreter() -> Finding:
     """Check the interpreter; a problem is bad only where kernels cannot be compiled."""
     state = "on: TRITON_INTERPRET is set" if INTERPRETED else "off: TRITON_INTERPRET is not set"
-    problem, fix = _interpreter_problem()
+    missing = next((name for name in ("triton", "numpy") if _version(name) is None), None)
+    if missing:
+        problem, fix = f"it needs {missing}, which is missing", of_triton().fix if missing == "triton" else "pip install numpy"
+    else:
+        from ..runtime import interpreter
+
+        problem, _, fix = (interpreter.problem() or "").partition(": ")
     if problem:
         return Finding("interpreter", f"{state}; {problem}", "note" if compiles() else "bad", fix)
     if compiles() or INTERPRETED:
@@ -125,24 +122,12 @@ def of_interpreter() -> Finding:
     return Finding("interpreter", "off: without a GPU, set TRITON_INTERPRET=1 before tritonattn is imported", "note")
 
 
-def _interpreter_problem() -> tuple[str, str] | tuple[None, None]:
-    """Return what keeps the interpreter from working, and the fix."""
-    if _version("triton") is None:
-        return "it needs triton, which is missing", of_triton().fix
-    if _version("numpy") is None:
-        return "it needs numpy, which is missing", "pip install numpy"
-    from ..runtime.interpreter import problem
-
-    text, _, fix = (problem() or "").partition(": ")
-    return (text, fix) if text else (None, None)
-
-
 def of_cache() -> Finding:
     """Check the folder where Triton keeps compiled kernels; the interpreter needs none."""
     home = os.environ.get("TRITON_HOME") or os.path.expanduser("~")
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache")).absolute()
-    exists = next((path for path in (folder, *folder.parents) if os.path.exists(path)), None)
-    if exists is None or not os.path.isdir(exists) or not os.access(exists, os.W_OK | os.X_OK):
+    exists = next(path for path in (folder, *folder.parents) if path.exists())
+    if not exists.is_dir() or not os.access(exists, os.W_OK | os.X_OK):
         value = f"{folder}: not a writable folder"
     elif (free := shutil.disk_usage(exists).free) < MIN_FREE:
         value = f"{folder}: expected {MIN_FREE >> 20} MiB of free space, got {free >> 20}"

@@ -1,14 +1,17 @@
-"""Helpers of the commands: errors of input, checks before the work, and text in columns."""
+"""Helpers of the commands: errors, checks of a picture's file before the work, and text in columns."""
 
 import importlib
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 
-class InputError(ValueError):
-    """Input that the user can correct; the message says what is wrong and what is accepted."""
+class CommandError(Exception):
+    """The end of a command with one line on stderr: exit code 2 for input that the user can correct, else 1."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
@@ -18,21 +21,11 @@ def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[s
                       for i, (text, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
 
 
-def complain(message: str, code: int) -> int:
-    """Print a message to stderr and return the exit code."""
-    print(message, file=sys.stderr)
-    return code
-
-
-def require(module: str, extra: str) -> None:
-    """Raise InputError where an optional package is missing; the message names the extra that installs it."""
+def check_picture(option: str, path: str) -> None:
+    """Raise CommandError unless matplotlib can draw a picture at `path`."""
     try:
-        importlib.import_module(module)
+        importlib.import_module("matplotlib")
     except ImportError:
-        raise InputError(f"{module} is not installed; fix: pip install 'tritonattn[{extra}]'") from None
-
-
-def require_writable(option: str, path: str) -> None:
-    """Raise InputError unless a file can be written at `path`."""
+        raise CommandError("matplotlib is not installed; fix: pip install 'tritonattn[demo]'") from None
     if Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK):
-        raise InputError(f"{option}: expected a file in a folder that can be written to, got {path!r}")
+        raise CommandError(f"{option}: expected a file in a folder that can be written to, got {path!r}")

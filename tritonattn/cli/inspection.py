@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,7 +10,7 @@ from .. import gpu
 from ..config import KERNELS, Config
 from ..configs import lookup
 from ..problem import Problem
-from .format import InputError, complain, require, require_writable
+from .format import CommandError, check_picture
 from .tuning import DTYPES
 
 DIRECTIONS = {"forward": ["forward"], "backward": ["delta", "dq", "dkdv"]}
@@ -52,19 +51,18 @@ def gpus(names: str) -> list[gpu.Gpu]:
 
 
 def _inspect(arguments) -> int:
-    from ..analysis.compile_report import inspect_kernel
+    from ..analysis.compile_report import inspect_kernel, ptxas_remarks
     from . import reports as show
 
     jobs = _jobs(arguments)
     if arguments.plot:
-        require("matplotlib", "demo")
-        require_writable("plot", arguments.plot)
+        check_picture("plot", arguments.plot)
     try:
         with ThreadPoolExecutor() as pool:
             reports = list(pool.map(lambda job: inspect_kernel(*job), jobs))
-            remarks = list(pool.map(lambda job: _remarks(*job), jobs))
+            remarks = list(pool.map(lambda job: ptxas_remarks(*job), jobs))
     except Exception as error:  # whatever the compiler raises
-        return complain(f"compilation failed: {type(error).__name__}: {str(error)[:200]!r}", 1)
+        raise CommandError(f"compilation failed: {type(error).__name__}: {str(error)[:200]!r}", 1) from None
     if arguments.plot:
         show.plot(reports, arguments.plot)
     if arguments.json:
@@ -74,35 +72,25 @@ def _inspect(arguments) -> int:
         print("\n\n".join(show.side_by_side(reports[i:i + 2]) for i in range(0, len(reports), 2)))
     else:
         print(show.table(reports))
-    for report, lines in zip(reports, remarks):
+    names = [f"{report.gpu.arch} {report.kernel} {report.config}" for report in reports]
+    for name, lines in zip(names, remarks):
         for line in lines:
-            print(f"ptxas on {report.gpu.arch} {report.kernel} {report.config}: {line}")
-    for report in reports if arguments.sass else ():
-        text = report.loops[0].text if report.loops else "no loop over tiles"
-        print(f"\n{report.gpu.arch} {report.kernel} {report.config}\n{text}")
+            print(f"ptxas on {name}: {line}")
+    for name, report in zip(names, reports) if arguments.sass else ():
+        print(f"\n{name}\n{report.loops[0].text if report.loops else 'no loop over tiles'}")
     return 0
-
-
-def _remarks(*job) -> list[str]:
-    """Return the performance remarks of ptxas, or the reason why there are none: a report is useful without them."""
-    from ..analysis.compile_report import ptxas_remarks
-
-    try:
-        return ptxas_remarks(*job)
-    except (ValueError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return [f"no remarks: {error}"]
 
 
 def _jobs(arguments) -> list[tuple]:
     """Return kernel, problem, config and GPU of every report that the arguments name."""
     d, n, dtype = arguments.head_dim, arguments.length, getattr(torch, DTYPES[arguments.dtype])
     if not 1 <= d <= 512 or n < 1:
-        raise InputError(f"expected a head size from 1 to 512 and a positive length, got {d} and {n}")
+        raise CommandError(f"expected a head size from 1 to 512 and a positive length, got {d} and {n}")
     problem = Problem((4,), 32, 32, n, n, d, d, dtype, (None, 0) if arguments.causal else (None, None))
     try:
         configs = [Config.parse(text) for text in arguments.compare or [arguments.config] if text]
     except ValueError as error:
-        raise InputError(str(error)) from None
+        raise CommandError(str(error)) from None
     kernels = DIRECTIONS[arguments.direction] if arguments.direction else KERNELS[:4]
     return [(kernel, problem, config, target) for target in arguments.target for kernel in kernels
             for config in configs or [lookup.get_config(kernel, problem, target)]]
@@ -115,7 +103,7 @@ def _explain(arguments) -> int:
         problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
         explanations = [explain_problem(problem, target) for target in arguments.gpu]
     except (ValueError, RuntimeError) as error:
-        raise InputError(str(error)) from None
+        raise CommandError(str(error)) from None
     if arguments.json:
         print(json.dumps([explanation.as_json() for explanation in explanations], indent=1))
     else:

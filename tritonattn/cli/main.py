@@ -14,28 +14,27 @@ import torch
 from .. import __version__, gpu
 from ..gpu import INTERPRETED
 from . import doctor, inspection, tuning
-from .format import InputError, complain
+from .format import CommandError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code. A command that needs the other kind of kernels runs in a new process."""
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(argv)
+    finding, interpreted = None, INTERPRETED
     try:
         if "device" in arguments:
             arguments.device = arguments.device or ("cuda" if doctor.compiles() else "cpu")
-            if arguments.device == "cpu" and (finding := doctor.of_interpreter()).status == "bad":
-                return _problem(finding)
-            if arguments.device == "cpu" and not INTERPRETED:
-                return _rerun(argv, interpreted=True)
-        if "compiled" in arguments:
-            if (finding := doctor.of_triton()).status == "bad":
-                return _problem(finding)
-            if INTERPRETED:
-                return _rerun(argv, interpreted=False)
-        return arguments.run(arguments)
-    except InputError as error:
-        return complain(str(error), 2)
+            if arguments.device == "cpu":
+                finding, interpreted = doctor.of_interpreter(), True
+        elif "compiled" in arguments:
+            finding, interpreted = doctor.of_triton(), False
+        if finding and finding.status == "bad":
+            raise CommandError(f"{finding.name}: {finding.value}; fix: {finding.fix}", 1)
+        return arguments.run(arguments) if interpreted == INTERPRETED else _rerun(argv, interpreted)
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return error.code
     except KeyboardInterrupt:
         return 130
 
@@ -75,20 +74,14 @@ def _device(name: str) -> str:
     return name
 
 
-def _problem(finding: doctor.Finding) -> int:
-    return complain(f"{finding.name}: {finding.value}; fix: {finding.fix}", 1)
-
-
 def _rerun(argv: list[str], interpreted: bool) -> int:
     """Run the same command in a new process: Triton reads TRITON_INTERPRET when the kernels are defined."""
-    # a child and not os.execve: on Windows that ends this process at once, and the shell neither waits for the new one
-    # nor learns its exit code; Ctrl-C reaches a child too
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
     return subprocess.call([sys.executable, "-m", "tritonattn", *argv], env=environment)
 
 
 def _demo(arguments) -> int:
-    from .demo import demo
+    from . import demo
 
     return demo.run(arguments.text, arguments.steps, arguments.out)
 
@@ -106,5 +99,5 @@ def _selftest(arguments) -> int:
 
 def _doctor(arguments) -> int:
     findings = doctor.findings()
-    print(json.dumps(doctor.as_json(findings), indent=1) if arguments.json else doctor.table(findings))
+    print(json.dumps(list(map(vars, findings)), indent=1) if arguments.json else doctor.table(findings))
     return 1 if any(finding.status == "bad" for finding in findings) else 0

@@ -13,6 +13,9 @@ UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
 SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
 HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", *UNITS, "bound",
         "of peak"]
+FIGURES = ("registers", "stack", "spills", "loop_spills", "shared_memory", "tensor_memory", "threads", "occupancy",
+           "occupancy_limiter")
+FIGURES_OF_AMD = ("accumulation", "scalar", "spilled")
 
 
 def table(reports: Sequence[KernelReport]) -> str:
@@ -26,9 +29,9 @@ def _row(report):
            str(report.stack), str(report.loop_spills), f"{report.shared_memory / 1024:g}K", str(report.tensor_memory),
            f"{report.occupancy} ({SHORT.get(limiter, limiter)})"]
     if model is None:
-        return row + ["-"] * (4 + len(UNITS))
+        return row + ["-"] * (len(HEAD) - len(row))
     work = f"{report.duplicated:.2f}x" if report.mma_instruction else "-"
-    cycles = [f"{model.rounds[0][unit]:.0f}" for unit in UNITS]
+    cycles = [f"{model.units[unit]:.0f}" for unit in UNITS]
     return [*row, report.mma_instruction or "none", work, *cycles, model.bound, f"{model.share:.0%}"]
 
 
@@ -51,56 +54,44 @@ def side_by_side(reports: Sequence[KernelReport]) -> str:
 
 def figures(report: KernelReport) -> dict:
     """Return every figure of a report by its name in `side_by_side`."""
-    rows = {"registers": report.registers, "stack": report.stack, "spills": report.spills, "loop spills": report.loop_spills,
-            "shared memory": report.shared_memory, "tensor memory": report.tensor_memory, "threads": report.threads,
-            "blocks per SM": report.occupancy, "limited by": report.occupancy_limiter}
-    if report.gpu.is_amd:
-        rows |= {"accumulation registers": report.accumulation, "scalar registers": report.scalar,
-                 "spilled registers": report.spilled}
-    rows |= {f"registers of partition {i}": registers for i, registers in enumerate(report.partitions)}
-    for loop in (report.loops or ())[:1]:
+    names = FIGURES + FIGURES_OF_AMD if report.gpu.is_amd else FIGURES
+    rows = {name.replace("_", " "): getattr(report, name) for name in names}
+    for loop in report.loops[:1]:
         rows |= {"instructions": len(loop.instructions), **{f"  {name}": n for name, n in loop.products.items()}}
         rows |= {f"  {kind}": loop.counts[kind] for kind in sass.KINDS if kind in loop.counts and kind != "tensor"}
     if (model := estimate(report)) is not None:
-        rows |= {f"cycles: {unit}": round(model.rounds[0][unit]) for unit in UNITS}
-        rows |= {"cycles per iteration": round(model.round_cycles[0]), "bound by": model.bound, "waves": model.waves,
+        rows |= {f"cycles: {unit}": round(model.units[unit]) for unit in UNITS}
+        rows |= {"cycles per iteration": round(model.iteration[0]), "bound by": model.bound, "waves": model.waves,
                  "share of peak": f"{model.share:.1%}"}
     return rows
 
 
 def as_json(report: KernelReport) -> dict:
     """Return a report and its estimate as plain data, without the text of the loops."""
-    loops = None if report.loops is None else [{"instructions": len(loop.instructions), "kinds": loop.counts,
-                                                "products": loop.products} for loop in report.loops]
     model = estimate(report)
-    names = ("kernel", "registers", "stack", "spills", "loop_spills", "shared_memory", "tensor_memory", "accumulation",
-             "scalar", "spilled", "threads", "fits", "occupancy", "occupancy_limiter", "blocks_by_resource",
-             "precision", "serialized", "mma_instruction")
+    names = (*FIGURES, *FIGURES_OF_AMD, "kernel", "fits", "blocks_by_resource", "precision", "serialized", "mma_instruction")
     return {name: getattr(report, name) for name in names} | {
         "gpu": report.gpu.name, "arch": report.gpu.arch, "config": str(report.config), "problem": report.problem.as_json(),
-        "partitions": list(report.partitions), "loops": loops,
+        "loops": [{"instructions": len(loop.instructions), "kinds": loop.counts, "products": loop.products}
+                  for loop in report.loops],
         "model": None if model is None else asdict(model) | {"bound": model.bound}, "warnings": warnings([report]),
     }
 
 
 def plot(reports: Sequence[KernelReport], path: str) -> None:
     """Draw one bar per report: its units' cycles in one iteration of the loop without a mask, per 1000 scores of the tile."""
-    from matplotlib import style
     from matplotlib.figure import Figure
 
-
     shown = [(report, model) for report in reports if (model := estimate(report)) is not None]
-    with style.context(["default", {"axes.linewidth": 0.8, "hatch.linewidth": 0.6}]):
-        figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
-        axes = figure.add_subplot()
-        left = [0.0] * len(shown)
-        for unit in UNITS:
-            width = [1000 * model.rounds[0][unit] / (report.config.block_m * report.config.block_n) for report, model in shown]
-            # at positions and not at labels, since two labels may be the same
-            axes.barh(range(len(shown)), width, left=left, label=unit)
-            left = [a + b for a, b in zip(left, width)]
-        axes.set_yticks(range(len(shown)), [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown])
-        axes.invert_yaxis()
-        axes.set_xlabel("cycles of an SM that each unit is busy, per 1000 scores (units run in parallel; the longest binds)")
-        axes.legend(ncols=len(UNITS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-        figure.savefig(path, dpi=150)
+    figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
+    axes, left = figure.add_subplot(), [0.0] * len(shown)
+    for unit in UNITS:
+        width = [1000 * model.units[unit] / (report.config.block_m * report.config.block_n) for report, model in shown]
+        # at positions and not at labels, since two labels may be the same
+        axes.barh(range(len(shown)), width, left=left, label=unit)
+        left = [a + b for a, b in zip(left, width)]
+    axes.set_yticks(range(len(shown)), [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("cycles of an SM that each unit is busy, per 1000 scores (units run in parallel; the longest binds)")
+    axes.legend(ncols=len(UNITS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path, dpi=150)
