@@ -68,11 +68,6 @@ def test_serialized_products_are_detected():
     assert not serialized(*((product,) * 4 + (wait,)) * 2) and not serialized(product, wait, product, wait)
 
 
-def test_loop_figures_are_none_without_disassembly():
-    found = report(loops=None)
-    assert (found.loop_spills, found.serialized, found.mma_instruction, found.spills) == (None, None, None, None)
-
-
 def test_padding_counts_as_needed_but_not_as_useful():
     odd = dataclasses.replace(report(config=Config(64, 64, 4)), problem=dataclasses.replace(PLAIN, d=17, dv=1))
     assert (odd.needed, odd.useful) == (2 * 64 * 64 * (32 + 16), 2 * 64 * 64 * (17 + 1))
@@ -89,7 +84,7 @@ def test_padded_head_sizes():
 
 
 IMPORTS = """
-import dataclasses, json, timeit, torch
+import dataclasses, json, torch
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import compile_report, cost_model
 problem = Problem((1,), 8, 8, 1024, 1024, 128, 128, torch.bfloat16)
@@ -156,7 +151,7 @@ def test_spilling_oversized_and_serialized_configs_are_detected():
 
 
 BROKEN = IMPORTS + """
-import tempfile, triton
+import triton
 from tritonattn.analysis import sass
 config, on = Config.parse("64x64w4s2"), gpu.KNOWN["sm_90"]
 whole = compile_report.compile_kernel("forward", problem, config, on).asm["cubin"]
@@ -165,48 +160,37 @@ def error_of(read, content):
         return f"no error: {read(content)!s:.60}"
     except ValueError as error:
         return str(error)
-cuts = [0, 3, 40, 64, len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4]
+cuts = [0, 40, len(whole) // 2, 3 * len(whole) // 4]
 amdgcn = compile_report.compile_kernel("forward", problem, config, gpu.KNOWN["gfx942"]).asm["amdgcn"]
-with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-    file.write(whole)
-    file.flush()
-    analysed = sass.run(triton.knobs.nvidia.nvdisasm.path, "-c", file.name).stdout
+analysed = sass.run_tool(triton.knobs.nvidia.nvdisasm, whole, "-c")
 print(json.dumps([[error_of(sass.of_cubin, whole[:cut]) for cut in cuts],
-                  [error_of(sass.disassemble, whole[:cut]) for cut in cuts],
-                  error_of(sass.of_cubin, whole.replace(b".nv.info", b".xx.info")), error_of(sass.of_amdgcn, amdgcn[:9000]),
+                  [error_of(sass.disassemble, whole[:cut]) for cut in cuts], error_of(sass.of_amdgcn, amdgcn[:9000]),
                   len(analysed) > 10_000 and analysed == sass.disassemble(whole)]))
 """
 
 
-def test_truncated_or_stripped_binary_is_an_error():
-    notes, texts, stripped, amd, same = compiled(BROKEN)
-    assert all(each.startswith("cubin: expected a whole ELF file") for each in notes), notes
-    assert all(each.startswith("cubin: expected one that nvdisasm reads") for each in texts), texts
-    assert stripped == "cubin: expected notes on registers (.nv.info), got none: not NVIDIA's, or stripped"
+def test_truncated_binary_is_an_error():
+    resources, texts, amd, same = compiled(BROKEN)
+    assert all(each.startswith("cuobjdump: expected a file that it can read, got: cuobjdump ") for each in resources), resources
+    assert all(each.startswith("nvdisasm: expected a file that it can read, got: nvdisasm ") for each in texts), texts
     assert amd == "amdgcn: expected the note .vgpr_count, got none: cut off, or stripped"
     assert same, "--no-dataflow changes nothing in the text"
 
 
 SPEED = IMPORTS + """
-import os, sys, time
+import os, sys
 sys.path.append("tests")  # the package `tests` would set TRITON_INTERPRET
 from helpers.cpu_speed import slowness
-cell = "128x64w8s2", "sm_90"
-inspect(*cell)
-warm = lambda: compile_report.inspect_kernel("forward", problem, Config.parse(cell[0]), gpu.KNOWN[cell[1]], disassembled=False)
+inspect("128x64w8s2", "sm_90")
 def cpu_seconds():
-    # of this process and of the disassembler
+    # of this process and of the tools that it starts
     before = sum(os.times()[:4])
-    inspect(*cell)
+    inspect("128x64w8s2", "sm_90")
     return sum(os.times()[:4]) - before
-whole = min(cpu_seconds() / slowness() for _ in range(3))
-part = min(timeit.repeat(warm, number=10, repeat=20, timer=time.thread_time)) / 10 / slowness()
-print(json.dumps([part, whole, warm().loops, warm().registers == inspect(*cell).registers]))
+print(json.dumps(min(cpu_seconds() / slowness() for _ in range(3))))
 """
 
 
 @pytest.mark.slow
 def test_report_of_a_compiled_kernel_is_fast():
-    without, with_loops, loops, same = compiled(SPEED, fresh=True)
-    assert without < 1e-3 and with_loops < 0.5, (without, with_loops)
-    assert loops is None and same
+    assert compiled(SPEED, fresh=True) < 0.5

@@ -121,9 +121,9 @@ def test_compiler_error_of_a_pinned_config_is_shown(monkeypatch):
 
 
 def test_unknown_figures_are_left_out():
-    assert explain._describe_figures({"registers": 8, "shared_memory": 64}) == "8 registers, 64 bytes of shared memory"
-    assert explain._describe_figures({"registers": 8, "shared_memory": 64, "occupancy": 0, "fits": False}) == (
-        "8 registers, 64 bytes of shared memory, 0 blocks per SM: more than this GPU has")
+    assert explain._describe_figures({"registers": 8, "shared_memory": 64}) == ["8 registers, 64 bytes of shared memory"]
+    assert explain._describe_figures({"registers": 8, "shared_memory": 64, "occupancy": 0, "fits": False}) == [
+        "8 registers, 64 bytes of shared memory, 0 blocks per SM: more than this GPU has"]
 
 
 def test_unsupported_head_size_is_one_line(capsys):

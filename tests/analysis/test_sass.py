@@ -1,7 +1,5 @@
 """Reading made-up binaries; test_compile_report.py reads compiled ones."""
 
-import struct
-
 import pytest
 
 from tritonattn.analysis import sass
@@ -40,55 +38,6 @@ AMDGCN = """
     .sgpr_spill_count: 2
     .vgpr_spill_count: 9
 """
-
-
-def elf(notes, name=b".nv.info", cut=0):
-    """A cubin with nothing but these notes: (format, note, payload)."""
-    content = b"".join(struct.pack("<BBH", form, note, len(payload) if form == 4 else 0) + (payload if form == 4 else b"")
-                       for form, note, payload in notes)
-    names = b"\0" + name + b"\0.shstrtab\0"
-    at, strings = 64, 64 + len(content)
-    table = strings + len(names)
-    header = bytearray(64)
-    header[:4] = b"\x7fELF"
-    struct.pack_into("<Q", header, 0x28, table)
-    struct.pack_into("<HHH", header, 0x3A, 64, 3, 2)
-    sections = [(0, 0, 0, 0, 0, 0), (1, 0, 0, 0, at, len(content)), (2 + len(name), 3, 0, 0, strings, len(names))]
-    listed = b"".join(struct.pack("<IIQQQQ", *section).ljust(64, b"\0") for section in sections)
-    whole = bytes(header) + content + names + listed
-    return whole[:len(whole) - cut]
-
-
-def pair(function, value):
-    return struct.pack("<II", function, value)
-
-
-NOTES = [(4, 0x2F, pair(7, 168)), (3, 0x11, b""), (4, 0x11, pair(7, 24)), (4, 0x2F, pair(8, 40)), (4, 0x11, pair(8, 0)),
-         (4, 0x05, b"\1\0\0\0")]
-
-
-def test_registers_and_stack_are_those_of_the_largest_function():
-    found = sass.of_cubin(elf(NOTES))
-    assert (found.registers, found.stack) == (168, 24)
-
-
-@pytest.mark.parametrize("content, words", [
-    (b"", "0 bytes that end too early"), (b"no ELF at all" * 9, "does not begin as one"), (elf(NOTES, cut=40), "end too early"),
-    (elf(NOTES)[:30], "end too early"), (elf(NOTES, b".text"), "stripped"), (elf([(4, 0x11, pair(7, 0))]), "stripped"),
-])
-def test_truncated_cubin_is_an_error(content, words):
-    with pytest.raises(ValueError, match=words):
-        sass.of_cubin(content)
-
-
-def test_every_cut_of_a_cubin_is_an_error_or_right():
-    whole = elf(NOTES)
-    for cut in range(1, len(whole)):
-        try:
-            found = sass.of_cubin(whole[:-cut])
-        except ValueError:
-            continue
-        assert (found.registers, found.stack) == (168, 24), f"cut by {cut}"
 
 
 def test_resources_of_amdgcn():
@@ -170,8 +119,3 @@ def test_spills_are_counted_in_loops_and_in_total():
 def test_path_in_amdgcn_is_not_mistaken_for_sass():
     """AMD's assembly names source files, and a folder may be called anything."""
     assert sass.loops('\t.file 1 "/home/BRANDON/*0000*/x.py"\n' + AMDGCN) == sass.loops(AMDGCN) != ()
-
-
-def test_registers_of_partitions():
-    text = "/*0010*/ USETMAXREG.DEALLOC.CTAPOOL 0x18 ;\n/*0020*/ USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0 ;\n"
-    assert sass.partitions(text) == (24, 240) and sass.partitions(SASS) == ()
