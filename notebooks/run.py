@@ -40,20 +40,6 @@ def run_cell(source: str, name: str, namespace: dict) -> None:
     exec(compile(source, name, "exec"), namespace)
 
 
-def stripped(notebook: dict) -> str:
-    """Return the text of a notebook file without outputs, and without metadata except the cells' tags."""
-    cells = []
-    for cell in notebook["cells"]:
-        tags = {"tags": cell["metadata"]["tags"]} if cell["metadata"].get("tags") else {}
-        code = {"execution_count": None, "outputs": []} if cell["cell_type"] == "code" else {}
-        source = "".join(cell["source"]).splitlines(keepends=True)
-        cells.append({"cell_type": cell["cell_type"], "id": cell["id"], "metadata": tags, **code, "source": source})
-    metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                "language_info": {"name": "python"}}
-    content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
 def save_pictures(figures, folder, name: str) -> None:
     """Save figures as NAME.png, NAME-2.png, ... without matplotlib's version, so that equal figures give equal files."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -63,26 +49,21 @@ def save_pictures(figures, folder, name: str) -> None:
 
 
 def main(arguments=None) -> int:
-    """Run or strip notebooks, each run in its own process. Return the exit code: 0, or 1 if a notebook failed."""
+    """Run notebooks, each in its own process. Return the exit code: 0, or that of a notebook that failed."""
     parser = argparse.ArgumentParser(prog="python -m notebooks.run", description="Run the notebooks without Jupyter.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(NAMES)} (default: all)")
     parser.add_argument("--pictures", action="store_true", help="save the figures in SLIDES to notebooks/pictures")
-    parser.add_argument("--strip", action="store_true", help="clear the outputs in the files, and run nothing")
     options = parser.parse_args(arguments)
     names = options.names or NAMES
     if unknown := set(names) - set(NAMES):
         parser.error(f"unknown notebook {', '.join(unknown)}; the notebooks are {', '.join(NAMES)}")
-    if options.strip:
-        for path in (FOLDER / f"{name}.ipynb" for name in names):
-            path.write_text(stripped(read(path)), encoding="utf-8")
-        return 0
-    if len(names) == 1:
-        slides = execute(FOLDER / f"{names[0]}.ipynb").get("SLIDES", [])
-        save_pictures(slides if options.pictures else [], FOLDER / "pictures", names[0])
-        return 0
-    flags = ["--pictures"] if options.pictures else []
-    commands = [[sys.executable, "-m", "notebooks.run", name, *flags] for name in names]
-    return max(subprocess.run(command, cwd=FOLDER.parent).returncode for command in commands)
+    if len(names) > 1:
+        flags = ["--pictures"] if options.pictures else []
+        commands = [[sys.executable, "-m", "notebooks.run", name, *flags] for name in names]
+        return max(subprocess.run(command, cwd=FOLDER.parent).returncode for command in commands)
+    slides = execute(FOLDER / f"{names[0]}.ipynb").get("SLIDES", [])
+    save_pictures(slides if options.pictures else [], FOLDER / "pictures", names[0])
+    return 0
 
 
 if __name__ == "__main__":

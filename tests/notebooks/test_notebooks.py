@@ -259,7 +259,7 @@ WRONG = [
     ("1.1", 3 * 512 * 512, "One more matrix mixes"), ("1.1", 4 * 512 * 64, "That is one head"), ("1.1", 7, "Got 7"),
     ("1.1", "many", "Got many"),
     ("1.2", lambda x, heads: x.reshape(heads, x.shape[0], -1), "head 0 holds parts of the first vectors only"),
-    ("1.2", lambda x, heads: x.view(x.shape[0], heads, -1), r"Expected the shape \(4, 5, 6\)"),
+    ("1.2", lambda x, heads: x.view(x.shape[0], heads, -1), r"Expected a tensor of shape \(4, 5, 6\)"),
     ("1.2", lambda x, heads: x.view(x.shape[0], heads, -1).permute(1, 0, 2).flip(0), "the first columns of every vector"),
     ("1.2", lambda x: x, "That raised TypeError"), ("1.2", 5, "That raised TypeError"),
     ("1.3", lambda n: torch.zeros(n), r"Expected a tensor of shape \(6, 6\)"),
@@ -269,8 +269,8 @@ WRONG = [
     ("2.1", lambda a, b: (a[0] + b[0], a[1], a[2]), "m is not the largest"),
     ("2.1", lambda a, b: (torch.maximum(a[0], b[0]), a[1], a[2]), "m is right, l is not"),
     ("2.2", (1984, 128), "in the wrong order"), ("2.2", (32, 1984), "crosses more than one tile"),
-    ("2.2", (128, 3968), "That is all tiles"), ("2.2", (1, 2), r"Got \(1, 2\)"), ("2.2", 128, "Expected two numbers"),
-    ("3.1", lambda p, dp: p * dp, "It also lowers all other weights"), ("3.1", lambda p, dp: p, "The first row sums to 1.00"),
+    ("2.2", (128, 3968), "That is all tiles"), ("2.2", (1, 2), r"Got \(1, 2\)"), ("2.2", 128, "expected two numbers"),
+    ("3.1", lambda p, dp: p * dp, "It also lowers all other weights"), ("3.1", lambda p, dp: p, "A row of dS sums to 0"),
     ("3.1", lambda p, dp: p * (dp - dp.mean(1, keepdim=True)), "an average weighted by P"),
     ("3.1", lambda p, dp: p * (dp - (p * dp).sum(0, keepdim=True)), "not for each key"),
     ("3.1", lambda p, dp: dp - (p * dp).sum(1, keepdim=True), "has to be multiplied by the weight"),
@@ -283,14 +283,14 @@ WRONG = [
     ("3.3", lambda q, k: k, r"Expected a tensor of shape \(1, 5, 16\)"),
     ("4.1", 168, "room for 3 warps, so the SM for 1 block"), ("4.1", 136, "so the SM for 1 block"),
     ("4.1", 96, "not the largest"),
-    ("4.1", 256, "from 1 to 255"), ("4.1", "all", "from 1 to 255"),
+    ("4.1", 256, "so the SM for 1 block"), ("4.1", "all", "That raised TypeError"),
     ("4.2", 64, "on H200"), ("4.2", 32, "on A100"), ("4.2", 256, "4 d in all"), ("4.2", 100, "Got 100"),
     ("4.3", lambda a, b: statistics.median(a) / statistics.median(b), "not as warm"),
     ("4.3", lambda a, b: statistics.fmean(x / y for x, y in zip(a, b)), "compared with itself, which is right"),
     ("4.3", lambda a, b: statistics.fmean(a) / statistics.fmean(b), "moves a mean"),
-    ("4.3", lambda a, b: min(a) / min(b), "two best samples"), ("4.3", lambda a, b: 1.0, r"Got 1\.000, expected 0\.900"),
+    ("4.3", lambda a, b: min(a) / min(b), "two best samples"), ("4.3", lambda a, b: 1.0, r"Got 1\.0, expected 0\.900"),
     ("4.3", lambda a, b: statistics.median(y / x for x, y in zip(a, b)), "the speedup"),
-    ("2.3", 126, "reaches back 126 keys"), ("2.3", 128, "not the smallest"), ("2.3", 64.0, "Expected a whole number"),
+    ("2.3", 126, "reaches back 126 keys"), ("2.3", 128, "not the smallest"),
 ]
 
 
@@ -343,8 +343,7 @@ def test_peak_memory_counts_only_the_call():
 
 @each_notebook
 def test_is_a_notebook_without_output(path):
-    text = path.read_text(encoding="utf-8")
-    notebook = json.loads(text)
+    notebook = run.read(path)
     assert set(notebook) == {"cells", "metadata", "nbformat", "nbformat_minor"}
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     names = [cell["id"] for cell in notebook["cells"]]
@@ -353,8 +352,7 @@ def test_is_a_notebook_without_output(path):
         assert cell["cell_type"] in ("markdown", "code") and isinstance(cell["metadata"], dict)
         assert all(isinstance(line, str) for line in cell["source"]) and cell["source"]
         if cell["cell_type"] == "code":
-            assert cell["outputs"] == [] and cell["execution_count"] is None, f"{cell['id']}: python -m notebooks.run --strip"
-    assert text == run.stripped(notebook), "python -m notebooks.run --strip"
+            assert cell["outputs"] == [] and cell["execution_count"] is None, f"{cell['id']}: clear its output"
 
 
 @each_notebook
@@ -405,7 +403,7 @@ def small(tmp_path, monkeypatch):
                "def f():\n    return a / 0  # fails\nSLIDES = [plt.figure(), plt.figure()]"]
     cells = [{"cell_type": "code", "id": f"cell-{i}", "metadata": {}, "source": source} for i, source in enumerate(sources)]
     path = tmp_path / "7_small.ipynb"
-    path.write_text(run.stripped({"cells": cells}), encoding="utf-8")
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
     return path
 
 
@@ -422,18 +420,6 @@ def test_saves_pictures(small, tmp_path):
     pictures = sorted((tmp_path / "pictures").iterdir())
     assert [picture.name for picture in pictures] == ["7_small-2.png", "7_small.png"]
     assert b"Software" not in pictures[0].read_bytes()
-
-
-def test_strips_outputs_and_editor_metadata(small):
-    clean = small.read_text(encoding="utf-8")
-    dirty = json.loads(clean)
-    dirty["cells"][0] |= {"outputs": [{"output_type": "stream"}], "execution_count": 3, "metadata": {"tags": ["kept"], "x": 1}}
-    dirty["metadata"]["vscode"] = {}
-    small.write_text(json.dumps(dirty), encoding="utf-8")
-    assert run.main(["--strip"]) == 0
-    expected = json.loads(clean)
-    expected["cells"][0]["metadata"] = {"tags": ["kept"]}
-    assert json.loads(small.read_text(encoding="utf-8")) == expected
 
 
 def test_rejects_an_unknown_notebook(small, capsys):
