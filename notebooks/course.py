@@ -9,7 +9,6 @@ import inspect
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,12 +30,11 @@ def interpreted() -> bool:
 
 
 def gpu_is_usable() -> bool:
-    """Return whether torch has a GPU that the kernels support. A child process imports torch, since this one must not yet."""
-    if interpreted():
-        return False
-    probe = ("import torch; good = torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability()"
-             " >= (8, 0)); raise SystemExit(0 if good else 1)")
-    return subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
+    """Return whether torch has a GPU that the kernels support, and kernels are not to be interpreted."""
+    import torch  # which does not import Triton
+
+    supported = torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability() >= (8, 0))
+    return bool(supported) and not interpreted()
 
 
 def where_kernels_run() -> str:

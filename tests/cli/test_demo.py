@@ -25,31 +25,10 @@ def tiny(monkeypatch):
     monkeypatch.setattr(demo, "start_compiling", lambda: None)
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, r"text: expected a readable file in UTF-8, got '.*novel.txt' \(.*No such file or directory.*\)"),
-    (b"x" * 65, r"text: expected at least 66 characters, the context and 2, got 65 in '.*novel.txt'"),
-    ("ü".encode() * 40, r"text: expected at least 66 characters, the context and 2, got 40 in '.*novel.txt'"),
-    (b"x" * 70 + b"\xff" + b"x" * 70, r"text: expected a readable file in UTF-8, got '.*novel.txt' \(.*position 70.*\)"),
-])
-def test_unusable_text_is_an_error(tmp_path, content, message):
-    path = tmp_path / "novel.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(CommandError, match=f"^{message}$"):
-        demo.read_text(str(path), 66)
-
-
-def test_shortest_text_is_accepted(tmp_path):
-    path = tmp_path / "novel.txt"
-    path.write_text("ü" * 66, encoding="utf-8")
-    assert demo.read_text(str(path), 66) == "ü" * 66
-
-
 @pytest.mark.parametrize("arguments, message", [
     ({"steps": 1}, "^steps: expected at least 2, for a curve, got 1$"),
     ({"out": "."}, r"^out: expected a file in a folder that can be written to, got '\.'$"),
     ({"out": "no/such/folder/demo.png"}, "^out: expected a file in a folder that can be written to, got 'no/"),
-    ({"text": "."}, "^text: expected a readable file in UTF-8, got '.'"),
 ])
 def test_arguments_are_checked_before_the_work(tiny, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -63,11 +42,6 @@ def test_missing_matplotlib_names_the_extra(tiny, monkeypatch):
     monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("training has started"))
     with pytest.raises(CommandError, match=r"^matplotlib is not installed; fix: pip install 'tritonattn\[demo\]'$"):
         demo.run()
-
-
-def test_default_text_is_pythons_documentation():
-    text = demo.read_text(None, 66)
-    assert len(text) > 100_000 and "statement" in text
 
 
 def test_batches_depend_on_the_seed_alone():

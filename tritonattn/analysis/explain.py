@@ -10,8 +10,6 @@ from ..gpu import Gpu
 from ..problem import Problem
 from ..runtime.arguments import problem_of
 
-ENGINE = "the portable Triton kernels"
-
 
 @dataclass(frozen=True)
 class KernelChoice:
@@ -54,13 +52,12 @@ class Explanation:
     lines: tuple[KernelChoice, ...]
 
     def as_json(self) -> dict:
-        return {"problem": self.problem.as_json(), "gpu": self.gpu.name, "arch": self.gpu.arch, "engine": ENGINE,
+        return {"problem": self.problem.as_json(), "gpu": self.gpu.name, "arch": self.gpu.arch,
                 "kernels": [asdict(line) | {"entry": line.entry and line.entry.as_json(),
                                             "record": line.record and line.record.as_json()} for line in self.lines]}
 
     def __str__(self):
-        return "\n".join([f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch}); engine: {ENGINE}",
-                          *(f"\n{line}" for line in self.lines)])
+        return "\n".join([f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch})", *(f"\n{line}" for line in self.lines)])
 
 
 def _describe_figures(figures: dict | None) -> list[str]:

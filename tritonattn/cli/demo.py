@@ -14,7 +14,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from pydoc_data import topics
 
 import torch
@@ -69,19 +68,6 @@ class Model(nn.Module):
         x = self.character(texts[:, :-1]) + self.position.weight
         logits = self.head(self.layers(x, self.mask, is_causal=True))
         return F.cross_entropy(logits.flatten(0, 1), texts[:, 1:].flatten()), logits
-
-
-def read_text(path: str | None, min_length: int) -> str:
-    """Return the text of the file at `path`, or else Python's own documentation. CommandError: unreadable or too short."""
-    if path is None:
-        return "\n\n".join(text for _, text in sorted(topics.topics.items()))
-    try:
-        text = Path(path).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"text: expected a readable file in UTF-8, got {path!r} ({error})") from None
-    if len(text) < min_length:
-        raise CommandError(f"text: expected at least {min_length} characters, the context and 2, got {len(text)} in {path!r}")
-    return text
 
 
 def batches(indices: torch.Tensor, setup: Setup, seed: int):
@@ -180,7 +166,7 @@ def problems(losses, errors, setup: Setup) -> list[str]:
     return lines
 
 
-def run(text: str | None = None, steps: int | None = None, out: str = "demo.png") -> int:
+def run(steps: int | None = None, out: str = "demo.png") -> int:
     """Train, compare and draw; return 0 if everything agrees, else 1. CommandError: an argument that cannot be used."""
     device = torch.device("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu")
     setup = ON_GPU if device.type == "cuda" else ON_CPU
@@ -188,11 +174,11 @@ def run(text: str | None = None, steps: int | None = None, out: str = "demo.png"
     if setup.steps < 2:
         raise CommandError(f"steps: expected at least 2, for a curve, got {steps}")
     check_picture("out", out)
-    text = read_text(text, setup.context + 2)
     compiling = start_compiling() if device.type == "cpu" else None
     if compiling:
         torch.set_num_threads(1)  # tensors this small gain nothing from threads, and the compiler needs the other cores
 
+    text = "\n\n".join(topics.topics.values())  # Python's own documentation
     characters, indices = torch.tensor([ord(character) for character in text], device=device).unique(return_inverse=True)
     torch.manual_seed(0)
     fallback_report(clear=True)

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
             arguments.device = arguments.device or ("cuda" if doctor.compiles() else "cpu")
             if arguments.device == "cpu":
                 finding, interpreted = doctor.of_interpreter(), True
+            elif not doctor.compiles():
+                raise CommandError("--device: expected cpu, got cuda, but kernels cannot be compiled here; see `doctor`")
         elif "compiled" in arguments:
             finding, interpreted = doctor.of_triton(), False
         if finding and finding.status == "bad":
@@ -47,13 +49,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="train a small language model with torch's attention and with this one")
-    demo.add_argument("--text", metavar="FILE", help="text to learn, in UTF-8 (default: Python's own documentation)")
     demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 30 without a GPU, 300 with one)")
     demo.add_argument("--out", default="demo.png", metavar="PNG", help="file for the picture (default: %(default)s)")
     demo.set_defaults(run=_demo, device=None)
 
     selftest = commands.add_parser("selftest", help="check every kernel against float64 on this machine, in seconds")
-    selftest.add_argument("--device", type=_device, metavar="cuda|cpu",
+    selftest.add_argument("--device", choices=("cuda", "cpu"),
                           help="a GPU, or the CPU with Triton's interpreter (default: a GPU if there is one)")
     selftest.add_argument("--json", action="store_true", help="print a JSON list with every tensor instead of a table")
     selftest.set_defaults(run=_selftest)
@@ -66,14 +67,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _device(name: str) -> str:
-    if name not in ("cuda", "cpu"):
-        raise argparse.ArgumentTypeError(f"expected cuda or cpu, got {name}")
-    if name == "cuda" and not doctor.compiles():
-        raise argparse.ArgumentTypeError("expected cpu, got cuda, but kernels cannot be compiled here; see `doctor`")
-    return name
-
-
 def _rerun(argv: list[str], interpreted: bool) -> int:
     """Run the same command in a new process: Triton reads TRITON_INTERPRET when the kernels are defined."""
     environment = os.environ | {"TRITON_INTERPRET": str(int(interpreted))}
@@ -83,7 +76,7 @@ def _rerun(argv: list[str], interpreted: bool) -> int:
 def _demo(arguments) -> int:
     from . import demo
 
-    return demo.run(arguments.text, arguments.steps, arguments.out)
+    return demo.run(arguments.steps, arguments.out)
 
 
 def _selftest(arguments) -> int:
