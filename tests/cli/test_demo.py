@@ -1,6 +1,6 @@
 """The demo: input errors, agreement of the real attention, and disagreement of a slightly wrong one."""
 
-import sys
+import importlib.util
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -38,7 +38,7 @@ def test_arguments_are_checked_before_the_work(tiny, monkeypatch, tmp_path, argu
 
 
 def test_missing_matplotlib_names_the_extra(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(demo, "train", lambda *_: pytest.fail("training has started"))
     with pytest.raises(CommandError, match=r"^matplotlib is not installed; fix: pip install 'tritonattn\[demo\]'$"):
         demo.run()

@@ -58,7 +58,7 @@ def test_device_cuda_without_a_gpu_is_wrong_usage(compiled_without_a_gpu, capsys
     (["demo", "--help"], ["--steps", "--out", "demo.png"]),
     (["selftest", "--help"], ["--json", "--device"]),
     (["doctor", "--help"], ["--json"]),
-    (["inspect", "--help"], ["--target", "--config", "--compare", "--sass", "--plot", "--json", "sm_90"]),
+    (["inspect", "--help"], ["--target", "--config", "--compare", "--sass", "--json", "sm_90"]),
     (["explain", "--help"], ["--shape", "--gpu", "--causal"]),
     (["tune", "--help"], ["--shape", "--from", "--strategy", "--trials"]), (["cache", "--help"], ["path", "ls", "clear"]),
     (["--version"], ["tritonattn", tritonattn.__version__]),
@@ -116,12 +116,11 @@ INSPECT = "-m", "tritonattn", "inspect", "--head-dim", "64"
 
 
 @pytest.mark.slow
-def test_inspect_in_a_new_process(tmp_path):
-    done = run(*INSPECT, "--target", "sm_90,mi300x", "--direction", "backward", "--causal", "--plot", str(tmp_path / "a.png"))
+def test_inspect_in_a_new_process():
+    done = run(*INSPECT, "--target", "sm_90,mi300x", "--direction", "backward", "--causal")
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[0].startswith("GPU") and len(lines) >= 7, done.stderr
     assert [line.split()[2] for line in lines[1:7]] == ["delta", "dq", "dkdv"] * 2
-    assert (tmp_path / "a.png").stat().st_size > 5000
     done = run(*INSPECT, "--direction", "forward", "--config", "64x64w4s2", "--json", TRITON_INTERPRET="1")
     found, = json.loads(done.stdout)
     assert (found["config"], found["kernel"], found["mma_instruction"], found["ptxas"]) == ("64x64w4s2", "forward", "HGMMA", [])
@@ -131,20 +130,12 @@ def test_inspect_in_a_new_process(tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (["--config", "64x64"], "config: expected the form"), (["--head-dim", "600"], "head size from 1 to 512"),
-    (["--plot", "no such folder/a.png"], "plot: expected a file in a folder that can be written to"),
 ])
 def test_input_error_of_inspect_is_found_before_compiling(options, words, monkeypatch, compiled_without_a_gpu, capsys):
     monkeypatch.setattr(compile_report, "inspect_kernel", lambda *_: pytest.fail("compiling has started"))
     assert main.main(["inspect", *options]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
-
-
-def test_missing_matplotlib_is_found_before_compiling(monkeypatch, compiled_without_a_gpu, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(compile_report, "inspect_kernel", lambda *_: pytest.fail("compiling has started"))
-    assert main.main(["inspect", "--plot", "a.png"]) == 2
-    assert capsys.readouterr().err == "matplotlib is not installed; fix: pip install 'tritonattn[demo]'\n"
 
 
 def test_compiler_error_is_one_line_and_1(monkeypatch, compiled_without_a_gpu, capsys):

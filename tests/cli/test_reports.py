@@ -1,10 +1,7 @@
-"""Compile reports as tables, JSON and pictures."""
+"""Compile reports as tables and JSON."""
 
 import dataclasses
 import json
-
-import pytest
-from matplotlib.axes import Axes
 
 from tests.helpers.kernel_reports import LOOP, MI300X, PLAIN, report
 from tritonattn import Config
@@ -42,15 +39,3 @@ def test_as_json():
     plain = json.loads(json.dumps(reports.as_json(GOOD)))
     assert plain["loops"][0]["products"] == {"HGMMA.64x128x16": 16} and plain["model"]["bound"] == "tensor"
     assert plain["occupancy"] == 1 and plain["problem"] == json.loads(json.dumps(PLAIN.as_json())) and plain["warnings"] == []
-
-
-def test_plot_stacks_the_units(tmp_path, monkeypatch):
-    path, drawn = tmp_path / "units.png", []
-    barh = Axes.barh
-    monkeypatch.setattr(Axes, "barh", lambda self, *args, **kwargs: drawn.append(barh(self, *args, **kwargs)) or drawn[-1])
-    reports.plot([GOOD, GOOD, dataclasses.replace(GOOD, kernel="delta", loops=())], str(path))
-    assert path.read_bytes()[:4] == b"\x89PNG" and [len(bars) for bars in drawn] == [2] * len(reports.UNITS)
-    tensor, special = (bars[0] for bars in drawn[:2])
-    assert tensor.get_width() == pytest.approx(1000 * 2048 / 128**2) and special.get_x() == pytest.approx(tensor.get_width())
-    first, second = drawn[0]
-    assert first.get_y() != second.get_y(), "two reports of the same name have their own bars"

@@ -7,6 +7,7 @@ second process compiles them for several GPUs and prints registers, memory and i
 
 import atexit
 import copy
+import importlib.util
 import math
 import os
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from pydoc_data import topics
 
 import torch
@@ -24,7 +26,7 @@ from .. import gpu
 from ..integrations.dispatch_log import fallback_report
 from ..integrations.sdpa_patch import swapped
 from ..measure.accuracy import max_error, tolerance
-from .format import CommandError, check_picture, columns
+from .format import CommandError, columns
 
 TARGETS = "sm_80,sm_90,sm_100,gfx942"
 
@@ -173,7 +175,10 @@ def run(steps: int | None = None, out: str = "demo.png") -> int:
     setup = setup if steps is None else replace(setup, steps=steps)
     if setup.steps < 2:
         raise CommandError(f"steps: expected at least 2, for a curve, got {steps}")
-    check_picture("out", out)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("matplotlib is not installed; fix: pip install 'tritonattn[demo]'")
+    if Path(out).is_dir() or not os.access(Path(out).parent, os.W_OK):
+        raise CommandError(f"out: expected a file in a folder that can be written to, got {out!r}")
     compiling = start_compiling() if device.type == "cpu" else None
     if compiling:
         torch.set_num_threads(1)  # tensors this small gain nothing from threads, and the compiler needs the other cores

@@ -10,7 +10,7 @@ from .. import gpu
 from ..config import KERNELS, Config
 from ..configs import lookup
 from ..problem import Problem
-from .format import CommandError, check_picture
+from .format import CommandError
 from .tuning import DTYPES
 
 DIRECTIONS = {"forward": ["forward"], "backward": ["delta", "dq", "dkdv"]}
@@ -27,7 +27,6 @@ def add(commands) -> None:
     choice = inspect.add_mutually_exclusive_group()
     choice.add_argument("--config", metavar="128x64w8s3", help="for every kernel (default: what a call would use)")
     choice.add_argument("--compare", nargs=2, metavar="CONFIG", help="two configs side by side, for every kernel and GPU")
-    inspect.add_argument("--plot", metavar="PNG", help="draw the cycles of each unit; needs matplotlib")
     form = inspect.add_mutually_exclusive_group()
     form.add_argument("--sass", action="store_true", help="also print the disassembled loop without a mask")
     inspect.set_defaults(run=_inspect, compiled=True)
@@ -55,16 +54,12 @@ def _inspect(arguments) -> int:
     from . import reports as show
 
     jobs = _jobs(arguments)
-    if arguments.plot:
-        check_picture("plot", arguments.plot)
     try:
         with ThreadPoolExecutor() as pool:
             reports = list(pool.map(lambda job: inspect_kernel(*job), jobs))
             remarks = list(pool.map(lambda job: ptxas_remarks(*job), jobs))
     except Exception as error:  # whatever the compiler raises
         raise CommandError(f"compilation failed: {type(error).__name__}: {str(error)[:200]!r}", 1) from None
-    if arguments.plot:
-        show.plot(reports, arguments.plot)
     if arguments.json:
         print(json.dumps([show.as_json(report) | {"ptxas": lines} for report, lines in zip(reports, remarks)], indent=1))
         return 0

@@ -1,4 +1,4 @@
-"""Compile reports as a table, side by side, as JSON, and as a picture of the cycles that each unit is busy."""
+"""Compile reports as a table, side by side, and as JSON."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -76,22 +76,3 @@ def as_json(report: KernelReport) -> dict:
                   for loop in report.loops],
         "model": None if model is None else asdict(model) | {"bound": model.bound}, "warnings": warnings([report]),
     }
-
-
-def plot(reports: Sequence[KernelReport], path: str) -> None:
-    """Draw one bar per report: its units' cycles in one iteration of the loop without a mask, per 1000 scores of the tile."""
-    from matplotlib.figure import Figure
-
-    shown = [(report, model) for report in reports if (model := estimate(report)) is not None]
-    figure = Figure(figsize=(9, 1.2 + 0.5 * len(shown)), layout="constrained")
-    axes, left = figure.add_subplot(), [0.0] * len(shown)
-    for unit in UNITS:
-        width = [1000 * model.units[unit] / (report.config.block_m * report.config.block_n) for report, model in shown]
-        # at positions and not at labels, since two labels may be the same
-        axes.barh(range(len(shown)), width, left=left, label=unit)
-        left = [a + b for a, b in zip(left, width)]
-    axes.set_yticks(range(len(shown)), [f"{report.gpu.name} {report.kernel}\n{report.config}" for report, _ in shown])
-    axes.invert_yaxis()
-    axes.set_xlabel("cycles of an SM that each unit is busy, per 1000 scores (units run in parallel; the longest binds)")
-    axes.legend(ncols=len(UNITS), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure.savefig(path, dpi=150)
