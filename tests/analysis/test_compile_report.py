@@ -163,8 +163,8 @@ def error_of(read, content):
 cuts = [0, 40, len(whole) // 2, 3 * len(whole) // 4]
 amdgcn = compile_report.compile_kernel("forward", problem, config, gpu.KNOWN["gfx942"]).asm["amdgcn"]
 analysed = sass.run_tool(triton.knobs.nvidia.nvdisasm, whole, "-c")
-print(json.dumps([[error_of(sass.of_cubin, whole[:cut]) for cut in cuts],
-                  [error_of(sass.disassemble, whole[:cut]) for cut in cuts], error_of(sass.of_amdgcn, amdgcn[:9000]),
+print(json.dumps([[error_of(sass.resources_of_cubin, whole[:cut]) for cut in cuts],
+                  [error_of(sass.disassemble, whole[:cut]) for cut in cuts], error_of(sass.resources_of_amdgcn, amdgcn[:9000]),
                   len(analysed) > 10_000 and analysed == sass.disassemble(whole)]))
 """
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import tritonattn
-from tests.helpers.compile_server import compiled
-from tests.helpers.kernel_reports import A100, H200, PLAIN
-from tests.helpers.shipped_rows import OWN
+from tests.helpers.kernel_reports import A100, H200
 from tritonattn import Config, Problem, attention, block_mask, config, gpu
-from tritonattn.analysis import compile_report, explain
+from tritonattn.analysis import explain
 from tritonattn.cli import main
 from tritonattn.configs import lookup, shipped
 
@@ -89,41 +87,11 @@ def test_pinned_config_exception_and_another_gpu():
     assert exceptions and all(f"despite {exception}" in str(wide) for exception in exceptions)
 
 
-PINNED = """
-import json, torch
-from tritonattn import Config, Problem, config, gpu
-from tritonattn.analysis import explain
-problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
-with config.pinned(forward=Config(128, 64, 8, 2), dq=Config(128, 128, 8, 4)):
-    found = explain.explain_problem(problem, gpu.KNOWN["sm_90"])
-print(json.dumps([str(found), found.as_json()]))
-"""
-
-
-def test_pinned_config_is_compiled():
-    text, plain = compiled(PINNED)
-    assert "forward  128x64w8s2      pinned\n         bound by tensor; 185 registers, 98304 bytes" in text or not OWN
-    assert "per SM: more than this GPU has" in text, "four stages of 128 keys"
-    forward, _, dq, _ = plain["kernels"]
-    assert forward["pinned"]["fits"] and not dq["pinned"]["fits"]
-
-
-def test_compiler_error_of_a_pinned_config_is_shown(monkeypatch):
-    def refuse(*_):
-        raise RuntimeError("it said no")
-
-    monkeypatch.setattr(compile_report, "inspect_kernel", refuse)
-    monkeypatch.setattr(gpu, "INTERPRETED", False)
-    with config.pinned(forward=Config(32, 32)):
-        found = explain.explain_problem(PLAIN, H200)
-    assert found.lines[0].pinned == {"refused": "RuntimeError: it said no"}
-    assert "pinned\n         it does not compile: RuntimeError: it said no\n" in str(found)
-
-
 def test_unknown_figures_are_left_out():
+    assert explain._describe_figures({"registers": None, "shared_memory": 64}) == []
     assert explain._describe_figures({"registers": 8, "shared_memory": 64}) == ["8 registers, 64 bytes of shared memory"]
-    assert explain._describe_figures({"registers": 8, "shared_memory": 64, "occupancy": 0, "fits": False}) == [
-        "8 registers, 64 bytes of shared memory, 0 blocks per SM: more than this GPU has"]
+    assert explain._describe_figures({"registers": 8, "shared_memory": 64, "occupancy": 1, "bound": "tensor"}) == [
+        "bound by tensor; 8 registers, 64 bytes of shared memory, 1 block per SM"]
 
 
 def test_unsupported_head_size_is_one_line(capsys):

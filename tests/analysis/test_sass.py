@@ -41,10 +41,9 @@ AMDGCN = """
 
 
 def test_resources_of_amdgcn():
-    found = sass.of_amdgcn(AMDGCN)
-    assert found == sass.Resources(255, 40, 12, 106, 11)
+    assert sass.resources_of_amdgcn(AMDGCN) == {"registers": 255, "stack": 40, "accumulation": 12, "scalar": 106, "spilled": 11}
     with pytest.raises(ValueError, match="vgpr_count"):
-        sass.of_amdgcn(AMDGCN.replace(".vgpr_count", ".other"))
+        sass.resources_of_amdgcn(AMDGCN.replace(".vgpr_count", ".other"))
 
 
 @pytest.mark.parametrize("opcode, kind", [

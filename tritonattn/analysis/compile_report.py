@@ -160,15 +160,15 @@ def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> K
     compiled = compile_kernel(kernel, problem, config, gpu)
     if gpu.is_amd:
         text = compiled.asm["amdgcn"]
-        resources = sass.of_amdgcn(text)
+        resources = sass.resources_of_amdgcn(text)
     else:
         text = sass.disassemble(compiled.asm["cubin"])
-        resources = sass.of_cubin(compiled.asm["cubin"])
+        resources = sass.resources_of_cubin(compiled.asm["cubin"])
     modes = launch.example_launch(kernel, problem, config).arguments[-1].LOOP_MODES.value
     loops = sass.loops(text, len(modes) - modes.count(None) or None)
     return KernelReport(kernel, problem, gpu, config, shared_memory=compiled.metadata.shared,
                         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0, spills=sass.spills(text),
-                        precision=precision(problem), loops=loops, **vars(resources))
+                        precision=precision(problem), loops=loops, **resources)
 
 
 def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu):

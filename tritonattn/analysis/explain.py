@@ -22,7 +22,6 @@ class KernelChoice:
     entry: Entry | None        # the recorded figures of the config's binary
     lost: dict[str, str]       # {config: reason} of the rejected and the slower ones
     record: Record | None = None  # in the user's cache
-    pinned: dict | None = None    # figures of a pinned config's binary, where it can be compiled
 
     def __str__(self):
         origin = lookup.ORIGINS.get(self.origin, self.origin) + (f" ({self.table}.json)" if self.table else "")
@@ -35,7 +34,8 @@ class KernelChoice:
                      f"{run.get('trials')} configs tried"]
         if self.entry:
             notes.append(f"{self.entry.source}, {SOURCES[self.entry.source]}")
-        notes += _describe_figures(self.pinned or (self.entry.as_json() if self.entry else self.record and self.record.static))
+        if figures := self.entry.as_json() if self.entry else self.record and self.record.static:
+            notes += _describe_figures(figures)
         if self.entry and self.entry.accepted_fault:
             notes.append(f"despite {self.entry.accepted_fault}: no better config was found")
         for reason in dict.fromkeys(self.lost.values()):
@@ -60,17 +60,14 @@ class Explanation:
         return "\n".join([f"{self.problem}", f"on {self.gpu.name} ({self.gpu.arch})", *(f"\n{line}" for line in self.lines)])
 
 
-def _describe_figures(figures: dict | None) -> list[str]:
-    """Format the known figures of a binary in one line, if there are any."""
-    if not figures or "refused" in figures:
-        return [f"it does not compile: {figures['refused']}"] if figures else []
+def _describe_figures(figures: dict) -> list[str]:
+    """Format the recorded figures of a binary in one line, if there are any."""
     if figures.get("registers") is None:
         return []
     bound = f"bound by {figures['bound']}; " if figures.get("bound") else ""
     blocks = figures.get("occupancy")
     occupancy = "" if blocks is None else f", {blocks} block{'s' * (blocks != 1)} per SM"
-    excess = "" if figures.get("fits", True) else ": more than this GPU has"
-    return [f"{bound}{figures['registers']} registers, {figures['shared_memory']} bytes of shared memory{occupancy}{excess}"]
+    return [f"{bound}{figures['registers']} registers, {figures['shared_memory']} bytes of shared memory{occupancy}"]
 
 
 def explain(q, k, v, **options) -> Explanation:
@@ -97,25 +94,10 @@ def explain_problem(problem: Problem, on: Gpu) -> Explanation:
 
 def _line(kernel, problem, on):
     if (pinned := config.pinned_config(kernel)) is not None:
-        return KernelChoice(kernel, str(pinned), "pinned", None, None, {}, pinned=_compiled(kernel, problem, pinned, on))
+        return KernelChoice(kernel, str(pinned), "pinned", None, None, {})
     choice = lookup.lookup_config(kernel, problem, on)
     entry = getattr(choice.row, choice.fill) if choice.row else None
     lost = choice.row.rejected if choice.row else {}
     if choice.record and choice.record.default != choice.record.config:
         lost = {str(choice.record.default): "slower" if choice.record.default_seconds else "could not be timed"}
     return KernelChoice(kernel, str(choice.config), choice.origin, choice.table, entry, lost, choice.record)
-
-
-def _compiled(kernel, problem, pinned, on) -> dict | None:
-    """Return the figures of a config's binary, or the compiler's error; None if kernels cannot be compiled here."""
-    if gpu.INTERPRETED or not gpu.TRITON:
-        return None
-    from . import compile_report, cost_model  # these need Triton
-
-    try:
-        report = compile_report.inspect_kernel(kernel, problem, pinned, on)
-    except Exception as error:  # whatever the compiler raises
-        return {"refused": f"{type(error).__name__}: {str(error)[:200]}"}
-    estimate = cost_model.estimate(report)
-    return {"registers": report.registers, "shared_memory": report.shared_memory, "occupancy": report.occupancy,
-            "bound": estimate and estimate.bound, "fits": report.fits, "loop_spills": report.loop_spills}

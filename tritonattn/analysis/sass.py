@@ -16,35 +16,24 @@ from pathlib import Path
 
 import triton
 
-
-@dataclass(frozen=True)
-class Resources:
-    """Registers and stack of one thread; on AMD, of a lane (vector registers) and a wave (scalar registers)."""
-
-    registers: int         # on AMD: vector registers, accumulation registers among them
-    stack: int             # bytes of local memory, mostly spilled registers
-    accumulation: int = 0  # AMD only: those of `registers` that are accumulation registers
-    scalar: int = 0        # AMD only
-    spilled: int = 0       # AMD only: vector registers spilled to memory and scalar ones spilled to vector registers
+# fields of KernelReport, by their names in cuobjdump's output and in amdgcn's notes
+_USAGE = {"registers": "REG", "stack": "STACK"}
+_NOTES = {"registers": ["vgpr_count"], "stack": ["private_segment_fixed_size"], "accumulation": ["agpr_count"],
+          "scalar": ["sgpr_count"], "spilled": ["vgpr_spill_count", "sgpr_spill_count"]}
 
 
-def of_cubin(cubin: bytes) -> Resources:
-    """Return the registers and stack of the largest function in a cubin. ValueError: cuobjdump finds none."""
+def resources_of_cubin(cubin: bytes) -> dict[str, int]:
+    """Return the fields of KernelReport that cuobjdump shows, of the largest function. ValueError: it cannot read the cubin."""
     usage = run_tool(triton.knobs.nvidia.cuobjdump, cubin, "-res-usage")
-    registers, stack = (map(int, re.findall(rf"\b{name}:(\d+)", usage)) for name in ("REG", "STACK"))
-    return Resources(max(registers), max(stack))
+    return {field: max(map(int, re.findall(rf"\b{name}:(\d+)", usage))) for field, name in _USAGE.items()}
 
 
-def of_amdgcn(assembly: str) -> Resources:
-    """Return the resources in the notes at the end of AMD's assembly. ValueError: they are missing."""
-    def value(key):
-        found = re.search(rf"\.{key}:\s+(\d+)", assembly)
-        if found is None:
-            raise ValueError(f"amdgcn: expected the note .{key}, got none: cut off, or stripped")
-        return int(found[1])
-
-    return Resources(value("vgpr_count"), value("private_segment_fixed_size"), value("agpr_count"), value("sgpr_count"),
-                     value("vgpr_spill_count") + value("sgpr_spill_count"))
+def resources_of_amdgcn(assembly: str) -> dict[str, int]:
+    """Return the fields of KernelReport that are in the notes at the end of AMD's assembly. ValueError: they are missing."""
+    notes = dict(re.findall(r"\.(\w+):\s+(\d+)", assembly))
+    if missing := [name for names in _NOTES.values() for name in names if name not in notes]:
+        raise ValueError(f"amdgcn: expected the note .{missing[0]}, got none: cut off, or stripped")
+    return {field: sum(int(notes[name]) for name in names) for field, names in _NOTES.items()}
 
 
 def disassemble(cubin: bytes) -> str:

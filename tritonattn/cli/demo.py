@@ -5,7 +5,6 @@ under autocast in bfloat16. Without a GPU, a smaller model runs the same kernels
 second process compiles them for several GPUs and prints registers, memory and instructions.
 """
 
-import atexit
 import copy
 import importlib.util
 import math
@@ -127,9 +126,7 @@ def start_compiling(targets: str = TARGETS) -> subprocess.Popen:
     """Start a process that prints the compile reports of the kernels; in this process they are interpreted."""
     command = [sys.executable, "-m", "tritonattn", "inspect", "--target", targets, "--causal"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    atexit.register(process.kill)
-    return process
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish_compiling(process: subprocess.Popen) -> list[str]:
