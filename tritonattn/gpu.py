@@ -84,10 +84,8 @@ class Gpu:
         """The limits of one SM: those of its architecture, or of the latest known one before it."""
         if self.is_amd:
             # later models have more shared memory, all of it usable by one block
-            known = _MULTIPROCESSORS["gfx942"]
-            return replace(known, shared_memory=max(known.shared_memory, self.shared_memory))
-        known = {int(arch.removeprefix("sm_")): sm for arch, sm in _MULTIPROCESSORS.items() if arch.startswith("sm_")}
-        return known[max((capability for capability in known if capability <= self.capability), default=min(known))]
+            return replace(_COMPUTE_UNIT, shared_memory=max(_COMPUTE_UNIT.shared_memory, self.shared_memory))
+        return _MULTIPROCESSORS[max((known for known in _MULTIPROCESSORS if known <= self.capability), default=80)]
 
     @property
     def peaks(self) -> Peaks | None:
@@ -100,13 +98,12 @@ INTERPRETER = Gpu("Triton's interpreter", "interpreter", 1, 1 << 40)
 
 # Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA3 ISA guide: 512 registers
 # of both kinds per lane of a wave, four SIMDs of eight waves per compute unit.
-_MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(64, 32, 164 * 1024), "sm_86": Multiprocessor(48, 16, 100 * 1024),
-    "sm_87": Multiprocessor(48, 16, 164 * 1024), "sm_89": Multiprocessor(48, 24, 100 * 1024),
-    "sm_90": Multiprocessor(64, 32, 228 * 1024), "sm_100": Multiprocessor(64, 32, 228 * 1024),
-    "sm_120": Multiprocessor(48, 24, 100 * 1024),
-    "gfx942": Multiprocessor(32, 32, 64 * 1024, reserved=0, lanes=64),
+_MULTIPROCESSORS = {  # by compute capability times ten
+    80: Multiprocessor(64, 32, 164 * 1024), 86: Multiprocessor(48, 16, 100 * 1024), 87: Multiprocessor(48, 16, 164 * 1024),
+    89: Multiprocessor(48, 24, 100 * 1024), 90: Multiprocessor(64, 32, 228 * 1024), 100: Multiprocessor(64, 32, 228 * 1024),
+    120: Multiprocessor(48, 24, 100 * 1024),
 }
+_COMPUTE_UNIT = Multiprocessor(32, 32, 64 * 1024, reserved=0, lanes=64)  # of AMD
 
 # Sources of the peaks:
 #   clocks, bandwidth, memory   datasheets of A100, A10, L40S, H100, H200, HGX B200 and MI300X; NVIDIA's whitepapers on

@@ -1,5 +1,6 @@
 """Compile reports as a table, side by side, and as JSON."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,9 +14,9 @@ UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
 SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
 HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", *UNITS, "bound",
         "of peak"]
-FIGURES = ("registers", "stack", "spills", "loop_spills", "shared_memory", "tensor_memory", "threads", "occupancy",
-           "occupancy_limiter")
-FIGURES_OF_AMD = ("accumulation", "scalar", "spilled")
+FIGURES = ("registers", "stack", "spills", "loop_spills", "accumulation", "scalar", "spilled", "shared_memory",
+           "tensor_memory", "fits", "threads", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision",
+           "serialized", "mma_instruction")
 
 
 def table(reports: Sequence[KernelReport]) -> str:
@@ -43,36 +44,33 @@ def warnings(reports: Sequence[KernelReport]) -> list[str]:
 
 
 def side_by_side(reports: Sequence[KernelReport]) -> str:
-    """Format one column per report and one line per figure; instructions are per warp, in the loop without a mask."""
-    all_figures = [figures(report) for report in reports]
-    rows = [["", *(str(report.config) for report in reports)]]
-    rows += [[name, *(str(each.get(name, 0)) for each in all_figures)]
-             for name in dict.fromkeys(name for each in all_figures for name in each)]
+    """Format one column per report and one line per figure that is not zero; instructions are per warp."""
+    figures = [dict(_flatten(_figures(report))) for report in reports]
+    rows = [[name, *(each.get(name, "0") for each in figures)] for name in dict.fromkeys(itertools.chain(*figures))]
+    shown = [row for row in rows if not {*row[1:]} <= {"0", "0.0", "None"}]
     title = f"{reports[0].kernel} on {reports[0].gpu.name} ({reports[0].gpu.arch}), {reports[0].problem}"
-    return "\n".join([title, *columns(rows), *warnings(reports)])
+    return "\n".join([title, *columns([["", *(str(report.config) for report in reports)], *shown]), *warnings(reports)])
 
 
-def figures(report: KernelReport) -> dict:
-    """Return every figure of a report by its name in `side_by_side`."""
-    names = FIGURES + FIGURES_OF_AMD if report.gpu.is_amd else FIGURES
-    rows = {name.replace("_", " "): getattr(report, name) for name in names}
-    for loop in report.loops[:1]:
-        rows |= {"instructions": len(loop.instructions), **{f"  {name}": n for name, n in loop.products.items()}}
-        rows |= {f"  {kind}": loop.counts[kind] for kind in sass.KINDS if kind in loop.counts and kind != "tensor"}
-    if (model := estimate(report)) is not None:
-        rows |= {f"cycles: {unit}": round(model.units[unit]) for unit in UNITS}
-        rows |= {"cycles per iteration": round(model.iteration[0]), "bound by": model.bound, "waves": model.waves,
-                 "share of peak": f"{model.share:.1%}"}
-    return rows
+def _flatten(value, name: str = ""):
+    """Yield (name, text) for every number and word in nested plain data; the names of the levels are joined."""
+    if isinstance(value, dict | list | tuple):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _flatten(each, f"{name} {key}".strip())
+    else:
+        yield name, str(round(value, 3) if isinstance(value, float) else value)
 
 
 def as_json(report: KernelReport) -> dict:
     """Return a report and its estimate as plain data, without the text of the loops."""
+    return {"kernel": report.kernel, "gpu": report.gpu.name, "arch": report.gpu.arch, "config": str(report.config),
+            "problem": report.problem.as_json(), "warnings": warnings([report])} | _figures(report)
+
+
+def _figures(report):
     model = estimate(report)
-    names = (*FIGURES, *FIGURES_OF_AMD, "kernel", "fits", "blocks_by_resource", "precision", "serialized", "mma_instruction")
-    return {name: getattr(report, name) for name in names} | {
-        "gpu": report.gpu.name, "arch": report.gpu.arch, "config": str(report.config), "problem": report.problem.as_json(),
-        "loops": [{"instructions": len(loop.instructions), "kinds": loop.counts, "products": loop.products}
-                  for loop in report.loops],
-        "model": None if model is None else asdict(model) | {"bound": model.bound}, "warnings": warnings([report]),
+    return {name: getattr(report, name) for name in FIGURES} | {
+        "loops": [{"instructions": len(loop.instructions), "products": loop.products,
+                   "kinds": {kind: loop.counts.get(kind, 0) for kind in sass.KINDS}} for loop in report.loops],
+        "model": None if model is None else {"bound": model.bound} | asdict(model),
     }
