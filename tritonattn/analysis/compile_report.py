@@ -44,7 +44,6 @@ class KernelReport:
     accumulation: int = 0              # AMD: registers that only the matrix cores use, counted in `registers` too
     scalar: int = 0                    # AMD: registers of a wave
     spilled: int = 0                   # AMD: registers kept elsewhere, in memory or in lanes of others
-    spills: int = 0                    # instructions that spill or refill, anywhere
     precision: str | None = None       # of float32 products: "ieee" or "tf32"
     loops: tuple[Loop, ...] = ()       # over tiles, the one without a mask first
 
@@ -167,8 +166,8 @@ def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> K
     modes = launch.example_launch(kernel, problem, config).arguments[-1].LOOP_MODES.value
     loops = sass.loops(text, len(modes) - modes.count(None) or None)
     return KernelReport(kernel, problem, gpu, config, shared_memory=compiled.metadata.shared,
-                        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0, spills=sass.spills(text),
-                        precision=precision(problem), loops=loops, **resources)
+                        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0, precision=precision(problem),
+                        loops=loops, **resources)
 
 
 def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu):

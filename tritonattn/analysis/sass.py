@@ -81,8 +81,6 @@ _SASS = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 _AMDGCN = re.compile(r"\s+([a-z]\w+)")
 _LABEL = re.compile(r"\s*(\.L_x_\d+|\.LBB\d+_\d+):")
 _JUMP = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)|\bs_c?branch\w*\s+(\.LBB\d+_\d+)")
-
-
 NAN_SAFE_RATIO = 0.6  # of the first loop's exponentials: a loop with fewer is a nan_safe one
 
 
@@ -148,20 +146,10 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     ranges = [a for a in ranges if not any(b[0] < a[0] <= b[1] < a[1] for b in ranges)]
     ranges = sorted(dict(sorted(ranges)).items())
     innermost = [a for a in ranges if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in ranges)]
-    opcode = _opcode_of(text)
+    # in SASS, a comment with the offset precedes every instruction
+    opcode = _SASS.search if _SASS.search(text) else _AMDGCN.match
     found = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
              for part in (lines[start:end + 1] for start, end in innermost)]
     found = [loop for loop in found if loop.exponentials]
     chosen = [loop for loop in found if loop.exponentials > NAN_SAFE_RATIO * found[0].exponentials][:stretches]
     return tuple(sorted(chosen, key=lambda loop: (not loop.pipelined, len(loop.instructions))))
-
-
-def spills(text: str) -> int:
-    """Count the instructions that spill or refill a register, anywhere in SASS or amdgcn."""
-    opcode = _opcode_of(text)
-    return sum(kind(match[1]) == "spill" for line in text.splitlines() if (match := opcode(line)))
-
-
-def _opcode_of(text):
-    """Return the function that finds the opcode in a line. In SASS, a comment with the offset precedes every instruction."""
-    return _SASS.search if _SASS.search(text) else _AMDGCN.match

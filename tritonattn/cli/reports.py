@@ -14,9 +14,9 @@ UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
 SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
 HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", *UNITS, "bound",
         "of peak"]
-FIGURES = ("registers", "stack", "spills", "loop_spills", "accumulation", "scalar", "spilled", "shared_memory",
-           "tensor_memory", "fits", "threads", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision",
-           "serialized", "mma_instruction")
+FIGURES = ("registers", "stack", "loop_spills", "accumulation", "scalar", "spilled", "shared_memory", "tensor_memory",
+           "fits", "threads", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision", "serialized",
+           "mma_instruction")
 
 
 def table(reports: Sequence[KernelReport]) -> str:
