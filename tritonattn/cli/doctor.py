@@ -39,7 +39,8 @@ class Finding:
 def findings() -> list[Finding]:
     """Return all findings, each component after those it needs."""
     return [Finding("python", platform.python_version()), Finding("tritonattn", __version__), of_torch(), of_triton(),
-            of_numpy(), *of_gpus(), of_interpreter(), of_cache()]
+            Finding("numpy", _version("numpy") or "missing; only the interpreter needs it"), *of_gpus(), of_interpreter(),
+            of_cache()]
 
 
 def table(found: list[Finding]) -> str:
@@ -85,11 +86,6 @@ def pinned_by_torch() -> str | None:
             if match and _release(match[3]) >= MIN_TRITON:
                 return "".join(match.groups())
     return None
-
-
-def of_numpy() -> Finding:
-    version = _version("numpy")
-    return Finding("numpy", version) if version else Finding("numpy", "missing; only the interpreter needs it", "note")
 
 
 def of_gpus() -> list[Finding]:
