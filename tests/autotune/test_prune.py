@@ -24,7 +24,7 @@ def with_loop(*instructions):
 
 @pytest.mark.parametrize("change, reason", [
     ({}, None), ({"shared_memory": 228 << 10}, "shared memory"), ({"tensor_memory": 1}, "tensor memory"),
-    ({"registers": 32, "stack": 5000}, "register collapse"), ({"loops": ()}, "unclear"), ({"loops": None}, None),
+    ({"registers": 32, "stack": 5000}, "register collapse"), ({"loops": ()}, "unclear"),
     (with_loop(*("HGMMA.64x128x16",) * 8, *("MUFU.EX2",) * 64), "unclear"),
     (with_loop(*LOOP.instructions, "STL"), "spill"),
     (with_loop(*("HMMA.16816",) * 128, *("MUFU.EX2",) * 64), "wrong tensor path"),

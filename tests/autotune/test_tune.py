@@ -46,7 +46,7 @@ class Compilers:
         pass
 
 
-def made(kernel, problem, chosen, on, spills=False, disassembled=True):
+def made(kernel, problem, chosen, on, spills=False):
     """Return a report with as many dots and exponentials as the tile needs."""
     products = problem.d * chosen.block_m * chosen.block_n * 4 // (2 * 64 * 128 * 16) // max(1, chosen.num_warps // 4)
     exponentials = chosen.block_m * chosen.block_n // (32 * chosen.num_warps)

@@ -99,8 +99,6 @@ def _reason(report) -> tuple[str | None, str]:
         return "shared memory", f"{report.shared_memory} bytes, {gpu.shared_memory} allowed"
     if report.tensor_memory > gpu.tensor_memory:
         return "tensor memory", f"{report.tensor_memory} columns, {gpu.tensor_memory} allowed"
-    if report.loops is None:
-        return None, ""
     if report.registers <= COLLAPSED_REGISTERS and report.stack >= COLLAPSED_STACK:
         return "register collapse", f"{report.registers} registers, {report.stack} bytes of stack"
     if not report.loops:
