@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tritonattn
 from tests.helpers.cases import COVERING, LARGE_TILES, PAIRWISE, SINGLE, TILES, check, results
+from tests.helpers.tiers import slow_rows
 from tests.helpers.tolerance import agree
 from tritonattn import Problem, attention, config, gpu, reference, scaled_dot_product_attention
 from tritonattn.runtime import arguments
@@ -78,6 +79,9 @@ def test_a_thousand_keys(device):
 
 @pytest.mark.parametrize("d, dv", [(1, 1), (8, 8), (17, 33), (48, 80), (96, 96), (127, 129), (160, 24), (256, 256), (512, 512)])
 def test_any_head_size(d, dv, device):
+    limit = arguments.largest_head(torch.empty(0, device=device))
+    if max(d, dv) > limit:
+        pytest.skip(f"this GPU's limit of the head size in float32 is {limit}")
     q, k, v = (torch.randn(1, 1, 20, width, device=device, requires_grad=True) for width in (d, d, dv))
     do = torch.randn(1, 1, 20, dv, device=device)
     ours, theirs, exact = (
@@ -111,8 +115,8 @@ def test_nan_in_masked_keys_does_not_reach_the_output(device):
 
 @pytest.mark.parametrize("n_q, options", [
     (30, {"causal": True, "align": "bottom_right"}), (70, {"causal": True, "align": "bottom_right"}),
-    (50, {"window": (9, None)}), (50, {"window": (None, 4)}), (50, {"window": (9, 4)}),
-], ids=["more keys", "more queries", "left", "right", "both"])
+    (50, {"window": (9, 4)}), *slow_rows((50, {"window": (9, None)}), (50, {"window": (None, 4)})),
+], ids=["more keys", "more queries", "both", "left", "right"])
 @pytest.mark.parametrize("where", ["query", "key"])
 def test_nan_spreads_only_along_visible_pairs_for_every_window(where, n_q, options, device):
     """A query or a key is not finite: all that does not depend on it is as if it were."""

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from tests.helpers.tiers import slow_rows
 from tritonattn import Config, Problem, attention
 from tritonattn.autotune import bench as benches
 from tritonattn.autotune.bench import Bench, IsolatedBench, hard_inputs, results_of
@@ -19,7 +20,7 @@ CAUSAL = Problem((1,), 2, 1, 48, 48, 16, 16, torch.float32, (None, 0))
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("kernel, problem", [("forward", CAUSAL), ("dkdv", TINY)], ids=["forward", "dkdv"])
+@pytest.mark.parametrize("kernel, problem", [("forward", CAUSAL), *slow_rows(("dkdv", TINY))], ids=["forward", "dkdv"])
 def test_a_correct_config_passes_and_is_timed(kernel, problem, device):
     announced = []
     bench = Bench(kernel, problem, device, announce=announced.append)

@@ -13,7 +13,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 import tritonattn
 from tritonattn import reference, scaled_dot_product_attention
 
-B, H, L, S, E = 2, 4, 5, 7, 8
+B, H, L, S, E = 2, 2, 5, 7, 8
 
 
 def draw(*shape, dtype=torch.float32):
@@ -49,10 +49,10 @@ SAME = {
     "broadcast batch": call((1, H, L, E), (B, H, S, E)), "broadcast heads": call((B, H, L, E), (B, 1, S, E)),
     "query 3-D": call((H, L, E), (B, H, S, E)), "key and value 3-D": call((B, H, L, E), (H, S, E)),
     "more batch dimensions": call((3, B, H, L, E), (3, B, H, S, E)),
-    "GQA": call((B, H, L, E), (B, 2, S, E), enable_gqa=True), "GQA, 3-D": call((H, L, E), (2, S, E), enable_gqa=True),
-    "GQA, equal heads": call(enable_gqa=True), "GQA, batch broadcast": call((B, H, L, E), (1, 2, S, E), enable_gqa=True),
-    "GQA, heads of k and v differ": call((B, 12, L, E), (B, 6, S, E), (B, 4, S, E), enable_gqa=True),
-    "GQA, one head of v": call((B, H, L, E), (B, 2, S, E), (B, 1, S, E), enable_gqa=True),
+    "GQA": call((B, 4, L, E), (B, 2, S, E), enable_gqa=True), "GQA, 3-D": call((4, L, E), (2, S, E), enable_gqa=True),
+    "GQA, equal heads": call(enable_gqa=True), "GQA, batch broadcast": call((B, 4, L, E), (1, 2, S, E), enable_gqa=True),
+    "GQA, heads of k and v differ": call((1, 12, L, E), (1, 6, S, E), (1, 4, S, E), enable_gqa=True),
+    "GQA, one head of v": call((B, 4, L, E), (B, 2, S, E), (B, 1, S, E), enable_gqa=True),
     "other size of v": call((B, H, L, E), (B, H, S, E), (B, H, S, 3)),
     "L = 0": call((B, H, 0, E)), "B = 0": call((0, H, L, E), (0, H, S, E)), "H = 0": call((B, 0, L, E), (B, 0, S, E)),
     "S = 0": call((B, H, L, E), (B, H, 0, E)), "E = 0": call((B, H, L, 0), (B, H, S, 0), (B, H, S, 3)),
@@ -79,7 +79,7 @@ ERRORS = {
     "mask with too many dimensions": call((B, H, L, E), (B, H, S, E), None, draw(1, B, H, L, S)),
     "mask of a larger batch": call((1, H, L, E), (1, H, S, E), None, draw(3, 1, L, S)),
     "mask of another length": call((B, H, L, E), (B, H, S, E), None, draw(L, S - 1)),
-    "heads differ": call((B, H, L, E), (B, 2, S, E)), "batches differ": call((B, H, L, E), (3, H, S, E)),
+    "heads differ": call((B, 4, L, E), (B, 2, S, E)), "batches differ": call((B, H, L, E), (3, H, S, E)),
     "GQA, heads do not divide": call((B, H, L, E), (B, 3, S, E), enable_gqa=True),
     "GQA, 2-D": call((L, E), (S, E), enable_gqa=True),
     "head sizes differ": call((B, H, L, E), (B, H, S, E - 1)),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.tiers import slow
+from tests.helpers.tiers import slow, slow_rows
 from tritonattn import Config, attention, config, dropout_mask, reference, scaled_dot_product_attention
 from tritonattn.runtime import launch
 
@@ -44,8 +44,10 @@ def assert_same(leaves, tolerance=1e-4, **options):
 SHAPES = [(2, 2, 20, 36), (20, 36), (1, 2, 1, 36), (2, 1, 1, 36), (2, 1, 20, 36), (36,), (2, 1, 1), (20, 1), ()]
 
 
-@pytest.mark.parametrize(("shape", "window"), [*((shape, (None, None)) for shape in SHAPES),
-                                               *((shape, (5, 3)) for shape in ((2, 2, 20, 36), (36,), (20, 1)))], ids=str)
+@pytest.mark.parametrize(("shape", "window"), [
+    *(((*shape,), (None, None)) for shape in SHAPES[:5]), ((2, 2, 20, 36), (5, 3)),
+    *slow_rows(*((shape, (None, None)) for shape in SHAPES[5:]), ((36,), (5, 3)), ((20, 1), (5, 3))),
+], ids=str)
 def test_bias_of_any_shape_and_its_gradient(shape, window, device):
     bias = torch.randn(shape, device=device, requires_grad=True)
     ours = assert_same([*tensors(device), bias], window=window, align="top_left")
@@ -87,7 +89,7 @@ def test_gradcheck_through_a_bias(device):
 
 
 @pytest.mark.parametrize("hide", ["mask", "bias", "lengths"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, *slow(math.inf)])
 def test_nan_at_masked_keys_does_not_spread(hide, value, device):
     q, k, v = tensors(device)
     with torch.no_grad():
@@ -189,8 +191,8 @@ def test_float32_bias_for_16_bit_queries(device):
     assert ours[5].dtype == torch.float32 and ours[2].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": True, "align": "top_left"}, {"causal": True, "align": "bottom_right"},
-                                     {"window": (7, 2), "align": "bottom_right"}], ids=str)
+@pytest.mark.parametrize("options", [{"causal": True, "align": "top_left"}, {"window": (7, 2), "align": "bottom_right"},
+                                     *slow({}, {"causal": True, "align": "bottom_right"})], ids=str)
 def test_key_lengths_per_sequence(options, device):
     q, k, v = tensors(device, batch=(4,), n_k=50)
     bias, lengths = torch.randn(50, device=device, requires_grad=True), [50, 17, 0, 33]
@@ -260,7 +262,7 @@ def test_vmap_with_dropout(device):
 
 
 @pytest.mark.parametrize("p", [0.3, *slow(1.0)])
-@pytest.mark.parametrize("options", [{}, {"causal": True, "align": "top_left"}], ids=["full", "causal"])
+@pytest.mark.parametrize("options", [{"causal": True, "align": "top_left"}, *slow({})], ids=["causal", "full"])
 def test_dropout_is_exact_for_its_keep_mask(p, options, device):
     leaves = [*tensors(device, n_q=40, n_k=33), torch.randn(1, 2, 40, 33, device=device, requires_grad=True)]
     seed = torch.tensor([123456789123], device=device)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonattn.kernels.scores import ScoreMods, ScoreParams
-from tritonattn.kernels.softmax import softmax_finish, softmax_start, softmax_step
+from tritonattn.kernels.softmax import round_p, softmax_finish, softmax_start, softmax_step
 from tritonattn.kernels.tile import Constexprs
 from tritonattn.kernels.window import Window
+from tritonattn.runtime import interpreter
 
 pytestmark = pytest.mark.interpreted
 
@@ -56,3 +57,20 @@ def test_online_softmax_equals_softmax(seed, size, spread, shift, hidden, precis
     exact = s[~masked].softmax(1) @ v
     torch.testing.assert_close(o[~masked], exact, atol=1e-9 if abs(shift) < 1e20 else 2, rtol=1e-9)
     torch.testing.assert_close(lse[~masked], s[~masked].logsumexp(1), atol=1e-9, rtol=1e-12)
+
+
+@triton.jit
+def round_kernel(x, y, dtype: tl.constexpr):
+    at = tl.arange(0, 16)
+    tl.store(y + at, round_p(tl.load(x + at), dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_truncated_to_bfloat16_and_rounded_to_float16(dtype):
+    x = torch.tensor([0.0, 1.0, 1 + 2**-8, 1 + 2**-7 - 2**-20, 1 + 2**-11 + 2**-20, 0.3, 1e-3, 0.999, torch.nan] + [0.1] * 7)
+    y = torch.empty_like(x)
+    with interpreter.patched():
+        round_kernel[(1,)](x, y, getattr(tl, dtype))
+    truncated = (x.view(torch.int32) & -65536).view(torch.float32)
+    expected = truncated if dtype == "bfloat16" else x.half().float()
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)

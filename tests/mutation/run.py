@@ -1,11 +1,12 @@
 """Mutation check of the kernels: would the tests notice a small mistake?
 
-    python -m tests.mutation --out FILE [--only scores.py] [--sample N] [--minutes M] [--again] [--list]
+    python -m tests.mutation --out FILE [--only scores.py] [--sample N] [--minutes M] [--again] [--equivalent] [--list]
 
 A mutant is the package with one small change in a kernel: `<` for `<=`, `-` for `+`, a constant plus one, a condition
 negated, a cast dropped. Each meets the tests of TESTS, a part of the default selection, in a process of its own, up to
 the first failure. FILE keeps one line per finished mutant, so that another run continues; --again repeats the survivors.
-equivalent.json lists mutants that compute the same, by reason. The exit code is 1 below a kill rate of 95 %.
+equivalent.json lists mutants that compute the same, by reason; they pass every test, so only --equivalent runs them. The exit
+code is 1 below a kill rate of 95 %.
 """
 
 import argparse
@@ -178,6 +179,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the sample and of the order")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many minutes")
     parser.add_argument("--again", action="store_true", help="repeat the survivors, after tests were added")
+    parser.add_argument("--equivalent", action="store_true", help="run the mutants of equivalent.json, and no others")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     options = parser.parse_args()
     every = [mutant for path in sorted((ROOT / KERNELS).glob(options.only)) for mutant in mutants(path)]
@@ -188,8 +190,8 @@ def main():
     if options.out is None:
         parser.error("--out: expected a file for the results")
     done, equivalent = read_journal(options.out, every), read_equivalent()
-    left = [mutant for mutant in chosen if mutant.key not in done
-            or (options.again and not done[mutant.key] and mutant.key not in equivalent)]
+    left = [mutant for mutant in chosen if (mutant.key in equivalent) == options.equivalent
+            and (mutant.key not in done or (options.again and not done[mutant.key]))]
     torch.set_num_threads(1)
     sys.dont_write_bytecode = True  # two mutants written within a second would look the same to Python's cache
     if UNCHANGED not in done:
