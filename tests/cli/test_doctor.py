@@ -26,6 +26,7 @@ def healthy(monkeypatch, tmp_path):
     monkeypatch.setattr(numpy, "__version__", "2.3.5")
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CC", "cc")
     declare(monkeypatch)
 
 
@@ -161,3 +162,44 @@ def test_json(capsys):
     assert [set(entry) for entry in listed] == [{"name", "value", "status", "fix"}] * len(listed)
     names = [entry["name"] for entry in listed]
     assert names[:5] == ["python", "tritonattn", "torch", "triton", "numpy"] and {"gpu", "interpreter", "cache"} <= {*names}
+
+
+@pytest.fixture
+def gpu_of_arch(monkeypatch):
+    """Return a function from an architecture to the findings on a machine with one GPU of it."""
+    def findings(arch):
+        monkeypatch.setattr(doctor, "compiles", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(doctor.gpu, "gpu_of", lambda device: SimpleNamespace(arch=arch))
+        return {finding.name: finding for finding in doctor.of_compilers()}
+
+    return findings
+
+
+@pytest.mark.parametrize("version, status", [("12.8", "note"), ("13.2", "note"), ("13.3", "ok"), ("14.0", "ok")])
+def test_an_old_ptxas_is_noted_on_hopper_alone(monkeypatch, gpu_of_arch, version, status):
+    monkeypatch.setattr("triton.backends.nvidia.compiler.get_ptxas", lambda arch: SimpleNamespace(version=version))
+    finding = gpu_of_arch("sm_90")["ptxas"]
+    assert finding.status == status and finding.value.startswith(version) and bool(finding.fix) == (status == "note")
+    assert "ptxas" not in gpu_of_arch("sm_80")
+
+
+@pytest.mark.parametrize("version, bad", [("3.6.0", True), ("3.7.0", True), ("3.7.1", False), ("3.8.0", False)])
+def test_missing_fences_are_bad_on_blackwell_alone(monkeypatch, gpu_of_arch, version, bad):
+    monkeypatch.setattr(triton, "__version__", version)
+    for arch in ("sm_100", "sm_103"):
+        finding = gpu_of_arch(arch).get("fences")
+        assert (finding is not None and finding.status == "bad" and "3.7.1" in finding.fix) == bad
+    assert "fences" not in gpu_of_arch("sm_90") and "fences" not in gpu_of_arch("sm_120")
+
+
+@pytest.mark.parametrize("environment, include, value", [
+    ({"CC": "", "PATH": ""}, None, "none found"), ({"CC": "cc"}, "/nowhere", "Python.h is missing"), ({"CC": "cc"}, None, "cc"),
+])
+def test_a_missing_c_compiler_or_header_is_bad(monkeypatch, tmp_path, environment, include, value):
+    for name, setting in environment.items():
+        monkeypatch.setenv(name, setting)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": include or str(tmp_path)})
+    finding = doctor.of_c_compiler()
+    assert value in finding.value and (finding.status == "bad") == (value != "cc") == bool(finding.fix)

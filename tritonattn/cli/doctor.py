@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import sysconfig
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from ..measure.environment import driver_version
 from .format import columns
 
 MIN_TORCH, MIN_TRITON = (2, 11), (3, 6)
+SAFE_PTXAS, SAFE_TRITON_ON_BLACKWELL = (13, 3), (3, 7, 1)
 MIN_FREE = 100 << 20  # bytes; a compiled kernel with all its intermediate forms takes about one hundredth
 
 
@@ -39,7 +41,8 @@ class Finding:
 def findings() -> list[Finding]:
     """Return all findings, each component after those it needs."""
     return [Finding("python", platform.python_version()), Finding("tritonattn", __version__), of_torch(), of_triton(),
-            Finding("numpy", _version("numpy") or "missing; only the interpreter needs it"), *of_gpus(), of_interpreter(),
+            Finding("numpy", _version("numpy") or "missing; only the interpreter needs it"), *of_gpus(), *of_compilers(),
+            of_interpreter(),
             of_cache()]
 
 
@@ -99,6 +102,47 @@ def of_gpus() -> list[Finding]:
     models = Counter(gpu.gpu_of(torch.device("cuda", i)) for i in range(count))
     return [Finding("gpu", f"{number} x {model.name}, {model.arch}, {model.shared_memory >> 10} KiB of shared memory")
             for model, number in models.items()] + driver
+
+
+def of_compilers() -> list[Finding]:
+    """Check what compiles kernels and their launchers, if kernels are compiled here."""
+    if not compiles():
+        return []
+    arches = {gpu.gpu_of(torch.device("cuda", i)).arch for i in range(torch.cuda.device_count())}
+    return [of_c_compiler(), *filter(None, (of_ptxas(arches), of_fences(arches)))]
+
+
+def of_c_compiler() -> Finding:
+    """Check the C compiler and Python's headers, with which Triton builds its launchers."""
+    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not compiler:
+        return Finding("C compiler", "none found", "bad", "install gcc or clang, or set CC")
+    if not header.exists():
+        return Finding("C compiler", f"{compiler}; {header} is missing", "bad", "install Python's headers, such as python3-dev")
+    return Finding("C compiler", compiler)
+
+
+def of_ptxas(arches: set[str]) -> Finding | None:
+    """On Hopper, check the assembler: before CUDA 13.3 it may reuse the registers of a running product."""
+    if "sm_90" not in arches:
+        return None
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    version = get_ptxas(90).version
+    if _release(version) >= SAFE_PTXAS:
+        return Finding("ptxas", version)
+    return Finding("ptxas", f"{version}: before 13.3 it may overwrite registers of a running product (triton#11781)", "note",
+                   "if results are wrong, set TRITON_PTXAS_PATH to a ptxas of CUDA 13.3 or newer")
+
+
+def of_fences(arches: set[str]) -> Finding | None:
+    """On Blackwell, check Triton: before 3.7.1 it omits fences between copies and products."""
+    version = tuple(map(int, re.findall(r"\d+", _version("triton"))[:3]))
+    if version >= SAFE_TRITON_ON_BLACKWELL or not any(arch.startswith("sm_10") for arch in arches):
+        return None
+    return Finding("fences", "Triton before 3.7.1 omits fences on sm_100: results may differ from call to call (triton#9610)",
+                   "bad", "pip install 'triton>=3.7.1', with a torch that takes it")
 
 
 def of_interpreter() -> Finding:
