@@ -24,6 +24,7 @@ def with_loop(*instructions):
 
 @pytest.mark.parametrize("change, reason", [
     ({}, None), ({"shared_memory": 228 << 10}, "shared memory"), ({"tensor_memory": 1}, "tensor memory"),
+    ({"race": "R152 of the product at 0140 is written at 0148"}, "race"),
     ({"registers": 32, "stack": 5000}, "register collapse"), ({"loops": ()}, "unclear"),
     (with_loop(*("HGMMA.64x128x16",) * 8, *("MUFU.EX2",) * 64), "unclear"),
     (with_loop(*LOOP.instructions, "STL"), "spill"),

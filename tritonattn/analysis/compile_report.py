@@ -22,6 +22,7 @@ from ..kernels.tile import has_two_parts, main_width, tail_width
 from ..problem import Problem
 from ..runtime import launch
 from . import sass
+from .races import find_race
 from .sass import Loop
 
 # the fastest MMA instruction of each architecture
@@ -46,6 +47,7 @@ class KernelReport:
     spilled: int = 0                   # AMD: registers kept elsewhere, in memory or in lanes of others
     precision: str | None = None       # of float32 products: "ieee" or "tf32"
     loops: tuple[Loop, ...] = ()       # over tiles, the one without a mask first
+    race: str | None = None            # Hopper: the first one in the machine code
 
     @property
     def threads(self) -> int:
@@ -167,7 +169,7 @@ def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> K
     loops = sass.loops(text, len(modes) - modes.count(None) or None)
     return KernelReport(kernel, problem, gpu, config, shared_memory=compiled.metadata.shared,
                         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0, precision=precision(problem),
-                        loops=loops, **resources)
+                        loops=loops, race=find_race(text, config.num_warps) if gpu.arch == "sm_90" else None, **resources)
 
 
 def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu):

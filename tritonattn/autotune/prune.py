@@ -26,6 +26,7 @@ REASONS = {
     "compile timeout": "the compiler did not finish in time",
     "shared memory": "a block needs more shared memory than the GPU allows",
     "tensor memory": "a block needs more tensor memory than there is (Blackwell)",
+    "race": "a register or a tile of a running product is overwritten (Hopper)",
     "register collapse": "the compiler uses few registers and keeps everything on the stack",
     "wrong tensor path": "the loop does not use the best tensor-core instruction of this GPU",
     "duplicate work": "several warps compute the same dots or exponentials",
@@ -99,6 +100,8 @@ def _reason(report) -> tuple[str | None, str]:
         return "shared memory", f"{report.shared_memory} bytes, {gpu.shared_memory} allowed"
     if report.tensor_memory > gpu.tensor_memory:
         return "tensor memory", f"{report.tensor_memory} columns, {gpu.tensor_memory} allowed"
+    if report.race:
+        return "race", report.race
     if report.registers <= COLLAPSED_REGISTERS and report.stack >= COLLAPSED_STACK:
         return "register collapse", f"{report.registers} registers, {report.stack} bytes of stack"
     if not report.loops:

@@ -15,7 +15,7 @@ SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
 HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", *UNITS, "bound",
         "of peak"]
 FIGURES = ("registers", "stack", "loop_spills", "accumulation", "scalar", "spilled", "shared_memory", "tensor_memory",
-           "fits", "threads", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision", "serialized",
+           "fits", "threads", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision", "serialized", "race",
            "mma_instruction")
 
 

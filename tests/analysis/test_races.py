@@ -1,0 +1,57 @@
+"""Races in SASS: planted ones are found, and a product that is waited for is none."""
+
+import pytest
+
+from tritonattn.analysis import races
+
+# two products and the copy of the next tile, as in the loop over keys of the forward pass
+LOOP = """
+.L_x_1:
+        /*0100*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0110*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0120*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0130*/                   MUFU.EX2 R152, R24 ;
+        /*0140*/                   HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR20].tnspB, R88, gsb0 ;
+        /*0150*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0160*/                   LDGSTS.E.BYPASS.128 [R222], desc[UR16][R190.64], !P5 ;
+        /*0170*/               @P0 BRA `(.L_x_1) ;
+        /*0180*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0190*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*01a0*/                   STS.128 [R67+UR6], R88 ;
+        /*01b0*/                   EXIT ;
+"""
+
+
+def test_a_product_that_is_waited_for_is_no_race():
+    assert races.register_race(LOOP) is None and races.unguarded_refill(LOOP) is None
+
+
+@pytest.mark.parametrize("planted, register", [
+    ("MOV R152, R2", 152), ("MOV R155, R2", 155), ("LDS.128 R150, [R4]", 150), ("IMAD.WIDE R154, R4, 0x2, R6", 154),
+    ("LDSM.16.M88.4 R149, [R4]", 149), ("MOV R88, R2", 88), ("FADD R151, R2, R3", 151),
+    ("SHFL.BFLY PT, R153, R4, 0x1, 0x1f", 153),
+])
+def test_a_register_that_is_written_too_early_is_found(planted, register):
+    text = LOOP.replace("        /*0150*/", f"        /*0148*/                   {planted} ;\n        /*0150*/")
+    assert races.register_race(text) == f"R{register} of the product at 0140 is written at 0148"
+
+
+@pytest.mark.parametrize("planted", [
+    "MOV R156, R2", "STS.128 [R152], R4", "FSETP.GT.AND P1, PT, R152, R3, PT", "R2UR UR4, R152", "LDS.128 R156, [R4]",
+    "PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x0",
+])
+def test_reads_and_other_registers_are_no_race(planted):
+    text = LOOP.replace("        /*0150*/", f"        /*0148*/                   {planted} ;\n        /*0150*/")
+    assert races.register_race(text) is None
+
+
+def test_the_next_round_is_followed():
+    """The write stands before the product in the text, and runs after it."""
+    text = LOOP.replace("        /*0110*/", "        /*0108*/                   MOV R153, R2 ;\n        /*0110*/")
+    assert races.register_race(text) == "R153 of the product at 0140 is written at 0108"
+
+
+@pytest.mark.parametrize("barrier, write, wait", [("0150", "0160", "0120"), ("0190", "01a0", "0180")])
+def test_a_refill_without_a_barrier_is_found(barrier, write, wait):
+    text = "\n".join(line for line in LOOP.splitlines() if f"/*{barrier}*/" not in line)
+    assert races.unguarded_refill(text) == f"shared memory is written at {write}, without a barrier since {wait}"
