@@ -2,7 +2,7 @@
 
 import torch
 
-from .runtime import arguments, custom_op
+from .runtime import arguments, custom_op, eager
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
@@ -49,7 +49,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural logarithm,
         float32. Both have first derivatives. A row that attends to no key gives o = 0, lse = -inf and zero gradients.
-        Masked keys and values do not affect a row, not even by a NaN. The same call gives the same bits.
+        Masked keys and values do not affect a row, not even by a NaN. The same call gives the same bits,
+        on sm_100 from Triton 3.7.1 on.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit. ValueError: a value out of its range.
@@ -57,10 +58,17 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
-    inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
-                               key_lengths=key_lengths, softcap=softcap, sink=sink, dropout_p=dropout_p,
-                               dropout_seed=dropout_seed)
-    o, lse = arguments.restore_shape(*custom_op.attention_op(*inputs, precise_grad=bool(precise_grad)), q, k, v)
+    tensors = eager.call_tensors(q, k, v, bias, mask, key_lengths, dropout_seed)
+    sides = window if type(window) is tuple else (window,)
+    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, sink, dropout_p, precise_grad, *sides))
+    outputs = eager.repeat(key, tensors)
+    if outputs is None:
+        inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
+                                   key_lengths=key_lengths, softcap=softcap, sink=sink, dropout_p=dropout_p,
+                                   dropout_seed=dropout_seed)
+        outputs = arguments.restore_shape(*custom_op.attention_op(*inputs, precise_grad=bool(precise_grad)), q, k, v)
+        eager.remember(key, tensors, inputs, bool(precise_grad))
+    o, lse = outputs
     return (o, lse) if return_lse else o
 
 
@@ -74,14 +82,43 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     that is not finite raise, and a NaN in a masked key or value does not leak. Under autocast a float32 attn_mask keeps its
     dtype. Errors have torch's types and begin with torch's words. See `attention` for gradients, errors and source.
     """
-    try:
-        inputs = arguments.prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    except Exception as error:
-        options = {"scale": scale, "enable_gqa": enable_gqa}
-        raise arguments.as_torch_error(error, (query, key, value, attn_mask, dropout_p, is_causal), options) from None
-    o, _ = arguments.restore_shape(*custom_op.attention_op(*inputs, precise_grad=True), query, key, value)
-    # 4-D results keep the query's order of dimensions, as in torch's fused kernels; others are contiguous, as in its math one
-    return o if query.dim() == 4 else o.contiguous()
+    tensors = eager.sdpa_tensors(query, key, value, attn_mask)
+    call_key = eager.call_key(tensors, ("sdpa", dropout_p, is_causal, scale, enable_gqa))
+    outputs = eager.repeat(call_key, tensors)
+    if outputs is None:
+        try:
+            inputs = arguments.prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        except Exception as error:
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            raise arguments.as_torch_error(error, (query, key, value, attn_mask, dropout_p, is_causal), options) from None
+        outputs = arguments.restore_shape(*custom_op.attention_op(*inputs, precise_grad=True), query, key, value)
+        eager.remember(call_key, tensors, inputs, precise_grad=True)
+    return arguments.as_torch_lays_out(outputs[0], query, key, value)
+
+
+def warm(q, k, v, *, backward=True, **options) -> None:
+    """Compile and load the kernels of `attention(q, k, v, **options)` now, so that the first call does not wait for them.
+
+    Runs the call once, and with `backward` its backward pass where a tensor requires a gradient. No gradient is accumulated
+    and no random number drawn. Shapes, strides, dtypes, alignment, options, grad mode, and which tensors require a gradient
+    must be those of the later calls; the data does not matter. With return_lse=True the backward pass is that of both
+    results. Lengths are compiled for by whether they are 1, a multiple of 16, and a multiple of the block: warm one length
+    of each kind that will occur.
+
+    Raises the errors of `attention`.
+    """
+    arguments.check_tensors(q=q, k=k, v=v)
+    leaves = [x.detach().requires_grad_(x.requires_grad) for x in (q, k, v)]
+    if isinstance(bias := options.get("bias"), torch.Tensor):
+        leaves.append(bias.detach().requires_grad_(bias.requires_grad))
+        options["bias"] = leaves[3]
+    if options.get("dropout_p") and options.get("dropout_seed") is None:
+        options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
+    outputs = attention(*leaves[:3], **options)
+    outputs = outputs if options.get("return_lse") else (outputs,)
+    inputs = [x for x in leaves if x.requires_grad]
+    if backward and outputs[0].requires_grad:
+        torch.autograd.grad(outputs, inputs, [torch.zeros_like(x) for x in outputs])
 
 
 def dropout_mask(shape, dropout_p, dropout_seed):

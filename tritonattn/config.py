@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import threading
 from dataclasses import dataclass
 
 KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
@@ -47,6 +48,8 @@ class Config:
 
 
 _pinned: list[dict[str, Config]] = []  # the innermost last
+_pins: tuple = ()  # the config in force for each kernel, () without any
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -66,14 +69,26 @@ def pinned(config: Config | None = None, **kernels: Config):
     for value in layer.values():
         if not isinstance(value, Config):
             raise TypeError(f"pinned: expected a Config, got {value!r}; Config.parse reads the printed form")
-    _pinned.append(layer)
+    _change_pins(lambda: _pinned.append(layer))
     try:
         yield
     finally:
         # by identity, since blocks of different threads may overlap
-        del _pinned[next(i for i, other in enumerate(_pinned) if other is layer)]
+        _change_pins(lambda: _pinned.pop(next(i for i, other in enumerate(_pinned) if other is layer)))
+
+
+def _change_pins(change):
+    global _pins
+    with _lock:
+        change()
+        _pins = tuple(map(pinned_config, KERNELS)) if _pinned else ()
 
 
 def pinned_config(kernel: str) -> Config | None:
     """Return the config of the innermost `pinned` with this kernel, or None."""
     return next((layer[kernel] for layer in reversed(_pinned) if kernel in layer), None)
+
+
+def pins() -> tuple:
+    """Return the pinned config of every kernel, or () where none is pinned."""
+    return _pins

@@ -113,8 +113,9 @@ _COMPUTE_UNIT = Multiprocessor(32, 32, 64 * 1024, reserved=0, lanes=64)  # of AM
 #                               float32 sums. B200's clocks are in turn derived from 2,250 and 75 TFLOP/s
 #   exponentials, fp32          CUDA C++ Programming Guide, "Arithmetic Instructions". MI300X: LLVM's scheduling model has
 #                               exponentials at a quarter of the 64 lanes' rate; packed instructions fill each lane twice
-#   l2                          the whitepapers, the Blackwell tuning guide. L40S: its chip's, AD102. MI300X: eight of 4 MB,
-#                               each for an eighth of the compute units; the 256 MB behind them are not counted
+#   l2                          the whitepapers, the Blackwell tuning guide. H200: as the device reports it. L40S: its chip's,
+#                               AD102. MI300X: eight of 4 MB, each for an eighth of the compute units; the 256 MB behind
+#                               them are not counted
 _PEAKS = {
     Gpu("A100", "sm_80", 108, 163 * 1024): Peaks(1.41e9, 2048, 16, 64, 2.039e12, 40 << 20, 80 << 30),
     Gpu("RTX 3090", "sm_86", 82, 99 * 1024): Peaks(1.695e9, 512, 16, 128, 0.936e12, 6 << 20, 24 << 30),
@@ -122,7 +123,7 @@ _PEAKS = {
     Gpu("RTX 4090", "sm_89", 128, 99 * 1024): Peaks(2.52e9, 512, 16, 128, 1.008e12, 72 << 20, 24 << 30),
     Gpu("L40S", "sm_89", 142, 99 * 1024): Peaks(2.52e9, 1024, 16, 128, 0.864e12, 96 << 20, 48 << 30),
     Gpu("H100", "sm_90", 132, 227 * 1024): Peaks(1.83e9, 4096, 16, 128, 3.35e12, 50 << 20, 80 << 30, fp32_clock=1.98e9),
-    Gpu("H200", "sm_90", 132, 227 * 1024): Peaks(1.83e9, 4096, 16, 128, 4.80e12, 50 << 20, 141 << 30, fp32_clock=1.98e9),
+    Gpu("H200", "sm_90", 132, 227 * 1024): Peaks(1.83e9, 4096, 16, 128, 4.80e12, 60 << 20, 141 << 30, fp32_clock=1.98e9),
     Gpu("B200", "sm_100", 148, 227 * 1024, 512):
         Peaks(1.856e9, 8192, 16, 128, 7.70e12, 126 << 20, 180 << 30, fp32_clock=1.98e9),
     Gpu("RTX 5090", "sm_120", 170, 99 * 1024): Peaks(2.407e9, 512, 16, 128, 1.792e12, 96 << 20, 32 << 30),

@@ -8,7 +8,7 @@ import pytest
 from perf import config_table
 from tests.helpers.shipped_rows import versions
 from tritonattn import Config, gpu
-from tritonattn.configs import shipped
+from tritonattn.configs import lookup, shipped
 from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.shipped import FILLS, Entry, Row, Table, TableError
 from tritonattn.measure import environment
@@ -115,14 +115,20 @@ def test_the_fingerprint_and_not_the_name_identifies_a_gpu(change, same):
 
 def test_memory_and_cache_distinguish_gpus_where_both_are_known():
     h200 = gpu.KNOWN["sm_90"]
-    table = dataclasses.replace(TABLE, gpu=TABLE.gpu | {"l2": 50 << 20, "memory": 141 << 30})
+    table = dataclasses.replace(TABLE, gpu=TABLE.gpu | {"l2": 60 << 20, "memory": 141 << 30})
     assert table.matches(h200) and table.matches(dataclasses.replace(h200, memory=139 << 30)), "drivers reserve memory"
     assert table.matches(dataclasses.replace(h200, name="any other"))
     assert not table.matches(gpu.named("h100")) and not table.matches(dataclasses.replace(h200, memory=96 << 30))
-    assert not table.matches(dataclasses.replace(h200, l2=60 << 20))
+    assert not table.matches(dataclasses.replace(h200, l2=80 << 20))
     amd = gpu.KNOWN["gfx942"]
     table = Table("amd", {"name": amd.name} | shipped.gpu_fingerprint(amd), {}, {})
     assert table.matches(dataclasses.replace(amd, l2=4 << 20)), "its driver reports the cache of one die"
+
+
+def test_the_table_of_the_h200_serves_an_h200_as_it_reports_itself():
+    reported = gpu.Gpu("NVIDIA H200", "sm_90", 132, 232448, 0, 60 << 20, 150_000_000_000)
+    assert next(lookup.table_sources(reported))[1].name == "h200"
+    assert next(origin for origin, _ in lookup.table_sources(reported)) == "table"
 
 
 def test_an_entry_fits_by_shared_and_tensor_memory():

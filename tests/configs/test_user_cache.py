@@ -22,7 +22,7 @@ from tritonattn.configs.user_cache import Cache, Record
 
 H200, H100 = gpu.named("h200"), gpu.named("h100")
 KEY = keys.key_of("forward", Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0)), H200)
-DIRNAME = "sm_90-132sm-227k-50m-144g"
+DIRNAME = "sm_90-132sm-227k-60m-144g"
 NAMES = ("A100", "RTX 3090", "A10", "RTX 4090", "L40S", "H100", "H200", "B200", "RTX 5090", "MI300X")
 SMALL = Config(64, 64, 4, 2)
 
@@ -137,7 +137,7 @@ def test_records_of_another_gpu_are_not_used(store, tmp_path):
     store.put(record_of(on=H100, config=Config(128, 64, 4, 2)))
     for cache in (store, Cache(tmp_path)):
         assert cache.get(KEY, H200).config == SMALL and cache.get(KEY, H100).config == Config(128, 64, 4, 2)
-        for change in ({"memory": 94 << 30}, {"sms": 114}, {"l2": 60 << 20}, {"arch": "sm_91"}, {"shared_memory": 228 * 1024}):
+        for change in ({"memory": 94 << 30}, {"sms": 114}, {"l2": 50 << 20}, {"arch": "sm_91"}, {"shared_memory": 228 * 1024}):
             assert cache.get(KEY, dataclasses.replace(H200, **change)) is None, change
 
 

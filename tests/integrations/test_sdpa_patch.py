@@ -838,6 +838,7 @@ def test_a_cuda_graph_of_forward_and_backward(device):
 
     with tritonattn.swapped():
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 step()

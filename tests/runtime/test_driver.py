@@ -1,99 +1,145 @@
-"""Triton's launch path up to the driver, without a GPU: a fake driver loads nothing and records its arguments.
-
-Triton specializes, compiles and checks each launch itself; only the transfer to a device is missing.
-"""
+"""Launches by Triton's own driver and C launcher over a CUDA library that does nothing (perf/null_driver)."""
 
 import re
 
+import pytest
+
 from tests.helpers.compile_server import compiled
+from tests.helpers.tiers import slow
 
-FAKE = """
+START = """
 import json, torch
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime import driver
-from triton.runtime.errors import OutOfResources
-
-launched = []
-
-
-class Utils:
-    def get_device_properties(self, device):
-        return dict(max_shared_mem=227 << 10, multiprocessor_count=132, sm_clock_rate=1, mem_clock_rate=1, mem_bus_width=1,
-                    max_num_regs=65536, warpSize=32)
-
-    def load_binary(self, name, binary, shared, device, *_):
-        return 1, 2, 128, 0, 1024  # module, function, registers, spills, threads at the most
-
-
-class Driver(DriverBase):
-    utils = Utils()
-    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments, **_: launched.append(arguments[:3]))
-
-    def __init__(self):
-        pass
-
-    is_active = classmethod(lambda cls: True)
-    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-    get_active_torch_device = lambda self: torch.device("cpu")
-    get_current_device = lambda self: 0
-    get_current_stream = lambda self, device=None: 0
-    get_device_interface = lambda self: None
-    get_benchmarker = lambda self: None
-    get_empty_cache_for_benchmark = lambda self: None
-    clear_cache = lambda self, cache: None
-    map_python_to_cpp_type = lambda self, ty: ty
-    assemble_tensormap_to_arg = lambda self, *_: None
-
-
-driver.set_active(Driver())
-from tritonattn import Config, Problem, config, gpu
+from perf import null_driver
+null = null_driver.install()
+from tritonattn import Config, Problem, attention, block_mask, config, gpu
 from tritonattn.analysis import compile_report
+from tritonattn.configs import lookup
 from tritonattn.runtime import launch
 on = gpu.KNOWN["sm_90"]
 """
-LAUNCHES = FAKE + """
-from tritonattn.configs import lookup
-found = {}
-for name, options in dict(plain={}, causal=dict(window=(None, 0)), bias=dict(bias=torch.float32)).items():
+INSPECTED = START + """
+results = {}
+for name, options in dict(causal=dict(window=(None, 0)), bias=dict(bias=torch.float32)).items():
     for kernel in ("forward", "delta", "dq", "dkdv", "dbias"):
         if kernel == "dbias" and name != "bias":
             continue
         problem = Problem((2,), 4, 2, 1000, 1000, 64, 64, torch.bfloat16, **options)
         chosen = lookup.get_config(kernel, problem, on)
         call = launch.example_launch(kernel, problem, chosen)
-        launched.clear()
-        launch.run(call, torch.device("cpu"))
-        (cache, *_), = call.kernel.device_caches.values()
-        binaries = {each.asm["cubin"] for each in cache.values()}
-        seen = compile_report.compile_kernel(kernel, problem, chosen, on).asm["cubin"]
-        found[f"{kernel} {name}"] = [list(map(list, launched)), call.programs, seen in binaries, len(binaries)]
-print(json.dumps(found))
+        before = null.launches
+        binary = launch.run(call, torch.device("cpu"))
+        report = compile_report.compile_kernel(kernel, problem, chosen, on)
+        expected = {"grid": call.programs, "threads": 32 * chosen.num_warps, "shared_memory": report.metadata.shared}
+        results[f"{kernel} {name}"] = [null.launches - before, null.last_launch == expected,
+                                       binary.asm["cubin"] == report.asm["cubin"]]
+print(json.dumps(results))
 """
-TOO_LARGE = FAKE + """
-from tritonattn.runtime import custom_op
-custom_op.gpu_of = lambda device: on
+TOO_LARGE = START + """
+from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
         torch.ops.tritonattn.forward(q, q, q, *[None] * 6, 1.0, None, None, False, 0.0, False)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
-    print(json.dumps([str(error), type(error.__cause__) is OutOfResources, launched]))
+    print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
+"""
+REPEATED = START + """
+from triton.backends.nvidia.driver import CudaLauncher
+from triton import knobs
+import tritonattn
+from tritonattn.kernels import backward, forward
+KERNELS = {name: kernel for module in (forward, backward) for name, kernel in vars(module).items() if name.endswith("_kernel")}
+
+calls, through_triton, original, run = [], [], CudaLauncher.__call__, launch.run
+
+
+def leaves(x):
+    if isinstance(x, tuple):
+        return [leaf for part in x for leaf in leaves(part)]
+    value = x.data_ptr() if isinstance(x, torch.Tensor) else x
+    return [value] if type(value) in (int, float) else []
+
+
+def record(self, grid_x, grid_y, grid_z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+    calls.append([[grid_x, grid_y, grid_z, stream], metadata, leaves(arguments)])
+    return original(self, grid_x, grid_y, grid_z, stream, function, metadata, launch_metadata, enter, leave, *arguments)
+
+
+def seen(call, device):
+    through_triton.append(call.kernel.__name__)
+    return run(call, device)
+
+
+CudaLauncher.__call__, launch.run = record, seen
+torch.manual_seed(0)
+n, options = 128, {}
+q, k, v = (torch.zeros(2, heads, n, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+do = torch.zeros_like(q)
+kind = KIND
+if "bias" in kind:
+    options["bias"] = torch.zeros(4, n, n, requires_grad=True)
+if "mask" in kind:
+    options["mask"] = block_mask(torch.ones(n, n, dtype=torch.bool))
+if "dropout" in kind:
+    options |= dict(dropout_p=0.5, dropout_seed=torch.zeros(1, dtype=torch.int64))
+if "lengths" in kind:
+    options["key_lengths"] = torch.full((2,), n)
+if "causal" in kind:
+    options |= dict(causal=True, align="bottom_right")
+
+inputs = [q, k, v, *([options["bias"]] if "bias" in kind else [])]
+tritonattn.warm(q, k, v, **options)
+compiled = {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in KERNELS.items()}
+launched = null.launches
+rounds, kept, written = [], [], []  # kept: so that no address is used twice
+for i in range(4):
+    calls.clear()
+    through_triton.clear()
+    if i == 3:  # a hook of a profiler
+        knobs.runtime.launch_enter_hook.add(lambda metadata: None)
+    o = attention(q, k, v, **options)
+    kept += [o, *torch.autograd.grad(o, inputs, do)]
+    pointers = {x for each in calls for x in each[2]}
+    written.append(all(x.data_ptr() in pointers for x in kept[-len(inputs) - 1:]))
+    rounds.append([[each[:2] + [[x for x in each[2] if not isinstance(x, int) or x < 2**32]] for each in calls],
+                   [[x for x in each[2] if isinstance(x, int) and x >= 2**32] for each in calls], list(through_triton)])
+own = {x.data_ptr() for x in (*inputs, do)}
+first, second, third, hooked = rounds
+again = {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in KERNELS.items()}
+print(json.dumps(dict(
+    compiled_by_warm=again == compiled, direct=[each[2] for each in (first, second, third)], hooked=hooked[2],
+    same=[repr(each[0]) == repr(first[0]) for each in (second, third, hooked)],
+    pointers=[[[x in own for x in launch] for launch in each[1]] for each in (first, second, third, hooked)],
+    written=written,
+    launches=null.launches - launched)))
 """
 
 
 def test_launched_binaries_are_the_inspected_ones():
     """Triton's launch path accepts records as arguments, and compiles the binary that inspect reads."""
-    found = compiled(LAUNCHES, fresh=True)
-    assert len(found) == 13
-    for name, (launched, programs, same, binaries) in found.items():
-        assert launched == [[programs, 1, 1]] and programs > 0, name
-        assert same, f"{name}: {binaries} binaries were launched, none is the inspected one"
+    results = compiled(INSPECTED, fresh=True)
+    assert len(results) == 9
+    for name, (launches, same_launch, same_binary) in results.items():
+        assert launches == 1 and same_launch, name
+        assert same_binary, f"{name}: the launched binary is not the inspected one"
 
 
 def test_oversized_config_raises_before_the_launch():
-    message, caused, launched = compiled(TOO_LARGE, fresh=True)
+    message, caused, launches = compiled(TOO_LARGE, fresh=True)
     assert re.fullmatch(r"forward: config 128x128w8s6 needs \d+ of shared memory, .+ allows 232448, for .+x1024x128.*; "
                         r"pin a smaller config \(tritonattn\.pinned\)", message), message
-    assert caused and not launched
+    assert caused and not launches
+
+
+@pytest.mark.parametrize("kind", ["causal", *slow("bias", "mask", "dropout causal", "lengths causal", "bias mask dropout")])
+def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
+    """After `warm`, numbers, grids and kinds of pointers are those that Triton gets when a profiler's hook sees the launch."""
+    result = compiled(REPEATED.replace("KIND", repr(kind)), fresh=True)
+    kernels = ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"] + ["dbias_kernel"] * ("bias" in kind)
+    assert result["direct"] == [[], [], []] and result["hooked"] == kernels and result["compiled_by_warm"]
+    assert result["same"] == [True] * 3
+    first, *others = result["pointers"]
+    assert all(each == first for each in others) and len(first) == len(kernels)
+    assert result["written"] == [True] * 4, "a result is in no launch"
+    assert result["launches"] == 4 * len(kernels)

@@ -29,8 +29,13 @@ class FirstCallTuner:
         if kernel == "delta" or on is gpu.INTERPRETER or config.pinned_config(kernel) is not None:
             return
         key = key_of(kernel, problem, on)
-        # calls that come while another key is timed do not wait
-        if key in self._seen or must_not_time() or not self._busy.acquire(blocking=False):
+        if key in self._seen:
+            return
+        if must_not_time():
+            return
+        # calls that come while a graph is captured or another key is timed do not wait, and ask again the next time
+        if (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()) or not self._busy.acquire(blocking=False):
+            lookup.new_version()
             return
         try:
             if key in self._seen:
@@ -45,10 +50,9 @@ class FirstCallTuner:
 
 
 def must_not_time() -> bool:
-    """Return whether a CUDA graph is captured, algorithms must be deterministic, or several ranks would have to agree."""
+    """Return whether algorithms must be deterministic, or several ranks would have to agree."""
     dist = torch.distributed
-    return ((torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-            or torch.are_deterministic_algorithms_enabled()
+    return (torch.are_deterministic_algorithms_enabled()
             or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1))
 
 
@@ -59,6 +63,7 @@ def tune_from_tables(kernel: str, problem: Problem, on: Gpu) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if gpu.gpu_of(device) != on:
         raise RuntimeError(f"the tensors are on another GPU than the current device, {device}")
+    torch.cuda.synchronize(device)  # the child is timed, so nothing else may run
     setup = local_setup(device)
     with setup.compilers:
         tune_kernel(kernel, problem, setup, "table")

@@ -6,11 +6,12 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..block_mask import TILE
-from ..config import Config, pinned_config
+from ..config import Config, pinned_config, pins
 from ..gpu import Gpu
 from ..problem import Problem
 from . import user_cache
@@ -18,18 +19,34 @@ from .key import key_of, precision, waves
 from .shipped import FILLS, WIDTHS, Row, Table, shipped_tables
 from .user_cache import Record
 
-# called with (kernel, problem, gpu) before every lookup, in every thread of the process
+# called with (kernel, problem, gpu) before every lookup, in every thread of the process; a repeated call looks nothing up
 observers: list[Callable[[str, Problem, Gpu], None]] = []
+_open_blocks: list = []  # of `observed`
+_generation = itertools.count(1)
+_current = 0             # generation of the results: a new one where a lookup may find another config than before
 
 
 @contextlib.contextmanager
 def observed(observer: Callable[[str, Problem, Gpu], None]):
-    """Call `observer` before every lookup within the block."""
+    """Call `observer` before every lookup within the block, in which repeated calls look up again."""
     observers.append(observer)
+    _open_blocks.append(observer)
     try:
         yield
     finally:
+        _open_blocks.remove(observer)
         observers.remove(observer)
+
+
+def version() -> tuple | None:
+    """Return a value that equals an earlier one only if lookups give the same results as then; None while they are observed."""
+    return None if _open_blocks else (_current, pins())
+
+
+def new_version() -> None:
+    """Let the next call of every kind look up again, also one like an earlier call."""
+    global _current
+    _current = next(_generation)
 
 
 def get_config(kernel: str, problem: Problem, gpu: Gpu) -> Config:
@@ -88,6 +105,7 @@ def _lookup_config(kernel, problem, gpu, _precision):
 def clear_lookup_cache() -> None:
     """Forget all results, so that the next lookup reads the user cache again. Call it after Cache.put."""
     _lookup_config.cache_clear()
+    new_version()
 
 
 def lookup_shipped(kernel: str, problem: Problem, gpu: Gpu) -> ConfigChoice:

@@ -1,6 +1,6 @@
 """The user cache: configs tuned on this machine, one JSON file per key, in one folder per model of GPU.
 
-    <cache>/tuned/v3/sm_90-132sm-227k-50m-144g/forward-0123456789abcdef.json
+    <cache>/tuned/v3/sm_90-132sm-227k-60m-144g/forward-0123456789abcdef.json
 
 The digits hash the key, the kernels and the minor version of Triton: other kernels and binaries need other configs. A file
 that holds no valid record is ignored with a warning. There are no locks: files are replaced as a whole.
@@ -89,7 +89,7 @@ def cache_folder() -> Path | None:
 
 
 def gpu_dirname(gpu: dict) -> str:
-    """Return the folder name of a GPU with this fingerprint: "sm_90-132sm-227k-50m-144g", with 0 for unknown sizes.
+    """Return the folder name of a GPU with this fingerprint: "sm_90-132sm-227k-60m-144g", with 0 for unknown sizes.
 
     Memory is rounded up to 16 GiB, because drivers reserve some of it.
     """

@@ -20,9 +20,11 @@ from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode, get_overridable_functions
 
 from ..attention import scaled_dot_product_attention as tritonattn_sdpa
+from ..runtime import eager
+from ..runtime.arguments import as_torch_lays_out
 from . import aten_overrides, torch_private
 from .dispatch_log import LOCK, raise_if_strict, record_call
-from .support import unsupported_reason
+from .support import fused_kernels_allowed, unsupported_reason
 from .torch_private import TORCH_SDPA
 
 CAUSAL_BIAS_FUNCTION = vars(CausalBias)["__torch_function__"]
@@ -105,9 +107,15 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     torch_attention = torch_private.CAUSAL_BIAS_SDPA if isinstance(attn_mask, CausalBias) else TORCH_SDPA
     if not _on:
         return torch_attention(*arguments, **options)
+    call = query, key, value, attn_mask, is_causal
+    if not torch.compiler.is_compiling() and fused_kernels_allowed():
+        tensors = eager.sdpa_tensors(query, key, value, attn_mask)
+        outputs = eager.repeat(eager.call_key(tensors, ("sdpa", dropout_p, is_causal, scale, enable_gqa)), tensors)
+        if outputs is not None:
+            record_call(None, call)
+            return as_torch_lays_out(outputs[0], query, key, value)
     if not torch_private.only_device_modes():
         return _under_modes(arguments, options)
-    call = query, key, value, attn_mask, is_causal
     reason = unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
     raise_if_strict(reason, call)
     out = (tritonattn_sdpa if reason is None else torch_attention)(*arguments, **options)

@@ -22,7 +22,7 @@ def unsupported_reason(query, key, value, attn_mask, dropout_p=0.0, scale=None, 
     reason = _unsupported_tensors(query, key, value, attn_mask) or _unsupported_number(dropout_p, scale, enable_gqa)
     if reason is None and torch_private.forward_mode_is_on():
         return "forward-mode derivative"
-    return "sdpa_kernel" if reason is None and not _fused_kernels_allowed() else reason
+    return "sdpa_kernel" if reason is None and not fused_kernels_allowed() else reason
 
 
 def _unsupported_tensors(query, key, value, attn_mask):
@@ -69,7 +69,8 @@ def _unsupported_number(dropout_p, scale, enable_gqa):
 
 
 @torch.compiler.assume_constant_result
-def _fused_kernels_allowed():
+def fused_kernels_allowed():
+    """Return whether torch's settings and sdpa_kernel allow at least one fused kernel."""
     return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled() or cuda.cudnn_sdp_enabled()
 
 

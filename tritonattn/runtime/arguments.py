@@ -57,6 +57,9 @@ class AttentionInputs(NamedTuple):
                           self.dropout_p, self.key_lengths, self.kv_blocks)
 
 
+N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
+
+
 def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
             softcap=None, sink=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
     """Check the arguments of `attention` and return them as the kernels take them. Draws the seed of dropout if it is None."""
@@ -167,6 +170,11 @@ def restore_shape(o, lse, q, k, v):
     """Take the column and the head dimension off o and lse that `with_equal_batches` added to q, k and v."""
     o = o if v.shape[-1] else o.narrow(-1, 0, 0)
     return (o.squeeze(-3), lse.squeeze(-2)) if max(q.dim(), k.dim(), v.dim()) == 2 else (o, lse)
+
+
+def as_torch_lays_out(o, query, key, value):
+    """Return o in the query's order of dimensions where all inputs are 4-D, as torch's fused kernels do, else contiguous."""
+    return o if query.dim() == key.dim() == value.dim() == 4 else o.contiguous()
 
 
 def repeat_uneven_heads(query, key, value):

@@ -35,12 +35,15 @@ class KernelLaunch(NamedTuple):
     config: Config
 
 
-def run(call: KernelLaunch, device: torch.device) -> None:
-    """Launch the kernel on the tensors' device, on its current stream."""
+def run(call: KernelLaunch, device: torch.device):
+    """Launch the kernel on the tensors' device, on its current stream, and return it as Triton compiled it.
+
+    Returns None in the interpreter, and where there is nothing to do.
+    """
     if call.programs == 0:
-        return
+        return None
     with device_guard(device), interpreter.patched() if INTERPRETED else contextlib.nullcontext():
-        call.kernel[(call.programs,)](*call.arguments, **compile_options(call.config))
+        return call.kernel[(call.programs,)](*call.arguments, **compile_options(call.config))
 
 
 def compile_options(config: Config) -> dict:
@@ -167,7 +170,7 @@ def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
 
     Batch dimensions that are contiguous with one another in every tensor are merged; most often one is left.
     """
-    rank, present = len(problem.batch), list(_flatten(tensors))
+    rank, present = len(problem.batch), list(flatten(tensors))
     merged = []
     for i in reversed(range(rank)):
         size, strides = problem.batch[i], [x.stride(i) for x in present]
@@ -180,18 +183,18 @@ def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
     merged = merged or [(1, [0] * len(present))]
     block = max(config.block_m, config.block_n)
     # a kernel loads bias and mask block by block, other tensors in whole rows
-    in_blocks = {id(x) for mods in tensors if isinstance(mods, ScoreMods) for x in _flatten(mods)}
+    in_blocks = {id(x) for mods in tensors if isinstance(mods, ScoreMods) for x in flatten(mods)}
     records = iter([_record(x, rank, [strides[i] for _, strides in merged], block, block if id(x) in in_blocks else x.shape[-1])
                     for i, x in enumerate(present)])
     sizes = Sizes(tuple(size for size, _ in merged), problem.heads, problem.n_q, problem.n_k, problem.shift)
     return *_map_nested(tensors, records), sizes
 
 
-def _flatten(tensors):
+def flatten(tensors):
     """Yield the tensors in nested tuples, in order."""
     for x in tensors:
         if isinstance(x, tuple):
-            yield from _flatten(x)
+            yield from flatten(x)
         elif x is not None:
             yield x
 

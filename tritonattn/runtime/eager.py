@@ -1,0 +1,153 @@
+"""Eager calls on plain tensors: a call like an earlier one goes from its arguments straight to its plan.
+
+    call_key(tensors, options) -> repeat(key, ...) -> a known call: its plan, without checks, records and torch's dispatcher
+                                                   -> None: every check, then custom_op.attention_op, then remember(key, ...)
+
+Tracing, export, functorch, dispatch and function modes, forward-mode derivatives and subclasses of Tensor have no key.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..block_mask import BlockMask
+from . import plan
+from .arguments import AUTOCAST_DEVICES, N_TENSORS, AttentionInputs, lengths_argument, seed_argument, with_rank
+from .custom_op import AttentionBackward, keeps_residual, zeros_unless_given
+
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+# a key holds values and not identities, so no object that may change
+OPTION_TYPES = frozenset((type(None), bool, int, float, str))
+SETTINGS = 0  # where the settings of the process stand in a key
+
+
+class Call(NamedTuple):
+    """A known call: its plan, the numbers of its AttentionInputs, and whether a gradient may be asked for."""
+
+    forward: plan.ForwardPlan
+    numbers: tuple
+    differentiable: bool
+
+
+def call_tensors(q, k, v, bias=None, mask=None, key_lengths=None, dropout_seed=None) -> tuple:
+    """Return the tensor arguments of a call in the order of AttentionInputs; a BlockMask that was changed stays one."""
+    if type(mask) is BlockMask and mask.is_current():
+        return q, k, v, bias, mask.mask, mask.kv_blocks, mask.q_blocks, dropout_seed, key_lengths
+    return q, k, v, bias, mask, None, None, dropout_seed, key_lengths
+
+
+def sdpa_tensors(query, key, value, attn_mask) -> tuple:
+    """Return the same for the arguments of torch's function."""
+    additive = isinstance(attn_mask, Tensor) and attn_mask.dtype != torch.bool
+    return query, key, value, *((attn_mask, None) if additive else (None, attn_mask)), None, None, None, None
+
+
+def call_key(tensors: tuple, options: tuple) -> tuple | None:
+    """Return a key that a call shares with all calls of the same kind, or None where it needs the dispatcher or the checks.
+
+    `tensors` are those of `call_tensors`; `options` everything else that decides what is computed, the function included.
+    """
+    if not _plain_process():
+        return None
+    types = tuple(map(type, options))
+    *read, seed, key_lengths = tensors
+    signatures = plain_signatures(read)
+    if signatures is None or not OPTION_TYPES.issuperset(types) or not _is_plain(seed) or not _is_plain(key_lengths):
+        return None
+    q = tensors[0]
+    if None in signatures[:3] or (settings := plan.settings(q.dtype)) is None:
+        return None
+    gradients = torch.is_grad_enabled() and [x is not None and x.requires_grad for x in tensors[:4]]
+    device = q.device.type
+    autocast = (device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)) and torch.get_autocast_dtype(device)
+    return settings, options, types, key_lengths is None, gradients and tuple(gradients), autocast, signatures
+
+
+def plain_signatures(tensors) -> tuple | None:
+    """Return the `plan.signature` of tensors that a kernel can read by their pointers, or None if one cannot be read so."""
+    signatures = []
+    try:
+        for x in tensors:
+            if not _is_plain(x) or (x is not None and not x.data_ptr()):
+                return None
+            signatures.append(plan.signature(x))
+    except RuntimeError:
+        # no strides or no storage: sparse, batched by is_grads_batched, all zeros
+        return None
+    return tuple(signatures)
+
+
+def _is_plain(x) -> bool:
+    return x is None or (type(x) in PLAIN_TYPES and not x.is_neg())
+
+
+def _plain_process() -> bool:
+    """Return whether nothing in this thread records, transforms or replaces torch's operations."""
+    # compilation first: Dynamo cannot trace the others
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+                or torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+                or forward_ad._current_level >= 0)
+
+
+def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
+    """Return o and lse of a call like an earlier one, or None."""
+    if key is None or (call := plan.find(key)) is None:
+        return None
+    q, k, v, *pairwise, seed, key_lengths = tensors
+    # the call needs its own seed and lengths, checked and copied
+    seed = seed_argument(call.numbers[-1], seed, q.device)
+    if key_lengths is not None:
+        key_lengths = lengths_argument(key_lengths, q, k, v)
+    pairwise = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in pairwise]
+    inputs = q, k, v, *pairwise, seed, key_lengths
+    if call.differentiable:
+        return PlannedAttention.apply(call, *inputs)
+    if torch.autograd._profiler_enabled():
+        with torch.autograd.profiler.record_function("tritonattn::forward"):
+            return tuple(call.forward.run(inputs)[:2])
+    return tuple(call.forward.run(inputs)[:2])
+
+
+def remember(key: tuple | None, tensors: tuple, inputs: AttentionInputs, precise_grad: bool) -> None:
+    """Keep the plan of a call that succeeded, if the kernels read the caller's own tensors."""
+    if key is None or plan.find(key) is not None or not _reads_own_tensors(tensors, inputs):
+        return
+    forward = plan.forward_plan(inputs, keeps_residual(*inputs[:4], precise_grad))
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4])
+    # a config may have been pinned or tuned meanwhile
+    if plan.settings(inputs.q.dtype) == key[SETTINGS]:
+        plan.keep(key, Call(forward, inputs[N_TENSORS:], differentiable))
+
+
+def _reads_own_tensors(tensors: tuple, inputs: AttentionInputs) -> bool:
+    """Return whether q, k and v came through the checks as they are, and bias and masks with no more than another rank."""
+    same_layouts = all(x.shape == y.shape and x.stride() == y.stride() for x, y in zip(tensors[:3], inputs))
+    return same_layouts and all(x is None or x.data_ptr() == y.data_ptr() for x, y in zip(tensors[:7], inputs))
+
+
+class PlannedAttention(torch.autograd.Function):
+    """custom_op.Attention for a known call. With the context as an argument torch inspects no signature in each call."""
+
+    @staticmethod
+    def forward(ctx, call, *inputs):
+        outputs = call.forward.run(inputs)
+        ctx.numbers = call.numbers
+        ctx.set_materialize_grads(False)
+        # as Attention does: a checkpoint compares what the two passes save
+        ctx.save_for_backward(*outputs, *inputs)
+        return outputs[0], outputs[1]
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        o, *others = ctx.saved_tensors
+        tensors = zeros_unless_given(do, o), dlse, o, *others
+        wanted = ctx.needs_input_grad[1:5]
+        # hooks may have replaced saved tensors; a gradient of the gradient needs the dispatcher, which raises
+        signatures = plain_signatures(tensors) if _plain_process() and not torch.is_grad_enabled() else None
+        if signatures is None:
+            gradients = AttentionBackward.apply_to(tensors, ctx.numbers, wanted)
+        else:
+            gradients = plan.backward_plan(tensors, ctx.numbers, wanted, signatures).run(tensors)
+        return None, *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * (N_TENSORS - 4)

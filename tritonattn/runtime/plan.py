@@ -1,0 +1,305 @@
+"""Plans: everything that a call of the kernels needs but its data, found again by one dictionary lookup.
+
+    shapes, strides, dtypes, devices, alignment, numbers, settings   ->  ForwardPlan, BackwardPlan
+                                                                         sizes of the results, and for each kernel:
+                                                                         compiled kernel, grid, arguments without pointers
+
+The first run of a plan launches through Triton, which compiles. Later runs hand pointers to the compiled kernels.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..configs import lookup
+from ..gpu import INTERPRETED, TRITON, gpu_of
+from .arguments import N_TENSORS, AttentionInputs
+
+if TRITON:
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.errors import OutOfResources
+
+    from . import launch
+
+LARGEST_CACHE = 4096  # entries: plans, and known calls of eager.py
+_entries: dict[tuple, object] = {}  # the oldest first
+_changes = threading.Lock()
+# Triton 3.6 marks a kernel as loaded before it is: a second thread would launch nothing
+_first_launch = threading.RLock()
+
+
+def find(key: tuple | None):
+    """Return the entry that was kept for this key, or None."""
+    return _entries.get(key)
+
+
+def keep(key: tuple | None, entry):
+    """Keep an entry for later calls unless the key is None, and return it. The oldest one makes room."""
+    if key is not None:
+        with _changes:
+            while len(_entries) >= LARGEST_CACHE:
+                del _entries[next(iter(_entries))]
+            _entries[key] = entry
+    return entry
+
+
+def clear() -> None:
+    """Forget all entries."""
+    with _changes:
+        _entries.clear()
+
+
+def settings(dtype: torch.dtype) -> tuple | None:
+    """Return the settings of the process that a plan depends on, or None where no plan may be used again."""
+    if (version := lookup.version()) is None:
+        return None
+    # set_float32_matmul_precision sets this too
+    return version, torch.backends.cuda.matmul.fp32_precision if dtype is torch.float32 else None
+
+
+def signature(x: Tensor | None) -> tuple | None:
+    """Return what a plan depends on of a tensor: all that Triton compiles for, and all that is among a kernel's arguments."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+
+
+def forward_plan(inputs: AttentionInputs, keep_residual: bool) -> "ForwardPlan":
+    """Return the plan of a forward pass with these inputs."""
+    process = settings(inputs.q.dtype)
+    key = process and (keep_residual, process, inputs[N_TENSORS:], tuple(map(signature, inputs[:N_TENSORS])))
+    return find(key) or keep(key, ForwardPlan(inputs, keep_residual))
+
+
+def backward_plan(tensors: Sequence[Tensor | None], numbers: tuple, wanted: tuple[bool, ...],
+                  signatures: tuple | None = None) -> "BackwardPlan":
+    """Return the plan of a backward pass.
+
+    `tensors` are do, dlse, o, lse, o_residual and lse_minus_max, then those of the AttentionInputs; `numbers` are its other
+    fields, `signatures` those of the tensors if they are known.
+    """
+    process = settings(tensors[0].dtype)
+    key = process and (wanted, process, numbers, signatures or tuple(map(signature, tensors)))
+    return find(key) or keep(key, BackwardPlan(tensors, numbers, wanted))
+
+
+class Results:
+    """Sizes, strides and dtypes of the tensors that a plan allocates. None stays None."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]):
+        self._layouts = [None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors]
+
+    def allocate(self, like: Tensor) -> list[Tensor | None]:
+        """Return empty tensors on the device of `like`."""
+        return [layout and like.new_empty_strided(layout[0], layout[1], dtype=layout[2]) for layout in self._layouts]
+
+
+class PlannedLaunch:
+    """The launch of one kernel, for any tensors with the layouts of those that it was made with.
+
+    `tensors` are on the meta device; the launch that `make_launch(problem, config, ...)` returns holds views of them.
+    """
+
+    def __init__(self, kernel: str, make_launch: Callable, inputs: AttentionInputs, device: torch.device,
+                 tensors: Sequence[Tensor | None], arguments: tuple):
+        self._kernel, self._problem, self._device = kernel, inputs.problem, device
+        self._config = lookup.get_config(kernel, self._problem, gpu_of(device))
+        self._call = make_launch(self._problem, self._config, *arguments)
+        # a view has the storage of its tensor
+        self._slots = {x.untyped_storage()._cdata: slot for slot, x in enumerate(tensors) if x is not None}
+        self._tensors = tensors  # a freed storage would give its number to another one
+        self._compiled = None    # kept, because Triton unloads a kernel that is deleted
+        self._direct = None
+
+    def run(self, tensors: Sequence[Tensor | None], pointers: Sequence[int], direct: bool) -> None:
+        """Launch the kernel on these tensors, in the order of the plan's. direct: no hook needs to know of the launch."""
+        direct = direct and not self._call.kernel.pre_run_hooks
+        if direct and self._direct is not None:
+            self._direct(pointers)
+        elif direct and self._compiled is not None:
+            # from the second run on: most kinds of calls with their own lengths come once
+            self._direct = self._direct_launch(self._compiled)
+            self._direct(pointers)
+        elif self._call.programs:
+            compiled = self._launch_through_triton(tensors)
+            self._compiled = compiled if direct else None
+
+    def _launch_through_triton(self, tensors):
+        """Launch with records as arguments, which Triton specializes, and return the compiled kernel.
+
+        Raises RuntimeError, before the kernel runs, where the GPU has too little for it.
+        """
+        call = self._call._replace(arguments=self._filled(self._call.arguments, tensors))
+        try:
+            with contextlib.nullcontext() if INTERPRETED else _first_launch:
+                return launch.run(call, self._device)
+        except OutOfResources as error:
+            need = f"config {self._config} needs {error.required} of {error.name}"
+            raise RuntimeError(f"{self._kernel}: {need}, {gpu_of(self._device).name} allows {error.limit}, for "
+                               f"{self._problem}; pin a smaller config (tritonattn.pinned)") from error
+
+    def _filled(self, node, tensors):
+        """Return a nested argument with `tensors` in the place of the plan's."""
+        if isinstance(node, Tensor):
+            x = tensors[self._slots[node.untyped_storage()._cdata]]
+            return x if x.dtype == node.dtype else x.view(node.dtype)
+        if not isinstance(node, tuple):
+            return node
+        values = [self._filled(x, tensors) for x in node]
+        return type(node)(*values) if hasattr(node, "_fields") else tuple(values)
+
+    def _direct_launch(self, compiled):
+        """Return a function of the pointers that calls `CompiledKernel.run` as `JITFunction.run` does (triton/runtime/jit.py).
+
+        The arguments are nested tuples, which one expression builds fastest:
+        ((pointers[0], constants[0], constants[1]), (pointers[1], constants[2], constants[3]), constants[4])
+        """
+        constants = []
+
+        def expression(node):
+            if isinstance(node, Tensor):
+                return f"pointers[{self._slots[node.untyped_storage()._cdata]}]"
+            if isinstance(node, tuple) and any(isinstance(x, Tensor) for x in launch.flatten(node)):
+                return f"({''.join(expression(x) + ', ' for x in node)})"
+            constants.append(node)
+            return f"constants[{len(constants) - 1}]"
+
+        arguments = eval(f"lambda pointers: {expression(self._call.arguments)}", {"constants": constants})
+        run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        programs, index = self._call.programs, self._device.index
+
+        def start(pointers):
+            stream = driver.active.get_current_stream(index)
+            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments(pointers))
+
+        return start
+
+
+class Plan:
+    """The results and the launches of one pass."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._launches = device, []
+
+    def _launch(self, tensors: Sequence[Tensor | None]) -> None:
+        """Run the launches. Triton launches on the current device, wherever the tensors are."""
+        pointers = [0 if x is None else x.data_ptr() for x in tensors]
+        if INTERPRETED or driver.active.get_current_device() == (self._device.index or 0):
+            self._run_launches(tensors, pointers)
+        else:
+            with launch.device_guard(self._device):
+                self._run_launches(tensors, pointers)
+
+    def _run_launches(self, tensors, pointers):
+        direct = not INTERPRETED and not _instrumented()
+        for each in self._launches:
+            each.run(tensors, pointers, direct)
+
+
+def _instrumented() -> bool:
+    """Return whether launches go through Triton: for a profiler's hooks, in debug mode, to compile instrumented code."""
+    runtime = knobs.runtime
+    # a hook is a chain, or a function or None that a program put in its place
+    hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    return bool(runtime.debug or knobs.compilation.instrumentation_mode or any(hooks)
+                or getattr(runtime, "add_stages_inspection_hook", None))
+
+
+class ForwardPlan(Plan):
+    """The plan of a forward pass."""
+
+    def __init__(self, inputs: AttentionInputs, keep_residual: bool):
+        super().__init__(inputs.q.device)
+        inputs = AttentionInputs(*map(_meta, inputs[:N_TENSORS]), *inputs[N_TENSORS:])
+        outputs = empty_outputs(inputs.q, inputs.v, inputs.bias, keep_residual)
+        self._outputs = Results(outputs)
+        o, lse, o_residual, lse_minus_max = outputs
+        record = launch.Outputs(o, lse, () if o_residual is None else (o_residual,),
+                                () if lse_minus_max is None else (lse_minus_max,))
+        self._launches.append(PlannedLaunch("forward", launch.forward_launch, inputs, self._device,
+                                            (*inputs[:N_TENSORS], *outputs), (inputs, record)))
+
+    def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return o, lse, o_residual and lse_minus_max. `tensors` are those of the AttentionInputs, in their order."""
+        outputs = self._outputs.allocate(tensors[0])
+        self._launch((*tensors, *outputs))
+        return outputs
+
+
+class BackwardPlan(Plan):
+    """The plan of a backward pass."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], numbers: tuple, wanted: tuple[bool, ...]):
+        super().__init__(tensors[0].device)
+        do, dlse, o, lse, o_residual, lse_minus_max, *others = tensors = [_meta(x) for x in tensors]
+        inputs = AttentionInputs(*others, *numbers)
+        gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs[:4], wanted)]
+        dq, dk, dv, dbias = gradients
+        self._bias_gradient = _bias_gradient(inputs, dbias)
+        delta = torch.empty_like(lse)
+        self._outputs = Results((*gradients, delta))
+        tensors += [*gradients, delta]
+        queries = launch.Queries(inputs.q, do, lse, delta, () if lse_minus_max is None else (lse_minus_max,))
+
+        def add(kernel, make_launch, *arguments):
+            self._launches.append(PlannedLaunch(kernel, make_launch, inputs, self._device, tensors, arguments))
+
+        if wanted[0] or wanted[1] or self._bias_gradient == "kernel":
+            add("delta", launch.delta_launch, o, o_residual, do, dlse, delta)
+        if wanted[0]:
+            add("dq", launch.dq_launch, inputs, queries, dq)
+        if wanted[1] or wanted[2]:
+            add("dkdv", launch.dkdv_launch, inputs, queries, dk, dv)
+        if self._bias_gradient == "kernel":
+            add("dbias", launch.dbias_launch, inputs, queries, dbias)
+
+    def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Return dq, dk, dv and dbias; None where not wanted. `tensors` are as in `backward_plan`."""
+        *gradients, delta = self._outputs.allocate(tensors[0])
+        self._launch((*tensors, *gradients, delta))
+        if self._bias_gradient == "zero":
+            gradients[3].zero_()
+        elif self._bias_gradient == "rows":
+            _, dlse, _, lse, *_ = tensors
+            # the gradient is not finite where lse is not
+            rows = torch.where(lse == -torch.inf, 0, lse * 0 if dlse is None else dlse + lse * 0)
+            gradients[3].copy_(rows.unsqueeze(-1).sum_to_size(gradients[3].shape))
+        return gradients
+
+
+def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
+    """Return how the gradient of a bias is computed."""
+    if dbias is None:
+        return None
+    if 0 in (*inputs.q.shape[:-1], inputs.k.shape[-2]):
+        return "zero"
+    # a constant added to all scores of a row changes only its lse
+    return "rows" if dbias.shape[-1] == 1 else "kernel"
+
+
+def _meta(x: Tensor | None) -> Tensor | None:
+    """Return a tensor with the layout of x and no data."""
+    return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def empty_rows(like: Tensor, width: int) -> Tensor:
+    """Return an empty tensor of like's shape, but `width` columns, in like's order of dimensions, with contiguous rows.
+
+    A [B, H, L, D] view of [B, L, H, D] memory gets a result of the same layout.
+    """
+    # select needs a column; for a fake tensor it builds no index
+    rows = torch.empty_like(like.select(-1, 0) if like.shape[-1] else like.sum(-1), device="meta")
+    strides = [stride * width for stride in rows.stride()]
+    return like.new_empty_strided((*like.shape[:-1], width), (*strides, 1))
+
+
+def empty_outputs(q: Tensor, v: Tensor, bias: Tensor | None, keep_residual: bool):
+    """Return empty o [..., H, L, DV], lse [..., H, L] in float32 (or q's dtype, if wider), o_residual and lse_minus_max.
+
+    The last two are None where they are not needed.
+    """
+    o = empty_rows(q, v.shape[-1])
+    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return o, lse, torch.empty_like(o) if keep_residual else None, None if bias is None else torch.empty_like(lse)
