@@ -1,6 +1,7 @@
 """Test, benchmark and tune on a GPU within a time limit: python -m perf.gpu --minutes 9 --out DIR
 
-    tests       tests of timing (alone on the GPU), all other tests that need a GPU, then all attention cases compiled
+    tests       tests of timing (alone on the GPU); the others that need a GPU, those in float32 last, since they compile
+                longest; then all attention cases compiled
     peaks       rates of a large matrix product and a large copy, and the backends torch's SDPA selects
     benchmark   tritonattn and its baselines on a suite
     tuning      sweeps of all kernels at head sizes 128, 64 and 256, full and causal
@@ -37,7 +38,9 @@ BENCHMARK_DEFAULTS = ["--suite", "short", "--baselines", "torch,cudnn,flash", "-
 def steps(out: Path, benchmark: list[str]) -> Iterator[tuple[str, str, float, list[str]]]:
     """Yield the stage, the name, the share of the time that is left, and the arguments of `python -m` of each step."""
     workers = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
-    for name, share, count, marks in (("alone", 0.15, "0", ["gpu and alone"]), ("gpu", 0.3, workers, ["gpu and not alone"]),
+    others = ["gpu and not alone", "-k"]
+    for name, share, count, marks in (("alone", 0.15, "0", ["gpu and alone"]), ("gpu", 0.3, workers, [*others, "not float32"]),
+                                      ("float32", 0.2, workers, [*others, "float32"]),
                                       ("cases", 0.2, workers, ["not gpu and not alone", "tests/test_attention.py"])):
         yield "tests", f"tests-{name}", share, ["pytest", "-n", count, "--continue-on-collection-errors", "-m", *marks]
     yield "peaks", "peaks", 0.2, ["perf.peaks", "--out", str(out / "peaks.json")]

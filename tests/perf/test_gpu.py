@@ -85,14 +85,15 @@ def scripted(tmp_path, monkeypatch):
 
 
 def test_timing_tests_run_alone_then_gpu_tests_then_cases(scripted):
-    success, steps = scripted("tests", [0, 0, 0])
-    assert success and [name for name, *_ in steps] == ["tests-alone", "tests-gpu", "tests-cases"]
-    (_, alone, limit), (_, tests, _), (_, all_cases, _) = steps
+    success, steps = scripted("tests", [0, 0, 0, 0])
+    assert success and [name for name, *_ in steps] == ["tests-alone", "tests-gpu", "tests-float32", "tests-cases"]
+    (_, alone, limit), (_, tests, _), (_, slow_tests, _), (_, all_cases, _) = steps
     assert alone[:3] == ["pytest", "-n", "0"] and alone[-2:] == ["-m", "gpu and alone"] and limit == pytest.approx(66, abs=1)
-    assert tests[-2:] == ["-m", "gpu and not alone"] and Path(all_cases[-1]).exists()
+    assert tests[-4:] == ["-m", "gpu and not alone", "-k", "not float32"] and slow_tests[-2:] == ["-k", "float32"]
+    assert Path(all_cases[-1]).exists()
 
 
-@pytest.mark.parametrize(("codes", "success"), [((0, 0, 0), True), ((0, 1, 0), False), ((None, 0, 0), False)])
+@pytest.mark.parametrize(("codes", "success"), [((0, 0, 0, 0), True), ((0, 1, 0, 0), False), ((None, 0, 0, 0), False)])
 def test_a_step_that_fails_or_exceeds_its_limit_is_a_failure(scripted, codes, success):
     assert scripted("tests", codes)[0] == success
 
@@ -136,7 +137,7 @@ def test_whole_command(shell, tmp_path, capsys):
         esac"""))
     assert gpu.main(["--out", str(tmp_path / "out"), "--stages", "tests", "benchmark", "--suite", "small"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        *(f"tests-{name}: 41 passed in 20s" for name in ("alone", "gpu", "cases")),
+        *(f"tests-{name}: 41 passed in 20s" for name in ("alone", "gpu", "float32", "cases")),
         "benchmark: --suite short --baselines torch,cudnn,flash --seconds 0.1 --suite small"]
 
 
