@@ -8,6 +8,7 @@ arguments, launched in the same rounds: other work on the machine slows both ali
 
 import argparse
 import cProfile
+import itertools
 import json
 import pstats
 import time
@@ -40,6 +41,7 @@ def cases() -> dict[str, Callable[[], object]]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     one_query, numbers = q[:, :, :1], torch.zeros(16)
     mask = tritonattn.block_mask(torch.ones(128, 128, dtype=torch.bool))
+    many_keys, lengths = torch.empty(1, 4, 2**19, 64, dtype=torch.bfloat16), itertools.count(1)
 
     def no_grad(function, *arguments, **options):
         def call():
@@ -47,12 +49,18 @@ def cases() -> dict[str, Callable[[], object]]:
                 return function(*arguments, **options)
         return call
 
+    def new_length():
+        keys = many_keys[:, :, :128 * (next(lengths) % 4096 + 1)]
+        with torch.no_grad():
+            return tritonattn.attention(one_query, keys, keys)
+
     attention, sdpa = tritonattn.attention, tritonattn.scaled_dot_product_attention
     return {
         UNIT: lambda: plain_kernel[(16,)](numbers, numbers, numbers, numbers, numbers, *range(16, 32)),
         TORCH: no_grad(TORCH_SDPA, *small[:3], is_causal=True),
         "forward": no_grad(attention, q, k, v, causal=True),
         "forward, one query": no_grad(attention, one_query, k, v),
+        "forward, one query, a new length": new_length,
         "forward, dropout": no_grad(attention, q, k, v, dropout_p=0.1),
         "forward, block mask": no_grad(attention, q, k, v, mask=mask),
         "forward with gradient": lambda: attention(*leaves, causal=True),

@@ -143,6 +143,7 @@ def named(name: str) -> Gpu:
     return known
 
 
+@functools.lru_cache(maxsize=256)
 def find_gpu(name: str) -> Gpu | None:
     """Return the known GPU with this device name, in any case and spacing, or None."""
     return next((gpu for gpu in _PEAKS if _core(gpu.name) == _core(name)), None)

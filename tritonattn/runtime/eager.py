@@ -18,6 +18,7 @@ from .arguments import AUTOCAST_DEVICES, N_TENSORS, AttentionInputs, lengths_arg
 from .custom_op import AttentionBackward, keeps_residual, zeros_unless_given
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+COPIED_TYPES = PLAIN_TYPES | {type(None)}
 # a key holds values and not identities, so no object that may change
 OPTION_TYPES = frozenset((type(None), bool, int, float, str))
 SETTINGS = 0  # where the settings of the process stand in a key
@@ -53,8 +54,9 @@ def call_key(tensors: tuple, options: tuple) -> tuple | None:
         return None
     types = tuple(map(type, options))
     *read, seed, key_lengths = tensors
-    signatures = plain_signatures(read)
-    if signatures is None or not OPTION_TYPES.issuperset(types) or not _is_plain(seed) or not _is_plain(key_lengths):
+    if not OPTION_TYPES.issuperset(types) or not COPIED_TYPES.issuperset((type(seed), type(key_lengths))):
+        return None
+    if (signatures := plain_signatures(read)) is None:
         return None
     q = tensors[0]
     if None in signatures[:3] or (settings := plan.settings(q.dtype)) is None:
@@ -70,17 +72,17 @@ def plain_signatures(tensors) -> tuple | None:
     signatures = []
     try:
         for x in tensors:
-            if not _is_plain(x) or (x is not None and not x.data_ptr()):
+            if x is None:
+                signatures.append(None)
+            elif type(x) in PLAIN_TYPES and not x.is_neg() and (pointer := x.data_ptr()):
+                # plan.signature, written out where every microsecond counts
+                signatures.append((x.shape, x.stride(), x.dtype, x.device, pointer % 16))
+            else:
                 return None
-            signatures.append(plan.signature(x))
     except RuntimeError:
         # no strides or no storage: sparse, batched by is_grads_batched, all zeros
         return None
     return tuple(signatures)
-
-
-def _is_plain(x) -> bool:
-    return x is None or (type(x) in PLAIN_TYPES and not x.is_neg())
 
 
 def _plain_process() -> bool:
