@@ -124,7 +124,8 @@ class PlannedLaunch:
             self._direct(pointers)
         elif self._call.programs:
             compiled = self._launch_through_triton(tensors)
-            self._compiled = compiled if direct else None
+            # what a hook or the debug mode compiles is another kernel
+            self._compiled = compiled if direct else self._compiled
 
     def _launch_through_triton(self, tensors):
         """Launch with records as arguments, which Triton specializes, and return the compiled kernel.
