@@ -38,10 +38,22 @@ from tritonattn.block_mask import TILE
 from tritonattn.config import Config
 from tritonattn.configs.kernel_hash import kernel_hash
 from tritonattn.configs.lookup import gpu_fill, mask_class, row_keys
-from tritonattn.configs.shipped import FILLS, FOLDER, MASKS, WIDTHS, Entry, Row, Table, gpu_fingerprint, read_table, write_table
+from tritonattn.configs.shipped import (
+    FILLS,
+    FOLDER,
+    MASKS,
+    WIDTHS,
+    Entry,
+    Row,
+    Table,
+    TableError,
+    gpu_fingerprint,
+    read_table,
+    write_table,
+)
 from tritonattn.gpu import Gpu
 from tritonattn.measure import environment
-from tritonattn.measure.journal import digest
+from tritonattn.measure.journal import JournalError, digest
 from tritonattn.problem import Problem
 
 KERNELS = ("forward", "dq", "dkdv", "dbias")
@@ -387,8 +399,8 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 path = build(gpu, like, arguments.also)
             print(f"wrote {path}")
-    except ValueError as error:
-        top.error(str(error))
+    except (ValueError, OSError, TableError, JournalError) as error:
+        top.error(f"{error}")
     return 0
 
 

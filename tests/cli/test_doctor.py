@@ -27,6 +27,7 @@ def healthy(monkeypatch, tmp_path):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     declare(monkeypatch)
 
 
@@ -193,13 +194,18 @@ def test_missing_fences_are_bad_on_blackwell_alone(monkeypatch, gpu_of_arch, ver
     assert "fences" not in gpu_of_arch("sm_90") and "fences" not in gpu_of_arch("sm_120")
 
 
-@pytest.mark.parametrize("environment, include, value", [
-    ({"CC": "", "PATH": ""}, None, "none found"), ({"CC": "cc"}, "/nowhere", "Python.h is missing"), ({"CC": "cc"}, None, "cc"),
+@pytest.mark.parametrize("cc, installed, headers, value", [
+    (None, ["gcc", "clang"], True, "/bin/gcc"), (None, ["clang"], True, "/bin/clang"), ("zig cc", ["zig"], True, "/bin/zig"),
+    (None, [], True, "none found"), ("icc", ["gcc"], True, "none found"), (None, ["gcc"], False, "Python.h is missing"),
 ])
-def test_a_missing_c_compiler_or_header_is_bad(monkeypatch, tmp_path, environment, include, value):
-    for name, setting in environment.items():
-        monkeypatch.setenv(name, setting)
-    (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": include or str(tmp_path)})
+def test_the_c_compiler_is_triton_s_choice(monkeypatch, tmp_path, cc, installed, headers, value):
+    monkeypatch.delenv("CC")
+    if cc:
+        monkeypatch.setenv("CC", cc)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in installed else None)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(doctor.sysconfig, "get_default_scheme", lambda: "posix_local")
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda scheme: {"posix_prefix": {"include": str(tmp_path)}}[scheme])
     finding = doctor.of_c_compiler()
-    assert value in finding.value and (finding.status == "bad") == (value != "cc") == bool(finding.fix)
+    assert value in finding.value and (finding.status == "bad") == (not value.startswith("/bin")) == bool(finding.fix)

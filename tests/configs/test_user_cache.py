@@ -97,9 +97,18 @@ def test_a_record_has_one_file_and_a_new_one_replaces_it(store, tmp_path, caught
     assert files(tmp_path) == [path.relative_to(tmp_path).as_posix()] and not caught
 
 
+@pytest.mark.parametrize("name", ["seconds", "default_seconds"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_time_that_is_not_positive_and_finite_is_rejected(name, value):
+    with pytest.raises(ValueError, match=f"expected a positive time for {name}"):
+        record_of(**{name: value})
+
+
 @pytest.mark.parametrize("changes, words", [
     ({"seconds": "fast"}, "for seconds, got 'fast'"), ({"default_seconds": "slow"}, "for default_seconds"),
     ({"samples": "many"}, "int'> for samples, got 'many'"), ({"key": 3}, "for key"), ({"run": []}, "for run"),
+    ({"run": {}}, "for run.time"), ({"run": {"time": "", "tried": 3}}, "for run.tried"),
+    ({"static": {"registers": 3}}, "for static.shared_memory"),
 ], ids=str)
 def test_a_value_of_another_type_is_rejected_when_the_record_is_made(changes, words):
     with pytest.raises(TypeError, match=f"record: expected .*{words}"):

@@ -380,9 +380,10 @@ def test_the_command_line(monkeypatch, capsys):
     assert config_table.main(["h200", "--from-sweeps", "a", "b"]) == 0
     assert calls[2] == ("build_from_sweeps", "H200", ["a", "b"])
     assert config_table.main(["h200", "--restamp"]) == 0 and calls[3][:2] == ("restamp", "H200")
+    monkeypatch.undo()
     monkeypatch.setattr(config_table, "restamp", lambda *_: (_ for _ in ()).throw(ValueError("another binary")))
     for wrong, message in ((["gtx"], "H200"), ([], "GPU"), (["h200", "--restamp", "--like", "a100"], "not allowed"),
-                           (["h200", "--restamp"], "another binary")):
+                           (["h200", "--restamp"], "another binary"), (["h200", "--from-sweeps", "nowhere"], "nowhere")):
         with pytest.raises(SystemExit, match="2"):
             config_table.main(wrong)
         assert message in capsys.readouterr().err

@@ -5,7 +5,7 @@
     BAR.SYNC                            done for every warp group: the tile in shared memory may be overwritten
 
 ptxas before 13.3 may use a product's registers again too early (triton-lang/triton#11781), Triton may leave out the barrier
-(triton-lang/triton#9484). Only paths are followed: a race that the hardware's own interlocks prevent is not told apart.
+(triton-lang/triton#9484). Only paths are followed, so a race that the hardware prevents is reported, too.
 """
 
 import re

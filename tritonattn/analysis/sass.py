@@ -25,6 +25,8 @@ _NOTES = {"registers": ["vgpr_count"], "stack": ["private_segment_fixed_size"], 
 def resources_of_cubin(cubin: bytes) -> dict[str, int]:
     """Return the fields of KernelReport that cuobjdump shows, of the largest function. ValueError: it cannot read the cubin."""
     usage = run_tool(triton.knobs.nvidia.cuobjdump, cubin, "-res-usage")
+    if "REG:" not in usage:
+        raise ValueError(f"cuobjdump: expected the resources of a kernel, got: {usage.strip()[-300:]}")
     return {field: max(map(int, re.findall(rf"\b{name}:(\d+)", usage))) for field, name in _USAGE.items()}
 
 

@@ -176,8 +176,9 @@ def hard_inputs(problem: Problem, device, seed: int) -> list[tuple]:
     scores[0][0].mul_(32)
     tensors, options = draw(small, device, seed + 2)
     cases = [("ragged lengths", *draw(small, device, seed)), ("large scores", *scores),
-             ("nan past the ends", [x if x is None else surrounded_by_nan(x) for x in tensors], options),
-             ("fully masked rows", *draw(few_keys, device, seed + 3, masked_rows=n_q // 3))]
+             ("nan past the ends", [x if x is None else surrounded_by_nan(x) for x in tensors], options)]
+    if right is not None or problem.bias is not None or problem.masked or problem.lengths:
+        cases.append(("fully masked rows", *draw(few_keys, device, seed + 3, masked_rows=n_q // 3)))
     own = replace(problem, batch=(1,), heads=problem.group, kv_heads=1)
     if own.heads * own.n_q * own.n_k <= LARGEST and not gpu.INTERPRETED:
         cases.append(("one head of the problem's own size", *draw(own, device, seed + 4)))

@@ -159,7 +159,7 @@ def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str
         # strategy "table" compiles nothing before
         result, = setup.compilers.map([(kernel, problem, Config.parse(winner), setup.gpu)])
         if isinstance(result, Failure):
-            return None
+            raise RuntimeError(f"{winner} was the fastest, but did not compile again: {result.message}")
         static[winner] = static_of(check_report(result))
     run = {"time": journal.now(), "strategy": strategy, "trials": len(search.trials), "seed": setup.seed,
            "seconds": round(time.monotonic() - start, 3), "tried": sorted({*tried, *search.trials})}

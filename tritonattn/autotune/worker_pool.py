@@ -117,7 +117,7 @@ def serve(answer: Callable, code: str) -> None:
             try:
                 result = answer(*job)
             except Exception as error:  # any error of a config is its result
-                result = Failure(code, f"{type(error).__name__}: {str(error)[:300]}")
+                result = Failure(code, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             parent_pipe().send(result)
 
 

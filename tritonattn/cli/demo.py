@@ -5,6 +5,7 @@ under autocast in bfloat16. Without a GPU, a smaller model runs the same kernels
 second process compiles them for several GPUs and prints registers, memory and instructions.
 """
 
+import atexit
 import copy
 import importlib.util
 import math
@@ -126,7 +127,9 @@ def start_compiling(targets: str = TARGETS) -> subprocess.Popen:
     """Start a process that prints the compile reports of the kernels; in this process they are interpreted."""
     command = [sys.executable, "-m", "tritonattn", "inspect", "--target", targets, "--causal"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    atexit.register(process.kill)  # if the training fails meanwhile
+    return process
 
 
 def finish_compiling(process: subprocess.Popen) -> list[str]:

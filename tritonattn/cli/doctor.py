@@ -41,9 +41,7 @@ class Finding:
 def findings() -> list[Finding]:
     """Return all findings, each component after those it needs."""
     return [Finding("python", platform.python_version()), Finding("tritonattn", __version__), of_torch(), of_triton(),
-            Finding("numpy", _version("numpy") or "missing; only the interpreter needs it"), *of_gpus(), *of_compilers(),
-            of_interpreter(),
-            of_cache()]
+            of_numpy(), *of_gpus(), *of_compilers(), of_interpreter(), of_cache()]
 
 
 def table(found: list[Finding]) -> str:
@@ -91,6 +89,11 @@ def pinned_by_torch() -> str | None:
     return None
 
 
+def of_numpy() -> Finding:
+    version = _version("numpy")
+    return Finding("numpy", version) if version else Finding("numpy", "missing; only the interpreter needs it", "note")
+
+
 def of_gpus() -> list[Finding]:
     """Return the models of GPU, and NVIDIA's driver."""
     driver = [Finding("driver", version)] if torch.version.cuda and (version := driver_version()) else []
@@ -113,9 +116,12 @@ def of_compilers() -> list[Finding]:
 
 
 def of_c_compiler() -> Finding:
-    """Check the C compiler and Python's headers, with which Triton builds its launchers."""
-    compiler = os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    """Check the C compiler and Python's headers, with which Triton builds its launchers (triton/runtime/build.py)."""
+    names = [os.environ["CC"].partition(" ")[0]] if "CC" in os.environ else ["gcc", "clang"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    # Debian's Python has a scheme of its own, which has no headers
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h")
     if not compiler:
         return Finding("C compiler", "none found", "bad", "install gcc or clang, or set CC")
     if not header.exists():
@@ -124,7 +130,7 @@ def of_c_compiler() -> Finding:
 
 
 def of_ptxas(arches: set[str]) -> Finding | None:
-    """On Hopper, check the assembler: before CUDA 13.3 it may reuse the registers of a running product."""
+    """Check the assembler on Hopper: before CUDA 13.3 it may reuse the registers of a running product."""
     if "sm_90" not in arches:
         return None
     from triton.backends.nvidia.compiler import get_ptxas
@@ -137,7 +143,7 @@ def of_ptxas(arches: set[str]) -> Finding | None:
 
 
 def of_fences(arches: set[str]) -> Finding | None:
-    """On Blackwell, check Triton: before 3.7.1 it omits fences between copies and products."""
+    """Check Triton on Blackwell: before 3.7.1 it omits fences between copies and products."""
     version = tuple(map(int, re.findall(r"\d+", _version("triton"))[:3]))
     if version >= SAFE_TRITON_ON_BLACKWELL or not any(arch.startswith("sm_10") for arch in arches):
         return None

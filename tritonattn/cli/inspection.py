@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -50,14 +51,14 @@ def gpus(names: str) -> list[gpu.Gpu]:
 
 
 def _inspect(arguments) -> int:
-    from ..analysis.compile_report import inspect_kernel, ptxas_remarks
+    from ..analysis.compile_report import inspect_kernel
     from . import reports as show
 
     jobs = _jobs(arguments)
     try:
         with ThreadPoolExecutor() as pool:
             reports = list(pool.map(lambda job: inspect_kernel(*job), jobs))
-            remarks = list(pool.map(lambda job: ptxas_remarks(*job), jobs))
+            remarks = list(pool.map(_remarks, jobs))
     except Exception as error:  # whatever the compiler raises
         raise CommandError(f"compilation failed: {type(error).__name__}: {str(error)[:200]!r}", 1) from None
     if arguments.json:
@@ -74,6 +75,16 @@ def _inspect(arguments) -> int:
     for name, report in zip(names, reports) if arguments.sass else ():
         print(f"\n{name}\n{report.loops[0].text if report.loops else 'no loop over tiles'}")
     return 0
+
+
+def _remarks(job) -> list[str]:
+    """Return the performance remarks of ptxas, or why there are none: a report is useful without them."""
+    from ..analysis.compile_report import ptxas_remarks
+
+    try:
+        return ptxas_remarks(*job)
+    except (ValueError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return [f"no remarks: {error}"]
 
 
 def _jobs(arguments) -> list[tuple]:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import typing
 import warnings
@@ -30,7 +31,7 @@ INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionEr
 class Record:
     """The fastest config found for a key on a GPU, and how it was found. Times are in seconds.
 
-    Raise TypeError for a value of another type.
+    Raise TypeError for a value of another type, ValueError for a time that is not positive and finite.
     """
 
     key: str
@@ -50,6 +51,14 @@ class Record:
         for name, kind in typing.get_type_hints(Record).items():
             if not isinstance(getattr(self, name), kind):
                 raise TypeError(f"record: expected {kind} for {name}, got {getattr(self, name)!r:.40}")
+        for name in ("seconds", "default_seconds"):
+            if (time := getattr(self, name)) is not None and not 0 < time < math.inf:
+                raise ValueError(f"record: expected a positive time for {name}, got {time}")
+        inner = [("run.time", str, self.run.get("time")), ("run.tried", list, self.run.get("tried", []))]
+        inner += [("static.shared_memory", int, self.static.get("shared_memory"))] if self.static else []
+        for name, kind, value in inner:
+            if not isinstance(value, kind):
+                raise TypeError(f"record: expected {kind} for {name}, got {value!r:.40}")
 
     @property
     def path(self) -> Path:

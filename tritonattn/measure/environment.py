@@ -1,5 +1,6 @@
 """The GPU, the versions and the state of the source with which a measurement was made."""
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -43,6 +44,7 @@ def environment_of(device: torch.device) -> dict:
     }
 
 
+@functools.cache
 def driver_version() -> str | None:
     """Return the version of NVIDIA's driver, by nvidia-smi; it takes a second."""
     from torch.utils import collect_env

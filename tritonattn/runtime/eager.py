@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 
 def call_tensors(q, k, v, bias=None, mask=None, key_lengths=None, dropout_seed=None) -> tuple:
-    """Return the tensor arguments of a call in the order of AttentionInputs; a BlockMask that was changed stays one."""
+    """Return the tensor arguments of a call in the order of AttentionInputs. A BlockMask stays whole if it was changed."""
     if type(mask) is BlockMask and mask.is_current():
         return q, k, v, bias, mask.mask, mask.kv_blocks, mask.q_blocks, dropout_seed, key_lengths
     return q, k, v, bias, mask, None, None, dropout_seed, key_lengths
