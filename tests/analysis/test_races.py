@@ -51,7 +51,17 @@ def test_the_next_round_is_followed():
     assert races.register_race(text) == "R153 of the product at 0140 is written at 0108"
 
 
-@pytest.mark.parametrize("barrier, write, wait", [("0150", "0160", "0120"), ("0190", "01a0", "0180")])
-def test_a_refill_without_a_barrier_is_found(barrier, write, wait):
-    text = "\n".join(line for line in LOOP.splitlines() if f"/*{barrier}*/" not in line)
-    assert races.unguarded_refill(text) == f"shared memory is written at {write}, without a barrier since {wait}"
+def without(address):
+    return "\n".join(line for line in LOOP.splitlines() if f"/*{address}*/" not in line)
+
+
+def test_a_refill_without_a_barrier_is_found():
+    expected = "shared memory is written at 0160, without a barrier since 0120"
+    assert races.unguarded_refill(without("0150")) == expected
+    assert races.find_race(without("0150"), num_warps=8) == expected
+    assert races.find_race(without("0150"), num_warps=4) is None, "a single warp group"
+
+
+def test_a_store_of_registers_is_no_refill():
+    """The epilogue stores to memory of its own."""
+    assert races.unguarded_refill(without("0190")) is None

@@ -16,7 +16,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _REGISTER = re.compile(r"R(\d+)")
 _WIDTHS = {"LDSM": 4, "CS2R": 2, "DADD": 2, "DMUL": 2, "DFMA": 2}  # registers that an instruction writes at most
-_REFILLS = ("LDGSTS", "STS", "UTMALDG", "UBLKCP")
+_REFILLS = ("LDGSTS", "UTMALDG", "UBLKCP")  # copies of the next tile; STS may write to memory that no product reads
 
 
 class Instruction(NamedTuple):
@@ -48,7 +48,7 @@ def register_race(text: str) -> str | None:
 
 
 def unguarded_refill(text: str) -> str | None:
-    """Describe the first write to shared memory that no barrier separates from the wait for a product, or return None."""
+    """Describe the first copy to shared memory that no barrier separates from the wait for a product, or return None."""
     program = parse(text)
     for i, wait in enumerate(program):
         if _is_wait(wait):
