@@ -66,8 +66,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
                                    key_lengths=key_lengths, softcap=softcap, sink=sink, dropout_p=dropout_p,
                                    dropout_seed=dropout_seed)
-        outputs = arguments.restore_shape(*custom_op.attention_op(*inputs, precise_grad=bool(precise_grad)), q, k, v)
-        eager.remember(key, tensors, inputs, bool(precise_grad))
+        outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
     o, lse = outputs
     return (o, lse) if return_lse else o
 
@@ -83,7 +82,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     dtype. Errors have torch's types and begin with torch's words. See `attention` for gradients, errors and source.
     """
     tensors = eager.sdpa_tensors(query, key, value, attn_mask)
-    call_key = eager.call_key(tensors, ("sdpa", dropout_p, is_causal, scale, enable_gqa))
+    call_key = eager.call_key(tensors, ("sdpa", dropout_p, is_causal, scale, enable_gqa))  # `key` holds the keys
     outputs = eager.repeat(call_key, tensors)
     if outputs is None:
         try:
@@ -91,8 +90,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         except Exception as error:
             options = {"scale": scale, "enable_gqa": enable_gqa}
             raise arguments.as_torch_error(error, (query, key, value, attn_mask, dropout_p, is_causal), options) from None
-        outputs = arguments.restore_shape(*custom_op.attention_op(*inputs, precise_grad=True), query, key, value)
-        eager.remember(call_key, tensors, inputs, precise_grad=True)
+        outputs = eager.first_call(call_key, tensors, inputs, precise_grad=True)
     return arguments.as_torch_lays_out(outputs[0], query, key, value)
 
 

@@ -1,7 +1,7 @@
 """Eager calls on plain tensors: a call like an earlier one goes from its arguments straight to its plan.
 
     call_key(tensors, options) -> repeat(key, ...) -> a known call: its plan, without checks, records and torch's dispatcher
-                                                   -> None: every check, then custom_op.attention_op, then remember(key, ...)
+                                                   -> None: every check, then first_call(key, ...): the op, and its plan is kept
 
 Tracing, export, functorch, dispatch and function modes, forward-mode derivatives and subclasses of Tensor have no key.
 """
@@ -14,8 +14,16 @@ from torch.autograd import forward_ad
 
 from ..block_mask import BlockMask
 from . import plan
-from .arguments import AUTOCAST_DEVICES, N_TENSORS, AttentionInputs, lengths_argument, seed_argument, with_rank
-from .custom_op import AttentionBackward, keeps_residual, zeros_unless_given
+from .arguments import (
+    AUTOCAST_DEVICES,
+    N_TENSORS,
+    AttentionInputs,
+    lengths_argument,
+    restore_shape,
+    seed_argument,
+    with_rank,
+)
+from .custom_op import AttentionBackward, attention_op, keeps_residual, zeros_unless_given
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 COPIED_TYPES = PLAIN_TYPES | {type(None)}
@@ -112,8 +120,15 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
     return tuple(call.forward.run(inputs)[:2])
 
 
-def remember(key: tuple | None, tensors: tuple, inputs: AttentionInputs, precise_grad: bool) -> None:
-    """Keep the plan of a call that succeeded, if the kernels read the caller's own tensors."""
+def first_call(key: tuple | None, tensors: tuple, inputs: AttentionInputs, precise_grad: bool) -> tuple[Tensor, Tensor]:
+    """Return o and lse of a call whose arguments were checked, by torch's dispatcher, and keep its plan for later ones."""
+    outputs = restore_shape(*attention_op(*inputs, precise_grad=precise_grad), *tensors[:3])
+    _remember(key, tensors, inputs, precise_grad)
+    return outputs
+
+
+def _remember(key, tensors, inputs, precise_grad):
+    """Keep the plan if the kernels read the caller's own tensors."""
     if key is None or plan.find(key) is not None or not _reads_own_tensors(tensors, inputs):
         return
     forward = plan.forward_plan(inputs, keeps_residual(*inputs[:4], precise_grad))
