@@ -5,10 +5,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
 from tests.helpers import memory_guard
-from tritonattn.kernels import backward, forward, scores
+from tritonattn.kernels import forward
 from tritonattn.runtime import interpreter
 
 pytestmark = pytest.mark.interpreted
@@ -73,12 +72,25 @@ def test_a_row_of_a_product_is_the_same_wherever_it_stands(dtype):
     assert torch.equal(rows, c[order]) and torch.equal(c, exact.float())
 
 
-def test_kernels_are_called_without_patching_again():
-    """The module prefix of the kernels is right; a wrong one would only cost time."""
-    kernels = [value for module in (forward, backward, scores) for value in vars(module).values()
-               if isinstance(value, InterpretedFunction) and value.fn.__module__ != "triton.language.standard"]
-    assert len(kernels) > 10 and all(kernel.fn.__module__.startswith(interpreter.KERNELS) for kernel in kernels)
-    assert not convert.fn.__module__.startswith(interpreter.KERNELS)
+def test_the_language_is_patched_once_for_a_module(monkeypatch):
+    patched = []
+    patch_once = interpreter.patch_language_once(lambda function: patched.append(function.__module__))
+    for function in (forward.attend_loop.fn, forward.store_outputs.fn, convert.fn):
+        patch_once(function).restore()
+    assert patched == [forward.__name__, __name__]
+
+
+def test_integers_overflow_as_on_a_gpu():
+    x, y = torch.full((16,), 2**31 - 1, dtype=torch.int32), torch.ones(16, dtype=torch.int32)
+    total[(1,)](x, y, 16)
+    assert y.tolist() == [-(2**31)] * 16
+
+
+@pytest.mark.parametrize("dtype, held_as", [
+    (tl.bfloat16, np.uint16), (tl.float32, np.float32), (tl.int1, bool), (tl.pointer_type(tl.float32), np.uint64),
+    (tl.block_type(tl.float16, [16]), np.float16), (tl.block_type(tl.pointer_type(tl.int8), [16]), np.uint64)], ids=str)
+def test_dtype_of_the_array_behind_a_tensor(dtype, held_as):
+    assert interpreter.numpy_dtype(dtype) == np.dtype(held_as)
 
 
 def test_an_old_triton_with_a_new_numpy_is_refused(monkeypatch):
