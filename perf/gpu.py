@@ -50,7 +50,7 @@ def steps(out: Path, benchmark: list[str]) -> Iterator[tuple[str, str, float, li
             folder = out / f"sweep-{d}-{mask}"
             shape = ["--shape", f"4x{heads}x{heads}x4096x{d}", *(["--causal"] if mask == "causal" else [])]
             yield "tuning", folder.name, 1.0, ["tritonattn", "sweep", str(folder),
-                                               *([] if (folder / trials.PLAN).exists() else shape)]
+                                               *([] if (folder / trials.JOURNAL).exists() else shape)]
 
 
 def run_step(path: Path, arguments: list[str], seconds: float) -> int | None:

@@ -102,6 +102,7 @@ def profile(name: str, calls: int = 2000) -> None:
 
 
 def main():
+    """Print the host time of each public function, or profile one."""
     parser = argparse.ArgumentParser(prog="python -m perf.host", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", metavar="CASE", help='print where the time of a case goes, such as "forward"')
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the times and the versions as JSON")

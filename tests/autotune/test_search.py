@@ -72,7 +72,7 @@ def test_there_is_no_winner_if_the_incumbent_fails_after_it_was_timed():
 
         def times(self, configs, rounds):
             search_run = super().times(configs, rounds)
-            return search_run if rounds < search.FINAL else dict.fromkeys(search_run, search.Failure("hang", "no answer"))
+            return search_run if rounds < search.HALVING_LAST_SAMPLES else dict.fromkeys(search_run, search.Failure("hang", "no answer"))
 
     assert run_search(search_of(Tired(TEN), "c5"), "halving").winner() is None
 
@@ -124,7 +124,7 @@ def test_the_spread_is_the_standard_error_of_a_median():
     assert statistics.stdev(medians) == pytest.approx(0.0025, rel=0.15)
     search_run = [spread([rng.gauss(1, 0.01) for _ in range(25)]) for _ in range(300)]
     assert statistics.fmean(search_run) == pytest.approx(0.0025, rel=0.15)
-    assert spread([1.0]) == search.UNKNOWN and spread([2.0] * 5) == 0
+    assert spread([1.0]) == search.UNKNOWN_SPREAD and spread([2.0] * 5) == 0
 
 
 def sequential(true, seed):

@@ -75,12 +75,12 @@ def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
 def test_a_kill_at_any_byte_changes_nothing(tmp_path):
     folder, setup = begun(tmp_path, "whole")
     sweep.resume(folder, setup, say=quiet)
-    whole, content = results(folder), (folder / runs.PLAN).read_bytes()
+    whole, content = results(folder), (folder / runs.JOURNAL).read_bytes()
     rng = random.Random(0)
     for at in sorted(rng.sample(range(content.index(b"\n") + 1, len(content)), 12)):
         again, setup = begun(tmp_path, f"cut-{at}")
         assert runs.read(again).plan == runs.read(folder).plan, "plans are reproducible"
-        (again / runs.PLAN).write_bytes(content[:at])
+        (again / runs.JOURNAL).write_bytes(content[:at])
         sweep.resume(again, setup, say=quiet)
         assert results(again) == whole
 
@@ -89,9 +89,9 @@ def test_a_finished_sweep_times_nothing_again(tmp_path):
     folder, setup = begun(tmp_path)
     sweep.resume(folder, setup, say=quiet)
     bench = Steady({})
-    before = (folder / runs.PLAN).read_bytes()
+    before = (folder / runs.JOURNAL).read_bytes()
     assert sweep.resume(folder, setup_of(tmp_path, bench), say=quiet) and not bench.timed
-    assert (folder / runs.PLAN).read_bytes() == before
+    assert (folder / runs.JOURNAL).read_bytes() == before
 
 
 def test_an_interrupted_sweep_resumes(tmp_path):
@@ -140,14 +140,14 @@ def test_a_folder_with_or_without_a_sweep_raises(tmp_path):
         sweep.resume(tmp_path / "none", setup)
     with pytest.raises(JournalError, match="no sweep can be read: FileNotFoundError"):
         runs.read(tmp_path / "none")
-    content = (folder / runs.PLAN).read_text()
-    (folder / runs.PLAN).write_text(content.replace('"rounds":5', '"rounds":6'))
+    content = (folder / runs.JOURNAL).read_text()
+    (folder / runs.JOURNAL).write_text(content.replace('"rounds":5', '"rounds":6'))
     with pytest.raises(JournalError, match="line 1: expected a plan and its digest"):
         sweep.resume(folder, setup)
     (tmp_path / "other").mkdir()
     for plan, words in (({}, "KeyError: 'schema'"), ({"schema": 1}, "ValueError: expected schema 2, got 1")):
-        (tmp_path / "other" / runs.PLAN).unlink(missing_ok=True)
-        with Journal(tmp_path / "other" / runs.PLAN, plan), pytest.raises(JournalError, match=f"can be read: {words}"):
+        (tmp_path / "other" / runs.JOURNAL).unlink(missing_ok=True)
+        with Journal(tmp_path / "other" / runs.JOURNAL, plan), pytest.raises(JournalError, match=f"can be read: {words}"):
             sweep.resume(tmp_path / "other", setup)
 
 

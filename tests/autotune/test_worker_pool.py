@@ -40,7 +40,7 @@ def test_a_hanging_compiler_is_killed_and_the_others_continue():
     with Workers(2, timeout=2, code=code("time.sleep(600 * (job[0] == 'hang'))")) as workers:
         results = list(workers.map([("hang",), ("one",), ("hang",), ("two",)]))
         assert results[1::2] == [("done", "one"), ("done", "two")]
-        assert results[0] == results[2] == Failure("compile timeout", "no result in 2 s", lasting=False)
+        assert results[0] == results[2] == Failure("compile timeout", "no result in 2 s")
 
 
 def test_a_timeout_kills_what_the_compiler_started(tmp_path):
@@ -74,7 +74,7 @@ def test_a_compiler_that_hangs_in_the_middle_of_its_result_is_killed():
 def test_a_dead_compiler_is_replaced(work):
     with Workers(1, code=code(work)) as workers:
         results = list(workers.map([("die",), ("one",)]))
-    assert results == [Failure("compile error", "its process ended", lasting=False), ("done", "one")]
+    assert results == [Failure("compile error", "its process ended"), ("done", "one")]
 
 
 def test_a_compiler_that_does_not_start_fails_every_job():
@@ -135,4 +135,4 @@ def test_compilers_use_the_requested_precision_and_return_what_is_refused():
         ("ieee", "", ""), ("tf32", "UTCHMMA", "UTCHMMA"), ("ieee", "", "")]
     assert reports[1].duplicated == 1.0 and reports[1].tensor_memory > 0 == reports[0].tensor_memory
     assert reports[0] == reports[2]
-    assert isinstance(failure, Failure) and failure.code == "compile error" and failure.message and failure.lasting
+    assert isinstance(failure, Failure) and failure.code == "compile error" and failure.message

@@ -46,8 +46,8 @@ def made_up(jobs: Iterable[tuple[str, int, str]] = JOBS, seed: int = 0) -> Run:
 def write_to(folder: Path, run: Run | None = None) -> Run:
     """Write a run, by default made_up(), as a sweep does; replace the file of an earlier run."""
     run = made_up() if run is None else run
-    (folder / runs.PLAN).unlink(missing_ok=True)
-    with journal.Journal(folder / runs.PLAN, run.plan) as book:
+    (folder / runs.JOURNAL).unlink(missing_ok=True)
+    with journal.Journal(folder / runs.JOURNAL, run.plan) as book:
         for trial in run.trials:
             book.append(vars(trial))
     return run

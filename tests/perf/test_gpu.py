@@ -119,7 +119,7 @@ def test_steps_are_skipped_without_time(tmp_path, capsys):
 
 def test_tuning_sweeps_every_head_size_and_resumes(scripted, tmp_path):
     (tmp_path / "sweep-64-causal").mkdir()
-    (tmp_path / "sweep-64-causal" / trials.PLAN).write_text("{}")
+    (tmp_path / "sweep-64-causal" / trials.JOURNAL).write_text("{}")
     success, steps = scripted("tuning", [0] * 5 + [1])
     (name, first, *_), *_, (_, last, *_) = steps
     assert not success and len(steps) == 6

@@ -50,7 +50,6 @@ class Estimate:
     iterations: tuple[float, float]  # of an average block, without and with a mask
     blocks: int
     waves: int                       # how many times the blocks fill the GPU
-    wave_fill: float                 # fraction of the waves' places that have a block
     cycles: float                    # of the kernel
     share: float                     # fraction of the peak, counting unmasked (query, key) pairs only
 
@@ -79,7 +78,7 @@ def estimate(report: KernelReport) -> Estimate | None:
     cycles = max(waves * block, 1.0)
     pairs = math.prod(problem.batch) * problem.heads * problem.pairs()
     useful = report.useful / (config.block_m * config.block_n) * pairs
-    return Estimate(of_units[0], iteration, iterations, blocks, waves, blocks / max(waves * gpu.sms * resident, 1), cycles,
+    return Estimate(of_units[0], iteration, iterations, blocks, waves, cycles,
                     useful / (cycles * gpu.sms * rate(report, peaks)))
 
 

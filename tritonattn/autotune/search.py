@@ -28,13 +28,13 @@ FAILURES = {
     "hang": "it did not finish in time",
     "device lost": "it ended the process",
 }
-TIE = 0.01     # the incumbent stays if it is slower than the best by at most this share
-UNKNOWN = 0.1  # the assumed spread of one or two samples
-HOPELESS = 1.5               # halving: multiples of the best time beyond which a config is dropped after one sample
-FIRST, KEPT, LAST = 3, 3, 4  # halving: samples of the second rung; one in KEPT continues; configs of the last rung
-FINAL = 60                   # halving: samples of the last rung
-SHORT, LONG = 10, 30         # samples of strategies with a single rung
-FEW, RANDOM = 8, 30          # configs of "static" and "random"
+INCUMBENT_MARGIN = 0.01  # the incumbent stays if it is slower than the best by at most this share
+UNKNOWN_SPREAD = 0.1     # the assumed spread of one or two samples
+HALVING_CUTOFF = 1.5     # multiple of the best time beyond which a config is dropped after one sample
+HALVING_SAMPLES, HALVING_FACTOR = 3, 3         # samples of the second rung; one config in three continues
+HALVING_LAST, HALVING_LAST_SAMPLES = 4, 60     # configs of the last rung, and their samples
+QUICK_CONFIGS, QUICK_SAMPLES = 8, 10           # "static" and "table"; "random" has as many samples
+RANDOM_CONFIGS, EXHAUSTIVE_SAMPLES = 30, 30
 
 
 @dataclass
@@ -116,9 +116,9 @@ class Search:
     def winner(self) -> str | None:
         """Return the fastest config among those with the most samples, or None if nothing could be timed.
 
-        The incumbent stays if it is slower by less than TIE or twice the spread of the median. Other configs that differ by
-        less than that spread are equal, and the one with the least shared memory wins. There is no winner if the incumbent
-        failed after it had been timed.
+        The incumbent stays if it is slower by less than INCUMBENT_MARGIN or twice the spread of the median. Other configs that
+        differ by less than that spread are equal, and the one with the least shared memory wins. There is no winner if the
+        incumbent failed after it had been timed.
         """
         timed = {name: trial for name, trial in self.trials.items() if trial.status == "ok" and trial.samples}
         if not timed or self._lost_incumbent:
@@ -127,7 +127,8 @@ class Search:
         last = {name: trial for name, trial in timed.items() if len(trial.samples) == most}
         best = min(last, key=lambda name: (last[name].seconds, name))
         margin = 2 * spread(last[best].samples)
-        if self.job.incumbent in last and last[self.job.incumbent].seconds <= last[best].seconds * (1 + max(TIE, margin)):
+        tie = last[best].seconds * (1 + max(INCUMBENT_MARGIN, margin))
+        if self.job.incumbent in last and last[self.job.incumbent].seconds <= tie:
             return self.job.incumbent
         equals = [name for name, trial in last.items() if trial.seconds <= last[best].seconds * (1 + margin)]
         return min(equals, key=lambda name: (last[name].static.get("shared_memory", 0), last[name].seconds, name))
@@ -136,7 +137,7 @@ class Search:
 def spread(samples: Sequence[float]) -> float:
     """Return the standard error of the median of these samples, as a share of it."""
     if len(samples) < 3:
-        return UNKNOWN
+        return UNKNOWN_SPREAD
     middle = statistics.median(samples)
     deviation = statistics.median(abs(x - middle) for x in samples)
     # normal distribution: sigma is 1.48 median absolute deviations, and the median's error 1.25 times that of the mean
@@ -146,12 +147,12 @@ def spread(samples: Sequence[float]) -> float:
 def halving(search: Search) -> None:
     """Successive halving; the module's docstring has the schedule."""
     names = search.time_round(search.candidates, 1)
-    limit = HOPELESS * search.trials[names[0]].seconds if names else 0.0
-    names, rounds = [name for name in names if search.trials[name].seconds <= limit], FIRST
-    while len(names) > LAST:
+    limit = HALVING_CUTOFF * search.trials[names[0]].seconds if names else 0.0
+    names, rounds = [name for name in names if search.trials[name].seconds <= limit], HALVING_SAMPLES
+    while len(names) > HALVING_LAST:
         names = search.time_round(names, rounds)
-        names, rounds = names[:max(LAST, math.ceil(len(names) / KEPT))], rounds * 3
-    search.time_round(names, FINAL)
+        names, rounds = names[:max(HALVING_LAST, math.ceil(len(names) / HALVING_FACTOR))], rounds * 3
+    search.time_round(names, HALVING_LAST_SAMPLES)
 
 
 STRATEGIES = ("halving", "static", "table", "random", "exhaustive")
@@ -166,9 +167,9 @@ def run_search(search: Search, strategy: str, seed: int = 0) -> Search:
         if strategy == "halving":
             halving(search)
         elif strategy == "random":
-            search.time_round(random.Random(seed).sample(names, min(RANDOM, len(names))), SHORT)
+            search.time_round(random.Random(seed).sample(names, min(RANDOM_CONFIGS, len(names))), QUICK_SAMPLES)
         elif strategy == "exhaustive":
-            search.time_round(names, LONG)
+            search.time_round(names, EXHAUSTIVE_SAMPLES)
         else:
-            search.time_round(names[:FEW], SHORT)
+            search.time_round(names[:QUICK_CONFIGS], QUICK_SAMPLES)
     return search

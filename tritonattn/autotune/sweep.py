@@ -22,8 +22,8 @@ from ..configs.kernel_hash import kernel_hash
 from ..configs.shipped import gpu_fingerprint
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
-from .search import FAILURES, LONG, Search
-from .trials import PLAN, SCHEMA, Trial, read
+from .search import FAILURES, EXHAUSTIVE_SAMPLES, Search
+from .trials import JOURNAL, SCHEMA, Trial, read
 from .tune import TuningSetup, job_of, static_of
 
 GROUP = 8        # configs that are timed together
@@ -31,13 +31,13 @@ CONTROLS = 0.1   # share of the excluded configs that is timed
 WOULD_RUN = ("spill", "duplicate work", "serialized", "wrong tensor path", "unclear")  # reasons of configs that would run
 
 
-def begin(folder: Path, problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, rounds: int = LONG,
+def begin(folder: Path, problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, rounds: int = EXHAUSTIVE_SAMPLES,
           say: Callable = print) -> None:
     """Compile all candidates, which takes about a minute for each job, and write the plan of a new sweep.
 
     Raises FileExistsError, before it compiles, if the folder has a sweep.
     """
-    if (folder / PLAN).exists():
+    if (folder / JOURNAL).exists():
         raise FileExistsError(f"{folder} already has a sweep; name another folder, or resume it by leaving out the problems")
     jobs, excluded, static, controls, rng = [], {}, {}, {}, random.Random(setup.seed)
     for kernel, problem in ((kernel, problem) for problem, kernels in problems for kernel in kernels):
@@ -51,8 +51,8 @@ def begin(folder: Path, problems: Iterable[tuple[Problem, Iterable[str]]], setup
         jobs.append(replace(job, configs=tuple(dict.fromkeys([*job.configs, *verdicts]))))
     plan = {"jobs": [job.as_json() for job in jobs], "excluded": excluded, "static": static, "controls": controls,
             "rounds": rounds, "seed": setup.seed, "environment": setup.environment}
-    with Journal(folder / PLAN, plan | conditions(setup)):
-        say(f"planned in {folder / PLAN}", flush=True)
+    with Journal(folder / JOURNAL, plan | conditions(setup)):
+        say(f"planned in {folder / JOURNAL}", flush=True)
 
 
 def conditions(setup: TuningSetup) -> dict:
@@ -69,7 +69,7 @@ def resume(folder: Path, setup: TuningSetup, seconds: float = float("inf"), say:
         if (planned := run.plan.get(name)) != value:
             raise JournalError(f"{folder}: planned with {name} {planned}, but this is {value}; begin another sweep")
     total, start, timed = sum(len(job.configs) for job in run.jobs), time.monotonic(), itertools.count(1)
-    with Journal(folder / PLAN, run.plan) as results:
+    with Journal(folder / JOURNAL, run.plan) as results:
         def record(trial):
             results.append(vars(trial))
             if trial.samples or trial.status in FAILURES:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..measure import journal
 from ..problem import Problem
 
-PLAN = "sweep.jsonl"  # a folder with this file has a sweep
+JOURNAL = "sweep.jsonl"  # a folder with this file has a sweep
 SCHEMA = 2
 
 
@@ -92,7 +92,7 @@ class Run:
 def read(folder: Path) -> Run:
     """Read the sweep in a folder. Raises journal.JournalError if there is none."""
     try:
-        head, entries = journal.read(folder / PLAN)
+        head, entries = journal.read(folder / JOURNAL)
         if (schema := head["plan"]["schema"]) != SCHEMA:
             raise ValueError(f"expected schema {SCHEMA}, got {schema}")
         jobs = tuple(Job.from_json(job) for job in head["plan"]["jobs"])

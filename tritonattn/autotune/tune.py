@@ -26,7 +26,7 @@ from ..problem import Problem
 from ..runtime.arguments import problem_of
 from .bench import IsolatedBench
 from .prune import Verdict, candidates, check_report, survey
-from .search import FEW, STRATEGIES, Bench, Budget, Search, run_search
+from .search import QUICK_CONFIGS, STRATEGIES, Bench, Budget, Search, run_search
 from .trials import Job
 from .worker_pool import Failure, Workers
 
@@ -107,7 +107,7 @@ def candidate_configs(kernel: str, problem: Problem, on: Gpu) -> list[str]:
     for _, table in table_sources(on):
         for row in filter(None, map(table.rows.get, row_keys(kernel, problem))):
             configs |= {str(getattr(row, fill).config): None for fill in FILLS if getattr(row, fill).fits(on)}
-    return list(configs)[:FEW]
+    return list(configs)[:QUICK_CONFIGS]
 
 
 def job_of(kernel: str, problem: Problem, setup: TuningSetup, strategy: str) -> tuple[Job, dict[str, Verdict]]:

@@ -32,7 +32,6 @@ class Failure:
 
     code: str
     message: str
-    lasting: bool = True  # False where the process died or took too long: another attempt may succeed
 
 
 class Child:
@@ -66,9 +65,9 @@ class Child:
                 announce(message)
             return message
         except TimeoutError:
-            failure = Failure(codes[0], f"no result in {timeout:g} s", lasting=False)
+            failure = Failure(codes[0], f"no result in {timeout:g} s")
         except (EOFError, OSError):
-            failure = Failure(codes[1], "its process ended", lasting=False)
+            failure = Failure(codes[1], "its process ended")
         self.stop()
         return failure
 
@@ -86,7 +85,7 @@ class Child:
 
     @property
     def is_running(self) -> bool:
-        """True until `stop`."""
+        """Whether `stop` has not been called."""
         return self.process.returncode is None
 
     def kill(self) -> None:

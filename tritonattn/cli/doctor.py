@@ -61,6 +61,7 @@ def compiles() -> bool:
 
 
 def of_torch() -> Finding:
+    """Check torch's version."""
     cuda, hip = torch.version.cuda, torch.version.hip
     value = f"{torch.__version__} ({f'CUDA {cuda}' if cuda else f'ROCm {hip}' if hip else 'CPU only'})"
     if _release(torch.__version__) < MIN_TORCH:
@@ -90,6 +91,7 @@ def pinned_by_torch() -> str | None:
 
 
 def of_numpy() -> Finding:
+    """Return NumPy's version, or a note if it is missing."""
     version = _version("numpy")
     return Finding("numpy", version) if version else Finding("numpy", "missing; only the interpreter needs it", "note")
 

@@ -39,7 +39,7 @@ def add(commands) -> None:
                     compiled=True)
     sweep.add_argument("folder", type=Path, help="a new folder; or a sweep to resume, without other arguments")
     _add_problems(sweep, required=False)
-    sweep.add_argument("--rounds", type=_positive(int), default=search.LONG, metavar="N",
+    sweep.add_argument("--rounds", type=_positive(int), default=search.EXHAUSTIVE_SAMPLES, metavar="N",
                        help="samples of each config (default: %(default)s)")
     sweep.add_argument("--minutes", type=_positive(float), default=math.inf, metavar="M", help="stop after so many minutes")
 
@@ -123,7 +123,7 @@ def _sweep(arguments) -> None:
     from ..autotune import sweep, sweep_report, tune
 
     new, start = bool(arguments.shape or arguments.file), time.monotonic()
-    if not new and not (arguments.folder / trials.PLAN).exists():
+    if not new and not (arguments.folder / trials.JOURNAL).exists():
         raise ValueError(f"{arguments.folder} has no sweep to resume; to begin one, add --shape or --from")
     problems, setup = _problems(arguments) if new else None, tune.local_setup(seed=arguments.seed, command="sweep")
     with setup.compilers:

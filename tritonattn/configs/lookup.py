@@ -22,8 +22,8 @@ from .user_cache import Record
 # called with (kernel, problem, gpu) before every lookup, in every thread of the process; a repeated call looks nothing up
 observers: list[Callable[[str, Problem, Gpu], None]] = []
 _open_blocks: list = []  # of `observed`
-_generation = itertools.count(1)
-_current = 0             # generation of the results: a new one where a lookup may find another config than before
+_versions = itertools.count(1)
+_version = 0             # of the results: a new one where a lookup may find another config than before
 
 
 @contextlib.contextmanager
@@ -40,13 +40,13 @@ def observed(observer: Callable[[str, Problem, Gpu], None]):
 
 def version() -> tuple | None:
     """Return a value that equals an earlier one only if lookups give the same results as then; None while they are observed."""
-    return None if _open_blocks else (_current, pins())
+    return None if _open_blocks else (_version, pins())
 
 
 def new_version() -> None:
     """Let the next call of every kind look up again, also one like an earlier call."""
-    global _current
-    _current = next(_generation)
+    global _version
+    _version = next(_versions)
 
 
 def get_config(kernel: str, problem: Problem, gpu: Gpu) -> Config:

@@ -175,6 +175,7 @@ class Cache:
 
 @functools.cache
 def cache_at(folder: Path | None) -> Cache:
+    """Return the one Cache of this process for a folder."""
     return Cache(folder)
 
 
