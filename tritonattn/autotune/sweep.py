@@ -22,7 +22,7 @@ from ..configs.kernel_hash import kernel_hash
 from ..configs.shipped import gpu_fingerprint
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
-from .search import FAILURES, EXHAUSTIVE_SAMPLES, Search
+from .search import EXHAUSTIVE_SAMPLES, FAILURES, Search
 from .trials import JOURNAL, SCHEMA, Trial, read
 from .tune import TuningSetup, job_of, static_of
 
