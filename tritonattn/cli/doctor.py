@@ -1,7 +1,7 @@
 """Versions, GPUs and folders of this machine, and a fix for everything that does not work.
 
-A finding is "ok", "note" (worth knowing) or "bad": kernels will not run or give wrong results. A bad finding has a fix.
-Nothing is written, and no memory of a GPU is taken.
+A finding is "ok", "note" (worth knowing) or "bad" (kernels do not run, or may give wrong results). A bad finding has a fix.
+The checks write nothing and allocate no memory on a GPU.
 """
 
 import importlib
