@@ -107,12 +107,12 @@ class Loop:
     @functools.cached_property
     def products(self) -> dict[str, int]:
         """The number of MMAs by instruction and shape: {"HGMMA.64x128x16": 8}. UTCHMMA's shape is not in its text."""
-        found = collections.Counter()
+        counts = collections.Counter()
         for opcode in self.instructions:
             if kind(opcode) == "tensor":
                 shaped = re.match(r"[A-Z]+(\.\d[\dx]*\b)?|v_s?mf?mac?_[a-z]\w*?\d+x\d+x\d+", opcode)
-                found[shaped[0]] += 1
-        return dict(found)
+                counts[shaped[0]] += 1
+        return dict(counts)
 
     @property
     def exponentials(self) -> int:
@@ -150,8 +150,8 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     innermost = [a for a in ranges if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in ranges)]
     # in SASS, a comment with the offset precedes every instruction
     opcode = _SASS.search if _SASS.search(text) else _AMDGCN.match
-    found = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
-             for part in (lines[start:end + 1] for start, end in innermost)]
-    found = [loop for loop in found if loop.exponentials]
-    chosen = [loop for loop in found if loop.exponentials > NAN_SAFE_RATIO * found[0].exponentials][:stretches]
-    return tuple(sorted(chosen, key=lambda loop: (not loop.pipelined, len(loop.instructions))))
+    every_loop = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
+                  for part in (lines[start:end + 1] for start, end in innermost)]
+    softmax = [loop for loop in every_loop if loop.exponentials]
+    over_tiles = [loop for loop in softmax if loop.exponentials > NAN_SAFE_RATIO * softmax[0].exponentials][:stretches]
+    return tuple(sorted(over_tiles, key=lambda loop: (not loop.pipelined, len(loop.instructions))))

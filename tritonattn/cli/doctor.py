@@ -44,14 +44,14 @@ def findings() -> list[Finding]:
             of_numpy(), *of_gpus(), *of_compilers(), of_interpreter(), of_cache()]
 
 
-def table(found: list[Finding]) -> str:
+def table(results: list[Finding]) -> str:
     """Format one line per finding, with its fix below, and a verdict."""
     rows = []
-    for finding in found:
+    for finding in results:
         rows.append((finding.name, finding.status, finding.value))
         if finding.fix:
             rows.append(("", "", f"fix: {finding.fix}"))
-    bad = [finding.name for finding in found if finding.status == "bad"]
+    bad = [finding.name for finding in results if finding.status == "bad"]
     return "\n".join([*columns(rows, left=(0, 1, 2)), f"problems: {', '.join(bad)}" if bad else "OK"])
 
 

@@ -20,7 +20,7 @@ FILLS = ("filled", "underfilled")
 SOURCES = {"static-model": "from the binaries alone", "measured": "timed on this GPU"}
 MASKS = ("full", "edges", "window", "pairs")
 WIDTHS = (64, 96, 128, 192, 256, 512)  # the largest head size of a row
-SIZE_TOLERANCE = 0.1  # relative; drivers reserve some memory, so sizes that differ by no more count as equal
+SIZE_TOLERANCE = 0.1  # relative; sizes this close count as equal, because drivers reserve some memory
 
 
 class TableError(Exception):

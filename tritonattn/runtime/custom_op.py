@@ -21,9 +21,9 @@ SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int 
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
 OUTPUTS = "Tensor o, Tensor lse, Tensor o_residual, Tensor lse_minus_max"
-FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR}")
-torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FOUR}")
+FOUR_TENSORS = "(Tensor, Tensor, Tensor, Tensor)"
+torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR_TENSORS}")
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FOUR_TENSORS}")
 torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
 
 
