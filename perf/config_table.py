@@ -1,4 +1,4 @@
-"""Build the shipped table of a GPU from what the compiler makes of the candidates. No GPU is needed.
+"""Build the shipped table of a GPU from compiled candidates. No GPU is needed.
 
     python -m perf.config_table h200 a100 [--like GPU] [--also PYTHON]    build tables; a stopped build resumes
     python -m perf.config_table h200 --from-sweeps runs/d128              replace rows by what sweeps measured
@@ -144,7 +144,7 @@ class RowBuilder:
     def build(self, configs: set[Config], search: bool) -> Row:
         """Return the row with the best of these configs, or of all candidates if each of these has a fault.
 
-        search: whether all candidates are compiled in any case. Raise ValueError if no config fits.
+        search: whether to compile all candidates in any case. Raises ValueError if no config fits.
         """
         row = self.choose(configs)
         kernel, size, width, _ = self.key
@@ -259,10 +259,11 @@ def stages_of(key: tuple, gpu: Gpu) -> tuple[int, ...]:
 
 
 def sensible(key: tuple, config: Config, gpu: Gpu) -> bool:
-    """Return whether a tile is worth compiling. Fewer than 64 owner rows: for float32, heads over 128 and "pairs" alone.
+    """Return whether a tile is worth compiling.
 
-    Heads of 512, float32, and pairwise values beyond heads of 128 have tiles of at most 64. In NVIDIA's float32 a thread
-    holds whole rows: beyond heads of 64, tiles larger than 32 spill hundreds of registers.
+    Fewer than 64 rows of the kernel's own output: only for float32, for heads over 128 and for "pairs". More than 64 rows or
+    columns: not for float32, not for heads of 512, and not for "pairs" with heads over 128. In NVIDIA's float32 a thread
+    holds whole rows: with heads over 64, tiles larger than 32 spill hundreds of registers.
     """
     kernel, size, width, mask = key
     owner = config.block_n if kernel == "dkdv" else config.block_m
@@ -284,7 +285,7 @@ def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, folder: Pa
     """Build all rows of a GPU's table, then write the file and return its path.
 
     like: another GPU, whose table to start from. also: a Python with another Triton. Rows are kept in `work` until the table
-    is complete; an edit of the package begins anew.
+    is complete; after an edit of the package the build starts from the beginning.
     """
     path, start = path_of(gpu, folder), path_of(like or gpu, folder)
     old = read_table(start).rows if like or start.exists() else {}
@@ -298,7 +299,7 @@ def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, folder: Pa
     if (work / f"{partial.name}.json").exists():
         partial.rows.update(read_table(work / f"{partial.name}.json").rows)
     with Workers() as workers, Workers(python=also) if also else contextlib.nullcontext() as second:
-        # searched rows come first, because the others look at them
+        # searched rows come first, because the others choose among their configs
         for key in sorted(row_keys_of(gpu), key=lambda key: not searched(key)):
             if key not in partial.rows:
                 builder = RowBuilder(key, gpu, workers, second)
@@ -311,7 +312,7 @@ def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, folder: Pa
 
 
 def triton_of(python: str) -> str:
-    """Return the version of Triton in another Python. Raise ValueError if it has none."""
+    """Return the version of Triton in another Python. Raises ValueError if it has none."""
     run = subprocess.run([python, "-c", "import triton; print(triton.__version__)"], capture_output=True, text=True)
     if run.returncode:
         raise ValueError(f"{python}: expected a Python with Triton, got {run.stderr.strip().splitlines()[-1:]}")
@@ -322,7 +323,7 @@ def build_from_sweeps(gpu: Gpu, runs: list[trials.Run], folder: Path = FOLDER) -
     """Replace the entries of a GPU's shipped table that sweeps measured, write the table to `folder` and return its path.
 
     An entry gets the config with the least geometric mean of its times, as multiples of the incumbent's, over all problems
-    of the entry. Raise ValueError for a synthetic sweep, and for one of another GPU or of other kernels than the table.
+    of the entry. Raises ValueError for a synthetic sweep, and for one of another GPU or of other kernels than the table.
     """
     path = path_of(gpu)
     table, timed = read_table(path), defaultdict(lambda: defaultdict(list))  # {(row key, fill): {config: a trial per problem}}
@@ -360,7 +361,7 @@ def fastest(by_config: dict[Config, list[trials.Trial]]) -> Config:
 def restamp(gpu: Gpu, workers: Workers, folder: Path = FOLDER) -> Path:
     """Write the current kernel hash into a GPU's table and return its path.
 
-    Raise ValueError unless the configs of all checked rows compile to the recorded registers and memory, with the recorded
+    Raises ValueError unless the configs of all checked rows compile to the recorded registers and memory, with the recorded
     version of Triton.
     """
     table = read_table(path_of(gpu, folder))

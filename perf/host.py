@@ -1,9 +1,9 @@
-"""Host time of a call. No GPU is needed: Triton's own launcher runs over a CUDA driver that does nothing (null_driver).
+"""Host time of a call. No GPU is needed: Triton's own launcher runs with a CUDA driver that does nothing (null_driver).
 
     python -m perf.host [--profile CASE] [--out FILE]
 
-Thread time, the best of many short rounds, in which all cases take turns. The unit is a plain Triton kernel with 21
-arguments, launched in the same rounds: other work on the machine slows both alike.
+Thread time, the best of many short rounds, each of which runs all cases. The unit is a plain Triton kernel with 21 arguments,
+launched in the same rounds: other work on the machine slows both alike.
 """
 
 import argparse

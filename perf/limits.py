@@ -132,7 +132,7 @@ def published() -> tuple[Published, ...]:
 
 
 def best_published(problem: Problem, direction: str, gpu_name: str) -> Published | None:
-    """Return the highest published rate for this problem, in any 16-bit dtype, on this GPU or another with the same chip."""
+    """Return the highest published rate for this problem, in any 16-bit dtype, on this GPU or one with the same chip."""
     known = gpu.find_gpu(gpu_name)
     square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
     if known is None or not square or problem.dtype not in SIXTEEN_BIT:

@@ -96,7 +96,7 @@ def draw_inputs(problem: Problem, device, copies: int) -> list[tuple]:
 
 
 def expected_tensors(case: Case, inputs) -> Expected:
-    """Compute a case by the definition in float64 (float32 for large 16-bit problems), with the error torch makes.
+    """Compute a case by the definition in float64 (float32 for large 16-bit problems), and the error allowed for each tensor.
 
     Raises ValueError if the definition in the problem's dtype is not finite, which leaves no bound for the error.
     """

@@ -32,18 +32,18 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             empty blocks are skipped and its full blocks read no mask. A window in addition to a block mask masks pairs but
             skips no block: combine it into the mask instead.
         key_lengths: number of keys of each sequence: int32 or int64, broadcasting to the leading dimensions without H. The
-            keys from there to S are padding, whatever they hold. "bottom_right" then aligns to the last key of each
-            sequence.
-        dropout_p: each weight is dropped with this probability and the others are multiplied by 1 / (1 - dropout_p),
-            in every call, as in torch's function. The choice depends on the seed and the pair's position only, never on
-            block sizes.
+            keys from that number to S are padding; their values do not matter. "bottom_right" then aligns to the last key
+            of each sequence.
+        dropout_p: each weight is dropped with this probability and the others are multiplied by 1 / (1 - dropout_p). As in
+            torch's function, this applies to every call: there is no training mode. Which weights are dropped depends only
+            on the seed and the pair's position, never on block sizes.
         dropout_seed: int64 tensor of one element on q's device; drawn from torch's generator if None. See `dropout_mask`.
         return_lse: also return the log-sum-exp of each row's scores.
         precise_grad: where a gradient is needed, keep the rounding error of a 16-bit output, so that dQ is exact to
             rounding also for data with a common mean. Costs one more tensor of the output's size. The forward pass then
-            sums in another way than without a gradient, so 16-bit outputs may differ in the last bit. Under reentrant
-            checkpointing the first pass (no gradient) and the recomputed one differ so; with precise_grad=False, or with
-            use_reentrant=False, they are equal.
+            sums differently than without a gradient, so 16-bit outputs may differ in the last bit. Reentrant checkpointing
+            runs the first pass without a gradient, so its output may differ from that of the recomputed pass; with
+            precise_grad=False, or with use_reentrant=False, they are equal.
         softcap, sink: not supported yet; anything but None raises.
 
     Returns:
@@ -79,7 +79,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     [..., Hq, L, S]: booleans (True takes part), numbers to be added, or a CausalBias of torch.nn.attention.bias.
     `is_causal` is aligned top-left. Deliberate differences from torch: values of another length than the keys and a scale
     that is not finite raise, and a NaN in a masked key or value does not leak. Under autocast a float32 attn_mask keeps its
-    dtype. Errors have torch's types and begin with torch's words. See `attention` for gradients, errors and source.
+    dtype. Errors have torch's types and begin with torch's messages. See `attention` for gradients, errors and source.
     """
     tensors = eager.sdpa_tensors(query, key, value, attn_mask)
     call_key = eager.call_key(tensors, ("sdpa", dropout_p, is_causal, scale, enable_gqa))  # `key` holds the keys
@@ -99,9 +99,9 @@ def warm(q, k, v, *, backward=True, **options) -> None:
 
     Runs the call once, and with `backward` its backward pass where a tensor requires a gradient. No gradient is accumulated
     and no random number drawn. Shapes, strides, dtypes, alignment, options, grad mode, and which tensors require a gradient
-    must be those of the later calls; the data does not matter. With return_lse=True the backward pass is that of both
-    results. Lengths are compiled for by whether they are 1, a multiple of 16, and a multiple of the block: warm one length
-    of each kind that will occur.
+    must be those of the later calls; the data does not matter. With return_lse=True the backward pass differentiates both
+    results. A kernel is compiled for whether each length is 1, a multiple of 16, or a multiple of the block size: warm one
+    length of each kind that will occur.
 
     Raises the errors of `attention`.
     """
@@ -122,11 +122,11 @@ def warm(q, k, v, *, backward=True, **options) -> None:
 def dropout_mask(shape, dropout_p, dropout_seed):
     """Return booleans of `shape` (batch, H, L, S): True where `attention` keeps a weight with this seed.
 
-    Several batch dimensions count as one. Bit for bit what every kernel draws (Philox, seven rounds; kernels/dropout.py has
-    the counter). Takes one byte per weight.
+    Several batch dimensions count as one. The result equals what every kernel draws, bit for bit (Philox, seven rounds;
+    kernels/dropout.py has the counter). Takes one byte per weight.
 
     Raises:
-        ValueError: `shape` has not four sizes, or dropout_p is outside [0, 1]. TypeError: dropout_p is no number.
+        ValueError: `shape` does not have four sizes, or dropout_p is outside [0, 1]. TypeError: dropout_p is not a number.
         RuntimeError: dropout_seed is not an int64 tensor of one element, or kernels cannot run on its device.
     """
     dropout_p, seed = arguments.prepare_dropout(shape, dropout_p, dropout_seed)

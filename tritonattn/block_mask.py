@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-TILE = 128  # kernels/window.py has the same
+TILE = 128  # the same in kernels/window.py
 
 
 class BlockMask(torch.nn.Module):
@@ -20,7 +20,7 @@ class BlockMask(torch.nn.Module):
 
     It can be copied, pickled, loaded by torch.load(weights_only=True) and passed through torch.export. As an attribute of a
     module it moves with that module, but is not in its state_dict, and `to` moves it in place, as for any module.
-    `attention` refuses one whose mask was changed in place; compiled code and masks of inference mode are not checked.
+    `attention` rejects one whose mask was changed in place; compiled code and masks of inference mode are not checked.
     """
 
     def __init__(self, mask: Tensor, kv_blocks: Tensor, q_blocks: Tensor, current: bool = True):
@@ -94,7 +94,7 @@ def block_mask(mask: Tensor) -> BlockMask:
         full.append(torch.nn.functional.pad(every_row, padding, value=True).unflatten(-1, (n_blocks, TILE)).all(-1))
     none = mask.new_empty(*mask.shape[:-2], 0, n_blocks)
     nonempty, full = (torch.stack(rows, -2) if rows else none for rows in (nonempty, full))
-    # the last block of a loop is partial where it is cut short: only those are tested for the end
+    # a block that reaches past the last row or column counts as partial: full blocks are not tested for the end
     full_of_query, full_of_key = full.clone(), full.mT.clone()
     if n_k % TILE:
         full_of_query[..., -1] = False

@@ -19,8 +19,8 @@ LARGEST_HEAD = 512  # of the kernels, in any dtype
 class Peaks:
     """Peak rates of one GPU model at its specified clock, per clock and SM.
 
-    Left out: tensor cores' rates for TF32, 8 bits and fewer, and fp64, sparsity, bandwidth of caches and shared memory, and
-    the power limit, which keeps large products below the specified clock.
+    Not included: the tensor cores' rates for TF32, for fp64 and for 8 bits and fewer; sparsity; the bandwidth of caches and
+    shared memory; the power limit, which keeps the clock of large products below the specified one.
     """
 
     clock: float       # Hz, with the tensor cores busy
@@ -42,7 +42,7 @@ class Multiprocessor:
     blocks: int
     shared_memory: int  # bytes
     reserved: int = 1024         # bytes of shared memory that the driver takes for each block
-    registers: int = 512         # per lane, if a quarter of the SM ran one warp
+    registers: int = 512         # per lane in each of the four register files
     granularity: int = 8         # step in which registers per lane are allocated
     lanes: int = 32              # threads of a warp
 
@@ -75,7 +75,7 @@ class Gpu:
         return int(self.arch.removeprefix("sm_"))
 
     def largest_head(self, dtype: torch.dtype) -> int:
-        """Return LARGEST_HEAD, or 256 where float32 tiles of that size, up to 160 KiB, do not fit; AMD's kernels need less."""
+        """Return LARGEST_HEAD, or 256 where the float32 tiles of larger heads, up to 160 KiB, do not fit. AMD needs less."""
         too_small = dtype.itemsize > 2 and self.shared_memory < 160 * 1024 and not self.is_amd
         return 256 if too_small else LARGEST_HEAD
 
@@ -129,7 +129,7 @@ _PEAKS = {
     Gpu("RTX 5090", "sm_120", 170, 99 * 1024): Peaks(2.407e9, 512, 16, 128, 1.792e12, 96 << 20, 32 << 30),
     Gpu("MI300X", "gfx942", 304, 64 * 1024): Peaks(2.1e9, 2048, 16, 128, 5.30e12, 32 << 20, 192 << 30),
 }
-# one GPU for each architecture: the last of several
+# one GPU for each architecture: the last one listed
 KNOWN = {gpu.arch: gpu for gpu in _PEAKS}
 
 # words of a device's name that do not distinguish models; "PCIe", "NVL", "40GB" and "Ti" do

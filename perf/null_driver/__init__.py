@@ -1,7 +1,7 @@
-"""Triton's own CUDA driver and launcher over a libcuda that does nothing, for programs without TRITON_INTERPRET.
+"""Triton's own CUDA driver and launcher with a libcuda that does nothing, for programs without TRITON_INTERPRET.
 
-Arguments are bound and specialized, kernels compiled, loaded, and launched with tensors on the CPU: everything is real but
-the device. Call `install` before the first launch of a process, and in a process of its own: it replaces parts of modules.
+Arguments are bound and specialized, kernels compiled, loaded, and launched with tensors on the CPU. Everything except the
+device is real. Call `install` before the first launch of a process, and in a process of its own: it replaces parts of modules.
 """
 
 import ctypes
@@ -45,7 +45,7 @@ class NullDriver:
 
 
 def install() -> NullDriver:
-    """Make Triton use the null driver, and tritonattn take CPU tensors for tensors on an H200."""
+    """Make Triton use the null driver, and make tritonattn treat CPU tensors as tensors on an H200."""
     library = build()
     os.environ["TRITON_LIBCUDA_PATH"] = str(library.parent)
     null_driver = NullDriver(library)

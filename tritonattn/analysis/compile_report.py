@@ -1,4 +1,4 @@
-"""The report of a compiled kernel, made without a GPU: Triton compiles for any of them.
+"""Reports of compiled kernels, made without a GPU: Triton compiles for any GPU on any machine.
 
     problem + config + GPU -> binary -> registers, spills, memory, blocks per SM, instructions of the loops over tiles
 """
@@ -44,10 +44,10 @@ class KernelReport:
     tensor_memory: int   # columns
     accumulation: int = 0              # AMD: registers that only the matrix cores use, counted in `registers` too
     scalar: int = 0                    # AMD: registers of a wave
-    spilled: int = 0                   # AMD: registers kept elsewhere, in memory or in lanes of others
+    spilled: int = 0                   # AMD: spilled registers, to memory or to lanes of other registers
     precision: str | None = None       # of float32 products: "ieee" or "tf32"
     loops: tuple[Loop, ...] = ()       # over tiles, the one without a mask first
-    race: str | None = None            # Hopper: the first one in the machine code
+    race: str | None = None            # Hopper: the first race in the machine code
 
     @property
     def threads(self) -> int:
@@ -65,7 +65,7 @@ class KernelReport:
 
     @property
     def serialized(self) -> bool:
-        """On Hopper: whether each warp-group MMA of a loop is waited for separately (C7510 to C7515 of ptxas).
+        """True if, on Hopper, a loop waits for each of its warp-group MMAs separately (C7510 to C7515 of ptxas).
 
         In a pipelined loop, all MMA instructions of one product of tiles share one wait.
         """
@@ -179,7 +179,7 @@ def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu):
 
 @functools.lru_cache(maxsize=64)
 def _compile_cached(kernel, problem, config, gpu, _precision):
-    """Compile once per argument list; `_precision` is read by the launch, and is here as part of the cache's key."""
+    """Compile once per argument list. `_precision` is only a part of the cache's key: the launch reads torch's setting."""
     launched = launch.example_launch(kernel, problem, config)
     if not isinstance(launched.kernel, JITFunction):
         raise RuntimeError("the kernels are interpreted and cannot be compiled; start Python without TRITON_INTERPRET")

@@ -1,4 +1,4 @@
-"""A small model of a compiled kernel's time, from the instructions of its loops: to rank configs, not to predict times.
+"""A cost model of compiled kernels, from the instructions of their loops. It ranks configs; it does not predict times.
 
     cycles of a unit in one iteration  =  operations of the loop on that unit / operations of an SM per clock
     cycles of an iteration  =  max(tensor, softmax) + (1 - overlap) min(tensor, softmax) + latency / blocks per SM
@@ -22,7 +22,7 @@ from ..problem import Problem
 from .compile_report import KernelReport, flops
 from .sass import Loop, kind
 
-# part of the softmax hidden behind other warps' products, by the number of groups of four warps on an SM
+# part of the softmax that overlaps other warps' products, by the number of groups of four warps on an SM
 OVERLAP = {1: 0.2, 2: 0.6, 3: 0.7}
 OVERLAP_OF_MORE = 0.75
 LATENCY = {1: 500, 2: 100}    # exposed cycles of an iteration, by the stages of the pipeline
@@ -91,7 +91,7 @@ def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:
     singles = sum(bool(SINGLE.match(name)) for name in loop.instructions)
     alu = counts.get("select", 0) + counts.get("conversion", 0) - singles + counts.get("integer", 0)
     if report.gpu.is_amd:
-        # the same lanes do both
+        # on AMD the same lanes do both
         alu, floats = alu + floats, 0
     else:
         # IMAD, which the compiler also uses as a move, runs on the floating-point lanes

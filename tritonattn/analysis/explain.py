@@ -21,7 +21,7 @@ class KernelChoice:
     table: str | None          # the file in configs/data/
     entry: Entry | None        # the recorded figures of the config's binary
     lost: dict[str, str]       # {config: reason} of the rejected and the slower ones
-    record: Record | None = None  # in the user's cache
+    record: Record | None = None  # of the user cache
 
     def __str__(self):
         origin = lookup.ORIGINS.get(self.origin, self.origin) + (f" ({self.table}.json)" if self.table else "")
@@ -79,23 +79,23 @@ def explain(q, k, v, **options) -> Explanation:
     return explain_problem(problem_of(q, k, v, **options), gpu.gpu_of(q.device))
 
 
-def explain_problem(problem: Problem, on: Gpu) -> Explanation:
+def explain_problem(problem: Problem, target: Gpu) -> Explanation:
     """Return the configs that the kernels of a problem would use on a GPU, which need not be present.
 
     Raises RuntimeError: the kernels do not support the GPU or the head size.
     """
-    limit = on.largest_head(problem.dtype)
+    limit = target.largest_head(problem.dtype)
     if max(problem.d, problem.dv) > limit:
-        raise RuntimeError(f"head size: expected at most {limit} in {problem.dtype} on {on.name}, got "
+        raise RuntimeError(f"head size: expected at most {limit} in {problem.dtype} on {target.name}, got "
                            f"{max(problem.d, problem.dv)}")
     kernels = ("forward", "delta", "dq", "dkdv") + (("dbias",) if problem.bias is not None else ())
-    return Explanation(problem, on, tuple(_line(kernel, problem, on) for kernel in kernels))
+    return Explanation(problem, target, tuple(_line(kernel, problem, target) for kernel in kernels))
 
 
-def _line(kernel, problem, on):
+def _line(kernel, problem, target):
     if (pinned := config.pinned_config(kernel)) is not None:
         return KernelChoice(kernel, str(pinned), "pinned", None, None, {})
-    choice = lookup.lookup_config(kernel, problem, on)
+    choice = lookup.lookup_config(kernel, problem, target)
     entry = getattr(choice.row, choice.fill) if choice.row else None
     lost = choice.row.rejected if choice.row else {}
     if choice.record and choice.record.default != choice.record.config:

@@ -23,7 +23,7 @@ _NOTES = {"registers": ["vgpr_count"], "stack": ["private_segment_fixed_size"], 
 
 
 def resources_of_cubin(cubin: bytes) -> dict[str, int]:
-    """Return the fields of KernelReport that cuobjdump shows, of the largest function. ValueError: it cannot read the cubin."""
+    """Return the fields of KernelReport that cuobjdump shows, of the largest function. Raises ValueError if it shows none."""
     usage = run_tool(triton.knobs.nvidia.cuobjdump, cubin, "-res-usage")
     if "REG:" not in usage:
         raise ValueError(f"cuobjdump: expected the resources of a kernel, got: {usage.strip()[-300:]}")
@@ -31,7 +31,7 @@ def resources_of_cubin(cubin: bytes) -> dict[str, int]:
 
 
 def resources_of_amdgcn(assembly: str) -> dict[str, int]:
-    """Return the fields of KernelReport that are in the notes at the end of AMD's assembly. ValueError: they are missing."""
+    """Return the fields of KernelReport in the notes at the end of AMD's assembly. Raises ValueError if one is missing."""
     notes = dict(re.findall(r"\.(\w+):\s+(\d+)", assembly))
     if missing := [name for names in _NOTES.values() for name in names if name not in notes]:
         raise ValueError(f"amdgcn: expected the note .{missing[0]}, got none: cut off, or stripped")
@@ -39,7 +39,7 @@ def resources_of_amdgcn(assembly: str) -> dict[str, int]:
 
 
 def disassemble(cubin: bytes) -> str:
-    """Return the SASS of a cubin. ValueError: nvdisasm cannot read it.
+    """Return the SASS of a cubin. Raises ValueError if nvdisasm cannot read it.
 
     The dataflow analysis is off: it resolves indirect jumps, which kernels do not have, and takes up to a third of the time.
     """
@@ -47,7 +47,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def run_tool(tool: triton.knobs.NvidiaTool, content: bytes, *options: str) -> str:
-    """Return what a CUDA tool that comes with Triton prints about a file. ValueError: it fails; its message."""
+    """Return what a CUDA tool that comes with Triton prints about a file. Raises ValueError, with its output, if it fails."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()
@@ -107,12 +107,12 @@ class Loop:
     @functools.cached_property
     def products(self) -> dict[str, int]:
         """The number of MMAs by instruction and shape: {"HGMMA.64x128x16": 8}. UTCHMMA's shape is not in its text."""
-        found = collections.Counter()
+        counts = collections.Counter()
         for opcode in self.instructions:
             if kind(opcode) == "tensor":
                 shaped = re.match(r"[A-Z]+(\.\d[\dx]*\b)?|v_s?mf?mac?_[a-z]\w*?\d+x\d+x\d+", opcode)
-                found[shaped[0]] += 1
-        return dict(found)
+                counts[shaped[0]] += 1
+        return dict(counts)
 
     @property
     def exponentials(self) -> int:
@@ -144,14 +144,14 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
     jumps = [(labels.get(match[1] or match[2]), i) for i, line in enumerate(lines) if (match := _JUMP.search(line))]
     ranges = [(start, end) for start, end in jumps if start is not None and start < end]
-    # a block moved behind a loop jumps back into it, which is no loop; several jumps to one head are one loop
+    # a block that was moved behind a loop jumps back into it: this is no loop. Several jumps to one head are one loop
     ranges = [a for a in ranges if not any(b[0] < a[0] <= b[1] < a[1] for b in ranges)]
     ranges = sorted(dict(sorted(ranges)).items())
     innermost = [a for a in ranges if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in ranges)]
     # in SASS, a comment with the offset precedes every instruction
     opcode = _SASS.search if _SASS.search(text) else _AMDGCN.match
-    found = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
-             for part in (lines[start:end + 1] for start, end in innermost)]
-    found = [loop for loop in found if loop.exponentials]
-    chosen = [loop for loop in found if loop.exponentials > NAN_SAFE_RATIO * found[0].exponentials][:stretches]
-    return tuple(sorted(chosen, key=lambda loop: (not loop.pipelined, len(loop.instructions))))
+    every_loop = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
+                  for part in (lines[start:end + 1] for start, end in innermost)]
+    softmax = [loop for loop in every_loop if loop.exponentials]
+    over_tiles = [loop for loop in softmax if loop.exponentials > NAN_SAFE_RATIO * softmax[0].exponentials][:stretches]
+    return tuple(sorted(over_tiles, key=lambda loop: (not loop.pipelined, len(loop.instructions))))

@@ -1,8 +1,8 @@
-"""Train a small language model twice, with torch's attention and patched to ours, and compare both with float64.
+"""Train a small language model twice, with torch's attention and with tritonattn's, and compare both with float64.
 
-Model, start, text and batches are the same, and the errors follow the rule of measure/accuracy.py. On a GPU the model runs
-under autocast in bfloat16. Without a GPU, a smaller model runs the same kernels in Triton's interpreter, in float32, while a
-second process compiles them for several GPUs and prints registers, memory and instructions.
+Both start from the same weights and take the same batches. The errors follow the rule of measure/accuracy.py. On a GPU the
+model runs under autocast in bfloat16. Without a GPU, a smaller model runs the same kernels in Triton's interpreter, in float32,
+while a second process compiles them for several GPUs and prints registers, memory and instructions.
 """
 
 import atexit
@@ -108,7 +108,7 @@ def train(models: dict[str, Model], indices: torch.Tensor, setup: Setup) -> dict
 def compare(model: Model, texts: torch.Tensor, dtype: torch.dtype) -> dict[str, tuple[float, float, float]]:
     """Return torch's error, ours and the tolerance for the logits, and for the gradients of each kind of parameter.
 
-    Of several gradients of one kind, that of every layer, the one nearest to its tolerance counts.
+    Each kind has one gradient per layer, of which the one nearest to its tolerance counts.
     """
     parameters = [re.sub(r"^layers\.layers\.\d+\.", "", name) for name, _ in model.named_parameters()]
     results = []
@@ -169,7 +169,7 @@ def problems(losses, errors, setup: Setup) -> list[str]:
 
 
 def run(steps: int | None = None, out: str = "demo.png") -> int:
-    """Train, compare and draw; return 0 if everything agrees, else 1. CommandError: an argument that cannot be used."""
+    """Train, compare and draw; return 0 if everything agrees, else 1. Raises CommandError for an unusable argument."""
     device = torch.device("cuda" if torch.cuda.is_available() and not gpu.INTERPRETED else "cpu")
     setup = ON_GPU if device.type == "cuda" else ON_CPU
     setup = setup if steps is None else replace(setup, steps=steps)

@@ -1,7 +1,7 @@
 """Versions, GPUs and folders of this machine, and a fix for everything that does not work.
 
-A finding is "ok", "note" (worth knowing) or "bad": kernels will not run or give wrong results. A bad finding has a fix.
-Nothing is written, and no memory of a GPU is taken.
+A finding is "ok", "note" (worth knowing) or "bad" (kernels do not run, or may give wrong results). A bad finding has a fix.
+The checks write nothing and allocate no memory on a GPU.
 """
 
 import importlib
@@ -44,14 +44,14 @@ def findings() -> list[Finding]:
             of_numpy(), *of_gpus(), *of_compilers(), of_interpreter(), of_cache()]
 
 
-def table(found: list[Finding]) -> str:
+def table(results: list[Finding]) -> str:
     """Format one line per finding, with its fix below, and a verdict."""
     rows = []
-    for finding in found:
+    for finding in results:
         rows.append((finding.name, finding.status, finding.value))
         if finding.fix:
             rows.append(("", "", f"fix: {finding.fix}"))
-    bad = [finding.name for finding in found if finding.status == "bad"]
+    bad = [finding.name for finding in results if finding.status == "bad"]
     return "\n".join([*columns(rows, left=(0, 1, 2)), f"problems: {', '.join(bad)}" if bad else "OK"])
 
 

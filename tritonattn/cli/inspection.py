@@ -59,7 +59,7 @@ def _inspect(arguments) -> int:
         with ThreadPoolExecutor() as pool:
             reports = list(pool.map(lambda job: inspect_kernel(*job), jobs))
             remarks = list(pool.map(_remarks, jobs))
-    except Exception as error:  # whatever the compiler raises
+    except Exception as error:  # compilers raise errors of many types
         raise CommandError(f"compilation failed: {type(error).__name__}: {str(error)[:200]!r}", 1) from None
     if arguments.json:
         print(json.dumps([show.as_json(report) | {"ptxas": lines} for report, lines in zip(reports, remarks)], indent=1))

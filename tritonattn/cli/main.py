@@ -18,7 +18,10 @@ from .format import CommandError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code. A command that needs the other kind of kernels runs in a new process."""
+    """Run one command and return its exit code.
+
+    A command that compiles kernels runs in a new process if this one interprets them, and the other way round.
+    """
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser().parse_args(argv)
     finding, interpreted = None, INTERPRETED

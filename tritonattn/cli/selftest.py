@@ -22,7 +22,7 @@ from .format import columns
 TENSORS = ("o", "lse", "dq", "dk", "dv")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CAUSAL = (None, 0)
-LONGER = 5  # factor of the lengths on a GPU, whose tiles are larger: its loops too should take several steps
+LENGTH_FACTOR = 5  # of the lengths on a GPU, whose tiles are larger, so that its loops take several steps too
 
 
 class Case(NamedTuple):
@@ -109,10 +109,10 @@ def _check(case: Case, dtype: torch.dtype, device: torch.device) -> list[Result]
 
 
 def _longer(case: Case) -> Case:
-    """Return the same problem with lengths for a GPU."""
+    """Return the same problem with LENGTH_FACTOR times the lengths."""
     heads, kv_heads, n_q, n_k, *widths = case.sizes
-    window = tuple(side and side * LONGER for side in case.window)
-    return case._replace(sizes=(heads, kv_heads, n_q * LONGER, n_k * LONGER, *widths), window=window)
+    window = tuple(side and side * LENGTH_FACTOR for side in case.window)
+    return case._replace(sizes=(heads, kv_heads, n_q * LENGTH_FACTOR, n_k * LENGTH_FACTOR, *widths), window=window)
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

@@ -71,7 +71,7 @@ def _add_problems(command, required: bool) -> None:
 
 
 def _checked(run):
-    """Return the command with errors of input as one line on stderr and exit code 2."""
+    """Return the command with ERRORS printed as one line on stderr, and exit code 2 for them."""
     def command(arguments) -> int:
         try:
             return run(arguments) or 0

@@ -19,11 +19,11 @@ from .key import key_of, precision, waves
 from .shipped import FILLS, WIDTHS, Row, Table, shipped_tables
 from .user_cache import Record
 
-# called with (kernel, problem, gpu) before every lookup, in every thread of the process; a repeated call looks nothing up
+# called with (kernel, problem, gpu) before every lookup, in every thread of the process; a repeated call does no lookup
 observers: list[Callable[[str, Problem, Gpu], None]] = []
 _open_blocks: list = []  # of `observed`
 _versions = itertools.count(1)
-_version = 0             # of the results: a new one where a lookup may find another config than before
+_version = 0             # of the results; changes whenever a lookup may return another config than before
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def version() -> tuple | None:
 
 
 def new_version() -> None:
-    """Let the next call of every kind look up again, also one like an earlier call."""
+    """Make the next call of every kind look up its configs again, even if it repeats an earlier call."""
     global _version
     _version = next(_versions)
 
@@ -83,7 +83,7 @@ ORIGINS = {
 def lookup_config(kernel: str, problem: Problem, gpu: Gpu) -> ConfigChoice:
     """Return the config of the first origin that has one that fits. Pinned configs are not considered.
 
-    The result is cached until this process tunes: records of other processes do not change it in between.
+    The result is cached until this process tunes. Until then, records that other processes write have no effect.
     """
     # TF32 is a global setting, and has keys of its own in the user cache
     return _lookup_config(kernel, problem, gpu, precision(problem))
@@ -111,7 +111,7 @@ def clear_lookup_cache() -> None:
 def lookup_shipped(kernel: str, problem: Problem, gpu: Gpu) -> ConfigChoice:
     """Return the config that the shipped tables have for a kernel other than delta.
 
-    Tries the tables and the row keys in order of preference, and the other fill where the entry of the right one does not fit.
+    Tries the tables and the row keys in order of preference, and in each row the entry of the other fill last.
     """
     keys, fill = tuple(row_keys(kernel, problem)), gpu_fill(kernel, problem, gpu)
     for origin, table in table_sources(gpu):
@@ -163,7 +163,7 @@ def table_sources(gpu: Gpu) -> Iterator[tuple[str, Table]]:
 def closest_architecture(gpu: Gpu) -> str:
     """Return the architecture with a table that has the same tensor cores and at most the shared memory of this GPU.
 
-    Raise RuntimeError if the kernels do not support the GPU.
+    Raises RuntimeError if the kernels do not support the GPU.
     """
     if (gpu.is_amd and not gpu.arch.startswith(("gfx94", "gfx95"))) or (not gpu.is_amd and gpu.capability < 80):
         raise RuntimeError(f"GPU: expected NVIDIA from sm_80 on or AMD CDNA 3 or later, got {gpu.name} ({gpu.arch})")

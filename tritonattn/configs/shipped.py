@@ -19,8 +19,8 @@ SCHEMA = 2
 FILLS = ("filled", "underfilled")
 SOURCES = {"static-model": "from the binaries alone", "measured": "timed on this GPU"}
 MASKS = ("full", "edges", "window", "pairs")
-WIDTHS = (64, 96, 128, 192, 256, 512)  # a row serves head sizes up to its width
-SIZE_TOLERANCE = 0.1  # relative; drivers reserve some memory, so sizes that differ by less count as equal
+WIDTHS = (64, 96, 128, 192, 256, 512)  # the largest head size of a row
+SIZE_TOLERANCE = 0.1  # relative; sizes this close count as equal, because drivers reserve some memory
 
 
 class TableError(Exception):
@@ -104,7 +104,7 @@ def shipped_tables() -> tuple[Table, ...]:
 
 
 def read_table(path: Path) -> Table:
-    """Return the table in a file. Raise TableError."""
+    """Return the table in a file. Raises TableError."""
     try:
         content = json.loads(path.read_text())
         if content["schema"] != SCHEMA:

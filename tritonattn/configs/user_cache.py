@@ -24,14 +24,14 @@ from .kernel_hash import kernel_hash
 from .shipped import gpu_fingerprint, replace_file
 
 LAYOUT = Path("tuned", "v3")  # another number for another schema
-INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)  # what reading a foreign file raises
+INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)  # errors of reading an invalid file
 
 
 @dataclass(frozen=True)
 class Record:
     """The fastest config found for a key on a GPU, and how it was found. Times are in seconds.
 
-    Raise TypeError for a value of another type, ValueError for a time that is not positive and finite.
+    Raises TypeError for a value of another type, ValueError for a time that is not positive and finite.
     """
 
     key: str
@@ -67,7 +67,7 @@ class Record:
 
     @property
     def is_current(self) -> bool:
-        """True if it was made from the present kernels by the present minor version of Triton."""
+        """True if it was made from the current kernels by the current minor version of Triton."""
         return self.path == record_path(self.key, self.gpu)
 
     def as_json(self) -> dict:
@@ -75,13 +75,13 @@ class Record:
 
     @staticmethod
     def from_json(content: dict) -> "Record":
-        """Return the record with this `as_json`. Raise one of INVALID."""
+        """Return the record with this `as_json`. Raises one of INVALID."""
         return Record(**content | {name: Config.parse(content[name]) for name in ("config", "default")})
 
 
 @functools.cache
 def triton_version() -> str:
-    """Return the version of the installed Triton, or "". Several packages provide it: only the module knows."""
+    """Return the version of the installed Triton, or "". Read from the module, since several packages provide it."""
     return importlib.import_module("triton").__version__ if TRITON else ""
 
 
@@ -107,7 +107,7 @@ def gpu_dirname(gpu: dict) -> str:
 
 
 def record_path(key: str, gpu: dict, kernels: str | None = None, triton: str | None = None) -> Path:
-    """Return the file for a key and a GPU's fingerprint, relative to the cache; by default for the present versions."""
+    """Return the file for a key and a GPU's fingerprint, relative to the cache; by default for the current versions."""
     minor = (triton or triton_version()).split(".")[:2]
     digest = hashlib.sha256(json.dumps([key, kernels or kernel_hash(), minor]).encode()).hexdigest()[:16]
     return LAYOUT / gpu_dirname(gpu) / f"{key.split()[0]}-{digest}.json"
@@ -115,13 +115,13 @@ def record_path(key: str, gpu: dict, kernels: str | None = None, triton: str | N
 
 @dataclass
 class Cache:
-    """The records under `folder`, and those of this process that could not be written. Without a folder, only the latter."""
+    """The records under `folder`, and those of this process that could not be written: without a folder, all of them."""
 
     folder: Path | None
     unwritten: dict[Path, Record] = field(default_factory=dict)
 
     def get(self, key: str, gpu: Gpu) -> Record | None:
-        """Return the record for a key on a GPU, made from the present kernels by the present minor version of Triton."""
+        """Return the record for a key on a GPU, made from the current kernels by the current minor version of Triton."""
         path = record_path(key, gpu_fingerprint(gpu))
         return self.unwritten.get(path) or self._read(path)
 
@@ -149,7 +149,7 @@ class Cache:
     def clear(self) -> int:
         """Remove all files of the cache, those of older schemas and of killed processes too. Return their number.
 
-        Raise OSError if a file cannot be removed.
+        Raises OSError if a file cannot be removed.
         """
         self.unwritten.clear()
         paths = list(self.folder.glob("tuned/v*/*/*.json*")) if self.folder else []

@@ -29,7 +29,7 @@ from ..runtime.custom_op import backward_op, forward_op
 from . import torch_private
 from .support import SUPPORTED_DEVICES, accept, supports
 
-# arguments that some of torch's operators lack, and other names that some have for them
+# defaults of arguments that some of torch's operators lack, and names that differ in some of them
 ABSENT = {"attn_bias": None, "return_debug_mask": False, "grad_input_mask": None}
 RENAMED = {"attn_mask": "attn_bias", "grad_out_": "grad_out"}
 GRACE = 60.0  # seconds
@@ -45,7 +45,7 @@ class Overrides:
     """
 
     def __init__(self, functions):
-        """functions: by the operator's name."""
+        """functions: {name of an operator: its replacement}."""
         self._library, self._kernels = torch.library.Library("aten", "IMPL"), []
         for device in SUPPORTED_DEVICES:
             for name, function in functions.items():
@@ -55,7 +55,7 @@ class Overrides:
         try:
             kernel = torch.library.get_kernel(f"aten::{name}", device)
         except RuntimeError:
-            kernel = None  # in the interpreter, the operators of GPUs exist on the CPU too
+            kernel = None  # in the interpreter, GPU operators are replaced on the CPU too, where torch has no kernel
         schema = getattr(torch.ops.aten, name).default._schema
         defaults = {argument.name: argument.default_value for argument in schema.arguments}
 

@@ -1,4 +1,4 @@
-"""Count of the attention calls made while the patch is on: handled by tritonattn, or passed back to torch, by reason.
+"""Counts of the attention calls made while the patch is on: handled by tritonattn, or passed back to torch, by reason.
 
     record_call(reason, call) -> fallback_report()     one FallbackWarning per reason     TORCH_LOGS="+tritonattn"
 
@@ -45,7 +45,7 @@ class FallbackReport:
 def fallback_report(clear: bool = False) -> FallbackReport:
     """Return the number of calls that tritonattn handled, and of those that fell back to torch by reason.
 
-    With clear=True the counts restart at zero, and the next call that falls back for a reason warns again.
+    With clear=True the counts restart at zero, and the next fallback for each reason warns again.
     """
     with LOCK:
         counts = dict(_calls)
@@ -96,7 +96,7 @@ def _shape(x):
 
 
 def raise_if_strict(reason, call):
-    """Raise RuntimeError where a call falls back (its reason is not None) and TRITONATTN_STRICT=1."""
+    """Raise RuntimeError if a call falls back (its reason is not None) and TRITONATTN_STRICT is 1."""
     if reason is not None and _strict():
         raise RuntimeError(fallback_message(reason, call))
 
@@ -118,5 +118,5 @@ def record_call(reason, call):
     if _log.isEnabledFor(logging.DEBUG):
         _log.debug("%s: %s", "handled" if reason is None else f"fallback to torch, {reason}", call_signature(call))
     if is_new and reason is not None:
-        advice = "Shown once per reason; tritonattn.fallback_report() counts, TRITONATTN_STRICT=1 turns it into an error."
+        advice = "Shown once per reason; tritonattn.fallback_report() counts all, TRITONATTN_STRICT=1 makes it an error."
         warnings.warn(f"{fallback_message(reason, call)}. {advice}", FallbackWarning, stacklevel=3)

@@ -31,7 +31,7 @@ CAUSAL_BIAS_FUNCTION = vars(CausalBias)["__torch_function__"]
 
 _on = False            # whether the python route is on
 _claims = frozenset()  # (owner, route) of every open request: "enable", or a token for each open block
-_open = {}             # by name, the patches that are on: an ExitStack that ends each
+_open = {}             # {name of a patch that is on: the ExitStack that ends it}
 
 
 def enable(route: str = "python") -> None:
@@ -95,7 +95,7 @@ def _claim(owner, route):
         try:
             _set(_claims | {(owner, route)})
         except BaseException:
-            _set(_claims)  # no half of a patch stays where torch refuses the other half
+            _set(_claims)  # undo the part of the patch that was made before the error
             raise
     return owner, route
 
@@ -150,7 +150,7 @@ def _under_modes(arguments, options):
 
 
 def _set(claims):
-    """Switch on the patches that the claims ask for, and all others off. The caller holds the lock."""
+    """Switch on the patches that the claims need, and all others off. The caller holds the lock."""
     global _claims
     wanted = {route for _, route in claims} | ({"fast path"} if claims else set())
     for name, patch in PATCHES.items():
@@ -196,8 +196,11 @@ PATCHES = {"fast path": aten_overrides.fast_path, "aten": _patch_aten, "python":
 
 
 def _torch_function(cls, func, types, args=(), kwargs=None):
-    """CausalBias.__torch_function__ while patched: torch's compares with F.scaled_dot_product_attention, and would drop the
-    bias of a saved reference to torch's function."""
+    """CausalBias.__torch_function__ while patched.
+
+    torch's own compares the function with F.scaled_dot_product_attention, now the replacement. It would drop the bias in a
+    call through a saved reference to torch's function.
+    """
     if func is TORCH_SDPA:
         return scaled_dot_product_attention(*args, **(kwargs or {}))
     return CAUSAL_BIAS_FUNCTION.__func__(cls, func, types, args, kwargs)

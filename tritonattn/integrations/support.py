@@ -1,4 +1,4 @@
-"""The calls of torch's attention function that tritonattn handles, and the reason why torch computes another one."""
+"""The calls of torch's attention function that tritonattn handles, and the reasons why others fall back to torch."""
 
 import numbers
 
@@ -16,7 +16,7 @@ SUPPORTED_DTYPES = (*DTYPES, torch.float64) if gpu.INTERPRETED else DTYPES
 
 
 def unsupported_reason(query, key, value, attn_mask, dropout_p=0.0, scale=None, enable_gqa=False):
-    """Return why this call falls back to torch, or None. A malformed call may take either way: both raise."""
+    """Return why this call falls back to torch, or None. A malformed call may go either way: both functions raise."""
     if torch.jit.is_tracing():
         return "torch.jit.trace"
     reason = _unsupported_tensors(query, key, value, attn_mask) or _unsupported_number(dropout_p, scale, enable_gqa)
@@ -55,7 +55,7 @@ def _unsupported_number(dropout_p, scale, enable_gqa):
     """Return the option whose value only torch accepts or rejects by its own rules, or None."""
     if not isinstance(enable_gqa, bool):
         return "enable_gqa"
-    # a number that differs from itself is nan; math.isnan cannot be traced with a symbol
+    # only NaN differs from itself; math.isnan cannot be traced with a symbol
     if isinstance(dropout_p, torch.Tensor) or (isinstance(dropout_p, float) and dropout_p != dropout_p):
         return "dropout_p"
     if isinstance(scale, torch.Tensor):

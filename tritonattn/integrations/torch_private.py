@@ -1,4 +1,4 @@
-"""Names of torch that carry no promise of stability, gathered here so that an upgrade breaks in one file."""
+"""Private names of torch that the patch needs, gathered so that an upgrade of torch breaks it in one file."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor

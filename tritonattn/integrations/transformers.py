@@ -67,7 +67,7 @@ def register(name="tritonattn", *, harmless=()):
     AttentionMaskInterface.register(name, padding_mask)
 
 
-# names of transformers that carry no promise of stability follow: _can_set_attn_implementation, _supports_flash_attn
+# the checks use private names of transformers: _can_set_attn_implementation, _supports_flash_attn
 def _check_before(name, check):
     """Make a method of PreTrainedModel call check(model, *arguments) first."""
     method = getattr(PreTrainedModel, name)
@@ -89,14 +89,14 @@ def _check_model(model, requested_attention, *_, **__):
     if not all(c._can_set_attn_implementation() for c in classes if c.__module__ != "__main__"):
         raise NotImplementedError(f"attn_implementation: {type(model).__name__} computes attention itself, and not through "
                                   "transformers' AttentionInterface, so tritonattn cannot replace it; use \"eager\"")
-    # a model that asks for flash attention by its name computes with the mask otherwise
+    # a model that checks for flash attention by name computes with the mask under any other name
     by_name = any(generic.is_flash_attention_requested in vars(sys.modules[c.__module__]).values() for c in classes)
     config = type(model.config)
     _padding_only[config] = _padding_only.get(config, True) and type(model)._supports_flash_attn and not by_name
 
 
 def _check_submodels(model, attn_implementation, *_, **__):
-    """Do the same for each part of a model that an implementation is requested for: transformers logs a warning only."""
+    """Check each part of a model for which an implementation is requested; transformers itself only logs a warning."""
     requests = _requests(model.config, attn_implementation)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -104,7 +104,7 @@ def _check_submodels(model, attn_implementation, *_, **__):
 
 
 def _requests(config, request):
-    """Return the name requested for a configuration and each one in it, by its id; a dictionary has them by their keys."""
+    """Return {id: requested name} of a configuration and its sub-configurations. `request`: one name, or names by key."""
     by_key = isinstance(request, dict)
     requests = {id(config): request.get("") if by_key else request}
     for key in config.sub_configs:
@@ -131,7 +131,7 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     plain = bidirectional or mask_function is masking_utils.causal_mask_function
     config = options.get("config")
     if not plain and options.get("local_size") is not None and getattr(config, "attention_chunk_size", None) is None:
-        # a sliding window; transformers allows to skip its mask if no other pattern was added
+        # a sliding window; transformers allows skipping its mask if no other pattern was added
         bidirectional = options.get("allow_is_bidirectional_skip", False)
         plain = bidirectional or options.get("allow_is_causal_skip", True)
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
@@ -139,7 +139,7 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
         padding = _padding(sizes, attention_mask, not bidirectional, options.get("device", "cpu"))
         if padding is not NotImplemented:
             return padding
-    # without a mask, fewer queries than keys do not say where they stand
+    # without a mask, the positions of fewer queries than keys would be unknown
     options["allow_is_causal_skip"] = options.get("allow_is_causal_skip", True) and q_length in (1, kv_length)
     return masking_utils.sdpa_mask(*sizes, mask_function, attention_mask, **options)
 
@@ -173,8 +173,8 @@ def _padding(sizes, attention_mask, causal, device):
         none, right = torch.stack((keep.all(), right)).tolist()
         if not none:
             return lengths if right and (not causal or n_q == n_k) else keep
-    # lengths where keys from `end` on are unused, or to say that the last of several queries is at the last key; filled on
-    # the device, because a copy from the host would not be captured into a CUDA graph
+    # lengths are needed if keys from `end` on are unused, or to align the last of several queries with the last key. They
+    # are filled on the device, because a copy from the host cannot be captured into a CUDA graph
     return None if end == n_k and n_q in (1, n_k) else torch.full((batch_size,), end, device=device)
 
 

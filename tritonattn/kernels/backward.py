@@ -4,9 +4,9 @@
     dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q      dbias = dS, summed where the bias is broadcast
 
-P is never stored; it is recomputed from the scores and the log-sum-exp of each row. One
-program computes delta, one dQ of a tile of queries, one dK and dV of a tile of keys, one a tile of dbias: each address has
-one writer, without atomics.
+P is never stored; it is recomputed from the scores and the log-sum-exp of each row. There is one kernel for delta, one for dQ,
+one for dK and dV, and one for dbias. Each program owns one tile of its output, so every address has one writer and no atomics
+are needed.
 """
 
 from typing import NamedTuple
@@ -358,7 +358,7 @@ def dbias_kernel(queries, k, v, dbias, own_axes, reduced_axes, sizes, scoring, s
         keys = key_views(k, v, batch_sizes, batch, head // static.GROUP)
         keys = Keys(load_tile(keys.k, first_col, N, static.D, True), load_tile(keys.v, first_col, N, static.DV, True))
         mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, batch_sizes.shift)
-        # the queries that attend to one of these keys; unless GRADS is "keys", only those of this tile
+        # the queries that attend to at least one of these keys; unless GRADS is "keys", only those of this tile
         bounds = window_bounds(Window(scoring.window.right, scoring.window.left), first_col - batch_sizes.shift, sizes.n_q,
                                N, M)
         start, stop = bounds[0], bounds[3]

@@ -25,7 +25,7 @@ class ScoreMods(NamedTuple):
     bias: tuple = ()        # added to the score, -inf masks a pair; strides are 0 where it is broadcast
     mask: tuple = ()        # bytes, 0 masks a pair
     dropout: tuple = ()     # a Dropout
-    block_list: tuple = ()  # full and partial tiles of the mask; in a view, the list of one tile of rows
+    block_list: tuple = ()  # full and partial blocks of the mask; in a view, the list of one block of rows
 
 
 class ScoreParams(NamedTuple):
@@ -80,7 +80,7 @@ def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
     """
     M: tl.constexpr = a[0].shape[0]
     N: tl.constexpr = b[0].shape[0]
-    # of the tiles in a block list only the partial ones, which have a masked mode, need the mask
+    # with a block list, only its partial blocks, whose stretch has a masked mode, need the mask
     LOAD_MASK: tl.constexpr = len(scoring.mods.mask) == 1 and (len(scoring.mods.block_list) == 0 or needs_mask(MODE))
     # load before the dot: the row reduction gets the layout of the last operand computed, and after a late load several
     # warps would compute the same exponentials

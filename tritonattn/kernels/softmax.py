@@ -34,9 +34,9 @@ def softmax_start(M: tl.constexpr, static):
 def round_p(p, dtype: tl.constexpr):
     """Return p with the precision of `dtype`, still in its own dtype; NaN stays NaN.
 
-    Truncate to bfloat16. The bias cancels, because P is normalised by the sum of the truncated weights. Rounding to
-    nearest would be slower, because the result is used twice: GPUs before Blackwell then convert one number per instruction,
-    in the unit of the exponentials.
+    bfloat16 is truncated. The errors, all downward, nearly cancel, because P is normalised by the sum of the truncated weights.
+    Rounding to nearest would be slower, because the result is used twice: GPUs before Blackwell then convert one number per
+    instruction, in the unit of the exponentials.
     """
     if dtype == tl.bfloat16 and p.dtype == tl.float32:
         return (p.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 class Strides(NamedTuple):
-    """Distances in elements."""
+    """Strides of a Tensor, in elements."""
 
     batch: tuple  # one per batch dimension, the innermost first
     head: int
@@ -63,7 +63,7 @@ class Constexprs(NamedTuple):
     LOOP_MODES: tl.constexpr  # modes of the three stretches of the loop (window.py)
     ACC: tl.constexpr         # dtype of sums
     PRECISION: tl.constexpr   # of float32 products: "ieee" or "tf32"
-    GRADS: tl.constexpr = tl.constexpr("both")  # dK/dV: "both", "dk" or "dv"; dBias: "pairs", or "keys" for one shared row
+    GRADS: tl.constexpr = tl.constexpr("both")  # dK/dV: "both", "dk" or "dv"; dbias: "pairs", or "keys" for one shared row
 
 
 @triton.constexpr_function

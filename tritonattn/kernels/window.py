@@ -12,13 +12,13 @@ A side of None is unbounded and compiles to no code. Query i is at position i + 
 queries, the window is transposed and the shift is negative.
 
 The keys that a tile of queries attends to form three stretches: masked | unmasked | masked. With a block mask
-(block_mask.py) the stretches are a list of tiles: the full tiles first, then the partial ones. The launch chooses the mode
-of each stretch, or None where there is none:
+(block_mask.py) the stretches are parts of a list of blocks: the full blocks first, then the partial ones. The launch chooses
+the mode of each stretch, or None where there is none:
 
     unmasked     no mask code
     neg_inf      no window, but a bias or a mask may make scores -inf
     masked       evaluates the window and checks the ends of the tensors
-    masked_tail  the same without pipelining, behind the unmasked stretch: on Hopper a second pipelined loop makes ptxas
+    masked_tail  the same without pipelining, after the unmasked stretch: on Hopper a second pipelined loop makes ptxas
                  wait for every single product, in both loops
     nan_safe     a NaN in the stored tile may come from 0 * inf at a masked pair. The tile is then recomputed in this mode,
                  NAN_SAFE_ROWS rows at a time, outside the main loop, so that the main loop needs no extra registers or
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 NAN_SAFE_ROWS = tl.constexpr(16)
-TILE = tl.constexpr(128)  # rows and columns of the tiles of a block mask; the blocks of a config are at most as large
+TILE = tl.constexpr(128)  # rows and columns of the blocks of a block mask; the tiles of a config are at most as large
 
 
 class Window(NamedTuple):
@@ -69,7 +69,7 @@ def window_bounds(window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def loop_bounds(block_list, window, first, n, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return the bounds of `window_bounds`; with a block mask, steps into its list: full tiles, then partial ones."""
+    """Return the bounds of `window_bounds`; with a block mask, positions in its list: full blocks, then partial ones."""
     if len(block_list) == 1:
         entries = block_list[0]
         full = tl.load(entries.ptr) * TILE
@@ -80,7 +80,7 @@ def loop_bounds(block_list, window, first, n, ROWS: tl.constexpr, COLS: tl.const
 
 @triton.jit
 def block_start(block_list, step):
-    """Return the first column of a step of the loop, by way of the list if there is a block mask."""
+    """Return the first column of a step of the loop: the step itself, or with a block mask the column that its list holds."""
     if len(block_list) == 1:
         entries, tile = block_list[0], step // TILE
         return tl.load(entries.ptr + (2 + tile) * entries.col) * TILE + (step - tile * TILE)

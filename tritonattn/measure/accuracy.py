@@ -4,8 +4,8 @@ import math
 
 import torch
 
-TORCH_ERRORS = 2  # times torch's error: both round, each in another order
-ULPS = 4          # of the largest number: sums in another order than torch's, then stored
+TORCH_ERRORS = 2  # allowed multiple of torch's error: both round, in different orders
+ULPS = 4          # roundings of the largest number: sums in another order than torch's, then a store
 
 
 def max_error(x: torch.Tensor, exact: torch.Tensor) -> float:

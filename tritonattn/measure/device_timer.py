@@ -26,7 +26,7 @@ class State:
 
 
 class Host:
-    """The host clock, for kernels in the interpreter on the CPU. Only the order of such times is meaningful."""
+    """The host clock, for kernels in the interpreter on the CPU. Only the ranking of such times is meaningful."""
 
     method, cache_bytes = "host", 0
 

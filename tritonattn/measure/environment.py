@@ -53,7 +53,7 @@ def driver_version() -> str | None:
 
 
 def slug(name: str) -> str:
-    """Return a name as a folder's: "NVIDIA H200" becomes nvidia-h200."""
+    """Return a name in the form of a folder's: "NVIDIA H200" becomes nvidia-h200."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 from .device_timer import Call, State
 
-APART, SPAN = 0.05, 0.3  # seconds between reads of the sensors, which refresh every 0.1 s; and of steady clocks
-STEADY = 0.01            # relative difference of clocks that are steady
+READ_INTERVAL = 0.05  # least seconds between reads of the sensors, which refresh every 0.1 s
+STEADY_SECONDS = 0.3  # the clock is steady if it has varied by at most STEADY_SPREAD for this long
+STEADY_SPREAD = 0.01  # relative
 
 
 class Timed(NamedTuple):
@@ -75,7 +76,7 @@ class TimedError(RuntimeError):
 
 
 def measure(calls: Mapping[str, Timed], timer, budget: TimingBudget = TimingBudget()) -> tuple[dict[str, Timing], list[State]]:
-    """Time calls in turns; return their timings, and the state of the device after each round if it has sensors.
+    """Time calls, interleaved; return their timings, and the state of the device after each round if it has sensors.
 
     `timer` is a device_timer.Cuda or device_timer.Host, or has their methods. Raises TimedError.
     """
@@ -120,7 +121,7 @@ class InterleavedTimer:
         while (spent := self._timer.now() - start) < most:
             self._each(_Sampler.warm)
             now = self._timer.now()
-            if (not reads or now - reads[-1][0] >= APART) and (state := self._timer.state()):
+            if (not reads or now - reads[-1][0] >= READ_INTERVAL) and (state := self._timer.state()):
                 reads.append((now, state.clock))
             if spent >= least and (not reads or _steady(reads)):
                 return
@@ -140,12 +141,12 @@ class InterleavedTimer:
 
 
 def _steady(reads) -> bool:
-    """Return whether the clocks of the last SPAN seconds agree."""
+    """Return whether the clock has been steady for STEADY_SECONDS."""
     last, clocks = reads[-1][0], []
     for now, clock in reversed(reads):
         clocks.append(clock)
-        if last - now >= SPAN:
-            return max(clocks) - min(clocks) <= STEADY * max(clocks)
+        if last - now >= STEADY_SECONDS:
+            return max(clocks) - min(clocks) <= STEADY_SPREAD * max(clocks)
     return False
 
 

@@ -124,7 +124,7 @@ def prepare_dropout(shape, dropout_p, dropout_seed) -> tuple[float, Tensor]:
 
 
 def as_torch_error(error, arguments, options):
-    """Return torch's error for a call that our checks refuse, with ours below it; ours alone where torch accepts the call."""
+    """Return torch's error for a call that our checks reject, with ours below it; ours alone if torch accepts the call."""
     if any(isinstance(x, Tensor) and (x.layout != torch.strided or x.is_nested or isinstance(x, CausalBias))
            for x in arguments):
         return error
@@ -145,7 +145,7 @@ def as_torch_error(error, arguments, options):
 
 
 def with_equal_batches(q, k, v, bias, masks, scale):
-    """Add a head dimension to 2-D tensors, broadcast the batches of q, k and v, pad head sizes of 0 by a column of zeros."""
+    """Add a head dimension to 2-D tensors, broadcast the batches of q, k and v, pad heads of size 0 with a column of zeros."""
     q, k, v, bias, *masks = (x.unsqueeze(0) if x is not None and x.dim() == 2 else x for x in (q, k, v, bias, *masks))
     batch = batch_shape(q, k, v)
     heads = max(k.shape[-3], v.shape[-3]) if min(k.shape[-3], v.shape[-3]) else 0
@@ -167,7 +167,7 @@ def batch_shape(q, k, v):
 
 
 def restore_shape(o, lse, q, k, v):
-    """Take the column and the head dimension off o and lse that `with_equal_batches` added to q, k and v."""
+    """Remove from o and lse the column and the head dimension that `with_equal_batches` added to q, k and v."""
     o = o if v.shape[-1] else o.narrow(-1, 0, 0)
     return (o.squeeze(-3), lse.squeeze(-2)) if max(q.dim(), k.dim(), v.dim()) == 2 else (o, lse)
 
@@ -470,8 +470,8 @@ def check_align(align, n_q, n_k, bounded, key_lengths) -> bool:
     if align not in (None, "top_left", "bottom_right"):
         raise ValueError(f"align: expected 'top_left' or 'bottom_right', got {align!r}")
     if align is None and bounded and key_lengths is not None:
-        raise ValueError("align: expected 'top_left' or 'bottom_right', since sequences of their own lengths can be aligned "
-                         "both ways, got None")
+        raise ValueError("align: expected 'top_left' or 'bottom_right', since a causal mask or window with key_lengths can be "
+                         "aligned both ways, got None")
     if align is None and bounded and n_q != n_k:
         raise ValueError(f"align: expected 'top_left' or 'bottom_right', since {n_q} queries and {n_k} keys can be aligned "
                          "both ways, got None")

@@ -21,9 +21,9 @@ SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int 
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
 OUTPUTS = "Tensor o, Tensor lse, Tensor o_residual, Tensor lse_minus_max"
-FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR}")
-torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FOUR}")
+FOUR_TENSORS = "(Tensor, Tensor, Tensor, Tensor)"
+torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR_TENSORS}")
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FOUR_TENSORS}")
 torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
 
 
@@ -42,7 +42,7 @@ def _backward(do, dlse, o, lse, o_residual, lse_minus_max, *arguments):
 
 
 def _without_none(q, tensors):
-    """Return tensors without elements in the place of None, since an op cannot return None."""
+    """Replace None by a tensor without elements, since an op cannot return None."""
     return tuple(q.new_empty(0) if x is None else x for x in tensors)
 
 
@@ -145,7 +145,7 @@ class AttentionBackward(torch.autograd.Function):
 def _vmap(function, op, info, in_dims, inputs):
     """Run a function with the mapped dimension as one more batch dimension, the first. None and empty tensors stay as they are.
 
-    With dropout it is a loop, since the weights to drop depend on the batch index that the mapped function has.
+    With dropout, loop over the mapped dimension instead: the dropped weights depend on the batch index in the mapped function.
     """
     names = [argument.name for argument in op._schema.arguments]
 
@@ -177,7 +177,7 @@ def keeps_residual(q, k, v, bias, precise_grad) -> bool:
     return precise_grad and torch.is_grad_enabled() and wanted and q.dtype.itemsize == 2
 
 
-# opaque to Dynamo, which would trace the backward pass too, and lose its rule for vmap and its error for second derivatives
+# opaque to Dynamo, which would otherwise trace the backward pass, and lose its vmap rule and its error for second derivatives
 @torch.compiler.allow_in_graph
 def attention_op(q, k, v, bias, *others, precise_grad):
     """Return o and lse. The positional arguments are the fields of AttentionInputs."""

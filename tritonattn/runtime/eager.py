@@ -27,9 +27,9 @@ from .custom_op import AttentionBackward, attention_op, keeps_residual, zeros_un
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 COPIED_TYPES = PLAIN_TYPES | {type(None)}
-# a key holds values and not identities, so no object that may change
+# a key compares values, so its options must be immutable
 OPTION_TYPES = frozenset((type(None), bool, int, float, str))
-SETTINGS = 0  # where the settings of the process stand in a key
+SETTINGS = 0  # index of the settings of the process in a key
 
 
 class Call(NamedTuple):
@@ -83,7 +83,7 @@ def plain_signatures(tensors) -> tuple | None:
             if x is None:
                 signatures.append(None)
             elif type(x) in PLAIN_TYPES and not x.is_neg() and (pointer := x.data_ptr()):
-                # plan.signature, written out where every microsecond counts
+                # plan.signature, inlined, because every microsecond counts here
                 signatures.append((x.shape, x.stride(), x.dtype, x.device, pointer % 16))
             else:
                 return None
@@ -106,7 +106,7 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
     if key is None or (call := plan.find(key)) is None:
         return None
     q, k, v, *pairwise, seed, key_lengths = tensors
-    # the call needs its own seed and lengths, checked and copied
+    # every call has its own seed and lengths, to be checked and copied
     seed = seed_argument(call.numbers[-1], seed, q.device)
     if key_lengths is not None:
         key_lengths = lengths_argument(key_lengths, q, k, v)
@@ -139,13 +139,13 @@ def _remember(key, tensors, inputs, precise_grad):
 
 
 def _reads_own_tensors(tensors: tuple, inputs: AttentionInputs) -> bool:
-    """Return whether q, k and v came through the checks as they are, and bias and masks with no more than another rank."""
+    """Return whether the checks left q, k and v as they were, and changed at most the rank of bias and masks."""
     same_layouts = all(x.shape == y.shape and x.stride() == y.stride() for x, y in zip(tensors[:3], inputs))
     return same_layouts and all(x is None or x.data_ptr() == y.data_ptr() for x, y in zip(tensors[:7], inputs))
 
 
 class PlannedAttention(torch.autograd.Function):
-    """custom_op.Attention for a known call. With the context as an argument torch inspects no signature in each call."""
+    """custom_op.Attention for a known call. As `forward` takes the context, torch does not inspect its signature per call."""
 
     @staticmethod
     def forward(ctx, call, *inputs):

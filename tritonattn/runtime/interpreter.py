@@ -11,7 +11,7 @@ exact than a GPU's, and its order changes about one result in 2^29. Only operati
 fixed: `tl.sum` of bfloat16 is not.
 
 Three steps that cost more than half of the interpreter's time are left out: the check for integer overflow, whose result Triton
-discards outside debug mode, the patching of Triton's language at every launch and call, and the table of dtypes at every use.
+discards outside debug mode; patching Triton's language at every launch and call; and building a table of dtypes at every use.
 """
 
 import contextlib

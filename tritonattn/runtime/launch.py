@@ -118,7 +118,7 @@ def _with_key_lengths(inputs: AttentionInputs, sizes: Sizes) -> Sizes:
 
 
 def _over_keys(problem: Problem, config: Config) -> Constexprs:
-    """Return the constants of a loop over keys. With key lengths any tile may be the last one, and cut short."""
+    """Return the constants of a loop over keys. With key lengths, any tile may be the last one, and partial."""
     ragged = problem.lengths or problem.n_k % _loop_granularity(problem, config, config.block_n) != 0
     return _constexprs(problem, config, ragged, loop_modes(problem, config, problem.window, ragged))
 
@@ -130,7 +130,7 @@ def _over_queries(problem: Problem, config: Config) -> Constexprs:
 
 
 def _loop_granularity(problem: Problem, config: Config, block: int) -> int:
-    """Return the number of which a length must be a multiple for a loop in steps of `block` to need no partial tile."""
+    """Return the granularity of a loop in steps of `block`: lengths that are multiples of it need no partial tile."""
     if problem.mapped and max(config.block_m, config.block_n) > TILE:
         raise ValueError(f"config: expected blocks of at most {TILE}, the size of a block mask's blocks, got {config}")
     return TILE if problem.mapped else block
@@ -213,7 +213,7 @@ def _record(x, rank, batch_strides, block, width) -> Tensor:
 
 
 def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: tuple = ()) -> Constexprs:
-    # set_float32_matmul_precision sets this too
+    # set_float32_matmul_precision changes this setting too
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
               "tf32" if tf32 else "ieee")
@@ -222,7 +222,7 @@ def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: t
 
 def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> ScoreParams:
     mods = mods._replace(dropout=(dropout_record(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
-    # a scale that is subnormal in float32 may be flushed to 0 on the device, and -inf * 0 is nan
+    # a scale that is subnormal in float32 may be flushed to 0 on the device, and -inf * 0 is NaN
     scale = inputs.scale if abs(inputs.scale) >= 2.0**-126 else 0.0
     if mods.bias:
         return ScoreParams(LOG2E.value, scale, window, mods)

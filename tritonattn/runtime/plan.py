@@ -1,4 +1,4 @@
-"""Plans: everything that a call of the kernels needs but its data, found again by one dictionary lookup.
+"""Plans: everything that a call of the kernels needs except its data, found again by one dictionary lookup.
 
     shapes, strides, dtypes, devices, alignment, numbers, settings   ->  ForwardPlan, BackwardPlan
                                                                          sizes of the results, and for each kernel:
@@ -38,7 +38,7 @@ def find(key: tuple | None):
 
 
 def keep(key: tuple | None, entry):
-    """Keep an entry for later calls unless the key is None, and return it. The oldest one makes room."""
+    """Keep an entry for later calls unless the key is None, and return it. A full cache drops its oldest entry."""
     if key is not None:
         with _changes:
             while len(_entries) >= LARGEST_CACHE:
@@ -54,15 +54,15 @@ def clear() -> None:
 
 
 def settings(dtype: torch.dtype) -> tuple | None:
-    """Return the settings of the process that a plan depends on, or None where no plan may be used again."""
+    """Return the settings of the process that a plan depends on, or None if no plan may be reused."""
     if (version := lookup.version()) is None:
         return None
-    # set_float32_matmul_precision sets this too
+    # set_float32_matmul_precision changes this setting too
     return version, torch.backends.cuda.matmul.fp32_precision if dtype is torch.float32 else None
 
 
 def signature(x: Tensor | None) -> tuple | None:
-    """Return what a plan depends on of a tensor: all that Triton compiles for, and all that is among a kernel's arguments."""
+    """Return the properties of a tensor that a plan depends on: those that Triton specializes on or that kernels receive."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
 
 
@@ -109,28 +109,28 @@ class PlannedLaunch:
         self._call = make_launch(self._problem, self._config, *arguments)
         # a view has the storage of its tensor
         self._slots = {x.untyped_storage()._cdata: slot for slot, x in enumerate(tensors) if x is not None}
-        self._tensors = tensors  # a freed storage would give its number to another one
+        self._tensors = tensors  # keeps the storages alive: another one could reuse the number of a freed one
         self._compiled = None    # kept, because Triton unloads a kernel that is deleted
         self._direct = None
 
     def run(self, tensors: Sequence[Tensor | None], pointers: Sequence[int], direct: bool) -> None:
-        """Launch the kernel on these tensors, in the order of the plan's. direct: no hook needs to know of the launch."""
+        """Launch the kernel on these tensors, in the plan's order. direct: whether the launch may bypass Triton's hooks."""
         direct = direct and not self._call.kernel.pre_run_hooks
         if direct and self._direct is not None:
             self._direct(pointers)
         elif direct and self._compiled is not None:
-            # from the second run on: most kinds of calls with their own lengths come once
+            # from the second run on: many kinds of calls, such as those of a new length, come only once
             self._direct = self._direct_launch(self._compiled)
             self._direct(pointers)
         elif self._call.programs:
             compiled = self._launch_through_triton(tensors)
-            # what a hook or the debug mode compiles is another kernel
+            # a hook or the debug mode compiles another kernel
             self._compiled = compiled if direct else self._compiled
 
     def _launch_through_triton(self, tensors):
         """Launch with records as arguments, which Triton specializes, and return the compiled kernel.
 
-        Raises RuntimeError, before the kernel runs, where the GPU has too little for it.
+        Raises RuntimeError, before the kernel runs, if it needs more of a resource than the GPU has.
         """
         call = self._call._replace(arguments=self._filled(self._call.arguments, tensors))
         try:
@@ -142,7 +142,7 @@ class PlannedLaunch:
                                f"{self._problem}; pin a smaller config (tritonattn.pinned)") from error
 
     def _filled(self, node, tensors):
-        """Return a nested argument with `tensors` in the place of the plan's."""
+        """Return a nested argument with `tensors` in place of the plan's."""
         if isinstance(node, Tensor):
             x = tensors[self._slots[node.untyped_storage()._cdata]]
             return x if x.dtype == node.dtype else x.view(node.dtype)
