@@ -27,7 +27,7 @@ FLOAT64 = {
     "expanded": ((16, 64), {"n_q": 20, "n_k": 20, "heads": 2, "kv_heads": 2, "layout": "expanded"}),
     "bias of a head, window": ((16, 32), {"n_q": 33, "n_k": 33, "heads": 2, "pairs": ("head-bias",), "window": (7, 4)}),
     "bias, causal": ((32, 32), {"n_q": 17, "n_k": 50, "heads": 2, "kv_heads": 2, "batch": (2,), "pairs": ("bias",),
-                                "causal": True, "scale": -0.7}),
+                                "causal": True, "align": "bottom_right", "scale": -0.7}),
     "key bias and mask": ((32, 32), {"n_q": 40, "n_k": 33, "heads": 2, "batch": (2,), "pairs": ("key-bias", "mask")}),
 }
 
@@ -58,12 +58,29 @@ def test_three_batch_dimensions_that_do_not_merge(device):
     assert_same((q, k[:, :1].expand(k.shape), v, do, dlse))
 
 
+@pytest.mark.parametrize("batch", [(2, 1), (1, 3)], ids=str)
+def test_bias_of_some_batches(batch, device):
+    """The bias is broadcast over one batch dimension, so that the two do not merge, and its gradient is summed over it."""
+    tensors = Case(batch=(2, 3), n_q=5, n_k=5).tensors(torch.float64, device)
+    assert_same(tensors, bias=torch.randn(*batch, 1, 5, 5, dtype=torch.float64, device=device))
+
+
 def test_scores_far_below_zero(device):
     """Scores near -1e4: the score 0 of a key past the end would outweigh all others."""
     q, k, v, do, dlse = Case(n_q=37, n_k=37).tensors(torch.float64, device)
     q[..., 0], k[..., 0] = 1, -1e4 * 4
     with config.pinned(TILES):
         assert_same((q, k, v, do, dlse), tolerance=1e-6)
+
+
+def test_row_whose_scores_are_all_minus_infinity(device):
+    """Like a row that attends to no key: its weights are 0, also where the kernel evaluates no mask."""
+    q, k, v, do, _ = Case(n_q=16, n_k=32).tensors(torch.float64, device)
+    q[..., 0], k[..., 0] = -1, torch.inf
+    with config.pinned(TILES):
+        o, lse = attention(q, k, v.requires_grad_(), return_lse=True)
+    dv, = torch.autograd.grad(o, v, do)
+    assert torch.all(o == 0) and torch.all(lse == -torch.inf) and torch.all(dv == 0)
 
 
 def attend_row_by_row(q, k, v, *, window, align, return_lse):

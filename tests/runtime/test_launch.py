@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.cases import Case
 from tritonattn import Config, Problem, attention, config, reference
-from tritonattn.runtime import launch
+from tritonattn.runtime import arguments, custom_op, launch
 
 TILES = Config(16, 16)
 
@@ -63,6 +63,33 @@ def test_strides_beyond_32_bits(shape, strides, device):
     exact = reference.attention(*near, causal=True)
     torch.testing.assert_close(o, exact, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(gradients, torch.autograd.grad(exact.sum(), near), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.interpreted
+def test_mask_with_far_rows_and_more_keys_than_queries(device):
+    """The rows of a mask are indexed by position: the kernel starts more than 2^31 bytes before the mask."""
+    q, k, v = (torch.randn(1, 1, n, 8, device=device) for n in (4, 140, 140))
+    mask = torch.rand(1, 1, 4, 140) < 0.7
+    far = torch.empty(0, dtype=torch.bool).set_(torch.UntypedStorage(3 * 2**24 + 140), 0, mask.shape, (8, 8, 2**24, 1))
+    far.copy_(mask)
+    options = {"causal": True, "align": "bottom_right"}
+    with config.pinned(Config(16, 64)):
+        ours = attention(q, k, v, mask=far, **options)
+    torch.testing.assert_close(ours, reference.attention(q, k, v, mask=mask, **options))
+
+
+@pytest.mark.interpreted
+def test_gradient_of_a_bias_with_far_rows(device):
+    q, k, v, do = torch.randn(4, 1, 1, 20, 8, dtype=torch.float16, device=device)
+    bias = torch.randn(1, 1, 20, 20, dtype=torch.float16, device=device, requires_grad=True)
+    dbias, = torch.autograd.grad(attention(q, k, v, bias=bias), bias, do)
+    inputs = arguments.prepare(q, k, v, bias=bias.detach())
+    o, lse, _, lse_minus_max = custom_op.forward_op(*inputs, False)
+    delta = (o.float() * do.float()).sum(-1)
+    far = huge(dbias.shape, (8, 8, 2**27, 1))
+    call = launch.dbias_launch(inputs.problem, TILES, inputs, launch.Queries(q, do, lse, delta, (lse_minus_max,)), far)
+    launch.run(call, far.device)
+    torch.testing.assert_close(far, dbias, atol=2e-3, rtol=2e-3)
 
 
 def test_only_tensors_with_wide_tiles_use_64_bit_offsets():

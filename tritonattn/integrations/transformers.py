@@ -90,7 +90,8 @@ def _check_model(model, requested_attention, *_, **__):
         raise NotImplementedError(f"attn_implementation: {type(model).__name__} computes attention itself, and not through "
                                   "transformers' AttentionInterface, so tritonattn cannot replace it; use \"eager\"")
     # a model that checks for flash attention by name computes with the mask under any other name
-    by_name = any(generic.is_flash_attention_requested in vars(sys.modules[c.__module__]).values() for c in classes)
+    by_name = any(value is generic.is_flash_attention_requested
+                  for c in classes for value in vars(sys.modules[c.__module__]).values())
     config = type(model.config)
     _padding_only[config] = _padding_only.get(config, True) and type(model)._supports_flash_attn and not by_name
 

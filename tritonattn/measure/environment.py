@@ -15,8 +15,9 @@ from . import device_timer
 
 PACKAGE = Path(__file__).parents[1]
 # the files that a measurement runs: an edit elsewhere changes no number
-RUNS = ("kernels/**/*.py", "runtime/*.py", "attention.py", "config.py", "block_mask.py", "configs/lookup.py", "configs/key.py",
-        "configs/shipped.py", "configs/data/*.json", "measure/timing.py", "measure/device_timer.py")
+RUNS = ("kernels/**/*.py", "runtime/*.py", "attention.py", "reference.py", "problem.py", "config.py", "gpu.py", "block_mask.py",
+        "configs/lookup.py", "configs/key.py", "configs/shipped.py", "configs/data/*.json", "measure/accuracy.py",
+        "measure/timing.py", "measure/device_timer.py")
 
 
 def environment_of(device: torch.device) -> dict:

@@ -283,11 +283,12 @@ def lengths_argument(lengths, q, k, v):
         raise RuntimeError(f"key_lengths: expected {q.device}, where the queries are, got {lengths.device}")
     batch = batch_shape(q, k, v)
     try:
-        # clamp before the cast: a length beyond 32 bits still means all keys
-        return lengths.expand(batch).clamp(0, k.shape[-2]).to(torch.int32).contiguous()
+        lengths = lengths.expand(batch)
     except RuntimeError:
         shapes = f"{tuple(batch)}, got {tuple(lengths.shape)}"
         raise RuntimeError(f"key_lengths: expected a shape that broadcasts to {shapes}") from None
+    # clamp before the cast: a length beyond 32 bits still means all keys
+    return lengths.clamp(0, k.shape[-2]).to(torch.int32).contiguous()
 
 
 def torch_mask_argument(attn_mask, is_causal, query, key, value):
