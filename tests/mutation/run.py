@@ -47,7 +47,8 @@ TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py",
          "tests/kernels/test_softmax.py", "tests/kernels/test_window.py",
          "tests/runtime/test_launch.py")
 # tests of those files that are about torch, not about kernels
-DESELECT = "not (jacrev or vmap or rejects or autocast or compile or checkpointing or attn_mask or causal_bias or generator or export or pickled)"
+DESELECT = ("not (jacrev or vmap or rejects or autocast or compile or checkpointing or attn_mask or causal_bias or generator "
+            "or export or pickled)")
 # most mutants of a file meet no more than these
 FIRST = {
     "dropout.py": ("tests/kernels/test_score_mods.py::test_dropped_weights_are_those_of_philox",
