@@ -115,6 +115,19 @@ print(json.dumps(dict(
     launches=null.launches - launched)))
 """
 
+CLEARED = START + """
+import gc, weakref
+from tritonattn.kernels.forward import forward_kernel
+q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)
+for _ in range(3):
+    attention(q, q, q)
+binaries = [weakref.ref(binary) for cache in forward_kernel.device_caches.values() for binary in cache[0].values()]
+forward_kernel.device_caches.clear()
+gc.collect()
+attention(q, q, q)
+print(json.dumps([[binary() is not None for binary in binaries], len(forward_kernel.device_caches), null.launches]))
+"""
+
 
 def test_launched_binaries_are_the_inspected_ones():
     """Triton's launch path accepts records as arguments, and compiles the binary that inspect reads."""
@@ -143,3 +156,8 @@ def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
     assert all(each == first for each in others) and len(first) == len(kernels)
     assert result["written"] == [True] * 4, "a result is in no launch"
     assert result["launches"] == 4 * len(kernels)
+
+
+def test_plan_keeps_its_kernel_loaded():
+    """Triton unloads a kernel that nothing refers to, and its own cache may be cleared."""
+    assert compiled(CLEARED, fresh=True) == [[True], 0, 4]

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -357,6 +358,22 @@ def test_unused_output_needs_no_cotangent(device):
     with every_check():
         _, lse = attention(q, k, v, return_lse=True)
         assert torch.equal(torch.autograd.grad(lse.sum(), q)[0], gradient)
+
+
+@pytest.mark.slow  # Dynamo traces the backward pass
+def test_compiled_autograd_of_a_repeated_call(device):
+    def gradients(context):
+        leaves = draw(device)
+        loss = attention(*leaves)
+        assert "PlannedAttention" in loss.grad_fn.name()
+        with context:
+            loss.square().sum().backward()
+        return [x.grad for x in leaves]
+
+    attention(*draw(device))
+    expected = gradients(contextlib.nullcontext())
+    ours = gradients(compiled_autograd._enable(torch.compile(backend="aot_eager")))
+    assert all(map(torch.equal, ours, expected))
 
 
 def test_plans_hold_no_tensors_and_are_bounded(device, monkeypatch):
