@@ -1,5 +1,7 @@
 """The patched interpreter computes the numbers that a GPU computes."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,19 @@ def test_integers_overflow_as_on_a_gpu():
     x, y = torch.full((16,), 2**31 - 1, dtype=torch.int32), torch.ones(16, dtype=torch.int32)
     total[(1,)](x, y, 16)
     assert y.tolist() == [-(2**31)] * 16
+
+
+def test_types_of_blocks_are_as_triton_makes_them():
+    unpatched = inspect.getclosurevars(tl.block_type.__init__).nonlocals["construct"]
+    construct = interpreter.construct_once(unpatched)
+    for element, shape in ((tl.float32, [16, tl.constexpr(32)]), (tl.float32, [16, 32]), (tl.float16, [16, 32]),
+                           (tl.pointer_type(tl.float32), [16])):
+        shared, own = (tl.block_type.__new__(tl.block_type) for _ in range(2))
+        construct(shared, element, shape)
+        unpatched(own, element, shape)
+        assert str(vars(shared)) == str(vars(own)) and shared == own
+    with pytest.raises(TypeError, match="0d"):
+        construct(shared, tl.float32, [])
 
 
 @pytest.mark.parametrize("dtype, held_as", [

@@ -10,8 +10,8 @@ NumPy's order depends on the processor and on a row's position; on a GPU it is t
 exact than a GPU's, and its order changes about one result in 2^29. Only operations that this package's kernels use are
 fixed: `tl.sum` of bfloat16 is not.
 
-Three steps that cost more than half of the interpreter's time are left out: the check for integer overflow, whose result Triton
-discards outside debug mode; patching Triton's language at every launch and call; and building a table of dtypes at every use.
+Steps that cost two thirds of the interpreter's time are left out: the check for integer overflow, whose result Triton discards
+outside debug mode; patching Triton's language at every launch and call; and building tables of dtypes and types at every use.
 """
 
 import contextlib
@@ -112,6 +112,20 @@ def numpy_dtype(dtype):
     return np.dtype(np.uint64) if dtype.scalar.is_ptr() else scalar_dtype(dtype.scalar)
 
 
+def construct_once(construct):
+    """Return a version of block_type's constructor that computes the attributes once for each dtype and shape."""
+    attributes = {}
+
+    def construct_from_attributes(self, element_ty, shape):
+        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        if key not in attributes:
+            construct(self, element_ty, shape)
+            attributes[key] = dict(vars(self))
+        vars(self).update(attributes[key])
+
+    return construct_from_attributes
+
+
 def patch_language_once(patch_language):
     """Return a version of Triton's `_patch_lang` that patches for the functions of each module once, and restores nothing."""
     patched_modules = set()
@@ -136,3 +150,4 @@ def patch() -> None:
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     interpreter._patch_lang = patch_language_once(interpreter._patch_lang)
     interpreter._get_np_dtype = numpy_dtype
+    tl.block_type.__init__ = construct_once(tl.block_type.__init__)
