@@ -131,10 +131,10 @@ def test_nan_at_masked_keys_does_not_spread_to_a_shared_bias(device):
     q, k, v = tensors(device)
     bias = torch.zeros(36, device=device, requires_grad=True)
     with torch.no_grad():
-        v[:, :, 25:] = math.nan
+        v[:, :, 20:] = math.nan
     with config.pinned(TILES):
         dbias, = torch.autograd.grad(attention(q, k, v, bias=bias, causal=True, align="top_left").sum(), bias)
-    assert dbias.isfinite().all() and (dbias[25:] == 0).all() and (dbias[:20] != 0).any()
+    assert dbias.isfinite().all() and (dbias[20:] == 0).all() and (dbias[:20] != 0).any()
 
 
 @pytest.mark.parametrize("given", ["mask", "nothing"])

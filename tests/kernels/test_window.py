@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tritonattn import Config, Problem
@@ -36,6 +36,9 @@ def bounds_and_mask(window, first, n, rows, cols):
 sides = st.none() | st.integers(0, 70)
 
 
+# tiles and windows that end together
+@example(left=None, right=0, first=0, n=60, rows=4, cols=4)
+@example(left=0, right=None, first=8, n=60, rows=4, cols=4)
 @settings(max_examples=400)
 @given(left=sides, right=sides, first=st.integers(-60, 60), n=st.integers(0, 60), rows=st.sampled_from([4, 8, 16]),
        cols=st.sampled_from([4, 8, 16]))
