@@ -23,7 +23,7 @@ LOOP = """
 
 
 def test_a_product_that_is_waited_for_is_no_race():
-    assert races.register_race(LOOP) is None and races.unguarded_refill(LOOP) is None
+    assert races.register_race(LOOP) is None and races.unguarded_copy(LOOP) is None
 
 
 @pytest.mark.parametrize("planted, register", [
@@ -57,11 +57,33 @@ def without(address):
 
 def test_a_refill_without_a_barrier_is_found():
     expected = "shared memory is written at 0160, without a barrier since 0120"
-    assert races.unguarded_refill(without("0150")) == expected
+    assert races.unguarded_copy(without("0150")) == expected
     assert races.find_race(without("0150"), num_warps=8) == expected
     assert races.find_race(without("0150"), num_warps=4) is None, "a single warp group"
 
 
-def test_a_store_of_registers_is_no_refill():
+def test_a_store_behind_the_loop_is_no_refill():
     """The epilogue stores to memory of its own."""
-    assert races.unguarded_refill(without("0190")) is None
+    assert races.find_race(without("0190"), num_warps=8) is None
+
+
+def loop_of(*instructions):
+    """Return the SASS of a loop; "FENCE" and "BAR" are short forms."""
+    short = {"FENCE": "FENCE.VIEW.ASYNC.S", "BAR": "BAR.SYNC.DEFER_BLOCKING 0x0", "STS": "STS.128 [R67+UR6], R8",
+             "HGMMA": "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT, gsb0", "WAIT": "WARPGROUP.DEPBAR.LE gsb0, 0x0"}
+    lines = (*instructions, "@P0 BRA `(.L_x_1)", "EXIT")
+    return ".L_x_1:\n" + "\n".join(f"/*{16 * i:04x}*/ {short.get(x, x)} ;" for i, x in enumerate(lines))
+
+
+@pytest.mark.parametrize("loop, race", [
+    (["STS", "FENCE", "BAR", "HGMMA", "WAIT", "HGMMA", "WAIT"], True),
+    (["BAR", "STS", "FENCE", "BAR", "HGMMA", "WAIT", "HGMMA", "WAIT"], False),
+    # K and V are stored apart: every warp group has read K before V's barrier
+    (["STS", "FENCE", "BAR", "HGMMA", "WAIT", "STS", "FENCE", "BAR", "HGMMA", "WAIT"], False),
+    # scratch memory: other threads read it behind a barrier, and no product does
+    (["HGMMA", "WAIT", "STS", "BAR", "LDS R4, [R5]", "FENCE", "BAR"], False),
+])
+def test_a_store_to_a_tile_without_a_barrier_since_any_product_is_found(loop, race):
+    expected = f"shared memory is written at 0000, without a barrier since the products up to {16 * 5:04x}" if race else None
+    assert races.find_race(loop_of(*loop), num_warps=8) == expected
+    assert races.find_race(loop_of(*loop), num_warps=4) is None

@@ -284,6 +284,7 @@ def test_the_cache_is_cold_in_every_sample(timer, device, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.alone
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 def test_our_own_kernels_are_captured(timer, device, direction):
     q, k, v, do = (torch.randn(1, 2, 128, 64, device=device, dtype=torch.bfloat16) for _ in range(4))

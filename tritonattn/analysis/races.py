@@ -6,6 +6,10 @@
 
 ptxas before 13.3 may use a product's registers again too early (triton-lang/triton#11781), Triton may leave out the barrier
 (triton-lang/triton#9484). Only paths are followed, so a race that the hardware prevents is reported, too.
+
+SASS does not show which memory a product reads: its address is in a descriptor. A copy (LDGSTS) always fills a tile. A store
+(STS) may write to scratch memory, or to another tile than the product's. So it counts only if a fence makes it visible to
+products, and if no barrier separates it from any product of its loop, since one of them reads it.
 """
 
 import re
@@ -16,7 +20,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _REGISTER = re.compile(r"R(\d+)")
 _WIDTHS = {"LDSM": 4, "CS2R": 2, "DADD": 2, "DMUL": 2, "DFMA": 2}  # registers that an instruction writes at most
-_REFILLS = ("LDGSTS", "UTMALDG", "UBLKCP")  # copies of the next tile; STS may write to memory that no product reads
+_COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")  # of the next tile
 
 
 class Instruction(NamedTuple):
@@ -30,7 +34,7 @@ class Instruction(NamedTuple):
 
 def find_race(text: str, num_warps: int) -> str | None:
     """Describe the first race in a kernel's SASS, or return None. A single warp group, of four warps, needs no barrier."""
-    return register_race(text) or (unguarded_refill(text) if num_warps > 4 else None)
+    return register_race(text) or (unguarded_copy(text) or unguarded_store(text) if num_warps > 4 else None)
 
 
 def register_race(text: str) -> str | None:
@@ -47,14 +51,29 @@ def register_race(text: str) -> str | None:
     return None
 
 
-def unguarded_refill(text: str) -> str | None:
+def unguarded_copy(text: str) -> str | None:
     """Describe the first copy to shared memory that no barrier separates from the wait for a product, or return None."""
     program = parse(text)
     for i, wait in enumerate(program):
         if _is_wait(wait):
-            for j in _reached(program, i, lambda instruction: instruction.opcode.startswith("BAR")):
-                if program[j].opcode.startswith(_REFILLS):
+            for j in _reached(program, i, _is_barrier):
+                if program[j].opcode.startswith(_COPIES):
                     return f"shared memory is written at {program[j].address}, without a barrier since {wait.address}"
+    return None
+
+
+def unguarded_store(text: str) -> str | None:
+    """Describe the first store of a tile that no barrier separates from any product of its loop, or return None."""
+    program = parse(text)
+    unguarded = {i: set(_reached(program, i, _is_barrier)) for i, product in enumerate(program)
+                 if product.opcode.startswith("HGMMA")}
+    for j in sorted(set().union(*unguarded.values())):
+        if program[j].opcode.startswith("STS") and any(program[i].opcode.startswith("FENCE.VIEW.ASYNC")
+                                                       for i in _reached(program, j, _is_barrier)):
+            loop = [i for i in unguarded.keys() & _reached(program, j) if j in set(_reached(program, i))]
+            if loop and all(j in unguarded[i] for i in loop):
+                return (f"shared memory is written at {program[j].address}, without a barrier since the products up to "
+                        f"{program[max(loop)].address}")
     return None
 
 
@@ -79,7 +98,8 @@ def parse(text: str) -> list[Instruction]:
     return program
 
 
-def _reached(program: list[Instruction], start: int, ends: Callable[[Instruction], bool]) -> Iterator[int]:
+def _reached(program: list[Instruction], start: int,
+             ends: Callable[[Instruction], bool] = lambda instruction: False) -> Iterator[int]:
     """Yield the indices of instructions that may run after `start`, on each path up to the first for which `ends` holds."""
     seen, waiting = set(), list(program[start].following)
     while waiting:
@@ -94,6 +114,10 @@ def _reached(program: list[Instruction], start: int, ends: Callable[[Instruction
 def _is_wait(instruction: Instruction) -> bool:
     """Return whether an instruction waits for all products."""
     return instruction.opcode.startswith("WARPGROUP.DEPBAR") and instruction.operands[-1] == "0x0"
+
+
+def _is_barrier(instruction: Instruction) -> bool:
+    return instruction.opcode.startswith("BAR")
 
 
 def _written(instruction: Instruction) -> set[int]:
