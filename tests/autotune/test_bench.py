@@ -96,7 +96,7 @@ def test_hard_inputs_have_the_property_of_their_name(name):
 @pytest.mark.interpreted
 def test_the_timed_launch_writes_the_results_of_attention(device):
     tensors, _ = benches.draw(CAUSAL, device, 0)
-    call = benches.launcher("forward", CAUSAL, device, 0)(Config(32, 64))
+    call = benches.launcher("forward", *benches.inputs_of(*benches.draw(CAUSAL, device, 0)))(Config(32, 64))
     o = call.arguments[3].o.ptr
     o.fill_(torch.nan)
     launch.run(call, torch.device(device))

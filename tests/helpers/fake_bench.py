@@ -19,10 +19,13 @@ class FakeBench:
         self.true, self.rng, self.time, self.device_seconds = true, random.Random(seed), 0.0, 0.0
         self.drift, self.jitter, self.spikes, self.regimes, self.regime = drift, jitter, spikes, regimes, 1.0
         self.wrong, self.torn, self.hangs, self.poison, self.distort = wrong, torn, hangs, poison, distort
-        self.checked, self.timed = [], []
+        self.checked, self.timed, self.prepared = [], [], []
 
     def now(self):
         return self.time
+
+    def prepare(self, configs):
+        self.prepared.append(list(configs))
 
     def check(self, config):
         self.checked.append(config)

@@ -180,12 +180,16 @@ def compile_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu):
 @functools.lru_cache(maxsize=64)
 def _compile_cached(kernel, problem, config, gpu, _precision):
     """Compile once per argument list. `_precision` is only a part of the cache's key: the launch reads torch's setting."""
-    launched = launch.example_launch(kernel, problem, config)
+    return compile_launch(launch.example_launch(kernel, problem, config), gpu)
+
+
+def compile_launch(launched: launch.KernelLaunch, gpu: Gpu):
+    """Compile what this launch runs on a GPU, into Triton's cache on disk, where the launch finds it."""
     if not isinstance(launched.kernel, JITFunction):
         raise RuntimeError("the kernels are interpreted and cannot be compiled; start Python without TRITON_INTERPRET")
     target = GPUTarget("hip", gpu.arch, 64) if gpu.is_amd else GPUTarget("cuda", gpu.capability, 32)
     backend = make_backend(target)
-    options = launch.compile_options(config) | {"debug": False}
+    options = launch.compile_options(launched.config) | {"debug": False}
     bind = create_function_from_signature(launched.kernel.signature, launched.kernel.params, backend)
     bound, specialization, _ = bind(*launched.arguments, **options)
     options, signature, constants, attributes = launched.kernel._pack_args(backend, options, bound, specialization, None)

@@ -15,17 +15,21 @@ from dataclasses import replace
 import torch
 
 from .. import gpu, reference
+from ..analysis import compile_report
 from ..attention import attention, dropout_mask
-from ..block_mask import block_mask
+from ..block_mask import BlockMask, block_mask
 from ..config import Config, pinned
+from ..configs import lookup
+from ..configs.key import precision
 from ..kernels.backward import Queries
 from ..kernels.forward import Outputs
 from ..measure import accuracy, device_timer, timing
 from ..problem import Problem
 from ..runtime import launch
-from ..runtime.arguments import prepare
+from ..runtime.arguments import AttentionInputs, prepare
 from ..runtime.custom_op import forward_op
-from .worker_pool import Child, Failure, parent_pipe, serve
+from ..runtime.plan import empty_rows
+from .worker_pool import Child, Failure, Workers, parent_pipe, serve
 
 # the tensors that each kernel computes
 OUTPUTS = {"forward": ("o", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv"), "dbias": ("dbias",)}
@@ -97,7 +101,7 @@ class Bench:
 
     @functools.cached_property
     def _launcher(self):
-        return launcher(self.kernel, self.problem, self.device, self._seed)
+        return launcher(self.kernel, *inputs_of(*draw(self.problem, self.device, self._seed)))
 
     def _timed(self, config, make_launch) -> timing.Timed:
         @contextlib.contextmanager
@@ -135,10 +139,11 @@ def options_of_reference(options: dict, tensors) -> dict:
 def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[list, dict]:
     """Draw [q, k, v, do, bias or None] from a normal distribution, and the other options of `attention`.
 
+    On device "meta" the tensors have no data.
     All batches share a bias and a mask; all heads share a mask, and a bias that would be larger than LARGEST. The first
     `masked_rows` queries attend to no key, as far as a bias, a mask or key lengths can mask them.
     """
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
     q, k, v = problem.tensors(device, seed)
     do = torch.randn(*q.shape[:-1], problem.dv, dtype=problem.dtype, device=device, generator=rng)
     large = problem.heads * problem.n_q * problem.n_k > LARGEST
@@ -191,21 +196,53 @@ def surrounded_by_nan(x: torch.Tensor) -> torch.Tensor:
     return outer[..., : x.shape[-2], : x.shape[-1]].copy_(x)
 
 
-def launcher(kernel: str, problem: Problem, device, seed: int) -> Callable[[Config], launch.KernelLaunch]:
-    """Return a function from a config to the launch of this kernel, on the results of a forward pass."""
-    tensors, options = draw(problem, device, seed)
-    inputs, do = prepare(*tensors[:3], bias=tensors[4], **options), tensors[3]
-    o, lse, *optional = forward_op(*inputs, problem.dtype.itemsize == 2)
+def inputs_of(tensors: list, options: dict) -> tuple[AttentionInputs, torch.Tensor]:
+    """Return what `draw` drew as the kernels take it, and do."""
+    # bias and mask are drawn as the kernels take them, and their checks do not know the device "meta"
+    options = dict(options)
+    mask = options.pop("mask", None)
+    masks = (mask.mask, mask.kv_blocks, mask.q_blocks) if isinstance(mask, BlockMask) else (mask, None, None)
+    inputs = prepare(*tensors[:3], **options)._replace(bias=tensors[4])
+    return inputs._replace(**dict(zip(("mask", "kv_blocks", "q_blocks"), masks))), tensors[3]
+
+
+def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,
+             training: bool = True) -> Callable[[Config], launch.KernelLaunch]:
+    """Return a function from a config to the launch of this kernel, on the results of a forward pass.
+
+    On device "meta" nothing runs. training: whether the forward pass keeps what a backward pass needs.
+    """
+    problem = inputs.problem
+    o, lse, *optional = forward_op(*inputs, training and problem.dtype.itemsize == 2)
     o_residuals, lse_minus_maxes = ((x,) if x.numel() else () for x in optional)
     # the values of delta do not change the time
-    queries = Queries(inputs.q, do, lse, torch.zeros_like(lse), lse_minus_maxes)
-    dq, dk, dv, dbias = (x if x is None else torch.empty_like(x) for x in inputs[:4])
+    delta = torch.zeros_like(lse)
+    queries = Queries(inputs.q, do, lse, delta, lse_minus_maxes)
+    dq, dk, dv, dbias = (x if x is None else empty_rows(x, x.shape[-1]) for x in inputs[:4])
     return functools.cache({
         "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, o_residuals, lse_minus_maxes)),
+        "delta": lambda config: launch.delta_launch(problem, config, o, *(o_residuals or (None,)), do, None, delta),
         "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
         "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),
         "dbias": lambda config: launch.dbias_launch(problem, config, inputs, queries, dbias),
     }[kernel])
+
+
+def cases_to_compile(problem: Problem) -> list[tuple]:
+    """Return (tensors, options), without data, of all that Bench launches kernels with."""
+    return [*(case[1:] for case in hard_inputs(problem, "meta", 0)), draw(problem, "meta", 0)]
+
+
+def compile_case(kernel: str, problem: Problem, config: Config | None, on: gpu.Gpu, case: int) -> None:
+    """Compile what Bench launches of a kernel with one of `cases_to_compile`, into Triton's cache on disk.
+
+    If config is None, compile the one that calls use.
+    """
+    inputs, do = inputs_of(*cases_to_compile(problem)[case])
+    chosen = config or lookup.get_config(kernel, inputs.problem, on)
+    # inference uses another binary
+    for training in (True, False) if kernel == "forward" else (True,):
+        compile_report.compile_launch(launcher(kernel, inputs, do, training)(chosen), on)
 
 
 class IsolatedBench:
@@ -213,21 +250,49 @@ class IsolatedBench:
 
     CODE = f"from {__name__} import serve_bench; serve_bench()"
 
-    def __init__(self, kernel: str, problem: Problem, device: str, seed: int = 0, code: str = CODE):
-        """code: what the child runs, for tests."""
-        self._bench, self._code = (kernel, problem, str(device), seed), code
+    def __init__(self, kernel: str, problem: Problem, device: str, seed: int = 0, code: str = CODE,
+                 compilers: tuple[Workers, gpu.Gpu] | None = None):
+        """code: what the child runs, for tests. compilers: those that compile for this GPU what the child will launch."""
+        self._bench, self._code, self._compilers = (kernel, problem, str(device), seed), code, compilers
+        self._compiling: list[str] = []  # the config of each job that is not known to be done, in order
+        self._compiled = None
         self._child: Child | None = None
         self._timed: str | None = None  # the config that the child timed last
 
     def now(self) -> float:
         return time.monotonic()
 
+    def prepare(self, configs: list[str]) -> None:
+        """Start to compile what the next checks launch, these configs in this order. Checks wait for their own alone."""
+        self._cancel()
+        if self._compilers is None:
+            return
+        (kernel, problem, *_), (workers, on) = self._bench, self._compilers
+        # what comes before this kernel in a call
+        jobs = [(name, None) for name in ("forward", "delta") if kernel != "forward"]
+        jobs += [(kernel, config) for config in configs]
+        cases, dots = range(len(cases_to_compile(problem))), precision(problem) or "ieee"
+        self._compiling = [config or configs[0] for _, config in jobs for _ in cases]
+        self._compiled = workers.map([(name, problem, config and Config.parse(config), on, dots, case)
+                                      for name, config in jobs for case in cases])
+
+    def _cancel(self):
+        """Give up what is not compiled yet: compilers must not disturb the timing."""
+        self._compiling.clear()
+        if self._compiled is not None:
+            self._compiled.close()
+
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure:
         """Check a config as Bench.check does."""
+        while config in self._compiling:
+            # the check itself finds out what does not compile
+            next(self._compiled)
+            del self._compiling[0]
         return self._ask(("check", config), CHECK_LIMIT)
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
         """Time configs as Bench.times does. If the child fails, the config that it was timing has failed."""
+        self._cancel()
         failures = {}
         while remaining := [config for config in configs if config not in failures]:
             result = self._ask(("times", remaining, rounds), TIMING_LIMIT)
@@ -248,7 +313,7 @@ class IsolatedBench:
         result = self._child.ask(job, limit, ("hang", "device lost"), announced.append)
         self._timed = announced[-1] if announced else None
         if isinstance(result, Failure) and result.code not in WRONG:
-            self.__exit__()
+            self._stop()
             if "OutOfMemoryError" in result.message:
                 raise RuntimeError(f"bench: no room for the tensors of {self._bench[1]}: {result.message}")
         return result
@@ -257,6 +322,10 @@ class IsolatedBench:
         return self
 
     def __exit__(self, *_):
+        self._cancel()
+        self._stop()
+
+    def _stop(self):
         child, self._child = self._child, None
         if child is not None:
             child.stop()

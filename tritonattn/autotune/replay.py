@@ -26,6 +26,9 @@ class ReplayBench:
     def now(self) -> float:
         return self._check_seconds + self.device_seconds
 
+    def prepare(self, configs: list[str]) -> None:
+        """Do nothing: nothing is compiled."""
+
     def check(self, config: str) -> dict | Failure:
         trial = self._trials[config]
         self._check_seconds += trial.check_seconds or CHECK_SECONDS

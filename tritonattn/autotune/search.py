@@ -52,6 +52,7 @@ class BudgetExhausted(Exception):
 class Bench(Protocol):
     """Checks and times configs by their names. A Failure concerns one config; its code is one of FAILURES."""
 
+    def prepare(self, configs: list[str]) -> None: ...  # the next to be checked, in this order
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure: ...  # {tensor: (worst error, allowed)}
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]: ...
     def now(self) -> float: ...
@@ -81,6 +82,9 @@ class Search:
 
         Raises BudgetExhausted.
         """
+        new = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if name not in self.trials]
+        if new and not self._is_late:
+            self.bench.prepare(new[:(self.budget.trials or len(new) + len(self.trials)) - len(self.trials)])
         correct = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self._is_correct(name)]
         if self._is_late and any(trial.samples for trial in self.trials.values()):
             raise BudgetExhausted

@@ -90,8 +90,12 @@ def local_setup(device=None, seed: int = 0, command: str = "tune") -> TuningSetu
         reason = "kernels are interpreted (TRITON_INTERPRET=1)" if gpu.INTERPRETED else "torch finds no GPU"
         raise RuntimeError(f"{command} needs a GPU, but {reason}")
     device = torch.device(device or torch.device("cuda", torch.cuda.current_device()))
-    return TuningSetup(gpu.gpu_of(device), lambda kernel, problem: IsolatedBench(kernel, problem, device, seed), Workers(),
-                       user_cache.current_cache(), environment.environment_of(device), seed)
+    on, workers = gpu.gpu_of(device), Workers()
+
+    def bench(kernel, problem):
+        return IsolatedBench(kernel, problem, device, seed, compilers=(workers, on))
+
+    return TuningSetup(on, bench, workers, user_cache.current_cache(), environment.environment_of(device), seed)
 
 
 def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:

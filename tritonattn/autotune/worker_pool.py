@@ -120,13 +120,19 @@ def serve(answer: Callable, code: str) -> None:
             parent_pipe().send(result)
 
 
-def inspect_job(kernel: str, problem, config, gpu, precision: str = "ieee"):
-    """Return the KernelReport, with float32 dots of this precision ("ieee" or "tf32")."""
+def inspect_job(kernel: str, problem, config, gpu, precision: str = "ieee", case: int | None = None):
+    """Return the KernelReport, with float32 dots of this precision ("ieee" or "tf32").
+
+    With a case, only compile what Bench launches with it (bench.compile_case).
+    """
     import torch
 
     from ..analysis import compile_report
+    from . import bench
 
     torch.backends.cuda.matmul.fp32_precision = precision
+    if case is not None:
+        return bench.compile_case(kernel, problem, config, gpu, case)
     return compile_report.inspect_kernel(kernel, problem, config, gpu)
 
 
@@ -156,7 +162,10 @@ class Workers:
             child.stop()
 
     def map(self, jobs: Iterable[tuple]) -> Iterator:
-        """Yield the result of each job, arguments of `inspect_job`, in order: a KernelReport or a Failure."""
+        """Yield the result of each job, arguments of `inspect_job`, in order: what it returns, or a Failure.
+
+        All jobs begin at once; closing the iterator cancels those that wait for a compiler.
+        """
         return self._threads.map(self._compile, jobs)
 
     def _compile(self, job):
