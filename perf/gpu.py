@@ -10,6 +10,9 @@ Each step is a process with a share of the time that is left; its output is appe
 printed. Run the same command again to continue: benchmarks and sweeps resume from their journals in DIR. Further options are
 those of perf.run, with other defaults: --suite short --baselines torch,cudnn,flash --seconds 0.1.
 
+On a machine without a GPU, --precompile h200 compiles kernels of the benchmark and the tuning for that GPU, and packs them into
+DIR/kernels.tar.xz. If that file is there, the steps start with these kernels; the first line says whether Triton finds them.
+
 Needs no network. Exit codes: 0 success; 1 a step failed or exceeded its limit; 2 wrong usage; 130 after Ctrl-C or SIGTERM.
 """
 
@@ -25,13 +28,16 @@ from pathlib import Path
 
 import torch
 
+from tritonattn import Problem
 from tritonattn.autotune import trials
+from tritonattn.gpu import Gpu, gpu_of, named
 
-from . import cases, run
+from . import cases, precompile, run
 from .run import DEVICE_LOST
 
 GRACE = 15  # seconds between the interrupt and the kill of a step that exceeds its limit
 STAGES = ("tests", "peaks", "benchmark", "tuning")
+SHAPES = ("4x32x32x4096x128", "4x32x32x4096x64", "4x16x16x4096x256")  # of the sweeps, each full and causal
 BENCHMARK_DEFAULTS = ["--suite", "short", "--baselines", "torch,cudnn,flash", "--seconds", "0.1"]
 
 
@@ -45,12 +51,12 @@ def steps(out: Path, benchmark: list[str]) -> Iterator[tuple[str, str, float, li
         yield "tests", f"tests-{name}", share, ["pytest", "-n", count, "--continue-on-collection-errors", "-m", *marks]
     yield "peaks", "peaks", 0.2, ["perf.peaks", "--out", str(out / "peaks.json")]
     yield "benchmark", "benchmark", 1.0, ["perf.run", "--out", str(out), *benchmark]
-    for d, heads in ((128, 32), (64, 32), (256, 16)):
+    for shape in SHAPES:
         for mask in cases.MASKS:
-            folder = out / f"sweep-{d}-{mask}"
-            shape = ["--shape", f"4x{heads}x{heads}x4096x{d}", *(["--causal"] if mask == "causal" else [])]
+            folder = out / f"sweep-{shape.rpartition('x')[2]}-{mask}"
+            shape_options = ["--shape", shape, *(["--causal"] if mask == "causal" else [])]
             yield "tuning", folder.name, 1.0, ["tritonattn", "sweep", str(folder),
-                                               *([] if (folder / trials.JOURNAL).exists() else shape)]
+                                               *([] if (folder / trials.JOURNAL).exists() else shape_options)]
 
 
 def run_step(path: Path, arguments: list[str], seconds: float) -> int | None:
@@ -99,6 +105,28 @@ def run_stages(out: Path, stages: list[str], benchmark: list[str], deadline: flo
     return success
 
 
+def make_archive(out: Path, stages: list[str], suite: str, on: Gpu, deadline: float) -> bool:
+    """Compile for a GPU until the deadline, pack what is compiled, and return whether that is all."""
+    sweeps = [Problem.parse(shape, torch.bfloat16, mask == "causal") for shape in SHAPES for mask in cases.MASKS]
+    todo = list(precompile.jobs(cases.suite(suite) if "benchmark" in stages else (), sweeps if "tuning" in stages else [], on))
+    folder = (out / precompile.FOLDER).resolve()
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    done, failed = precompile.compile_all(todo, deadline)
+    packed, left_out = precompile.pack(folder, out / precompile.ARCHIVE)
+    print(f"{out / precompile.ARCHIVE}: {done} of {len(todo)} jobs done, {failed} failed; {packed} binaries packed, {left_out} "
+          f"left out for the limit of {precompile.LIMIT >> 20} MiB")
+    return done == len(todo) and not left_out
+
+
+def use_archive(out: Path, on: Gpu) -> None:
+    """Let this process and the steps start with the kernels of DIR/kernels.tar.xz, and print whether Triton finds them."""
+    folder = (out / precompile.FOLDER).resolve()
+    count = precompile.unpack(out / precompile.ARCHIVE, folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    found = "hit" if precompile.finds_probe(on) else "miss: made by another Python, Triton or source, or for another GPU"
+    print(f"{count} precompiled binaries: {found}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the stages in order, print a line for each step and return the exit code."""
     top = argparse.ArgumentParser("python -m perf.gpu", description=__doc__.split("\n\n", 1)[1], allow_abbrev=False,
@@ -106,15 +134,22 @@ def main(argv: list[str] | None = None) -> int:
     top.add_argument("--out", type=Path, required=True, metavar="DIR")
     top.add_argument("--minutes", type=run.positive, default=9.0, metavar="M", help="default: %(default)s")
     top.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
+    top.add_argument("--precompile", type=named, metavar="GPU", help="compile for this GPU, and run nothing")
     arguments, further = top.parse_known_args(argv)
     benchmark = BENCHMARK_DEFAULTS + further
-    run.parser().parse_args(benchmark)  # exits if an option is wrong
+    options = run.parser().parse_args(benchmark)  # exits if an option is wrong
+    deadline = time.monotonic() + 60 * arguments.minutes
+    if arguments.precompile:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        return 0 if make_archive(arguments.out, arguments.stages, options.suite, arguments.precompile, deadline) else 1
     if not torch.cuda.is_available():
         top.error("perf.gpu needs a GPU, and torch detects none")
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         with run.interruptible():
-            return 0 if run_stages(arguments.out, arguments.stages, benchmark, time.monotonic() + 60 * arguments.minutes) else 1
+            if (arguments.out / precompile.ARCHIVE).exists():
+                use_archive(arguments.out, gpu_of(torch.device("cuda", 0)))
+            return 0 if run_stages(arguments.out, arguments.stages, benchmark, deadline) else 1
     except KeyboardInterrupt:
         print("interrupted; run the same command to continue")
         return 130

@@ -25,7 +25,7 @@ ORDER = {
     "autotune": ["worker_pool", "prune", "trials", "record_problems", "search", "bench", "tune", "first_call", "sweep",
                  "replay", "sweep_report"],
     "cli": ["format", "reports", "doctor", "selftest", "demo", "tuning", "inspection", "main"],
-    "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "gpu",
+    "perf": ["cases", "results", "baselines", "limits", "measure", "readme_table", "plot", "peaks", "run", "precompile", "gpu",
              "config_table", "null_driver", "host"],
 }
 

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
+from tests.helpers.compile_server import compiled
 from tests.helpers.tiers import slow_rows
-from tritonattn import Config, Problem, attention
+from tritonattn import Config, Problem, attention, gpu
 from tritonattn.autotune import bench as benches
 from tritonattn.autotune.bench import Bench, IsolatedBench, hard_inputs, results_of
 from tritonattn.autotune.worker_pool import Failure
@@ -101,6 +102,40 @@ def test_the_timed_launch_writes_the_results_of_attention(device):
     o.fill_(torch.nan)
     launch.run(call, torch.device(device))
     torch.testing.assert_close(o, attention(*tensors[:3], causal=True), rtol=1e-5, atol=1e-5)
+
+
+AHEAD = """
+import json, os, tempfile, torch
+folder = tempfile.TemporaryDirectory()
+os.environ["TRITON_CACHE_DIR"] = folder.name
+from perf import null_driver
+null = null_driver.install()
+from triton import knobs
+from tritonattn import Config, Problem, gpu
+from tritonattn.autotune import bench
+problem = Problem((2,), 4, 2, 517, 517, 16, 16, torch.bfloat16, **{options})
+before = [("forward", None), ("delta", None)] if {kernel!r} != "forward" else []
+for name, config in [*before, ({kernel!r}, Config(32, 32, 4, 1))]:
+    for case in range(len(bench.cases_to_compile(problem))):
+        bench.compile_case(name, problem, config, gpu.KNOWN["sm_90"], case)
+# nothing is computed, and the check must not stop at the first wrong result
+bench.accuracy.max_error, torch.equal = lambda *tensors: 0.0, lambda *tensors: True
+hits = []
+knobs.compilation.listener = lambda src, cache_hit, **_: hits.append((src.name, cache_hit))
+errors = bench.Bench({kernel!r}, problem, "cpu").check("32x32w4s1")
+print(json.dumps(dict(checked=sorted(errors), hits=hits, launches=null.launches)))
+"""
+
+
+@pytest.mark.parametrize("kernel, options", [
+    ("forward", {}),
+    *slow_rows(("forward", {"window": (None, 0), "lengths": True}), ("dq", {"window": (9, 0)}),
+               ("dkdv", {"masked": True, "mapped": True}), ("dkdv", {"masked": True, "window": (None, 0)})),
+], ids=str)
+def test_a_check_compiles_nothing_that_was_compiled_ahead(kernel, options):
+    result = compiled(AHEAD.format(kernel=kernel, options=options), fresh=True)
+    assert result["checked"] == sorted(benches.OUTPUTS[kernel]) and result["launches"] >= 12
+    assert len(result["hits"]) >= 2 and [name for name, hit in result["hits"] if not hit] == []
 
 
 # --- in a child process
@@ -197,6 +232,37 @@ def test_out_of_memory_raises():
     with IsolatedBench("forward", TINY, "cpu", code=code) as bench:
         with pytest.raises(RuntimeError, match="bench: no room for the tensors of"):
             bench.check("raise")
+
+
+class Compilers:
+    """Stands in for Workers: notes the jobs, those that were waited for, and whether the rest was cancelled."""
+
+    def map(self, jobs):
+        self.jobs, self.done, self.cancelled = jobs, 0, False
+        return self._results()
+
+    def _results(self):
+        try:
+            for number, _ in enumerate(self.jobs, 1):
+                self.done = number
+                yield None
+        finally:
+            self.cancelled = True
+
+
+@pytest.mark.parametrize("kernel, before", [("forward", []), ("dq", ["forward", "delta"])])
+def test_a_check_waits_for_its_own_binaries_and_the_timing_cancels_the_others(kernel, before):
+    compilers, cases = Compilers(), len(benches.cases_to_compile(TINY))
+    with IsolatedBench(kernel, TINY, "cpu", code=child(), compilers=(compilers, gpu.KNOWN["sm_90"])) as bench:
+        bench.prepare(["32x32w4s1", "64x64w4s2", "64x32w4s2"])
+        assert [job[0] for job in compilers.jobs[::cases]] == [*before, *[kernel] * 3]
+        assert [job[2] for job in compilers.jobs[-3 * cases::cases]] == [Config(32, 32, 4, 1), Config(64, 64), Config(64, 32)]
+        assert [job[-1].keywords["case"] for job in compilers.jobs[:cases]] == list(range(cases))
+        for i, config in enumerate(["32x32w4s1", "64x64w4s2"]):
+            assert bench.check(config) == GOOD and compilers.done == cases * (len(before) + 1 + i)
+        assert bench.check("another") == GOOD and not compilers.cancelled, "checked without preparation"
+        bench.times(["32x32w4s1"], 1)
+        assert compilers.cancelled and bench.check("64x32w4s2") == GOOD and compilers.done == cases * (len(before) + 2)
 
 
 @pytest.mark.slow

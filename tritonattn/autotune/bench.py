@@ -273,8 +273,8 @@ class IsolatedBench:
         jobs += [(kernel, config) for config in configs]
         cases, dots = range(len(cases_to_compile(problem))), precision(problem) or "ieee"
         self._compiling = [config or configs[0] for _, config in jobs for _ in cases]
-        self._compiled = workers.map([(name, problem, config and Config.parse(config), on, dots, case)
-                                      for name, config in jobs for case in cases])
+        self._compiled = workers.map([(name, problem, config and Config.parse(config), on, dots,
+                                       functools.partial(compile_case, case=case)) for name, config in jobs for case in cases])
 
     def _cancel(self):
         """Give up what is not compiled yet: compilers must not disturb the timing."""

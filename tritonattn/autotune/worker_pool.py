@@ -120,20 +120,18 @@ def serve(answer: Callable, code: str) -> None:
             parent_pipe().send(result)
 
 
-def inspect_job(kernel: str, problem, config, gpu, precision: str = "ieee", case: int | None = None):
+def inspect_job(kernel: str, problem, config, gpu, precision: str = "ieee",
+                compile_only: Callable | None = None):
     """Return the KernelReport, with float32 dots of this precision ("ieee" or "tf32").
 
-    With a case, only compile what Bench launches with it (bench.compile_case).
+    Or call `compile_only`, such as bench.compile_case, with the same kernel, problem, config and GPU.
     """
     import torch
 
     from ..analysis import compile_report
-    from . import bench
 
     torch.backends.cuda.matmul.fp32_precision = precision
-    if case is not None:
-        return bench.compile_case(kernel, problem, config, gpu, case)
-    return compile_report.inspect_kernel(kernel, problem, config, gpu)
+    return (compile_only or compile_report.inspect_kernel)(kernel, problem, config, gpu)
 
 
 class Workers:
