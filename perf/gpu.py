@@ -10,8 +10,9 @@ Each step is a process with a share of the time that is left; its output is appe
 printed. Run the same command again to continue: benchmarks and sweeps resume from their journals in DIR. Further options are
 those of perf.run, with other defaults: --suite short --baselines torch,cudnn,flash --seconds 0.1.
 
-On a machine without a GPU, --precompile h200 compiles kernels of the benchmark and the tuning for that GPU, and packs them into
-DIR/kernels.tar.xz. If that file is there, the steps start with these kernels; the first line says whether Triton finds them.
+On a machine without a GPU, --precompile h200 compiles kernels of the tests, the benchmark and the tuning for that GPU, and
+packs them into DIR/kernels.tar.xz. If that file is there, the steps start with these kernels; the first line says whether
+Triton finds them.
 
 Needs no network. Exit codes: 0 success; 1 a step failed or exceeded its limit; 2 wrong usage; 130 after Ctrl-C or SIGTERM.
 """
@@ -38,6 +39,8 @@ from .run import DEVICE_LOST
 GRACE = 15  # seconds between the interrupt and the kill of a step that exceeds its limit
 STAGES = ("tests", "peaks", "benchmark", "tuning")
 SHAPES = ("4x32x32x4096x128", "4x32x32x4096x64", "4x16x16x4096x256")  # of the sweeps, each full and causal
+COMPILED_TESTS = ("-p", "perf.null_driver.compile_tests", "tests/gpu/test_gpu.py", "tests/test_attention.py",
+                  "-k", "test_accuracy or test_every_shipped_config or test_low_precision")
 BENCHMARK_DEFAULTS = ["--suite", "short", "--baselines", "torch,cudnn,flash", "--seconds", "0.1"]
 
 
@@ -106,16 +109,23 @@ def run_stages(out: Path, stages: list[str], benchmark: list[str], deadline: flo
 
 
 def make_archive(out: Path, stages: list[str], suite: str, on: Gpu, deadline: float) -> bool:
-    """Compile for a GPU until the deadline, pack what is compiled, and return whether that is all."""
+    """Compile for a GPU until the deadline, pack what is compiled, and return whether that is all.
+
+    The tests' kernels come first, by the null driver, which stands for an H200, and take at most half of the time.
+    """
     sweeps = [Problem.parse(shape, torch.bfloat16, mask == "causal") for shape in SHAPES for mask in cases.MASKS]
     todo = list(precompile.jobs(cases.suite(suite) if "benchmark" in stages else (), sweeps if "tuning" in stages else [], on))
     folder = (out / precompile.FOLDER).resolve()
     os.environ["TRITON_CACHE_DIR"] = str(folder)
+    precompile.finds_probe(on)
+    complete = "tests" not in stages or 0 == run_step(
+        out / "precompile-tests.log", ["pytest", "-n", str(os.cpu_count() or 1), *COMPILED_TESTS],
+        (deadline - time.monotonic()) / (2 if todo else 1))
     done, failed = precompile.compile_all(todo, deadline)
     packed, left_out = precompile.pack(folder, out / precompile.ARCHIVE)
     print(f"{out / precompile.ARCHIVE}: {done} of {len(todo)} jobs done, {failed} failed; {packed} binaries packed, {left_out} "
           f"left out for the limit of {precompile.LIMIT >> 20} MiB")
-    return done == len(todo) and not left_out
+    return complete and done == len(todo) and not left_out
 
 
 def use_archive(out: Path, on: Gpu) -> None:
@@ -140,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     options = run.parser().parse_args(benchmark)  # exits if an option is wrong
     deadline = time.monotonic() + 60 * arguments.minutes
     if arguments.precompile:
+        if "tests" in arguments.stages and arguments.precompile.arch != "sm_90":
+            top.error(f"--precompile {arguments.precompile.name}: tests can be compiled for sm_90 alone, not for "
+                      f"{arguments.precompile.arch}; name the other stages with --stages")
         arguments.out.mkdir(parents=True, exist_ok=True)
         return 0 if make_archive(arguments.out, arguments.stages, options.suite, arguments.precompile, deadline) else 1
     if not torch.cuda.is_available():

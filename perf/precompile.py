@@ -6,7 +6,7 @@
 Triton finds a binary by a hash (triton/runtime/cache.py, get_cache_key) of the files of its own wheel, which differ between
 versions of Python, the kernels' source, the types of the arguments, the compiler's options, the version of ptxas, and
 variables such as DISABLE_LLVM_OPT. So the archive must be made by the Python and Triton that use it, from the same source.
-Only binaries and their metadata are packed. Launchers and tests' kernels are not: they are compiled where they run.
+Only binaries and their metadata are packed, not the launchers that Triton builds with the C compiler of the machine.
 """
 
 import functools
@@ -31,14 +31,13 @@ from .cases import Case
 
 ARCHIVE, FOLDER = "kernels.tar.xz", "kernels"
 LIMIT = 60 << 20  # bytes of the archive
-# the first one that is compiled, and looked for at the start of a visit
+# compiled first, and looked for at the start of a visit
 PROBE = "forward", Problem((1,), 2, 2, 128, 128, 64, 64, torch.bfloat16), Config(64, 64)
 THE_PROBLEM_ITSELF = functools.partial(bench.compile_case, case=-1)
 
 
 def jobs(suite: tuple[Case, ...], sweeps: list[Problem], on: Gpu) -> Iterator[tuple]:
     """Yield the arguments of `inspect_job` for what a benchmark launches, and for all candidates of sweeps."""
-    yield *PROBE, on
     for case in suite:
         for kernel in ("forward",) if case.directions == ("forward",) else ("forward", "delta", "dq", "dkdv"):
             yield kernel, case.problem, None, on, precision(case.problem) or "ieee", THE_PROBLEM_ITSELF
@@ -93,7 +92,7 @@ def unpack(archive: Path, folder: Path) -> int:
 
 
 def finds_probe(on: Gpu) -> bool:
-    """Return whether Triton finds PROBE in its cache."""
+    """Return whether Triton finds PROBE in its cache, and put it there if not."""
     hits = []
     before, knobs.compilation.listener = knobs.compilation.listener, lambda cache_hit, **_: hits.append(cache_hit)
     try:

@@ -127,12 +127,14 @@ print(json.dumps(dict(checked=sorted(errors), hits=hits, launches=null.launches)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel, options", [
-    ("forward", {}),
-    *slow_rows(("forward", {"window": (None, 0), "lengths": True}), ("dq", {"window": (9, 0)}),
-               ("dkdv", {"masked": True, "mapped": True}), ("dkdv", {"masked": True, "window": (None, 0)})),
+    ("forward", {}), ("forward", {"window": (None, 0), "lengths": True}), ("dq", {"window": (9, 0)}),
+    ("dkdv", {"masked": True, "mapped": True}), ("dkdv", {"masked": True, "window": (None, 0)}),
+    ("dbias", {"bias": torch.float32}),
 ], ids=str)
 def test_a_check_compiles_nothing_that_was_compiled_ahead(kernel, options):
+    """Slow: compiles up to six binaries of each kernel of a call, in a new process."""
     result = compiled(AHEAD.format(kernel=kernel, options=options), fresh=True)
     assert result["checked"] == sorted(benches.OUTPUTS[kernel]) and result["launches"] >= 12
     assert len(result["hits"]) >= 2 and [name for name, hit in result["hits"] if not hit] == []

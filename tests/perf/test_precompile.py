@@ -7,7 +7,6 @@ import torch
 
 from perf import cases, gpu, precompile
 from tests.helpers.compile_server import compiled
-from tests.helpers.tiers import slow
 from tritonattn import gpu as gpus
 
 CARRIED = """
@@ -23,6 +22,7 @@ on = gpu.KNOWN["sm_90"]
 folder = Path({folder!r})
 os.environ["TRITON_CACHE_DIR"] = str(folder / "made")
 problem = cases.problem(2, (4, 2), 200, 40, {window}, dtype=torch.bfloat16)
+precompile.finds_probe(on)
 for job in precompile.jobs((cases.Case("", problem, {directions}),), [], on):
     worker_pool.inspect_job(*job)
 packed = precompile.pack(folder / "made", folder / "kernels.tar.xz")
@@ -43,8 +43,10 @@ print(json.dumps(dict(packed=packed, least=least, count=count, probes=[absent, f
 """
 
 
-@pytest.mark.parametrize("directions", [cases.FORWARD, *slow(cases.TRAINING)])
+@pytest.mark.slow
+@pytest.mark.parametrize("directions", [cases.FORWARD, cases.TRAINING])
 def test_launches_find_the_carried_binaries(directions, tmp_path):
+    """Slow: compiles in a new process."""
     result = compiled(CARRIED.format(folder=str(tmp_path), directions=directions, window=cases.CAUSAL), fresh=True)
     kernels = ["forward_kernel"] + (["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
                                     if directions == cases.TRAINING else [])
@@ -56,11 +58,10 @@ def test_launches_find_the_carried_binaries(directions, tmp_path):
 
 def test_jobs_are_those_of_the_stages():
     on = gpus.named("h200")
-    probe, *others = precompile.jobs(cases.SHORT, [], on)
-    assert probe == (*precompile.PROBE, on)
+    others = list(precompile.jobs(cases.SHORT, [], on))
     assert {kernel for kernel, *_ in others} == {"forward", "delta", "dq", "dkdv"}
     assert sum(kernel == "forward" for kernel, *_ in others) == len(cases.SHORT)
-    _, *others = precompile.jobs((), [cases.problem(4, 32, 4096, 128)], on)
+    others = list(precompile.jobs((), [cases.problem(4, 32, 4096, 128)], on))
     assert len(others) > 100 and all(problem.dtype == torch.bfloat16 and config for _, problem, config, *_ in others)
 
 
@@ -76,7 +77,14 @@ def test_a_visit_says_whether_the_kernels_are_found(tmp_path, monkeypatch, capsy
 
 def test_precompiling_needs_no_gpu_and_stops_at_its_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setattr(precompile, "finds_probe", lambda on: False)
+    monkeypatch.setattr(gpu, "run_step", lambda path, arguments, seconds: steps.append((path.name, arguments, seconds)))
     monkeypatch.setattr(precompile.Workers, "map", lambda self, jobs: iter([None] * 3 + [precompile.Failure("x", "y")] * 999))
-    arguments = ["--out", str(tmp_path), "--precompile", "h200", "--stages", "benchmark", "--minutes", "0.000001"]
+    steps, arguments = [], ["--out", str(tmp_path), "--precompile", "h200", "--minutes", "0.000001"]
     assert gpu.main(arguments) == 1
     assert re.search(r"kernels.tar.xz: 1 of \d+ jobs done, 0 failed; 0 binaries packed, 0 left out", capsys.readouterr().out)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([*arguments, "--precompile", "A100"])
+    assert "tests can be compiled for sm_90 alone, not for sm_80" in capsys.readouterr().err
+    (name, pytest_arguments, seconds), = steps
+    assert name == "precompile-tests.log" and pytest_arguments[-3:] == list(gpu.COMPILED_TESTS[-3:]) and seconds < 1
