@@ -117,7 +117,7 @@ def make_archive(out: Path, stages: list[str], suite: str, on: Gpu, deadline: fl
     todo = list(precompile.jobs(cases.suite(suite) if "benchmark" in stages else (), sweeps if "tuning" in stages else [], on))
     folder = (out / precompile.FOLDER).resolve()
     os.environ["TRITON_CACHE_DIR"] = str(folder)
-    precompile.finds_probe(on)
+    precompile.probe_entry(on)
     complete = "tests" not in stages or 0 == run_step(
         out / "precompile-tests.log", ["pytest", "-n", str(os.cpu_count() or 1), *COMPILED_TESTS],
         (deadline - time.monotonic()) / (2 if todo else 1))
@@ -131,10 +131,11 @@ def make_archive(out: Path, stages: list[str], suite: str, on: Gpu, deadline: fl
 def use_archive(out: Path, on: Gpu) -> None:
     """Let this process and the steps start with the kernels of DIR/kernels.tar.xz, and print whether Triton finds them."""
     folder = (out / precompile.FOLDER).resolve()
-    count = precompile.unpack(out / precompile.ARCHIVE, folder)
+    entries = precompile.unpack(out / precompile.ARCHIVE, folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder)
-    found = "hit" if precompile.finds_probe(on) else "miss: made by another Python, Triton or source, or for another GPU"
-    print(f"{count} precompiled binaries: {found}", flush=True)
+    known = precompile.probe_entry(on) in entries
+    result = "hit" if known else "miss: made by another Python, Triton or source, or for another GPU"
+    print(f"{len(entries)} precompiled binaries: {result}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

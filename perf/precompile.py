@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from triton import knobs
-
 from tritonattn import Config, Problem
 from tritonattn.analysis import compile_report
 from tritonattn.autotune import bench, prune, tune
@@ -76,9 +74,9 @@ def pack(folder: Path, archive: Path, limit: int = LIMIT) -> tuple[int, int]:
     return packed, len(binaries) - packed
 
 
-def unpack(archive: Path, folder: Path) -> int:
-    """Write an archive's binaries to a cache and return their number. Triton's lists of files hold absolute paths."""
-    count = 0
+def unpack(archive: Path, folder: Path) -> set[str]:
+    """Write an archive's binaries to a cache and return the names of its entries. Triton's lists hold absolute paths."""
+    entries = set()
     with tarfile.open(archive) as tar:
         for member in tar:
             path = folder.joinpath(*Path(member.name).parts[-2:])
@@ -87,16 +85,11 @@ def unpack(archive: Path, folder: Path) -> int:
             if path.suffix == ".json":
                 files = {each.name: str(each.resolve()) for each in (path, path.with_suffix(".cubin"))}
                 path.with_name(f"__grp__{path.name}").write_text(json.dumps({"child_paths": files}))
-                count += 1
-    return count
+                entries.add(path.parent.name)
+    return entries
 
 
-def finds_probe(on: Gpu) -> bool:
-    """Return whether Triton finds PROBE in its cache, and put it there if not."""
-    hits = []
-    before, knobs.compilation.listener = knobs.compilation.listener, lambda cache_hit, **_: hits.append(cache_hit)
-    try:
-        compile_report.compile_launch(launch.example_launch(*PROBE), on)
-    finally:
-        knobs.compilation.listener = before
-    return hits == [True]
+def probe_entry(on: Gpu) -> str:
+    """Return the name of the entry of Triton's cache that holds PROBE, compiled if it is not there."""
+    compiled = compile_report.compile_launch(launch.example_launch(*PROBE), on)
+    return Path(next(iter(compiled.metadata_group.values()))).parent.name

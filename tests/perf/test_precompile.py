@@ -22,24 +22,22 @@ on = gpu.KNOWN["sm_90"]
 folder = Path({folder!r})
 os.environ["TRITON_CACHE_DIR"] = str(folder / "made")
 problem = cases.problem(2, (4, 2), 200, 40, {window}, dtype=torch.bfloat16)
-precompile.finds_probe(on)
+precompile.probe_entry(on)
 for job in precompile.jobs((cases.Case("", problem, {directions}),), [], on):
     worker_pool.inspect_job(*job)
 packed = precompile.pack(folder / "made", folder / "kernels.tar.xz")
 least = precompile.pack(folder / "made", folder / "small.tar.xz", 0)
 shutil.rmtree(folder / "made")
-os.environ["TRITON_CACHE_DIR"] = str(folder / "empty")
-absent = precompile.finds_probe(on)
 os.environ["TRITON_CACHE_DIR"] = str(folder / "used")
-count, hits = precompile.unpack(folder / "kernels.tar.xz", folder / "used"), []
-found = precompile.finds_probe(on)
+entries, hits = precompile.unpack(folder / "kernels.tar.xz", folder / "used"), []
 knobs.compilation.listener = lambda src, cache_hit, **_: hits.append((src.name, cache_hit))
+probe = precompile.probe_entry(on) in entries
 q, k, v = problem.tensors("cpu")
 attention(q, k, v, window={window})
 if "backward" in {directions}:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.autograd.grad(attention(*leaves, window={window}), leaves, torch.randn_like(q))
-print(json.dumps(dict(packed=packed, least=least, count=count, probes=[absent, found], hits=hits, launches=null.launches)))
+print(json.dumps(dict(packed=packed, least=least, count=len(entries), probe=probe, hits=hits, launches=null.launches)))
 """
 
 
@@ -48,12 +46,12 @@ print(json.dumps(dict(packed=packed, least=least, count=count, probes=[absent, f
 def test_launches_find_the_carried_binaries(directions, tmp_path):
     """Slow: compiles in a new process."""
     result = compiled(CARRIED.format(folder=str(tmp_path), directions=directions, window=cases.CAUSAL), fresh=True)
-    kernels = ["forward_kernel"] + (["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
+    kernels = ["forward_kernel"] * 2 + (["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
                                     if directions == cases.TRAINING else [])
-    assert result["probes"] == [False, True] and result["hits"] == [[name, True] for name in kernels]
+    assert result["probe"] and result["hits"] == [[name, True] for name in kernels]
     # the probe, inference, a forward pass with a gradient, and the backward pass
     assert result["packed"] == [result["count"], 0] and result["count"] == (3 if directions == cases.FORWARD else 6)
-    assert result["least"] == [0, result["count"]] and result["launches"] == len(kernels)
+    assert result["least"] == [0, result["count"]] and result["launches"] == len(kernels) - 1
 
 
 def test_jobs_are_those_of_the_stages():
@@ -67,17 +65,17 @@ def test_jobs_are_those_of_the_stages():
 
 def test_a_visit_says_whether_the_kernels_are_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
-    monkeypatch.setattr(precompile, "unpack", lambda archive, folder: 7)
-    for found, words in ((True, "hit"), (False, "miss: made by another Python, Triton or source, or for another GPU")):
-        monkeypatch.setattr(precompile, "finds_probe", lambda on, found=found: found)
+    monkeypatch.setattr(precompile, "unpack", lambda archive, folder: {"A", "B"})
+    for entry, words in (("B", "hit"), ("C", "miss: made by another Python, Triton or source, or for another GPU")):
+        monkeypatch.setattr(precompile, "probe_entry", lambda on, entry=entry: entry)
         gpu.use_archive(tmp_path, gpus.named("h200"))
-        assert capsys.readouterr().out == f"7 precompiled binaries: {words}\n"
+        assert capsys.readouterr().out == f"2 precompiled binaries: {words}\n"
     assert gpu.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / precompile.FOLDER)
 
 
 def test_precompiling_needs_no_gpu_and_stops_at_its_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
-    monkeypatch.setattr(precompile, "finds_probe", lambda on: False)
+    monkeypatch.setattr(precompile, "probe_entry", lambda on: "A")
     monkeypatch.setattr(gpu, "run_step", lambda path, arguments, seconds: steps.append((path.name, arguments, seconds)))
     monkeypatch.setattr(precompile.Workers, "map", lambda self, jobs: iter([None] * 3 + [precompile.Failure("x", "y")] * 999))
     steps, arguments = [], ["--out", str(tmp_path), "--precompile", "h200", "--minutes", "0.000001"]
