@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
 from tritonattn import Config, Problem
 from tritonattn.analysis import compile_report
 from tritonattn.autotune import bench, prune, tune
