@@ -116,9 +116,12 @@ class Bench:
 def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
     """Return the named results of an attention function for (q, k, v, do, bias or None), computed in `dtype` if given."""
     q, k, v, do, bias = (x if x is None else x.detach().to(dtype or x.dtype) for x in tensors)
-    leaves = {name: x.requires_grad_() for name, x in (("dq", q), ("dk", k), ("dv", v), ("dbias", bias)) if x is not None}
-    o, lse = function(q, k, v, bias=bias, return_lse=True, **options)
+    leaves = {name: x for name, x in (("dq", q), ("dk", k), ("dv", v), ("dbias", bias)) if x is not None}
     wanted = [name for name in names if name in leaves]
+    # kernels of other gradients do not run; a forward pass alone runs as in training
+    for name in wanted or leaves:
+        leaves[name].requires_grad_()
+    o, lse = function(q, k, v, bias=bias, return_lse=True, **options)
     gradients = torch.autograd.grad(o, [leaves[name] for name in wanted], do.to(o.dtype)) if wanted else ()
     results = {"o": o.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
     return {name: results[name] for name in names}
