@@ -87,3 +87,11 @@ def test_a_store_to_a_tile_without_a_barrier_since_any_product_is_found(loop, ra
     expected = f"shared memory is written at 0000, without a barrier since the products up to {16 * 5:04x}" if race else None
     assert races.find_race(loop_of(*loop), num_warps=8) == expected
     assert races.find_race(loop_of(*loop), num_warps=4) is None
+
+
+@pytest.mark.parametrize("branch, following", [
+    ("BRA `(.L_x_1)", [0]), ("@P0 BRA `(.L_x_1)", [2, 0]), ("BRA !UP1, `(.L_x_1)", [2, 0]),
+    ("BRA.DIV UR5, `(.L_x_1)", [2, 0]), ("BRA.DIV ~URZ, `(.L_x_1)", [2, 0]), ("EXIT", []), ("@!P2 EXIT", [2])])
+def test_branches(branch, following):
+    text = ".L_x_1:\n" + "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(["NOP", branch, "NOP"]))
+    assert races.parse(text)[1].following == following

@@ -1,11 +1,11 @@
 """Races in Hopper's machine code (SASS), found by following every path from a warp-group product.
 
     HGMMA R88, R152, gdesc[..], R88     issued: it reads R152.. and shared memory, and writes R88.., some time later
-    WARPGROUP.DEPBAR.LE gsb0, 0x0       done, as far as this warp group is concerned
+    WARPGROUP.DEPBAR.LE gsb0, 0x0       complete for this warp group
     BAR.SYNC                            done for every warp group: the tile in shared memory may be overwritten
 
 ptxas before 13.3 may use a product's registers again too early (triton-lang/triton#11781), Triton may leave out the barrier
-(triton-lang/triton#9484). Only paths are followed, so a race that the hardware prevents is reported, too.
+(triton-lang/triton#9484). The analysis follows every path, so it may also report races that cannot happen.
 
 SASS does not show which memory a product reads: its address is in a descriptor. A copy (LDGSTS) always fills a tile. A store
 (STS) may write to scratch memory, or to another tile than the product's. So it counts only if a fence makes it visible to
@@ -89,7 +89,8 @@ def parse(text: str) -> list[Instruction]:
     for i, (address, condition, opcode, operands) in enumerate(rows):
         following = [i + 1]
         if opcode.startswith(("BRA", "EXIT")):
-            if not condition and not re.match(r"!?U?P\w", operands):
+            # a predicate or a register before the label is a condition too: BRA P0, BRA.DIV UR5
+            if not condition and re.match(r"`|$", operands):
                 following = []
             following += [labels[name] for name in re.findall(r"`\((\.L_x_\d+)\)", operands)]
         # commas inside brackets do not separate operands
