@@ -92,16 +92,17 @@ def test_gradcheck_through_a_bias(device):
 def test_nan_of_a_query_reaches_no_key_that_is_masked_from_it(hide, device):
     """dK and dV of the other keys are those without this query."""
     q, k, v = tensors(device, batch=(1,), heads=1)
-    mask = torch.ones(20, 36, dtype=torch.bool, device=device)
-    mask[3, 10:] = False
+    mask = torch.rand(20, 36, generator=torch.Generator().manual_seed(0)).to(device) < 0.9
+    mask[3, :10], mask[3, 10:] = True, False
     with torch.no_grad():
         q[..., 3, :] = math.nan
     given = {"mask": mask} if hide == "mask" else {"bias": torch.zeros(20, 36, device=device).masked_fill(~mask, -math.inf)}
     with config.pinned(TILES):
-        o = attention(q, k, v, **given)
+        o = attention(q, k, v, causal=True, align="bottom_right", **given)
         dk, dv = torch.autograd.grad(o.square().sum(), (k, v))
     others = [i for i in range(20) if i != 3]
-    exact = torch.autograd.grad(reference.attention(q[..., others, :], k, v).square().sum(), (k, v))
+    mask &= reference.visible(20, 36, causal=True, align="bottom_right", device=device)
+    exact = torch.autograd.grad(reference.attention(q[..., others, :], k, v, mask=mask[others]).square().sum(), (k, v))
     for ours, expected in zip((dk, dv), exact):
         torch.testing.assert_close(ours[..., 10:, :], expected[..., 10:, :], atol=1e-4, rtol=1e-4)
         assert ours[..., :10, :].isnan().all()
