@@ -79,7 +79,7 @@ def test_row_whose_scores_are_all_minus_infinity(device):
     q[..., 0], k[..., 0] = -1, torch.inf
     with config.pinned(TILES):
         o, lse = attention(q, k, v.requires_grad_(), return_lse=True)
-    dv, = torch.autograd.grad(o, v, do)
+        dv, = torch.autograd.grad(o, v, do)
     assert torch.all(o == 0) and torch.all(lse == -torch.inf) and torch.all(dv == 0)
 
 
