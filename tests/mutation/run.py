@@ -40,7 +40,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent.json")
 WALL_SECONDS = 900  # that all tests of a mutant may take
 CPU_SECONDS = 20  # that a test may take before its mutant counts as killed, by an endless loop
 GOAL = 0.95
-USUAL = 6  # tests that run first because they killed other mutants of the file
+USUAL = 6  # tests that run first because they killed other mutants of the function, and as many for the file
 UNCHANGED = "unchanged"  # the key of the package without a mutation
 # in the order in which they run: cheap and sensitive ones first
 TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py", "tests/test_block_mask.py",
@@ -130,11 +130,9 @@ def run_mutants(chosen: list[Mutant], out: Path, minutes: float) -> None:
             path = folder / KERNELS / mutant.file
             original = path.read_text()
             path.write_text(mutant.source)
-            # what killed most mutants of the file so far comes first
-            often = [test for test, _ in kills[mutant.file].most_common(USUAL) if "::" in str(test)]
-            by = killer(folder, (*often, *FIRST.get(mutant.file, ())))
+            by = killer(folder, (*usual_killers(kills, mutant.key), *FIRST.get(mutant.file, ())))
             path.write_text(original)
-            kills[mutant.file][by] += 1
+            count_kill(kills, mutant.key, by)
             journal.write(json.dumps({"mutant": mutant.key, "digest": digest(mutant.file), "killer": by}) + "\n")
             journal.flush()
             print(f"{i}/{len(chosen)} {'killed' if by else 'survived: ' + mutant.key}", file=sys.stderr, flush=True)
@@ -155,11 +153,25 @@ def read_journal(out: Path, every: list[Mutant]) -> dict[str, str | None]:
 
 
 def read_kills(out: Path) -> dict[str, collections.Counter]:
-    """Return {file: how many of its mutants each test killed}, also in runs on other versions of the file."""
+    """Return {file or function: how many of its mutants each test killed}, also in runs on other versions of the file."""
     kills = collections.defaultdict(collections.Counter)
     for line in map(json.loads, out.read_text().splitlines()) if out.exists() else ():
-        kills[line["mutant"].split()[0]][line["killer"]] += 1
+        count_kill(kills, line["mutant"], line["killer"])
     return kills
+
+
+def count_kill(kills: dict[str, collections.Counter], key: str, test: str | None) -> None:
+    """Count a test that killed a mutant for the mutant's file and for its function."""
+    if test and "::" in test:
+        file, function, *_ = key.split()
+        kills[file][test] += 1
+        kills[f"{file} {function}"][test] += 1
+
+
+def usual_killers(kills: dict[str, collections.Counter], key: str) -> list[str]:
+    """Return the tests that killed most mutants of the same function, then those of the same file."""
+    file, function, *_ = key.split()
+    return [test for place in (f"{file} {function}", file) for test, _ in kills[place].most_common(USUAL)]
 
 
 def read_equivalent() -> dict[str, str]:
