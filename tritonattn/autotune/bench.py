@@ -1,4 +1,5 @@
 """Check and time one kernel of one problem with any config; in this process (Bench), or in one of its own (IsolatedBench).
+Several problems make a JointBench.
 
     check   against the definition, twice, bit for bit, on inputs that are hard to get right (`hard_inputs`); at the
             problem's own size where the definition is not too large
@@ -9,9 +10,8 @@
 import contextlib
 import functools
 import math
-import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -382,52 +382,51 @@ class IsolatedBench:
 class JointBench:
     """The benches of several problems as one. A config takes the sum of its times, each multiplied by the calls of its problem.
 
-    `checks` and `timings` hold the last result of each config, one for each bench.
+    `checks` and `timings` hold the last results, {config: {problem: result}}.
     """
 
-    def __init__(self, benches: Sequence[search.Bench], calls: Sequence[int]):
+    def __init__(self, benches: dict[Problem, search.Bench], calls: Mapping[Problem, int]):
         self._benches, self._calls = benches, calls
-        self.checks: dict[str, list[dict]] = {}
-        self.timings: dict[str, list[timing.Windows]] = {}
+        self.checks: dict[str, dict[Problem, dict]] = {}
+        self.timings: dict[str, dict[Problem, timing.Windows]] = {}
 
     def now(self) -> float:
-        return self._benches[0].now()
+        return next(iter(self._benches.values())).now()
 
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure:
-        """Check a config on every bench. Return the first failure, or the errors on the first bench."""
-        self.checks[config] = []
-        for bench in self._benches:
-            if isinstance(result := bench.check(config), Failure):
-                return result
-            self.checks[config].append(result)
-        return self.checks[config][0]
+        """Check a config for every problem. Return the first failure, or the errors of the first problem."""
+        results = self.checks[config] = {}
+        for problem, bench in self._benches.items():
+            results[problem] = bench.check(config)
+            if isinstance(results[problem], Failure):
+                return results[problem]
+        return next(iter(results.values()))
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
-        def times(bench, names):
-            return {name: result if isinstance(result, Failure) else timing.Windows(result, None)
-                    for name, result in bench.times(names, rounds).items()}
-
-        results = self._sum(times, configs)
-        return {name: result if isinstance(result, Failure) else result.seconds for name, result in results.items()}
+        """Time configs for every problem, one problem after the other."""
+        results = self._sum("times", configs, rounds)
+        return {config: result if isinstance(result, Failure) else result.seconds for config, result in results.items()}
 
     def windows(self, configs: list[str], rounds: int) -> dict[str, timing.Windows | Failure]:
-        return self._sum(lambda bench, names: bench.windows(names, rounds), configs)
+        """Time configs in windows for every problem, one problem after the other. Several problems have no common clock."""
+        return self._sum("windows", configs, rounds)
 
-    def _sum(self, time, configs):
-        failures, timings = {}, {config: [] for config in configs}
-        for bench in self._benches:
-            for config, result in time(bench, [config for config in configs if config not in failures]).items():
+    def _sum(self, method, configs, rounds):
+        failures, timings = {}, {config: {} for config in configs}
+        for problem, bench in self._benches.items():
+            results = getattr(bench, method)([config for config in configs if config not in failures], rounds)
+            for config, result in results.items():
                 if isinstance(result, Failure):
                     failures[config] = result
-                timings[config].append(result)
-        timings = {config: each for config, each in timings.items() if config not in failures}
-        self.timings |= timings
-        return failures | {config: self._total(each) for config, each in timings.items()}
+                else:
+                    timings[config][problem] = result if method == "windows" else timing.Windows(tuple(result), None)
+        self.timings |= {config: parts for config, parts in timings.items() if config not in failures}
+        return failures | {config: self._total(self.timings[config]) for config in configs if config not in failures}
 
-    def _total(self, timings) -> timing.Windows:
-        rounds = zip(*(each.seconds for each in timings))
-        return timing.Windows(tuple(sum(map(operator.mul, self._calls, seconds)) for seconds in rounds),
-                              timings[0].clock if len(timings) == 1 else None)
+    def _total(self, parts) -> timing.Windows:
+        seconds = zip(*([self._calls[problem] * x for x in part.seconds] for problem, part in parts.items()))
+        clocks = [part.clock for part in parts.values()]
+        return timing.Windows(tuple(map(sum, seconds)), clocks[0] if len(clocks) == 1 else None)
 
 
 def serve_bench() -> None:
