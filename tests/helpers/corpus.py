@@ -90,7 +90,7 @@ def _ended(trials, job, rng) -> list[Trial]:
     """Return the trials with windows for those that end sustained, at a clock of their own each."""
     ok = {trial.config: trial for trial in trials if trial.status == "ok"}
     last = list(dict.fromkeys([job.incumbent, *list(runs.sampled_times(ok))[:search.SUSTAINED_CONFIGS]]))
-    clocks = {name: rng.uniform(1500, 1980) for name in last}
+    clocks = {name: rng.uniform(1650, 1750) for name in last}
     # half of a kernel's time depends on the clock
     windows = {name: tuple(ok[name].seconds * (0.5 + 0.5 * 1980 / clocks[name]) * rng.gauss(1, 0.001)
                            for _ in range(search.WINDOWS)) for name in last}
