@@ -74,7 +74,7 @@ def test_an_error_while_timing_names_its_config(device, monkeypatch):
 
 @pytest.fixture
 def short_windows(monkeypatch):
-    monkeypatch.setattr(search, "WINDOW", 1e-3)
+    monkeypatch.setattr(search, "WINDOW_SECONDS", 1e-3)
     monkeypatch.setattr(benches, "SUSTAINED", TimingBudget(settle=(0.0, 0.0), long=0.0, small=0.0))
 
 
