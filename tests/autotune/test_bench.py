@@ -105,6 +105,15 @@ def test_every_config_has_windows_on_tensors_of_its_own(kernel, device, monkeypa
     assert all(announced.count(name) >= 3 for name in names)
 
 
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_windows_of_one_config_agree(device):
+    problem = Problem((4,), 16, 16, 2048, 2048, 128, 128, torch.bfloat16)
+    for name, (seconds, clock) in Bench("forward", problem, device).windows(["64x64w4s2", "128x64w8s2"], 3).items():
+        assert len(seconds) == 3 and 1e-5 < min(seconds) and max(seconds) < 1.05 * min(seconds), name
+        assert clock is None or 100 < clock < 5000
+
+
 @pytest.mark.interpreted
 @pytest.mark.parametrize("free, copies", [(1000 - 1, 1), (1000, 3)])
 def test_copies_take_at_most_half_of_the_free_memory(free, copies, device, monkeypatch):

@@ -126,9 +126,9 @@ def test_a_search_ends_with_its_budget_of_trials_or_seconds():
     search_run = run_search(search_of(bench, budget=Budget(seconds=0.13)), "halving")
     assert len(bench.checked) == 10 and search_run.winner() == "c0" and 3 <= len(search_run.trials["c0"].samples) < 60
     # the windows of five configs need 25 s; they are not begun if so much is not left
-    for seconds, ended in ((25, 0), (26, 1)):
+    for seconds, problems, ended in ((25, 1, 0), (26, 1, 1), (26, 2, 0), (51, 2, 1)):
         bench = FakeBench(TEN)
-        search_run = run_search(search_of(bench, budget=Budget(seconds=seconds)), "halving")
+        search_run = run_search(search_of(bench, budget=Budget(seconds=seconds), problems=problems), "halving")
         assert search_run.winner() == "c0" and len(bench.windowed) == ended
 
 

@@ -82,6 +82,7 @@ class Search:
     budget: Budget = field(default_factory=Budget)
     static: dict[str, dict] = field(default_factory=dict)  # properties of the binaries, as far as they are known
     trials: dict[str, Trial] = field(default_factory=dict)
+    problems: int = 1  # that the bench times
 
     def __post_init__(self):
         self._start, self._lost_incumbent = self.bench.now(), False
@@ -114,7 +115,7 @@ class Search:
     def time_windows(self, configs: Sequence[str]) -> None:
         """Time these configs and the incumbent, which were timed before, in windows. Raises BudgetExhausted."""
         last = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self.trials[name].status == "ok"]
-        needed = WARM_UP_SECONDS[1] + WINDOWS * len(last) * 2 * WINDOW_SECONDS
+        needed = self.problems * (WARM_UP_SECONDS[1] + WINDOWS * len(last) * 2 * WINDOW_SECONDS)
         if self.bench.now() + needed > self._start + self.budget.seconds:
             raise BudgetExhausted
         results = self.bench.windows(last, WINDOWS) if last else {}

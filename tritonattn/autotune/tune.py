@@ -220,7 +220,8 @@ def tune_together(kernel: str, problems: Mapping[Problem, int], setup: TuningSet
               for problem, each in zip(problems, verdicts)}
     with contextlib.ExitStack() as benches:
         bench = JointBench({problem: benches.enter_context(setup.bench(kernel, problem)) for problem in problems}, problems)
-        search = run_search(Search(job, bench, budget, static[job.problem]), strategy, setup.seed)
+        search = Search(job, bench, budget, static[job.problem], problems=len(problems))
+        run_search(search, strategy, setup.seed)
     if (winner := search.winner()) is None:
         return []
     run = {"time": journal.now(), "strategy": strategy, "trials": len(search.trials), "seed": setup.seed,
