@@ -324,7 +324,7 @@ def test_a_config_that_fails_for_one_problem_fails_for_all():
 
 
 def test_an_error_before_the_first_config_raises():
-    code = child().replace('if kind == "times":', 'if False:')
+    code = child().replace('if kind != "check":', 'if False:')
     with IsolatedBench("forward", TINY, "cpu", code=code) as bench:
         with pytest.raises(RuntimeError, match="bench: forward of 1x2/1x48x16 float16 full cannot be timed: its process ended"):
             bench.times(["die"], 2)

@@ -249,7 +249,8 @@ def test_calls_are_weights(setup):
 
 def test_kernels_are_shared_by_the_problems_that_have_them(setup):
     biased = dataclasses.replace(PROBLEM, bias=torch.float32)
-    records, failed = tuning.tune_all([(each, tuning.kernels_of(each)) for each in (CAUSAL, biased)], setup, together=True)
+    problems = [(each, tuning.kernels_of(each)) for each in (CAUSAL, biased)]
+    records, failed = tuning.tune_all(problems, setup, "table", together=True)
     kernels = [record.key.split()[0] for record in records]
     assert not failed and kernels == ["forward", "forward", "dq", "dq", "dkdv", "dkdv", "dbias"]
     assert len({(record.key.split()[0], str(record.config)) for record in records}) == 4
