@@ -285,7 +285,10 @@ class Fixed:
     """A bench with fixed results, and a log of its calls."""
 
     def __init__(self, seconds, clock=None, wrong=(), hangs=()):
-        self.seconds, self.clock, self.wrong, self.hangs, self.log = seconds, clock, wrong, hangs, []
+        self.seconds, self.clock, self.wrong, self.hangs, self.log, self.prepared = seconds, clock, wrong, hangs, [], []
+
+    def prepare(self, configs):
+        self.prepared.append(configs)
 
     def now(self):
         return 7.0
@@ -305,9 +308,11 @@ class Fixed:
 def test_the_time_of_a_joint_bench_is_the_sum_over_its_problems_by_their_calls():
     first, second = Fixed({"a": 1.0, "b": 2.0}, 1500.0), Fixed({"a": 10.0, "b": 5.0}, 1800.0)
     bench = JointBench({TINY: first, CAUSAL: second}, {TINY: 3, CAUSAL: 1})
+    bench.prepare(["a"])
     assert bench.now() == 7.0 and bench.check("a") == {"o": (1.0, 1.0)}
     assert bench.checks["a"] == {TINY: {"o": (1.0, 1.0)}, CAUSAL: {"o": (10.0, 1.0)}}
     assert bench.times(["a", "b"], 2) == {"a": (13.0, 13.0), "b": (11.0, 11.0)}
+    assert first.prepared == second.prepared == [["a"], []], "nothing is compiled while it times"
     assert bench.timings["b"] == {TINY: ((2.0, 2.0), None), CAUSAL: ((5.0, 5.0), None)}
     assert bench.windows(["a"], 1) == {"a": ((13.0,), None)}
     assert bench.timings["a"] == {TINY: ((1.0,), 1500.0), CAUSAL: ((10.0,), 1800.0)} and bench.timings["b"][TINY].clock is None

@@ -393,6 +393,11 @@ class JointBench:
     def now(self) -> float:
         return next(iter(self._benches.values())).now()
 
+    def prepare(self, configs: list[str]) -> None:
+        """Start to compile what the next checks launch, for all problems."""
+        for bench in self._benches.values():
+            bench.prepare(configs)
+
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure:
         """Check a config for every problem. Return the first failure, or the errors of the first problem."""
         results = self.checks[config] = {}
@@ -412,6 +417,7 @@ class JointBench:
         return self._sum("windows", configs, rounds)
 
     def _sum(self, method, configs, rounds):
+        self.prepare([])  # no problem's compilers disturb the timing of another
         failures, timings = {}, {config: {} for config in configs}
         for problem, bench in self._benches.items():
             results = getattr(bench, method)([config for config in configs if config not in failures], rounds)
