@@ -33,6 +33,7 @@ from tritonattn.analysis.cost_model import estimate
 from tritonattn.autotune import trials
 from tritonattn.autotune.prune import Verdict, candidates, check_config, check_report, ranked
 from tritonattn.autotune.replay import comparable
+from tritonattn.autotune.trials import sustained_times
 from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.block_mask import TILE
 from tritonattn.config import Config
@@ -326,7 +327,8 @@ def build_from_sweeps(gpu: Gpu, runs: list[trials.Run], folder: Path = FOLDER) -
     of the entry. Raises ValueError for a synthetic sweep, and for one of another GPU or of other kernels than the table.
     """
     path = path_of(gpu)
-    table, timed = read_table(path), defaultdict(lambda: defaultdict(list))  # {(row key, fill): {config: a trial per problem}}
+    # {(row key, fill): {config: (its time as a multiple of the incumbent's, its binary's properties) for each problem}}
+    table, timed = read_table(path), defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run.synthetic:
             raise ValueError("config_table: expected measured sweeps, got a synthetic one")
@@ -334,15 +336,16 @@ def build_from_sweeps(gpu: Gpu, runs: list[trials.Run], folder: Path = FOLDER) -
             raise ValueError(f"{path}: expected a sweep of the GPU and the kernels of this table, got one of {run.plan['gpu']}")
         for job in run.jobs:
             at = next(row_keys(job.kernel, job.problem)), gpu_fill(job.kernel, job.problem, gpu)
-            for name, trial in comparable(run.of(job)).items():
-                config = Config.parse(name)
+            job_trials = comparable(run.of(job))
+            for name, time in sustained_times(job_trials).items():
+                config, trial = Config.parse(name), job_trials[name]
                 # a table holds no tile larger than a block mask's
                 if (trial.status == "ok" or name == job.incumbent) and max(config.block_m, config.block_n) <= TILE:
-                    timed[at][config].append(trial)
+                    timed[at][config].append((time, trial.static))
     for (key, fill), by_config in timed.items():
         config = fastest(by_config)
         # of the binaries for several problems, the one with the most shared memory
-        static = max((trial.static for trial in by_config[config]), key=lambda static: static.get("shared_memory", 0))
+        static = max((static for _, static in by_config[config]), key=lambda static: static.get("shared_memory", 0))
         entry = Entry(config, "measured", static.get("registers"), static.get("shared_memory", 0),
                       static.get("tensor_memory", 0), static.get("occupancy"), static.get("bound"))
         row = table.rows.get(key) or Row(*key, filled=entry, underfilled=entry)
@@ -351,11 +354,11 @@ def build_from_sweeps(gpu: Gpu, runs: list[trials.Run], folder: Path = FOLDER) -
     return write_table(table, folder)
 
 
-def fastest(by_config: dict[Config, list[trials.Trial]]) -> Config:
+def fastest(by_config: dict[Config, list[tuple[float, dict]]]) -> Config:
     """Return the config with the least geometric mean, out of those that were timed on the most problems."""
     most = max(map(len, by_config.values()))
     return min((config for config, group in by_config.items() if len(group) == most),
-               key=lambda config: (geometric_mean(trial.ratio for trial in by_config[config]), str(config)))
+               key=lambda config: (geometric_mean(time for time, _ in by_config[config]), str(config)))
 
 
 def restamp(gpu: Gpu, workers: Workers, folder: Path = FOLDER) -> Path:

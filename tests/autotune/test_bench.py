@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tests.helpers.compile_server import compiled
-from tests.helpers.tiers import slow_rows
+from tests.helpers.tiers import slow, slow_rows
 from tritonattn import Config, Problem, attention, gpu
 from tritonattn.autotune import bench as benches
-from tritonattn.autotune.bench import Bench, IsolatedBench, hard_inputs, results_of
+from tritonattn.autotune import search
+from tritonattn.autotune.bench import Bench, IsolatedBench, JointBench, hard_inputs, results_of
 from tritonattn.autotune.worker_pool import Failure
-from tritonattn.measure.timing import TimedError
+from tritonattn.measure.timing import TimedError, TimingBudget, Windows
 from tritonattn.runtime import launch
 
 TINY = Problem((1,), 2, 1, 48, 48, 16, 16, torch.float16)
@@ -69,6 +70,63 @@ def test_an_error_while_timing_names_its_config(device, monkeypatch):
         bench.check("32x64w4s2")
     with pytest.raises(TimedError, match="32x64w4s2: RuntimeError: out of resource: shared memory"):
         bench.times(["64x64w4s2", "32x64w4s2"], 2)
+
+
+@pytest.fixture
+def short_windows(monkeypatch):
+    monkeypatch.setattr(search, "WINDOW_SECONDS", 1e-3)
+    monkeypatch.setattr(benches, "SUSTAINED", TimingBudget(settle=(0.0, 0.0), long=0.0, small=0.0))
+
+
+def pointers(arguments):
+    """The addresses of all tensors in the arguments of a launch."""
+    if isinstance(arguments, torch.Tensor):
+        return {arguments.data_ptr()}
+    return set().union(*map(pointers, arguments)) if isinstance(arguments, tuple) else set()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernel", ["forward", *slow("dkdv")])
+def test_every_config_has_windows_on_tensors_of_its_own(kernel, device, monkeypatch, short_windows):
+    used, announced, real = {}, [], launch.run
+
+    def run(call, on):
+        real(call, on)
+        if announced:  # not the forward passes that make the tensors
+            used.setdefault(call.config, set()).update(pointers(call.arguments))
+
+    monkeypatch.setattr(launch, "run", run)
+    names = ["32x64w4s2", "64x64w4s2", "64x32w4s2"]
+    results = Bench(kernel, TINY, device, announce=announced.append).windows(names, 2)
+    assert all(len(each.seconds) == 2 and min(each.seconds) > 0 and each.clock is None for each in results.values())
+    assert set(used) == {Config.parse(name) for name in names} and all(len(each) > 3 for each in used.values())
+    assert not any(a & b for a, b in itertools.combinations(used.values(), 2))
+    # the first call, and two windows with their warm-up: each is one message
+    assert all(announced.count(name) >= 3 for name in names)
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_windows_of_one_config_agree(device):
+    problem = Problem((4,), 16, 16, 2048, 2048, 128, 128, torch.bfloat16)
+    for name, (seconds, clock) in Bench("forward", problem, device).windows(["64x64w4s2", "128x64w8s2"], 3).items():
+        assert len(seconds) == 3 and 1e-5 < min(seconds) and max(seconds) < 1.05 * min(seconds), name
+        assert clock is None or 100 < clock < 5000
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("free, copies", [(1000 - 1, 1), (1000, 3)])
+def test_copies_take_at_most_half_of_the_free_memory(free, copies, device, monkeypatch):
+    taken = iter([(100, 0), (350, 0), (350, free), (350, free)])
+    monkeypatch.setattr(benches, "memory", lambda device: next(taken))
+    bench = Bench("forward", TINY, device)
+    assert len({id(each) for each in bench._launchers(3)}) == copies
+    # the fastest and the incumbent may be one config
+    assert bench._launchers(1) == [bench._launcher]
+
+
+def test_the_cpu_has_no_limit_of_memory():
+    assert benches.memory(torch.device("cpu")) == (0, float("inf"))
 
 
 VARIANTS = {"full": {}, "causal": {"window": (None, 0)}, "window": {"window": (9, 0)}, "bias": {"bias": torch.float32},
@@ -155,10 +213,12 @@ while True:
         continue
     kind, names, *rounds = pickle.loads(content)
     for name in [names] if kind == "check" else names:
-        if kind == "times":
+        if kind != "check":
             pipe.send(name)
         if name == "hang":
             time.sleep(600)
+        if name == "slow":
+            time.sleep(0.3)
         if name == "die":
             os._exit(9)
         if name == "torn":
@@ -207,10 +267,69 @@ def test_the_failing_configs_of_a_group_are_named_and_the_others_are_timed(isola
     assert codes == {"die": "device lost", "raise": "launch error", "hang": "hang"}
     assert results["a"] == results["b"] == (1.0,) * 4
     assert isolated.times(["die"], 4)["die"].code == "device lost" and isolated.times([], 4) == {}
+    results = isolated.windows(["a", "hang", "b"], 2)
+    assert results == {"a": (1.0, 1.0), "b": (1.0, 1.0), "hang": Failure("hang", "no result in 1 s", lasting=False)}
+
+
+def test_a_window_is_a_message_of_the_child(isolated, monkeypatch):
+    """The limit is for each message: many windows may take longer in all."""
+    monkeypatch.setattr(benches, "TIMING_LIMIT", 1.5)
+    start = time.monotonic()
+    assert len(isolated.windows(["slow"] * 6, 1)) == 1 and time.monotonic() - start > 1.5
+
+
+# --- several problems
+
+
+class Fixed:
+    """A bench with fixed results, and a log of its calls."""
+
+    def __init__(self, seconds, clock=None, wrong=(), hangs=()):
+        self.seconds, self.clock, self.wrong, self.hangs, self.log, self.prepared = seconds, clock, wrong, hangs, [], []
+
+    def prepare(self, configs):
+        self.prepared.append(configs)
+
+    def now(self):
+        return 7.0
+
+    def check(self, config):
+        return Failure("incorrect", "o") if config in self.wrong else {"o": (self.seconds[config], 1.0)}
+
+    def times(self, configs, rounds):
+        self.log.append(list(configs))
+        return {config: Failure("hang", "") if config in self.hangs else (self.seconds[config],) * rounds for config in configs}
+
+    def windows(self, configs, rounds):
+        return {config: result if isinstance(result, Failure) else Windows(result, self.clock)
+                for config, result in self.times(configs, rounds).items()}
+
+
+def test_the_time_of_a_joint_bench_is_the_sum_over_its_problems_by_their_calls():
+    first, second = Fixed({"a": 1.0, "b": 2.0}, 1500.0), Fixed({"a": 10.0, "b": 5.0}, 1800.0)
+    bench = JointBench({TINY: first, CAUSAL: second}, {TINY: 3, CAUSAL: 1})
+    bench.prepare(["a"])
+    assert bench.now() == 7.0 and bench.check("a") == {"o": (1.0, 1.0)}
+    assert bench.checks["a"] == {TINY: {"o": (1.0, 1.0)}, CAUSAL: {"o": (10.0, 1.0)}}
+    assert bench.times(["a", "b"], 2) == {"a": (13.0, 13.0), "b": (11.0, 11.0)}
+    assert first.prepared == second.prepared == [["a"], []], "nothing is compiled while it times"
+    assert bench.timings["b"] == {TINY: ((2.0, 2.0), None), CAUSAL: ((5.0, 5.0), None)}
+    assert bench.windows(["a"], 1) == {"a": ((13.0,), None)}
+    assert bench.timings["a"] == {TINY: ((1.0,), 1500.0), CAUSAL: ((10.0,), 1800.0)} and bench.timings["b"][TINY].clock is None
+    assert JointBench({TINY: first}, {TINY: 1}).windows(["a"], 1) == {"a": ((1.0,), 1500.0)}, "one problem has a clock"
+
+
+def test_a_config_that_fails_for_one_problem_fails_for_all():
+    first, second = Fixed({"a": 1.0, "b": 2.0}, wrong=["b"]), Fixed({"a": 1.0, "b": 2.0}, wrong=["a"], hangs=["a"])
+    bench = JointBench({TINY: first, CAUSAL: second}, {TINY: 1, CAUSAL: 1})
+    assert bench.check("a").code == bench.check("b").code == "incorrect"
+    assert bench.times(["a", "b"], 1) == {"a": Failure("hang", ""), "b": (4.0,)} and "a" not in bench.timings
+    bench = JointBench({CAUSAL: second, TINY: first}, {TINY: 1, CAUSAL: 1})
+    assert bench.windows(["a", "b"], 1)["a"].code == "hang" and first.log[-1] == ["b"], "it is not timed further"
 
 
 def test_an_error_before_the_first_config_raises():
-    code = child().replace('if kind == "times":', 'if False:')
+    code = child().replace('if kind != "check":', 'if False:')
     with IsolatedBench("forward", TINY, "cpu", code=code) as bench:
         with pytest.raises(RuntimeError, match="bench: forward of 1x2/1x48x16 float16 full cannot be timed: its process ended"):
             bench.times(["die"], 2)

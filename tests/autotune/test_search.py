@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.fake_bench import FakeBench
+from tests.helpers.fake_bench import CLOCK, FakeBench
 from tritonattn import Problem
 from tritonattn.autotune import search
 from tritonattn.autotune.search import Budget, Search, run_search, spread
@@ -33,6 +33,13 @@ def test_every_strategy_finds_the_fastest_of_ten_and_times_the_incumbent_in_the_
     trial = search_run.trials["c0"]
     assert trial.status == "ok" and len(trial.beside) == len(trial.samples) and trial.check == {"o": (1e-3, 2e-3)}
     assert trial.ratio == pytest.approx(1 / 1.4, rel=0.01)
+    # the four fastest and the incumbent end sustained, except at a first call
+    ended = {name for name, trial in search_run.trials.items() if trial.windows}
+    assert ended == (set() if strategy == "table" else {"c0", "c1", "c2", "c3", "c4"})
+    if ended:
+        assert len(trial.windows) == len(trial.windows_beside) == search.WINDOWS
+        assert trial.seconds == statistics.median(trial.windows)
+        assert trial.sustained_ratio == pytest.approx(1 / 1.4, rel=0.001) and trial.clock is None
 
 
 @pytest.mark.parametrize("trials", [None, 4])
@@ -75,14 +82,18 @@ def test_there_is_no_winner_if_everything_fails():
 
 def test_there_is_no_winner_if_the_incumbent_fails_after_it_was_timed():
     class Tired(FakeBench):
-        """Everything hangs in the last rung."""
+        """These configs hang under continuous load."""
 
-        def times(self, configs, rounds):
-            samples = super().times(configs, rounds)
-            hangs = rounds == search.HALVING_LAST_SAMPLES
-            return dict.fromkeys(samples, search.Failure("hang", "no answer")) if hangs else samples
+        def windows(self, configs, rounds):
+            failures = {config: search.Failure("hang", "no answer") for config in configs if config in self.tired}
+            return super().windows([config for config in configs if config not in failures], rounds) | failures
 
-    assert run_search(search_of(Tired(TEN), "c5"), "halving").winner() is None
+    bench = Tired(TEN)
+    for bench.tired, winner in ((TEN, None), (["c5"], None), (["c0"], "c1")):
+        search_run = run_search(search_of(bench, "c5"), "halving")
+        assert search_run.winner() == winner
+        failed = [name for name, trial in search_run.trials.items() if trial.status == "hang"]
+        assert failed and not any(search_run.trials[name].decisive for name in failed)
 
 
 def test_without_a_correct_incumbent_the_fastest_wins_and_has_no_ratio():
@@ -100,7 +111,7 @@ def test_of_configs_within_the_noise_the_one_with_less_shared_memory_wins():
     for shared_memory, winner in (((2, 1, 0), "b"), ((1, 2, 0), "a")):
         bench = FakeBench({"a": 1e-3, "b": 1e-3, "slow": 2e-3}, jitter=0.01, seed=1)
         static = {name: {"shared_memory": size} for name, size in zip(bench.true, shared_memory)}
-        assert run_search(search_of(bench, "slow", static=static), "exhaustive").winner() == winner
+        assert run_search(search_of(bench, "slow", static=static), "table").winner() == winner
 
 
 def test_a_search_ends_with_its_budget_of_trials_or_seconds():
@@ -114,6 +125,11 @@ def test_a_search_ends_with_its_budget_of_trials_or_seconds():
     bench = FakeBench(TEN)
     search_run = run_search(search_of(bench, budget=Budget(seconds=0.13)), "halving")
     assert len(bench.checked) == 10 and search_run.winner() == "c0" and 3 <= len(search_run.trials["c0"].samples) < 60
+    # the windows of five configs need 25 s; they are not begun if so much is not left
+    for seconds, problems, ended in ((25, 1, 0), (26, 1, 1), (26, 2, 0), (51, 2, 1)):
+        bench = FakeBench(TEN)
+        search_run = run_search(search_of(bench, budget=Budget(seconds=seconds), problems=problems), "halving")
+        assert search_run.winner() == "c0" and len(bench.windowed) == ended
 
 
 @pytest.mark.parametrize("distort", [lambda config, seconds: 1 / seconds,
@@ -163,6 +179,57 @@ def test_halving_has_little_regret_in_a_quarter_of_the_device_time(incumbent):
     assert statistics.fmean(seconds) <= 0.25 * statistics.fmean(spent for _, spent in others)
     # the test has power: sequential timing fails under the same noise
     assert sorted(regret for regret, _ in others)[28] > 0.005
+
+
+LIMITED = 1.6  # power of the fastest config at the full clock, as a multiple of the limit: the clock falls to 85 %
+EXTRA = 0.3    # the energy of a launch is up to so much larger than the least
+
+
+def limited(seed):
+    """Return {config: power at the full clock} and {config: time of a launch in a long run}; the energy is drawn."""
+    rng, best = random.Random(seed), min(TRUE.values())
+    watts = {name: LIMITED * (1 + rng.uniform(0, EXTRA)) * best / TRUE[name] for name in TRUE}
+    return watts, {name: TRUE[name] * max(1.0, watts[name]) ** (1 / 3) for name in TRUE}
+
+
+def end_in_short_samples(search_run, configs):
+    """The end of a search without windows."""
+    search_run.time_round(configs, 60)
+
+
+def regrets_in_long_runs(seeds, incumbent="64x64w4s2e1"):
+    """Return the sorted regrets of `halving` on a GPU with a power limit, and the mean device seconds of its samples."""
+    regrets, seconds = [], []
+    for seed in range(seeds):
+        watts, truth = limited(seed)
+        bench = FakeBench(TRUE, seed, watts=watts, **NOISE)
+        static = {name: {"shared_memory": shared_memory} for name, (_, shared_memory) in SURFACE.items()}
+        names = random.Random(seed).sample(list(TRUE), len(TRUE))
+        winner = run_search(search_of(bench, incumbent, names, static=static), "halving", seed).winner()
+        regrets.append(truth[winner] / min(truth.values()) - 1)
+        seconds.append(bench.device_seconds)
+    return sorted(regrets), statistics.fmean(seconds)
+
+
+@pytest.mark.parametrize("incumbent", ["64x64w4s2e1", "64x32w4s2e1"])
+def test_halving_has_little_regret_where_the_clock_falls_with_the_power(incumbent, monkeypatch):
+    """The 95th percentile of the regret in long runs is at most 0.5 %, and the samples cost a quarter of sequential medians."""
+    regrets, seconds = regrets_in_long_runs(100, incumbent)
+    assert regrets[94] <= 0.005
+    watts, _ = limited(0)
+    bench = FakeBench(TRUE, 0, watts=watts, **NOISE)
+    [bench.sample(name) for name in TRUE for _ in range(30)]
+    assert seconds <= 0.25 * bench.device_seconds
+    # the test has power: short samples rank at one clock, and miss the bound
+    monkeypatch.setattr(Search, "time_windows", end_in_short_samples)
+    assert regrets_in_long_runs(40, incumbent)[0][37] > 0.02
+
+
+def test_the_trials_have_the_clock_of_their_windows():
+    watts = {name: 2.0 if name == "c0" else 0.5 for name in TEN}
+    trials = run_search(search_of(FakeBench(TEN, watts=watts)), "halving").trials
+    assert trials["c0"].clock == pytest.approx(CLOCK * 2 ** (-1 / 3), rel=1e-3) and trials["c1"].clock == CLOCK
+    assert trials["c0"].windows == pytest.approx([1e-3 * 2 ** (1 / 3)] * 4, rel=1e-3) and trials["c7"].clock is None
 
 
 def test_an_unknown_strategy_raises():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import statistics
 
 import pytest
 
@@ -12,6 +13,7 @@ from tritonattn import gpu
 from tritonattn.autotune import prune, replay, search, sweep
 from tritonattn.autotune import trials as runs
 from tritonattn.autotune.tune import TuningSetup
+from tritonattn.autotune.worker_pool import Failure
 from tritonattn.configs.user_cache import Cache
 from tritonattn.measure.journal import Journal, JournalError
 
@@ -44,7 +46,9 @@ def begun(tmp_path, name="run", **options):
 
 
 def results(folder):
-    return [dataclasses.replace(trial, check_seconds=0.0) for trial in runs.read(folder).trials]
+    """The last trial of each config, in the order of the plan."""
+    run = runs.read(folder)
+    return [dataclasses.replace(trial, check_seconds=0.0) for job in run.jobs for trial in run.of(job).values()]
 
 
 def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
@@ -64,12 +68,17 @@ def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
         controls = [name for name, trial in trials.items() if trial.status in sweep.WOULD_RUN and trial.samples]
         # one in ten of the excluded configs is timed, and keeps its reason
         assert sorted(set(controls) - {job.incumbent}) == run.plan["controls"][job.name] != []
+        # the four fastest of those that were not excluded, and the incumbent
+        times = sorted(ok, key=lambda trial: statistics.median(trial.samples))
+        assert {trial.config for trial in trials.values() if trial.windows} == {
+            job.incumbent, *(trial.config for trial in times[:search.SUSTAINED_CONFIGS])}
     forward = run.of(run.jobs[0])
     assert forward["32x64w4s2e1"].status == "hang" and forward["64x128w4s4e1"].status == "incorrect"
     ok = [trial for trial in forward.values() if trial.status == "ok"]
     assert min(ok, key=lambda trial: trial.seconds).config == "64x128w4s2e1"
     out = capsys.readouterr().out
-    assert "64x128w4s2e1: 1000 us; at most " in out and "32x64w4s2e1: hang; " in out
+    for words in ("64x128w4s2e1: 1000 us; at most ", "64x128w4s2e1: 1000 us sustained; ", "32x64w4s2e1: hang; "):
+        assert words in out
 
 
 def test_a_kill_at_any_byte_changes_nothing(tmp_path):
@@ -77,7 +86,8 @@ def test_a_kill_at_any_byte_changes_nothing(tmp_path):
     sweep.resume(folder, setup, say=quiet)
     whole, content = results(folder), (folder / runs.JOURNAL).read_bytes()
     rng = random.Random(0)
-    for at in sorted(rng.sample(range(content.index(b"\n") + 1, len(content)), 12)):
+    # the last cut is in the sustained end of a job
+    for at in sorted([*rng.sample(range(content.index(b"\n") + 1, len(content)), 11), len(content) - 9]):
         again, setup = begun(tmp_path, f"cut-{at}")
         assert runs.read(again).plan == runs.read(folder).plan, "plans are reproducible"
         (again / runs.JOURNAL).write_bytes(content[:at])
@@ -92,6 +102,24 @@ def test_a_finished_sweep_times_nothing_again(tmp_path):
     before = (folder / runs.JOURNAL).read_bytes()
     assert sweep.resume(folder, setup_of(tmp_path, bench), say=quiet) and not bench.timed
     assert (folder / runs.JOURNAL).read_bytes() == before
+
+
+def test_if_one_of_the_last_configs_fails_the_next_one_ends_sustained(tmp_path):
+    class Tired(Steady):
+        """The fastest config hangs under continuous load."""
+
+        def windows(self, configs, rounds):
+            failures = {name: Failure("hang", "no answer") for name in configs if name == "64x128w4s2e1"}
+            return super().windows([name for name in configs if name not in failures], rounds) | failures
+
+    folder, setup = begun(tmp_path, bench=(bench := Tired(Surface("64x128w4s2e1"))))
+    sweep.resume(folder, setup, say=quiet)
+    job, _ = runs.read(folder).jobs
+    trials = runs.read(folder).of(job)
+    assert trials["64x128w4s2e1"].status == "hang" and not trials["64x128w4s2e1"].decisive
+    assert len({job.incumbent, *(name for name, trial in trials.items() if trial.windows)}) == search.SUSTAINED_CONFIGS + 1
+    count = len(bench.windowed)
+    assert count == 3 and sweep.resume(folder, setup, say=quiet) and len(bench.windowed) == count, "nothing is left to do"
 
 
 def test_an_interrupted_sweep_resumes(tmp_path):
@@ -145,13 +173,45 @@ def test_a_folder_with_or_without_a_sweep_raises(tmp_path):
     with pytest.raises(JournalError, match="line 1: expected a plan and its digest"):
         sweep.resume(folder, setup)
     (tmp_path / "other").mkdir()
-    for plan, words in (({}, "KeyError: 'schema'"), ({"schema": 1}, "ValueError: expected schema 2, got 1")):
+    for plan, words in (({}, "KeyError: 'schema'"), ({"schema": 1}, "ValueError: expected schema 3, got 1")):
         (tmp_path / "other" / runs.JOURNAL).unlink(missing_ok=True)
         with Journal(tmp_path / "other" / runs.JOURNAL, plan), pytest.raises(JournalError, match=f"can be read: {words}"):
             sweep.resume(tmp_path / "other", setup)
 
 
 # --- replay
+
+
+def tried(config, samples, windows=()):
+    """The trial of a config next to an incumbent that takes 1 s in samples and 2 s in windows."""
+    return runs.Trial("job", config, "ok", samples=(samples,) * 3, beside=(1.0,) * 3, windows=tuple(windows),
+                      windows_beside=(2.0,) * len(windows), clock=1500.0 if windows else None)
+
+
+def test_configs_without_windows_are_as_much_slower_than_the_fastest_as_their_samples():
+    trials = {each.config: each for each in (tried("hot", 0.5, [1.8] * 4), tried("cool", 0.6, [1.6] * 4), tried("out", 0.9),
+                                             tried("incumbent", 1.0, [2.0] * 4), tried("unlucky", 0.55))}
+    assert runs.sampled_times(trials) == {"hot": 0.5, "unlucky": 0.55, "cool": 0.6, "out": 0.9, "incumbent": 1.0}
+    times = runs.sustained_times(trials)
+    assert times == pytest.approx({"cool": 0.8, "unlucky": 0.8, "hot": 0.9, "incumbent": 1.0, "out": 0.8 * 0.9 / 0.6})
+    assert next(iter(times)) == "cool"
+    # an incumbent that failed in the windows leaves seconds, in the units of the samples' ratios
+    alone = {name: dataclasses.replace(trial, windows_beside=()) for name, trial in trials.items()}
+    assert runs.sustained_times(alone) == pytest.approx({name: 0.6 / 0.8 * time for name, time in times.items()})
+    without = {name: dataclasses.replace(trial, windows=()) for name, trial in alone.items()}
+    assert runs.sustained_times(without) == runs.sampled_times(trials) and runs.sustained_times({}) == {}
+
+
+def test_a_replay_picks_by_the_windows():
+    job = runs.Job("forward", PROBLEM, ("hot", "cool", "out", "incumbent"), "incumbent")
+    trials = [dataclasses.replace(each, job=job.name) for each in (
+        tried("hot", 0.5, [1.8] * 4), tried("cool", 0.6, [1.6] * 4), tried("out", 0.9), tried("incumbent", 1.0, [2.0] * 4))]
+    found, = replay.replay(runs.Run({}, (job,), tuple(trials)), "halving", seeds=[0])
+    assert found.pick == "cool" and found.regret == 0 and 0 < found.device_seconds < 0.1
+    bench = replay.ReplayBench({trial.config: trial for trial in trials})
+    assert bench.windows(["cool", "out"], 2) == {
+        "cool": (pytest.approx([0.8e-3] * 2), 1500.0), "out": (pytest.approx([1.2e-3] * 2), None)}
+    assert bench.now() == 2 * 2 * 2 * search.WINDOW_SECONDS and bench.device_seconds == 0
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_the_text():
                 (other, [tried(other, A, [1e-6], [1e-6])]))
     lines = lines_of(run)
     assert lines[0] == "Sweep of 2 jobs; unfinished: 6 of 10 configs tried; some GPU, torch 2.11.0"
-    assert f"{job.name} 5/5 2 {B} 8 {A} 1.250 -" in lines
+    assert f"{job.name} 5/5 2 {B} 8 - {A} 1.250 -" in lines
     assert f"Slowdown of the defaults: {math.sqrt(1.25):.3f} in the geometric mean, 1.250 at most." in lines
     assert {f"forward hang 2 {FAILURES['hang']}", f"forward spill 1 {REASONS['spill']}"} <= set(lines)
     assert lines.index(f"forward hang 2 {FAILURES['hang']}") < lines.index(f"forward spill 1 {REASONS['spill']}")

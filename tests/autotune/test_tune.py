@@ -1,5 +1,6 @@
 """Tuning from end to end on a virtual GPU: real candidates and keys, made-up binaries and times."""
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -13,9 +14,10 @@ import tritonattn
 from tests.autotune.test_prune import GOOD, LOOP
 from tests.helpers.fake_bench import FakeBench, bench_of
 from tritonattn import Config, Problem, config, gpu
-from tritonattn.autotune import first_call
+from tritonattn.autotune import first_call, prune
 from tritonattn.autotune import tune as tuning
 from tritonattn.autotune.search import STRATEGIES, Budget
+from tritonattn.autotune.trials import Job
 from tritonattn.autotune.tune import TuningSetup
 from tritonattn.autotune.worker_pool import Failure
 from tritonattn.configs import lookup, shipped, user_cache
@@ -107,6 +109,7 @@ def test_explain_shows_the_tuned_config(setup):
     found = explain.explain_problem(PROBLEM, H200)
     assert found.lines[0].origin == "cache" and found.as_json()["kernels"][0]["record"]["config"] == "64x128w4s2e1"
     for words in ("forward  64x128w4s2e1    tuned on this machine (user cache)", "measured: 10",
+                  "the median of 4 windows of continuous load; ",
                   "the config without tuning, took 15", "by halving on 20", "bound by", "65536 bytes of shared memory",
                   f"slower: {found.lines[0].record.default}"):
         assert words in str(found), str(found)
@@ -173,6 +176,152 @@ def test_a_new_candidate_is_timed_against_the_earlier_best_only(setup, monkeypat
     assert set(second.run["tried"]) == {*first.run["tried"], str(new)}
     tuning.tune_kernel("forward", PROBLEM, setup, again=True)
     assert len(set(bench.timed)) > 20
+
+
+def test_a_record_says_at_which_clock_its_config_won(setup, capsys):
+    class Warm(FakeBench):
+        """The winner needs twice the power that the GPU may use, the others half of it."""
+
+        def watts_of(self, name):
+            return 2.0 if name == "64x128w4s2e1" else 0.5
+
+    setup.bench = bench_of(Warm(Surface("64x128w4s2e1"), watts=True))
+    tuning.tune_all([(PROBLEM, ("forward",))], setup)
+    (_, record), = setup.store.records()
+    assert str(record.config) != "64x128w4s2e1" and record.sustained and record.samples == 4 and record.clock == 1980.0
+    assert " us at 1980 MHz, " in capsys.readouterr().out
+    setup.bench = bench_of(FakeBench(Surface("64x128w4s2e1")))
+    record = tuning.tune_kernel("dq", PROBLEM, setup, "table")
+    assert not record.sustained and record.clock is None and record.samples == 10
+    record = tuning.tune_kernel("dkdv", PROBLEM, setup)
+    assert record.sustained and record.clock is None, "no sensors"
+
+
+# --- several problems together
+
+LONG = dataclasses.replace(PROBLEM, n_q=16384, n_k=16384)
+CAUSAL = dataclasses.replace(PROBLEM, window=(None, 0))
+
+
+class Scaled(dict):
+    """The times of a surface, multiplied."""
+
+    def __init__(self, best, factor):
+        self.surface, self.factor = Surface(best), factor
+
+    def __missing__(self, name):
+        return self.factor * self.surface[name]
+
+
+def benches_of(setup, **surfaces):
+    """Give every problem a bench of its own, by the name of its mask or its length."""
+    benches = {name: FakeBench(surface) for name, surface in surfaces.items()}
+    setup.bench = lambda kernel, problem: contextlib.nullcontext(benches["long" if problem.n_q > 4096 else problem.mask])
+    return benches
+
+
+def test_problems_together_get_the_config_with_the_least_time_in_all(setup, capsys):
+    benches_of(setup, full=Surface("64x128w4s2e1"), long=Scaled("128x64w8s3e1", 16))
+    records, failed = tuning.tune_all([(PROBLEM, ("forward",)), (LONG, ("forward",))], setup, together=True)
+    # the long problem decides
+    assert not failed and [str(record.config) for record in records] == ["128x64w8s3e1"] * 2
+    assert [record.key for record in records] == [key_of("forward", each, H200) for each in (PROBLEM, LONG)]
+    # each record has the times of its own problem
+    assert records[0].seconds == pytest.approx(Surface("64x128w4s2e1")["128x64w8s3e1"]) and records[0].sustained
+    assert records[1].seconds == pytest.approx(16e-3) and records[1].default_seconds >= records[1].seconds
+    assert records[0].run["together"] == sorted(record.key for record in records)
+    assert "forward  4x32x4096x128 bfloat16 full and 1 more: 128x64w8s3e1, 1" in capsys.readouterr().out
+    for problem in (PROBLEM, LONG):
+        assert lookup.lookup_config("forward", problem, H200).config == Config.parse("128x64w8s3e1")
+
+
+def test_calls_are_weights(setup):
+    benches_of(setup, full=Surface("64x128w4s2e1"), long=Scaled("128x64w8s3e1", 16))
+    problems = [(PROBLEM, {"forward": 160}), (LONG, {"forward": 1})]
+    records, _ = tuning.tune_all(problems, setup, together=True)
+    assert [str(record.config) for record in records] == ["64x128w4s2e1"] * 2
+    assert records[0].seconds == pytest.approx(1e-3), "of one call"
+    setup.store.clear()
+    lookup.clear_lookup_cache()
+    again = [(PROBLEM, ("forward",))] * 160 + [(LONG, ("forward",))]
+    assert tuning.tune_all(again, setup, together=True)[0][0].config == records[0].config
+
+
+def test_kernels_are_shared_by_the_problems_that_have_them(setup):
+    biased = dataclasses.replace(PROBLEM, bias=torch.float32)
+    problems = [(each, tuning.kernels_of(each)) for each in (CAUSAL, biased)]
+    records, failed = tuning.tune_all(problems, setup, "table", together=True)
+    kernels = [record.key.split()[0] for record in records]
+    assert not failed and kernels == ["forward", "forward", "dq", "dq", "dkdv", "dkdv", "dbias"]
+    assert len({(record.key.split()[0], str(record.config)) for record in records}) == 4
+
+
+def test_other_groups_of_problems_are_tuned_anew(setup):
+    bench = FakeBench(Surface("64x128w4s2e1"))
+    setup.bench = bench_of(bench)
+    alone = tuning.tune_kernel("forward", PROBLEM, setup)
+    bench.timed.clear()
+    together = tuning.tune_together("forward", {PROBLEM: 1, CAUSAL: 1}, setup)
+    assert len(set(bench.timed)) > 20 and together[0].run["together"] and not alone.run["together"]
+    bench.timed.clear()
+    assert tuning.tune_together("forward", {CAUSAL: 1, PROBLEM: 1}, setup) == together[::-1] and not bench.timed, "nothing new"
+    tuning.tune_kernel("forward", PROBLEM, setup)
+    assert len(set(bench.timed)) > 20
+
+
+def test_a_config_that_one_problem_excludes_is_no_candidate(setup):
+    class Particular(Compilers):
+        """Compiles the best config for full masks only."""
+
+        def map(self, jobs):
+            for kernel, problem, chosen, on, _ in jobs:
+                refused = str(chosen) == "64x128w4s2e1" and problem.mask == "causal"
+                yield Failure("compile error", "no") if refused else made(kernel, problem, chosen, on)
+
+    setup.compilers = Particular()
+    bench = FakeBench(Surface("64x128w4s2e1"))
+    setup.bench = bench_of(bench)
+    found = tuning.tune_together("forward", {PROBLEM: 1, CAUSAL: 1}, setup)
+    assert len(found) == 2 and "64x128w4s2e1" not in bench.checked
+
+
+def test_without_a_common_config_the_error_says_so(setup, monkeypatch, capsys):
+    def job_of(kernel, problem, *_):
+        names = ("64x64w4s2", "64x32w4s2")[::1 if problem == PROBLEM else -1]
+        verdict = prune.Verdict(Config.parse(names[1]), "spill")
+        return Job(kernel, problem, names, names[0]), {names[1]: verdict}
+
+    monkeypatch.setattr(tuning, "job_of", job_of)
+    assert tuning.tune_all([(PROBLEM, ("forward",)), (CAUSAL, ("forward",))], setup, together=True) == ([], 1)
+    assert ("not tuned: tune: expected a config of forward that suits all of 2 problems, but each is excluded for one of them"
+            in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("together, words", [
+    ([], r"together: expected a list of at least one call \(q, k, v, options\), got \[\]"),
+    ({}, "together: expected a list of at least one call"), (3, "got 3"),
+    ([(1, 2, 3)], r"together\[0\]: expected \(q, k, v, options\) with a dict of options, got \['int', 'int', 'int'\]"),
+    ([(1, 2, 3, True)], "with a dict of options, got .*'bool'"), (["q"], r"together\[0\]: .* got str"),
+])
+def test_invalid_calls_together_raise(together, words):
+    q = torch.randn(1, 2, 16, 16)
+    with pytest.raises(ValueError, match=words):
+        tritonattn.tune(q, q, q, together=together)
+
+
+def test_calls_together_are_checked_like_calls_of_attention():
+    q = torch.randn(1, 2, 16, 16)
+    with pytest.raises(RuntimeError, match="k: expected the head size of q"):
+        tritonattn.tune(q, q, q, together=[(q, q[..., :3], q, {})])
+    with pytest.raises(TypeError, match="strategy"):
+        tritonattn.tune(q, q, q, together=[(q, q, q, {"strategy": "table"})])
+    half = q.half()
+    problems = tuning.problems_together([(half, half, half, {"causal": True}), (q, q, q, {})], q.device)
+    assert [problem.mask for problem in problems] == ["causal", "full"] and tuning.problems_together(None, q.device) == []
+    with pytest.raises(ValueError, match=r"together\[0\]: expected tensors on cuda:1 like the first call's, got cpu"):
+        tuning.problems_together([(q, q, q, {})], torch.device("cuda:1"))
+    with pytest.raises(RuntimeError, match="tune needs a GPU"):
+        tritonattn.tune(q, q, q, together=[(q, q, q, {})])
 
 
 def test_a_record_of_another_triton_is_not_used(setup):

@@ -251,6 +251,10 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
         get_config("forward", Problem.parse("1x8x8x2048x96", torch.float16), kept.gpu)
     lines = said(capsys, "tune", "--from", str(tmp_path / "shapes"), "--trials", "4").splitlines()
     assert len(lines) == 2 and lines[0].startswith("forward  1x8x2048x96 float16 full: ") and "4 tried" in lines[0]
+    out = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--forward", "--again", "--together")
+    assert "forward  4x32x4096x64 bfloat16 full and 1 more: 64x128w4s2e1, " in out
+    assert main.main(["tune", "--shape", "4x32x32x4096x64", "--together"]) == 2
+    assert capsys.readouterr().err == "--together: expected at least two shapes, got 1\n"
     assert main.main(["tune", "--shape", "4x32"]) == 2 and "shape: expected BATCH" in capsys.readouterr().err
     assert main.main(["tune", "--from", str(tmp_path / "none")]) == 2
 

@@ -32,7 +32,7 @@ def record_of(key=KEY, on=H200, triton=None, memory=(160 * 1024, 0), **changes):
     static = {"registers": 168, "stack": 0, "shared_memory": memory[0], "tensor_memory": memory[1], "occupancy": 1,
               "bound": "tensor", "cycles": 1234.5}
     record = Record(
-        key, Config(128, 64, 8, 3, 1), 0.1 + 0.2, 30, Config(128, 128, 8, 2), 0.4,
+        key, Config(128, 64, 8, 3, 1), 0.1 + 0.2, 30, True, 1485.0, Config(128, 128, 8, 2), 0.4,
         {"o": [0.001, 0.002], "lse": [0.0, 1e-7]}, static, shipped.gpu_fingerprint(on) | {"name": on.name},
         {"tritonattn": "0.1.0", "torch": "2.11.0", "triton": triton or user_cache.triton_version(), "cuda": "13.0"},
         user_cache.kernel_hash(),
@@ -89,7 +89,7 @@ def test_a_record_survives_the_round_trip(key, changes):
 
 def test_a_record_has_one_file_and_a_new_one_replaces_it(store, tmp_path, caught):
     path = store.put(record_of())
-    assert path.parent == tmp_path / "tuned" / "v3" / DIRNAME
+    assert path.parent == tmp_path / "tuned" / "v4" / DIRNAME
     kernel, digits = path.stem.split("-")
     assert kernel == "forward" and len(digits) == 16 and int(digits, 16) >= 0
     assert store.put(record_of(config=SMALL)) == path
@@ -107,6 +107,7 @@ def test_a_time_that_is_not_positive_and_finite_is_rejected(name, value):
 @pytest.mark.parametrize("changes, words", [
     ({"seconds": "fast"}, "for seconds, got 'fast'"), ({"default_seconds": "slow"}, "for default_seconds"),
     ({"samples": "many"}, "int'> for samples, got 'many'"), ({"key": 3}, "for key"), ({"run": []}, "for run"),
+    ({"clock": "fast"}, "for clock"), ({"sustained": 3}, "for sustained"),
     ({"run": {}}, "for run.time"), ({"run": {"time": "", "tried": 3}}, "for run.tried"),
     ({"static": {"registers": 3}}, "for static.shared_memory"),
 ], ids=str)

@@ -1,5 +1,6 @@
 """A synthetic sweep: a smooth surface of times with jitter and drift, determined by a seed. Nothing is timed."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tritonattn import Config, Problem
+from tritonattn.autotune import search
 from tritonattn.autotune import trials as runs
 from tritonattn.autotune.trials import Job, Run, Trial
 from tritonattn.measure import journal
@@ -35,7 +37,7 @@ def made_up(jobs: Iterable[tuple[str, int, str]] = JOBS, seed: int = 0) -> Run:
         job = Job(kernel, problem, tuple(order), str(INCUMBENT))
         planned.append(job)
         base = _seconds(kernel, problem, INCUMBENT)
-        trials += [_trial(job, name, *outcomes[name], base, rng) for name in order]
+        trials += _ended([_trial(job, name, *outcomes[name], base, rng) for name in order], job, rng)
     environment = {"gpu": "a made-up GPU", "arch": "sm_90", "sms": 132, "torch": "2.11.0", "triton": "3.6.0", "commit": None}
     # through JSON, as a plan is read from a file: JSON has no tuples
     plan = json.loads(json.dumps({"schema": runs.SCHEMA, "synthetic": True, "seed": seed, "environment": environment,
@@ -82,6 +84,19 @@ def _outcome(kernel, problem, config, rng) -> tuple[str, float, dict]:
     if config.num_warps == 8 and config.block_m == 32:
         return "duplicate work", 1.4 * seconds, static
     return rng.choices(("ok", "incorrect", "hang"), (20, 1, 1))[0], seconds, static
+
+
+def _ended(trials, job, rng) -> list[Trial]:
+    """Return the trials with windows for those that end sustained, at a clock of their own each."""
+    ok = {trial.config: trial for trial in trials if trial.status == "ok"}
+    last = list(dict.fromkeys([job.incumbent, *list(runs.sampled_times(ok))[:search.SUSTAINED_CONFIGS]]))
+    clocks = {name: rng.uniform(1650, 1750) for name in last}
+    # half of a kernel's time depends on the clock
+    windows = {name: tuple(ok[name].seconds * (0.5 + 0.5 * 1980 / clocks[name]) * rng.gauss(1, 0.001)
+                           for _ in range(search.WINDOWS)) for name in last}
+    changes = {name: {"windows": windows[name], "windows_beside": windows[job.incumbent], "clock": clocks[name]}
+               for name in last}
+    return [dataclasses.replace(trial, **changes.get(trial.config, {})) for trial in trials]
 
 
 def _trial(job, name, status, seconds, static, base, rng) -> Trial:

@@ -44,6 +44,12 @@ class FakeGpu:
             call()
         return 1e-5
 
+    def mean(self, call, times):
+        start = self.time
+        for _ in range(times):
+            call()
+        return (self.time - start) / times, self.state()
+
     def capture(self, call):
         if self.graphs:
             call()

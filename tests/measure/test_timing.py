@@ -1,6 +1,7 @@
 """Timing, on a GPU with a virtual clock: turns, settling, marks, repetition. What a real one does is marked gpu."""
 
 import contextlib
+import itertools
 import statistics
 import sys
 import time
@@ -187,6 +188,99 @@ def test_long_calls_are_taken_one_by_one_on_a_flushed_cache():
 def test_rounds_follow_the_budget_within_bounds(true, count):
     gpu = FakeGpu()
     assert len(measure(timed(gpu, x=true), gpu, TimingBudget(settle=(0, 0)))[0]["x"].samples) == count
+
+
+# --- windows
+
+
+class PowerLimited(FakeGpu):
+    """Calls of 1 ms need twice the power that the GPU may use, others little; the clock follows within some 50 ms."""
+
+    def __init__(self, sensors=True):
+        super().__init__(self.slowed, (lambda reads: State(1980.0 * self.clock, 60.0, 700.0)) if sensors else None)
+        self.load = 0.0
+
+    @property
+    def clock(self):
+        return min(1.0, max(self.load, 0.1) ** (-1 / 3))
+
+    def slowed(self, true, gpu):
+        seconds = true / self.clock
+        self.load += ((2.0 if true == 1e-3 else 0.5) - self.load) * min(1.0, seconds / 0.05)
+        return seconds
+
+    def sample(self, call, wait):
+        self.time, self.load = self.time + 2e-3, 0.9 * self.load
+        return super().sample(call, wait)
+
+
+SUSTAINED = 1e-3 * 2 ** (1 / 3)  # of the call of 1 ms
+
+
+def blocks(log):
+    """The (name, number of calls in a row) of a log."""
+    return [(name, len(list(calls))) for name, calls in itertools.groupby(log)]
+
+
+def test_windows_rank_by_the_sustained_clock_and_samples_by_the_common_one():
+    calls = {"hot": 1e-3, "cool": 1.1e-3}
+    gpu = PowerLimited()
+    samples, _ = measure(timed(gpu, **calls), gpu, TimingBudget(seconds=0.1, settle=(0, 0)))
+    assert samples["hot"].seconds < samples["cool"].seconds
+    gpu = PowerLimited()
+    timer = timing.InterleavedTimer(timed(gpu, **calls), gpu, TimingBudget())
+    timer.settle()
+    windows = timer.windows(0.5, 4)
+    # whatever ran before it, a window has its own clock
+    assert windows["hot"].seconds == pytest.approx([SUSTAINED] * 4, rel=1e-3)
+    assert windows["cool"].seconds == pytest.approx([1.1e-3] * 4, rel=1e-3)
+    assert windows["hot"].clock == pytest.approx(1980 * 2 ** (-1 / 3), rel=1e-3) and windows["cool"].clock == 1980.0
+    # without half a second of warm-up the first would gain from the second: the clock falls within the window
+    hot, cool = (gpu.kernel(name, true) for name, true in calls.items())
+    gpu.mean(cool, 500)
+    assert gpu.mean(hot, 400)[0] < 0.985 * SUSTAINED
+
+
+def test_windows_and_their_warm_up_last_as_long_as_asked_in_changing_order():
+    gpu = FakeGpu()
+    timer = timing.InterleavedTimer(timed(gpu, a=2e-3, b=5e-3, c=1.0), gpu, TimingBudget(settle=(0, 0)))
+    gpu.log.clear()
+    found = timer.windows(0.5, 6)
+    # a launch that is longer than a window is one
+    assert {name: each.seconds for name, each in found.items()} == {
+        name: pytest.approx([true] * 6) for name, true in {"a": 2e-3, "b": 5e-3, "c": 1.0}.items()}
+    assert found["a"].clock is None, "no sensors"
+    rounds = [gpu.log[i:i + 702] for i in range(0, len(gpu.log), 702)]
+    assert len(rounds) == 6 and all(sorted(blocks(each)) == [("a", 500), ("b", 200), ("c", 2)] for each in rounds)
+    assert len({tuple(blocks(each)) for each in rounds}) > 2
+
+
+def test_windows_of_short_calls_replay_graphs():
+    gpu = FakeGpu()
+    timer = timing.InterleavedTimer(timed(gpu, a=2e-4), gpu, TimingBudget(small=1e-3, sample=5e-3))
+    gpu.log.clear()
+    assert timer.windows(0.5, 1)["a"].seconds == pytest.approx([2e-4]) and len(gpu.log) == 2 * 2500
+    timer.take()
+    assert timer.timing("a").method == "graph"
+
+
+def test_the_host_has_windows_too():
+    (seconds,), clock = timing.InterleavedTimer({"nap": Timed([lambda: time.sleep(2e-3)])}, Host(),
+                                                TimingBudget()).windows(0.02, 1)["nap"]
+    assert 2e-3 <= seconds < 0.2 and clock is None
+
+
+@pytest.mark.gpu
+@pytest.mark.alone
+def test_a_window_is_as_long_as_its_calls(timer, device):
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    with timer.context():
+        interleaved = timing.InterleavedTimer({"product": Timed([lambda: a @ a])}, timer, TimingBudget(small=1e-3, sample=5e-3))
+        interleaved.settle()
+        start = time.perf_counter()
+        window, = interleaved.windows(0.5, 1).values()
+    assert 0.8 < time.perf_counter() - start < 1.5 and 5e-5 < window.seconds[0] < 1e-2
+    assert window.clock is None or 100 < window.clock < 5000
 
 
 @pytest.mark.parametrize("after", [0, 70])

@@ -302,18 +302,24 @@ def test_a_sweep_of_another_gpu_or_of_other_kernels_is_rejected(change, swept, t
 def test_a_table_leaves_out_large_tiles_and_configs_timed_without_the_incumbent(swept, tmp_path):
     job = next(job for job in swept.jobs if job.kernel == "forward")
     good = swept.of(job)[job.incumbent]
-    large = dataclasses.replace(good, config="256x64w8s2e1", samples=tuple(seconds / 9 for seconds in good.samples))
-    alone = dataclasses.replace(good, config="128x32w4s2e1", samples=(1e-9,), beside=())
-    fast = dataclasses.replace(good, config="32x64w4s2e1", samples=tuple(seconds / 2 for seconds in good.samples))
-    small = dataclasses.replace(job, configs=(job.incumbent, large.config, alone.config, fast.config))
-    run = dataclasses.replace(swept, jobs=(small,), trials=(good, large, alone, fast))
+
+    def scaled(config, samples, windows):
+        return dataclasses.replace(good, config=config, samples=tuple(samples * seconds for seconds in good.samples),
+                                   windows=tuple(windows * seconds for seconds in good.windows))
+
+    alone = dataclasses.replace(good, config="128x32w4s2e1", samples=(1e-9,), beside=(), windows=(), windows_beside=())
+    # the windows count
+    trials = (good, scaled("256x64w8s2e1", 0.1, 0.1), alone, fast := scaled("32x64w4s2e1", 0.5, 0.8),
+              scaled("64x32w4s2e1", 0.4, 0.9))
+    small = dataclasses.replace(job, configs=tuple(trial.config for trial in trials))
+    run = dataclasses.replace(swept, jobs=(small,), trials=trials)
     new = shipped.read_table(config_table.build_from_sweeps(H200, [run], tmp_path))
     assert str(new.rows[next(lookup.row_keys(job.kernel, job.problem))].filled.config) == fast.config
 
 
 def test_the_fastest_is_so_over_all_problems():
     def group(*ratios):
-        return [runs.Trial("job", "config", "ok", samples=(ratio,), beside=(1.0,)) for ratio in ratios]
+        return [(ratio, {}) for ratio in ratios]
 
     a, b, c = Config(16, 16), Config(32, 32), Config(64, 64)
     assert config_table.fastest({a: group(1.0, 1.5, 1.5), b: group(1.2, 1.2, 1.2), c: group(1.0, 1.0)}) == b

@@ -29,7 +29,9 @@ class KernelChoice:
         if self.record:
             run, default = self.record.run, self.record.default_seconds
             untuned = f"; {self.record.default}, the config without tuning, took {default * 1e6:.0f}" if default else ""
-            notes = [f"measured: {self.record.seconds * 1e6:.0f} us, the median of {self.record.samples}{untuned}",
+            load = " windows of continuous load" if self.record.sustained else ""
+            load += f" at {self.record.clock:.0f} MHz" if self.record.clock else ""
+            notes = [f"measured: {self.record.seconds * 1e6:.0f} us, the median of {self.record.samples}{load}{untuned}",
                      f"by {run.get('strategy')} on {run['time']}, with Triton {self.record.versions['triton']}; "
                      f"{run.get('trials')} configs tried"]
         if self.entry:

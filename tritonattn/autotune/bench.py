@@ -1,15 +1,17 @@
 """Check and time one kernel of one problem with any config; in this process (Bench), or in one of its own (IsolatedBench).
+Several problems make a JointBench.
 
     check   against the definition, twice, bit for bit, on inputs that are hard to get right (`hard_inputs`); at the
             problem's own size where the definition is not too large
     times   with the device's clock (measure/timing.py): rounds in which every config gives one sample
+    windows the same under continuous load: rounds in which every config has a window, on tensors of its own
 """
 
 import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -29,12 +31,15 @@ from ..runtime import launch
 from ..runtime.arguments import AttentionInputs, prepare
 from ..runtime.custom_op import forward_op
 from ..runtime.plan import empty_rows
+from . import search
 from .worker_pool import Child, Failure, Workers, parent_pipe, serve
 
 # the tensors that each kernel computes
 OUTPUTS = {"forward": ("o", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv"), "dbias": ("dbias",)}
 # many configs are timed, so each is tried only once before
 BUDGET = timing.TimingBudget(settle=(0.2, 1.0), long=0.0)
+# calls under a millisecond are in graphs of 5 ms: the device never waits for the host
+SUSTAINED = timing.TimingBudget(settle=search.WARM_UP_SECONDS, small=1e-3, sample=5e-3)
 LARGEST = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
 DROPOUT_P = 0.5       # as in runtime/launch.py, example_launch
 ROUNDING = 3e-5       # absolute error that is always allowed: an exact 0 may come from rounded float32 sums
@@ -99,8 +104,32 @@ class Bench:
                 timer.take()
             return {config: timer.timing(config).samples for config in configs}
 
+    def windows(self, configs: list[str], rounds: int) -> dict[str, timing.Windows]:
+        """Return `rounds` windows of each config, in turns, after the device is warm. Raises timing.TimedError."""
+        launchers = self._launchers(len(configs))
+        with self._timer.context():
+            timed = {config: self._timed(config, make_launch) for config, make_launch in zip(configs, launchers)}
+            timer = timing.InterleavedTimer(timed, self._timer, SUSTAINED)
+            timer.settle()
+            return timer.windows(search.WINDOW_SECONDS, rounds)
+
+    def _launchers(self, count):
+        """Return a launcher for each of `count` configs: on tensors of its own, so that what one leaves in the L2 cache does
+        not serve another. If the copies would take more than half of the free memory, all use the same tensors: these are
+        then far larger than the cache, and no config has an advantage."""
+        first, (_, free) = self._launcher, memory(self.device)
+        if (count - 1) * self._launcher_bytes > free / 2:
+            return [first] * count
+        return [first, *(self._new_launcher() for _ in range(count - 1))]
+
     @functools.cached_property
     def _launcher(self):
+        before, _ = memory(self.device)
+        make_launch = self._new_launcher()
+        self._launcher_bytes = memory(self.device)[0] - before
+        return make_launch
+
+    def _new_launcher(self):
         return launcher(self.kernel, *inputs_of(*draw(self.problem, self.device, self._seed)))
 
     def _timed(self, config, make_launch) -> timing.Timed:
@@ -111,6 +140,14 @@ class Bench:
 
         # the launch is made at the first call, so that an error is attributed to this config
         return timing.Timed([lambda: launch.run(make_launch(Config.parse(config)), self.device)], around=announced)
+
+
+def memory(device: torch.device) -> tuple[float, float]:
+    """Return the bytes of the tensors on a GPU, and the bytes that are left for others; 0 and infinity for the CPU."""
+    if device.type != "cuda":
+        return 0, math.inf
+    taken, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return taken, torch.cuda.mem_get_info(device)[0] + reserved - taken
 
 
 def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
@@ -268,7 +305,7 @@ class IsolatedBench:
     def prepare(self, configs: list[str]) -> None:
         """Start to compile what the next checks launch, these configs in this order. Checks wait for their own alone."""
         self._cancel()
-        if self._compilers is None:
+        if self._compilers is None or not configs:
             return
         (kernel, problem, *_), (workers, on) = self._bench, self._compilers
         # what comes before this kernel in a call
@@ -295,10 +332,18 @@ class IsolatedBench:
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
         """Time configs as Bench.times does. If the child fails, the config that it was timing has failed."""
+        return self._time("times", configs, rounds)
+
+    def windows(self, configs: list[str], rounds: int) -> dict[str, timing.Windows | Failure]:
+        """Time configs as Bench.windows does. After a failure all windows of the others are repeated."""
+        return self._time("windows", configs, rounds)
+
+    def _time(self, method, configs, rounds):
         self._cancel()
         failures = {}
         while remaining := [config for config in configs if config not in failures]:
-            result = self._ask(("times", remaining, rounds), TIMING_LIMIT)
+            # a message is one action on one config: a sample, or a window and its warm-up
+            result = self._ask((method, remaining, rounds), TIMING_LIMIT)
             if not isinstance(result, Failure):
                 return failures | result
             if self._timed is None:
@@ -334,8 +379,64 @@ class IsolatedBench:
             child.stop()
 
 
+class JointBench:
+    """The benches of several problems as one. A config takes the sum of its times, each multiplied by the calls of its problem.
+
+    `checks` and `timings` hold the last results, {config: {problem: result}}.
+    """
+
+    def __init__(self, benches: dict[Problem, search.Bench], calls: Mapping[Problem, int]):
+        self._benches, self._calls = benches, calls
+        self.checks: dict[str, dict[Problem, dict]] = {}
+        self.timings: dict[str, dict[Problem, timing.Windows]] = {}
+
+    def now(self) -> float:
+        return next(iter(self._benches.values())).now()
+
+    def prepare(self, configs: list[str]) -> None:
+        """Start to compile what the next checks launch, for all problems."""
+        for bench in self._benches.values():
+            bench.prepare(configs)
+
+    def check(self, config: str) -> dict[str, tuple[float, float]] | Failure:
+        """Check a config for every problem. Return the first failure, or the errors of the first problem."""
+        results = self.checks[config] = {}
+        for problem, bench in self._benches.items():
+            results[problem] = bench.check(config)
+            if isinstance(results[problem], Failure):
+                return results[problem]
+        return next(iter(results.values()))
+
+    def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
+        """Time configs for every problem, one problem after the other."""
+        results = self._sum("times", configs, rounds)
+        return {config: result if isinstance(result, Failure) else result.seconds for config, result in results.items()}
+
+    def windows(self, configs: list[str], rounds: int) -> dict[str, timing.Windows | Failure]:
+        """Time configs in windows for every problem, one problem after the other. Several problems have no common clock."""
+        return self._sum("windows", configs, rounds)
+
+    def _sum(self, method, configs, rounds):
+        self.prepare([])  # no problem's compilers disturb the timing of another
+        failures, timings = {}, {config: {} for config in configs}
+        for problem, bench in self._benches.items():
+            results = getattr(bench, method)([config for config in configs if config not in failures], rounds)
+            for config, result in results.items():
+                if isinstance(result, Failure):
+                    failures[config] = result
+                else:
+                    timings[config][problem] = result if method == "windows" else timing.Windows(tuple(result), None)
+        self.timings |= {config: parts for config, parts in timings.items() if config not in failures}
+        return failures | {config: self._total(self.timings[config]) for config in configs if config not in failures}
+
+    def _total(self, parts) -> timing.Windows:
+        seconds = zip(*([self._calls[problem] * x for x in part.seconds] for problem, part in parts.items()))
+        clocks = [part.clock for part in parts.values()]
+        return timing.Windows(tuple(map(sum, seconds)), clocks[0] if len(clocks) == 1 else None)
+
+
 def serve_bench() -> None:
-    """Answer the jobs of an IsolatedBench: ("open", ...), then ("check", config) and ("times", configs, rounds)."""
+    """Answer the jobs of an IsolatedBench: ("open", ...), then ("check", config), ("times" or "windows", configs, rounds)."""
     benches = []
 
     def answer(kind, *arguments):

@@ -1,6 +1,6 @@
 """A recorded sweep as a bench: search strategies run on it without a GPU, and their regret is known.
 
-    regret = time of the config that was picked / time of the best config - 1
+    regret = time of the config that was picked / time of the best config - 1        (trials.sustained_times)
 """
 
 import random
@@ -8,8 +8,9 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .search import FAILURES, STRATEGIES, Budget, Search, run_search
-from .trials import Run, Trial
+from ..measure.timing import Windows
+from .search import FAILURES, STRATEGIES, WINDOW_SECONDS, Budget, Search, run_search
+from .trials import Run, Trial, sustained_times
 from .worker_pool import Failure
 
 # "table" takes configs from the tables, which a sweep need not contain
@@ -18,30 +19,43 @@ CHECK_SECONDS = 0.05  # of a check, where the sweep has no time of it
 
 
 class ReplayBench:
-    """A search.Bench whose samples are drawn from recorded ones, on a virtual clock. Raises KeyError for other configs."""
+    """A search.Bench whose samples are drawn from recorded ones, on a virtual clock. Raises KeyError for other configs.
+
+    `device_seconds` are those of the samples, without the windows.
+    """
 
     def __init__(self, trials: dict[str, Trial], seed: int = 0):
-        self._trials, self._rng, self._check_seconds, self.device_seconds = trials, random.Random(seed), 0.0, 0.0
+        self._trials, self._rng, self._other_seconds, self.device_seconds = trials, random.Random(seed), 0.0, 0.0
+        self._sustained = sustained_times(comparable(trials))
 
     def now(self) -> float:
-        return self._check_seconds + self.device_seconds
+        return self._other_seconds + self.device_seconds
 
     def prepare(self, configs: list[str]) -> None:
         """Do nothing: nothing is compiled."""
 
     def check(self, config: str) -> dict | Failure:
         trial = self._trials[config]
-        self._check_seconds += trial.check_seconds or CHECK_SECONDS
+        self._other_seconds += trial.check_seconds or CHECK_SECONDS
         return trial.check if trial.samples else Failure(trial.status, trial.note)
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...]]:
         results = {}
         for trial in map(self._trials.get, configs):
             # the median becomes the ratio to the incumbent, in ms: drift between groups of the sweep cancels
-            scale = 1e-3 * trial.ratio / trial.seconds
-            results[trial.config] = tuple(self._rng.choice(trial.samples) * scale for _ in range(rounds))
+            results[trial.config] = self._draw(trial.samples, trial.ratio, rounds)
         self.device_seconds += sum(map(sum, results.values()))
         return results
+
+    def windows(self, configs: list[str], rounds: int) -> dict[str, Windows]:
+        """Return windows like the recorded ones; of a config without, at the time that it is expected to take."""
+        self._other_seconds += len(configs) * rounds * 2 * WINDOW_SECONDS
+        return {name: Windows(self._draw(self._trials[name].decisive, self._sustained[name], rounds), self._trials[name].clock)
+                for name in configs}
+
+    def _draw(self, samples, ratio, rounds):
+        scale = 1e-3 * ratio / statistics.median(samples)
+        return tuple(self._rng.choice(samples) * scale for _ in range(rounds))
 
 
 def comparable(trials: dict[str, Trial]) -> dict[str, Trial]:
@@ -71,13 +85,13 @@ def replay(recorded: Run, strategy: str, seeds: Iterable[int] = range(5), budget
                    if trial.status == "ok" or (not trial.samples and trial.status in FAILURES)]
         if job.incumbent not in timed or not offered:
             continue
-        best, static = min(trial.ratio for trial in timed.values()), {name: trial.static for name, trial in trials.items()}
+        times, static = sustained_times(timed), {name: trial.static for name, trial in trials.items()}
         for seed in seeds:
             bench = ReplayBench(trials, seed)
             search = Search(replace(job, configs=tuple(offered)), bench, budget or Budget(), static)
             pick = run_search(search, strategy, seed).winner()
             if pick is not None:
-                outcomes.append(Outcome(job.name, pick, timed[pick].ratio / best - 1, len(search.trials),
+                outcomes.append(Outcome(job.name, pick, times[pick] / min(times.values()) - 1, len(search.trials),
                                         bench.device_seconds))
     return outcomes
 

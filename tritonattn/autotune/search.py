@@ -1,13 +1,24 @@
 """Search strategies over interleaved timings: which configs are timed, and how many samples each gets.
 
     halving     one sample of each config -> the configs within 1.5 times the best, three samples -> the fastest third, nine
-                -> ... -> the last four, sixty: successive halving (Jamieson & Talwalkar 2016)
+                -> ... -> the last four: successive halving (Jamieson & Talwalkar 2016)
     static      the incumbent and the seven configs that the model ranks first
     table       the incumbent and at most seven of what the shipped tables hold for similar problems (the job differs)
     random      thirty configs, drawn        exhaustive   all configs, thirty samples each
 
 The incumbent, the config that calls currently use, is timed in every round, so that clock and thermal drift affect both
 sides of a comparison equally.
+
+Samples are short and have pauses between them, so all configs are ranked at about the same, high clock. In a training run
+the GPU reaches its power limit, and the clock falls more for a config that needs more power. So the four fastest, and the
+incumbent, end sustained:
+
+    the configs in turns, until the device is warm
+    four rounds, in random order:   half a second of launches of a config, not timed | half a second, timed (a window)
+
+A window's sample is its mean time of a launch; the medians of the windows decide. The untimed half comes before every window:
+the clock follows the power with a delay, and would begin at that of the config before. "table" has no such end: first calls
+(first_call.py) use it, and must not wait half a minute.
 """
 
 import contextlib
@@ -18,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from ..measure.timing import Windows
 from .trials import Job, Trial
 from .worker_pool import Failure
 
@@ -31,15 +43,17 @@ FAILURES = {
 INCUMBENT_MARGIN = 0.01  # the incumbent stays if it is slower than the best by at most this share
 UNKNOWN_SPREAD = 0.1     # the assumed spread of one or two samples
 HALVING_CUTOFF = 1.5     # multiple of the best time beyond which a config is dropped after one sample
-HALVING_SAMPLES, HALVING_FACTOR = 3, 3         # samples of the second rung; one config in three continues
-HALVING_LAST, HALVING_LAST_SAMPLES = 4, 60     # configs of the last rung, and their samples
-QUICK_CONFIGS, QUICK_SAMPLES = 8, 10           # "static" and "table"; "random" has as many samples
+HALVING_SAMPLES, HALVING_FACTOR = 3, 3  # samples of the second rung; one config in three continues
+QUICK_CONFIGS, QUICK_SAMPLES = 8, 10    # "static" and "table"; "random" has as many samples
 RANDOM_CONFIGS, EXHAUSTIVE_SAMPLES = 30, 30
+SUSTAINED_CONFIGS, WINDOWS = 4, 4       # configs that end sustained, besides the incumbent, and their windows
+WINDOW_SECONDS = 0.5                    # of a window, and of its warm-up
+WARM_UP_SECONDS = (2.0, 5.0)            # of load before the first window: the least, and the most until the clock is steady
 
 
 @dataclass
 class Budget:
-    """Limits of a search. At the end of the budget the samples so far decide."""
+    """Limits of a search. At the end of the budget the samples so far decide, without windows if there is no time for all."""
 
     trials: int | None = None       # configs
     seconds: float = math.inf       # on the bench's clock; configs that were checked are still timed once
@@ -55,6 +69,7 @@ class Bench(Protocol):
     def prepare(self, configs: list[str]) -> None: ...  # the next to be checked, in this order
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure: ...  # {tensor: (worst error, allowed)}
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]: ...
+    def windows(self, configs: list[str], rounds: int) -> dict[str, Windows | Failure]: ...
     def now(self) -> float: ...
 
 
@@ -67,6 +82,7 @@ class Search:
     budget: Budget = field(default_factory=Budget)
     static: dict[str, dict] = field(default_factory=dict)  # properties of the binaries, as far as they are known
     trials: dict[str, Trial] = field(default_factory=dict)
+    problems: int = 1  # that the bench times
 
     def __post_init__(self):
         self._start, self._lost_incumbent = self.bench.now(), False
@@ -89,17 +105,36 @@ class Search:
         if self._is_late and any(trial.samples for trial in self.trials.values()):
             raise BudgetExhausted
         results = self.bench.times(correct, rounds) if correct else {}
-        incumbent = results.get(self.job.incumbent, ())
-        # the samples of earlier rounds can no longer be compared with later ones
-        self._lost_incumbent |= isinstance(incumbent, Failure) and bool(self.trials[self.job.incumbent].samples)
+        incumbent = self._record_failures(results)
         for name, samples in results.items():
-            if isinstance(samples, Failure):
-                change = {"status": samples.code, "note": samples.message, "samples": (), "beside": ()}
-            else:
-                change = {"samples": tuple(samples), "beside": () if isinstance(incumbent, Failure) else tuple(incumbent)}
-            self.trials[name] = replace(self.trials[name], **change)
+            if not isinstance(samples, Failure):
+                self.trials[name] = replace(self.trials[name], samples=tuple(samples), beside=tuple(incumbent or ()))
         timed = [name for name in dict.fromkeys(configs) if name in results and self.trials[name].status == "ok"]
         return sorted(timed, key=lambda name: (self.trials[name].seconds, name))
+
+    def time_windows(self, configs: Sequence[str]) -> None:
+        """Time these configs and the incumbent, which were timed before, in windows. Raises BudgetExhausted."""
+        last = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self.trials[name].status == "ok"]
+        needed = self.problems * (WARM_UP_SECONDS[1] + WINDOWS * len(last) * 2 * WINDOW_SECONDS)
+        if self.bench.now() + needed > self._start + self.budget.seconds:
+            raise BudgetExhausted
+        results = self.bench.windows(last, WINDOWS) if last else {}
+        incumbent = self._record_failures(results)
+        for name, windows in results.items():
+            if not isinstance(windows, Failure):
+                self.trials[name] = replace(self.trials[name], windows=windows.seconds, clock=windows.clock,
+                                            windows_beside=incumbent.seconds if incumbent else ())
+
+    def _record_failures(self, results):
+        """Record the configs that failed. Return the result of the incumbent, or None if it has none."""
+        for name, result in results.items():
+            if isinstance(result, Failure):
+                # the samples of earlier rounds can no longer be compared with later ones
+                self._lost_incumbent |= name == self.job.incumbent and bool(self.trials[name].samples)
+                self.trials[name] = replace(self.trials[name], status=result.code, note=result.message, samples=(), beside=(),
+                                            windows=(), windows_beside=(), clock=None)
+        incumbent = results.get(self.job.incumbent)
+        return None if isinstance(incumbent, Failure) else incumbent
 
     def _is_correct(self, name) -> bool:
         """Return whether a config may be timed. Each is checked once; beyond the budget only the first is."""
@@ -118,22 +153,26 @@ class Search:
         return self.bench.now() - self._start > self.budget.seconds
 
     def winner(self) -> str | None:
-        """Return the fastest config among those with the most samples, or None if nothing could be timed.
+        """Return the fastest config among those with windows, or without any among those with the most samples.
 
-        The incumbent stays if it is slower by less than INCUMBENT_MARGIN or twice the spread of the median. Other configs that
-        differ by less than that spread are equal, and the one with the least shared memory wins. There is no winner if the
-        incumbent failed after it had been timed.
+        The incumbent stays if it is slower by less than INCUMBENT_MARGIN or twice the spread of the median. Without windows,
+        other configs that differ by less than that spread are equal, and the one with the least shared memory wins. There is
+        no winner if nothing could be timed, or the incumbent failed after it had been timed.
         """
         timed = {name: trial for name, trial in self.trials.items() if trial.status == "ok" and trial.samples}
         if not timed or self._lost_incumbent:
             return None
         most = max(len(trial.samples) for trial in timed.values())
-        last = {name: trial for name, trial in timed.items() if len(trial.samples) == most}
+        last = ({name: trial for name, trial in timed.items() if trial.windows} or
+                {name: trial for name, trial in timed.items() if len(trial.samples) == most})
         best = min(last, key=lambda name: (last[name].seconds, name))
-        margin = 2 * spread(last[best].samples)
+        margin = 2 * spread(last[best].decisive)
         tie = last[best].seconds * (1 + max(INCUMBENT_MARGIN, margin))
         if self.job.incumbent in last and last[self.job.incumbent].seconds <= tie:
             return self.job.incumbent
+        if last[best].windows:
+            # four windows tell the fastest better than their own spread
+            return best
         equals = [name for name, trial in last.items() if trial.seconds <= last[best].seconds * (1 + margin)]
         return min(equals, key=lambda name: (last[name].static.get("shared_memory", 0), last[name].seconds, name))
 
@@ -148,15 +187,15 @@ def spread(samples: Sequence[float]) -> float:
     return 1.48 * 1.25 * deviation / math.sqrt(len(samples)) / middle
 
 
-def halving(search: Search) -> None:
-    """Successive halving; the module's docstring has the schedule."""
+def halving(search: Search) -> list[str]:
+    """Successive halving; the module's docstring has the schedule. Return the last configs, the fastest first."""
     names = search.time_round(search.candidates, 1)
     limit = HALVING_CUTOFF * search.trials[names[0]].seconds if names else 0.0
     names, rounds = [name for name in names if search.trials[name].seconds <= limit], HALVING_SAMPLES
-    while len(names) > HALVING_LAST:
+    while len(names) > SUSTAINED_CONFIGS:
         names = search.time_round(names, rounds)
-        names, rounds = names[:max(HALVING_LAST, math.ceil(len(names) / HALVING_FACTOR))], rounds * 3
-    search.time_round(names, HALVING_LAST_SAMPLES)
+        names, rounds = names[:max(SUSTAINED_CONFIGS, math.ceil(len(names) / HALVING_FACTOR))], rounds * 3
+    return names
 
 
 STRATEGIES = ("halving", "static", "table", "random", "exhaustive")
@@ -169,11 +208,13 @@ def run_search(search: Search, strategy: str, seed: int = 0) -> Search:
     names = search.candidates
     with contextlib.suppress(BudgetExhausted):
         if strategy == "halving":
-            halving(search)
+            names = halving(search)
         elif strategy == "random":
-            search.time_round(random.Random(seed).sample(names, min(RANDOM_CONFIGS, len(names))), QUICK_SAMPLES)
+            names = search.time_round(random.Random(seed).sample(names, min(RANDOM_CONFIGS, len(names))), QUICK_SAMPLES)
         elif strategy == "exhaustive":
-            search.time_round(names, EXHAUSTIVE_SAMPLES)
+            names = search.time_round(names, EXHAUSTIVE_SAMPLES)
         else:
-            search.time_round(names[:QUICK_CONFIGS], QUICK_SAMPLES)
+            names = search.time_round(names[:QUICK_CONFIGS], QUICK_SAMPLES)
+        if strategy != "table":
+            search.time_windows(names[:SUSTAINED_CONFIGS])
     return search

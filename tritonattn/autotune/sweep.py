@@ -1,10 +1,11 @@
 """A sweep: check and time every config of some kernels and problems, and record each (trials.py).
 
     begin     the candidates of every job and the verdicts on them: frozen in the first line of the journal
-    resume    groups of configs, interleaved with the incumbent; each config is a line of the journal when its group is done
+    resume    groups of configs, interleaved with the incumbent; each config is a line of the journal when its group is done;
+              then the fastest configs of the job and the incumbent sustained (search.py), each with a line of its own again
 
-A kill at any moment loses at most one group. A sweep resumes only with the same plan, GPU and versions. One in ten of the
-configs that static pruning excludes is timed as well, to measure how good the pruning is.
+A kill at any moment loses at most one group, or the sustained end of one job. A sweep resumes only with the same plan, GPU and
+versions. One in ten of the configs that static pruning excludes is timed as well, to measure how good the pruning is.
 """
 
 import itertools
@@ -22,8 +23,8 @@ from ..configs.kernel_hash import kernel_hash
 from ..configs.shipped import gpu_fingerprint
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
-from .search import EXHAUSTIVE_SAMPLES, FAILURES, Search
-from .trials import JOURNAL, SCHEMA, Trial, read
+from .search import EXHAUSTIVE_SAMPLES, FAILURES, SUSTAINED_CONFIGS, Search
+from .trials import JOURNAL, SCHEMA, Trial, read, sampled_times
 from .tune import TuningSetup, job_of, static_of
 
 GROUP = 8        # configs that are timed together
@@ -69,14 +70,15 @@ def resume(folder: Path, setup: TuningSetup, seconds: float = float("inf"), say:
         if (planned := run.plan.get(name)) != value:
             raise JournalError(f"{folder}: planned with {name} {planned}, but this is {value}; begin another sweep")
     total, start, timed = sum(len(job.configs) for job in run.jobs), time.monotonic(), itertools.count(1)
+    done = {(trial.job, trial.config) for trial in run.trials}
     with Journal(folder / JOURNAL, run.plan) as results:
         def record(trial):
             results.append(vars(trial))
+            done.add((trial.job, trial.config))
             if trial.samples or trial.status in FAILURES:
-                done = len(results.entries)
-                left = (total - done) * (time.monotonic() - start) / next(timed)
-                result = f"{trial.seconds * 1e6:.0f} us" if trial.samples else trial.status
-                say(f"[{done}/{total}] {trial.job} {trial.config}: {result}; at most {left / 60:.0f} min left", flush=True)
+                left = (total - len(done)) * (time.monotonic() - start) / next(timed)
+                result = f"{trial.seconds * 1e6:.0f} us{' sustained' * bool(trial.windows)}" if trial.samples else trial.status
+                say(f"[{len(done)}/{total}] {trial.job} {trial.config}: {result}; at most {left / 60:.0f} min left", flush=True)
 
         return all(_run_job(job, run, setup, record, start + seconds) for job in run.jobs)
 
@@ -91,16 +93,37 @@ def _run_job(job, run, setup, record, deadline) -> bool:
             record(Trial(job.name, name, *excluded[name], static=static[name]))
     # the same groups after every interruption
     groups = [[name for name in timed[i:i + GROUP] if name not in done] for i in range(0, len(timed), GROUP)]
-    if not any(groups):
+    # an excluded incumbent is timed like any other config
+    earlier = {name: replace(trial, status="ok") if name == job.incumbent and trial.samples else trial
+               for name, trial in done.items()}
+    if not any(groups) and not _last_configs(job, earlier, excluded):
         return True
     with setup.bench(job.kernel, job.problem) as bench:
-        search = Search(job, bench, static=static)
+        search = Search(job, bench, static=static, trials=earlier)
+
+        def record_all(names):
+            for name in names:
+                trial, (reason, note) = search.trials[name], excluded.get(name, (None, ""))
+                # an excluded config keeps its reason, whatever its time
+                record(replace(trial, status=reason, note=note) if reason and trial.status == "ok" else trial)
+
         for group in filter(None, groups):
             if time.monotonic() > deadline:
                 return False
             search.time_round(group, run.plan["rounds"])
-            for name in group:
-                trial, (reason, note) = search.trials[name], excluded.get(name, (None, ""))
-                # an excluded config keeps its reason, whatever its time
-                record(replace(trial, status=reason, note=note) if reason and trial.status == "ok" else trial)
+            record_all(group)
+        # again with the next config if one of the last fails
+        while last := _last_configs(job, search.trials, excluded):
+            if time.monotonic() > deadline:
+                return False
+            search.time_windows(last)
+            record_all(last)
     return True
+
+
+def _last_configs(job, trials, excluded) -> list[str]:
+    """Return the configs that end a job sustained; none if all of them have windows."""
+    ok = {name: trial for name, trial in trials.items()
+          if trial.status == "ok" and trial.samples and (name not in excluded or name == job.incumbent)}
+    last = dict.fromkeys([job.incumbent, *list(sampled_times(ok))[:SUSTAINED_CONFIGS]])
+    return list(last) if any(name in ok and not ok[name].windows for name in last) else []

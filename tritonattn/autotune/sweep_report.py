@@ -1,6 +1,7 @@
 """The report of a sweep: a text table, t4.json and a heat map.
 
-    slowdown  of a config: its time / the time of the fastest config of the job that is ok; both relative to the default's
+    slowdown  of a config: its time / the time of the fastest config of the job that is ok; both relative to the default's,
+              under continuous load (trials.sustained_times)
 """
 
 import collections
@@ -15,7 +16,7 @@ from ..config import Config
 from ..configs.shipped import replace_file
 from .prune import REASONS
 from .search import FAILURES
-from .trials import Job, Run, Trial
+from .trials import Job, Run, Trial, sustained_times
 
 SYNTHETIC = "synthetic: no GPU was timed"
 NEAR = 1.05  # an excluded config with a smaller slowdown was excluded wrongly
@@ -51,12 +52,11 @@ def results_of(run: Run) -> list[JobResult]:
     results = []
     for job in run.jobs:
         trials = run.of(job)
-        # times in the same rounds as the default; seconds where the default could not be timed
-        ratios = {config: trial.ratio for config, trial in trials.items() if trial.beside}
-        times = ratios or {config: trial.seconds for config, trial in trials.items() if trial.samples}
+        times = sustained_times(trials)
         least = min((time for config, time in times.items() if trials[config].status == "ok"), default=None)
-        slowdowns = {config: times[config] / least for config in sorted(times, key=times.get)} if least else {}
-        results.append(JobResult(job, trials, slowdowns, 1 / least if least and ratios else None))
+        slowdowns = {config: time / least for config, time in times.items()} if least else {}
+        relative = any(trial.beside for trial in trials.values())
+        results.append(JobResult(job, trials, slowdowns, 1 / least if least and relative else None))
     return results
 
 
@@ -80,18 +80,20 @@ def origin(run: Run) -> str:
 def text(run: Run) -> str:
     """Return the report as text."""
     results = results_of(run)
-    rows = [["job", "tried", "ok", "best", "us", "default", "slowdown", "Spearman"], *map(_row, results)]
+    rows = [["job", "tried", "ok", "best", "us", "MHz", "default", "slowdown", "Spearman"], *map(_row, results)]
     counts = collections.Counter((result.job.kernel, trial.status) for result in results for trial in result.trials.values()
                                  if trial.status != "ok")
     failed = [[kernel, reason, f"{count}", (REASONS | FAILURES).get(reason, "")]
               for (kernel, reason), count in sorted(counts.items(), key=lambda item: (item[0][0], -item[1]))]
-    parts = [f"Sweep of {len(results)} jobs; {origin(run)}", table(rows, {0, 3, 5}), *_conclusions(results)]
+    parts = [f"Sweep of {len(results)} jobs; {origin(run)}", table(rows, {0, 3, 6}), *_conclusions(results)]
     parts += [table([["kernel", "reason", "configs", ""], *failed], {0, 1, 3})] if failed else []
     return "\n\n".join(parts)
 
 
 def _row(result) -> list[str]:
-    best = [result.ok[0].config, f"{1e6 * result.ok[0].seconds:.4g}"] if result.ok else ["-", "-"]
+    fastest = result.ok[0] if result.ok else None
+    best = [fastest.config, f"{1e6 * fastest.seconds:.4g}"] if fastest else ["-", "-"]
+    best.append(f"{fastest.clock:.0f}" if fastest and fastest.clock else "-")
     statuses = [trial.status for trial in result.trials.values()]
     return [result.job.name, f"{len(statuses)}/{len(result.job.configs)}", f"{statuses.count('ok')}", *best,
             result.job.incumbent, "-" if result.default_slowdown is None else f"{result.default_slowdown:.3f}",

@@ -1,7 +1,7 @@
 """The record of a sweep: a folder with one journal, sweep.jsonl.
 
     line 1        the plan, frozen: kernels, problems, configs, what is known of their binaries, and the environment
-    other lines   one trial each, in the order of trying
+    other lines   one trial each, in the order of trying; those that end a job sustained once more, with their windows
 """
 
 import statistics
@@ -12,7 +12,7 @@ from ..measure import journal
 from ..problem import Problem
 
 JOURNAL = "sweep.jsonl"  # a folder with this file has a sweep
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,64 @@ class Trial:
     check: dict = field(default_factory=dict)   # {tensor: [error, allowed]}, the worst over all inputs
     static: dict = field(default_factory=dict)  # registers, stack, shared_memory, tensor_memory, occupancy, bound, cycles
     check_seconds: float = 0.0  # compiling included
+    windows: tuple[float, ...] = ()         # mean seconds of a launch under continuous load, in one window each
+    windows_beside: tuple[float, ...] = ()  # the incumbent's windows in the same rounds
+    clock: float | None = None              # MHz during the windows; None: unknown
+
+    @property
+    def decisive(self) -> tuple[float, ...]:
+        """The windows, or without any the samples."""
+        return self.windows or self.samples
 
     @property
     def seconds(self) -> float | None:
-        """The median of the samples."""
-        return statistics.median(self.samples) if self.samples else None
+        """The median of the windows, or without any of the samples."""
+        return statistics.median(self.decisive) if self.decisive else None
 
     @property
     def ratio(self) -> float | None:
-        """The time as a multiple of the incumbent's: the median over the rounds, in which clock drift cancels."""
-        return statistics.median(a / b for a, b in zip(self.samples, self.beside)) if self.beside else None
+        """The time of the samples as a multiple of the incumbent's: the median over the rounds, so that clock drift cancels."""
+        return _ratio(self.samples, self.beside)
+
+    @property
+    def sustained_ratio(self) -> float | None:
+        """The same of the windows."""
+        return _ratio(self.windows, self.windows_beside)
 
     @staticmethod
     def from_json(content: dict) -> "Trial":
         """Return the trial with these `vars`."""
-        return Trial(**content | {"samples": tuple(content["samples"]), "beside": tuple(content["beside"])})
+        tuples = ("samples", "beside", "windows", "windows_beside")
+        return Trial(**content | {name: tuple(content[name]) for name in tuples})
+
+
+def _ratio(times, beside):
+    return statistics.median(a / b for a, b in zip(times, beside)) if beside else None
+
+
+def sampled_times(trials: dict[str, Trial]) -> dict[str, float]:
+    """Return {config: time of its samples}, the fastest first: multiples of the incumbent's in the same rounds, or seconds if
+    the incumbent could not be timed."""
+    ratios = {name: trial.ratio for name, trial in trials.items() if trial.beside}
+    times = ratios or {name: statistics.median(trial.samples) for name, trial in trials.items() if trial.samples}
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def sustained_times(trials: dict[str, Trial]) -> dict[str, float]:
+    """Return {config: time under continuous load}, the fastest first, in the units of `sampled_times`.
+
+    Only the last configs of a job have windows. Another is as much slower than the fastest of these as its samples are: none
+    is taken for faster without windows.
+    """
+    sampled = sampled_times(trials)
+    last = {name: trials[name].sustained_ratio or trials[name].seconds for name in sampled if trials[name].windows}
+    if not last:
+        return sampled
+    best = min(last, key=last.get)
+    unit = 1.0 if trials[best].windows_beside else sampled[best] / last[best]  # without the incumbent these are seconds
+    times = {name: unit * (last[name] if name in last else last[best] * max(1.0, time / sampled[best]))
+             for name, time in sampled.items()}
+    return dict(sorted(times.items(), key=lambda item: (item[1], item[0] not in last)))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """Tune the kernels of some problems on this GPU, and keep the best configs.
 
     candidates -> compiled and pruned (prune.py) -> checked and timed (search.py, bench.py) -> a record in the user's cache
+
+Several problems can share one config for each kernel: then a config's time is the sum over the problems (bench.JointBench),
+and each problem keeps a record of its own.
 """
 
+import contextlib
 import datetime
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +29,7 @@ from ..gpu import Gpu
 from ..measure import environment, journal
 from ..problem import Problem
 from ..runtime.arguments import problem_of
-from .bench import IsolatedBench
+from .bench import IsolatedBench, JointBench
 from .prune import Verdict, candidates, check_report, survey
 from .search import QUICK_CONFIGS, STRATEGIES, Bench, Budget, Search, run_search
 from .trials import Job
@@ -34,19 +39,23 @@ NO_BUDGET = Budget()
 PATIENCE = datetime.timedelta(hours=12)  # of the other ranks, while rank 0 tunes
 
 
-def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: int | None = None,
-         seconds: float = float("inf"), again: bool = False, **options) -> list:
+def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = True, strategy: str = "halving",
+         trials: int | None = None, seconds: float = float("inf"), again: bool = False, **options) -> list:
     """Find the best configs for `attention(q, k, v, **options)` on the GPU of the tensors, and use them in later calls.
 
     Takes the options of `attention` and raises the same errors. Only shapes, dtypes and options matter: the inputs are
     drawn. Each kernel takes minutes (less with strategy="table"), most of them to compile, and prints a line. Every config
-    is checked against the definition before it is timed, in a child process. The best config goes to the user's cache
-    (`python -m tritonattn cache path`), which every call looks at first.
+    is checked against the definition before it is timed, in a child process. The fastest four are then timed under continuous
+    load, for about half a minute (not with strategy="table"): the GPU's clock falls more for configs that need more power.
+    The best config goes to the user's cache (`python -m tritonattn cache path`), which every call looks at first.
 
     Under torch.distributed every process must call this: rank 0 tunes, and all ranks get the same configs.
 
     Args:
         q, k, v: [..., heads, length, head size], as for `attention`.
+        together: further calls, each (q, k, v, options), that shall use the same config as this one; a kernel that only some
+            calls need is tuned for these. The config with the least time for all calls wins, so long calls weigh more; list a
+            call twice to double its weight.
         backward: tune the kernels of the backward pass too.
         strategy: "halving", "static", "table", "random" or "exhaustive"; see autotune/search.py.
         trials: at most this many configs for each kernel. None: no limit.
@@ -54,11 +63,11 @@ def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: i
         again: try again the configs of earlier runs. By default only new candidates are timed, against the earlier best.
 
     Returns:
-        list of user_cache.Record, one for each kernel that could be timed.
+        list of user_cache.Record, one for each kernel that could be timed; with `together` one for each kernel and key.
 
     Raises:
         RuntimeError: there is no GPU, or kernels are interpreted.
-        ValueError: the strategy or the budget is invalid, or float32 dots use TF32.
+        ValueError: the strategy, the budget or `together` is invalid, or float32 dots use TF32.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -66,10 +75,28 @@ def tune(q, k, v, *, backward: bool = True, strategy: str = "halving", trials: i
         raise ValueError(f"trials: expected a positive integer or None, got {trials!r}")
     if not seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
-    problem, setup = problem_of(q, k, v, **options), local_setup(q.device)
-    jobs = [(problem, kernels_of(problem, backward))]
+    problems = [problem_of(q, k, v, **options), *problems_together(together, q.device)]
+    jobs, setup = [(problem, kernels_of(problem, backward)) for problem in problems], local_setup(q.device)
     with setup.compilers:
-        return on_rank0(lambda: tune_all(jobs, setup, strategy, Budget(trials, seconds), again)[0], setup)
+        return on_rank0(lambda: tune_all(jobs, setup, strategy, Budget(trials, seconds), again, together is not None)[0], setup)
+
+
+def problems_together(calls: Sequence[tuple] | None, device: torch.device) -> list[Problem]:
+    """Return the problems of these calls, each (q, k, v, options); [] for None. Raises ValueError, or as `attention` does."""
+    if calls is None:
+        return []
+    if not (isinstance(calls, (list, tuple)) and calls):
+        raise ValueError(f"together: expected a list of at least one call (q, k, v, options), got {calls!r:.60}")
+    problems = []
+    for number, call in enumerate(calls):
+        if not (isinstance(call, (list, tuple)) and len(call) == 4 and isinstance(call[3], Mapping)):
+            kinds = [type(each).__name__ for each in call] if isinstance(call, (list, tuple)) else type(call).__name__
+            raise ValueError(f"together[{number}]: expected (q, k, v, options) with a dict of options, got {kinds}")
+        q, k, v, options = call
+        problems.append(problem_of(q, k, v, **options))
+        if q.device != device:
+            raise ValueError(f"together[{number}]: expected tensors on {device} like the first call's, got {q.device}")
+    return problems
 
 
 @dataclass
@@ -140,6 +167,24 @@ def static_of(verdict: Verdict) -> dict:
     return {name: getattr(verdict.report, name) for name in names} | estimate
 
 
+def joint_job(kernel: str, problems: Iterable[Problem], setup: TuningSetup, strategy: str
+              ) -> tuple[Job, dict[Problem, str], list[dict[str, Verdict]]]:
+    """Return the job of one config for all problems, the incumbent of each, and the verdicts on the configs for each.
+
+    The job has the name and the incumbent of the first problem, and the configs that no problem excludes, all incumbents first.
+    Raises ValueError if there are none.
+    """
+    jobs, verdicts = zip(*(job_of(kernel, problem, setup, strategy) for problem in problems))
+    incumbents = {job.problem: job.incumbent for job in jobs}
+    excluded = {name for each in verdicts for name, verdict in each.items() if verdict.reason}
+    names = dict.fromkeys([*incumbents.values(), *(name for job in jobs for name in job.configs)])
+    configs = tuple(name for name in names if name not in excluded)
+    if len(jobs) > 1 and not configs:
+        raise ValueError(f"tune: expected a config of {kernel} that suits all of {len(jobs)} problems, but each is excluded "
+                         "for one of them; tune them apart")
+    return replace(jobs[0], configs=configs), incumbents, list(verdicts)
+
+
 def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str = "halving",
                 budget: Budget = NO_BUDGET, again: bool = False) -> Record | None:
     """Tune one kernel of one problem and keep the best config. Returns None if nothing could be timed.
@@ -147,33 +192,70 @@ def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str
     Configs that were tried with the same kernels and the same Triton are not tried again, unless `again`: only new
     candidates are timed, against the earlier best.
     """
-    start, key = time.monotonic(), key_of(kernel, problem, setup.gpu)
-    job, verdicts = job_of(kernel, problem, setup, strategy)
-    known = None if again else setup.store.get(key, setup.gpu)
-    tried = known.run.get("tried", []) if known else []
+    records = tune_together(kernel, {problem: 1}, setup, strategy, budget, again)
+    return records[0] if records else None
+
+
+def tune_together(kernel: str, problems: Mapping[Problem, int], setup: TuningSetup, strategy: str = "halving",
+                  budget: Budget = NO_BUDGET, again: bool = False) -> list[Record]:
+    """Tune one kernel of several problems, each with a number of calls, for one config, as `tune_kernel` does.
+
+    Keeps and returns a record for each key, [] if nothing could be timed.
+    """
+    start = time.monotonic()
+    keys = {}  # {key: its first problem}
+    for problem in problems:
+        keys.setdefault(key_of(kernel, problem, setup.gpu), problem)
+    shared = sorted(keys) if len(keys) > 1 else []
+    job, incumbents, verdicts = joint_job(kernel, problems, setup, strategy)
+    known = [] if again else [setup.store.get(key, setup.gpu) for key in keys]
+    # what another group of problems tried does not count: its best may be another
+    if not (known and all(record and record.run.get("together", []) == shared for record in known)):
+        known = []
+    tried = known[0].run.get("tried", []) if known else []
     if known and set(job.configs) <= {*tried, job.incumbent}:
         return known
     job = replace(job, configs=tuple(name for name in job.configs if name not in tried))
-    static = {name: static_of(verdict) for name, verdict in verdicts.items()}
-    with setup.bench(kernel, problem) as bench:
-        search = run_search(Search(job, bench, budget, static), strategy, setup.seed)
+    static = {problem: {name: static_of(verdict) for name, verdict in each.items()}
+              for problem, each in zip(problems, verdicts)}
+    with contextlib.ExitStack() as benches:
+        bench = JointBench({problem: benches.enter_context(setup.bench(kernel, problem)) for problem in problems}, problems)
+        search = Search(job, bench, budget, static[job.problem], problems=len(problems))
+        run_search(search, strategy, setup.seed)
     if (winner := search.winner()) is None:
-        return None
-    if winner not in static:
-        # strategy "table" compiles nothing before
-        result, = setup.compilers.map([(kernel, problem, Config.parse(winner), setup.gpu)])
-        if isinstance(result, Failure):
-            raise RuntimeError(f"{winner} was the fastest, but did not compile again: {result.message}")
-        static[winner] = static_of(check_report(result))
+        return []
     run = {"time": journal.now(), "strategy": strategy, "trials": len(search.trials), "seed": setup.seed,
-           "seconds": round(time.monotonic() - start, 3), "tried": sorted({*tried, *search.trials})}
-    trial, incumbent = search.trials[winner], search.trials.get(job.incumbent)
-    record = Record(key, Config.parse(winner), trial.seconds, len(trial.samples), Config.parse(job.incumbent),
-                    incumbent and incumbent.seconds, {name: list(pair) for name, pair in trial.check.items()}, static[winner],
-                    {"name": setup.gpu.name} | gpu_fingerprint(setup.gpu), setup.environment | {"triton": triton.__version__},
-                    kernel_hash(), run)
-    keep(record, setup)
-    return record
+           "seconds": round(time.monotonic() - start, 3), "tried": sorted({*tried, *search.trials}), "together": shared}
+    records = []
+    for key, problem in keys.items():
+        figures = static[problem].get(winner) or compiled_static(kernel, problem, winner, setup)
+        records.append(record_of(key, problem, incumbents[problem], search, bench, figures, setup, run))
+        keep(records[-1], setup)
+    return records
+
+
+def record_of(key: str, problem: Problem, default: str, search: Search, bench: JointBench, static: dict, setup: TuningSetup,
+              run: dict) -> Record:
+    """Return the record of the winner of a search for one of its problems, whose config so far is `default`."""
+    winner = search.winner()
+    trial, default_trial, timed = search.trials[winner], search.trials.get(default), bench.timings[winner][problem]
+    default_seconds = None
+    # the configs of the other problems so far may not have come to the last round
+    if default_trial and len(default_trial.decisive) == len(trial.decisive):
+        default_seconds = statistics.median(bench.timings[default][problem].seconds)
+    check = {name: list(pair) for name, pair in bench.checks[winner][problem].items()}
+    return Record(key, Config.parse(winner), statistics.median(timed.seconds), len(timed.seconds), bool(trial.windows),
+                  timed.clock, Config.parse(default), default_seconds, check, static,
+                  {"name": setup.gpu.name} | gpu_fingerprint(setup.gpu), setup.environment | {"triton": triton.__version__},
+                  kernel_hash(), run)
+
+
+def compiled_static(kernel: str, problem: Problem, config: str, setup: TuningSetup) -> dict:
+    """Return the `static_of` of a config that was not compiled before, as strategy "table" does not."""
+    result, = setup.compilers.map([(kernel, problem, Config.parse(config), setup.gpu)])
+    if isinstance(result, Failure):
+        raise RuntimeError(f"{config} was the fastest, but did not compile again: {result.message}")
+    return static_of(check_report(result))
 
 
 def keep(record: Record, setup: TuningSetup) -> None:
@@ -182,34 +264,44 @@ def keep(record: Record, setup: TuningSetup) -> None:
     clear_lookup_cache()
 
 
-def tune_all(problems: Iterable[tuple[Problem, Iterable[str]]], setup: TuningSetup, strategy: str = "halving",
-             budget: Budget = NO_BUDGET, again: bool = False, say: Callable = print) -> tuple[list[Record], int]:
+def tune_all(problems: Iterable[tuple[Problem, Iterable[str] | Mapping[str, int]]], setup: TuningSetup,
+             strategy: str = "halving", budget: Budget = NO_BUDGET, again: bool = False, together: bool = False,
+             say: Callable = print) -> tuple[list[Record], int]:
     """Tune the kernels of each problem; the budget is for each kernel. Problems with equal keys are tuned once.
 
+    With `together` all problems share one config for each kernel; kernels are then {kernel: calls}, or each is called once.
     Returns the records, and the number of kernels that could not be tuned; an error does not stop the others.
     """
-    jobs, records = {}, []
+    jobs, records, failed = {}, [], 0  # {(kernel, key)}: {problem: calls}
     for problem, kernels in problems:
         for kernel in kernels:
-            jobs.setdefault(key_of(kernel, problem, setup.gpu), (kernel, problem))
-    for kernel, problem in jobs.values():
+            calls = jobs.setdefault((kernel, "" if together else key_of(kernel, problem, setup.gpu)), {})
+            if together or not calls:
+                calls[problem] = calls.get(problem, 0) + (kernels[kernel] if isinstance(kernels, Mapping) else 1)
+    for (kernel, _), calls in jobs.items():
+        name = f"{kernel:8} {next(iter(calls))}" + f" and {len(calls) - 1} more" * (len(calls) > 1)
         try:
-            record = tune_kernel(kernel, problem, setup, strategy, budget, again)
-            message = summarize(record)
+            found = tune_together(kernel, calls, setup, strategy, budget, again)
+            message = summarize(found)
         except (RuntimeError, ValueError, OSError) as error:
-            record, message = None, f"not tuned: {error}"
-        say(f"{kernel:8} {problem}: {message}", flush=True)
-        records.append(record)
-    return [record for record in records if record], records.count(None)
+            found, message = [], f"not tuned: {error}"
+        say(f"{name}: {message}", flush=True)
+        records += found
+        failed += not found
+    return records, failed
 
 
-def summarize(record: Record | None) -> str:
-    """Describe a record in a few words."""
-    if record is None:
+def summarize(records: Sequence[Record]) -> str:
+    """Describe the records of one config in a few words."""
+    if not records:
         return "not tuned: no config could be timed"
-    default, run = record.default_seconds, record.run
-    speedup = f", {default / record.seconds:.2f} times as fast as {record.default}" if default else ""
-    return f"{record.config}, {record.seconds * 1e6:.0f} us{speedup}; {run['trials']} tried in {run['seconds']:.0f} s"
+    run, parts = records[0].run, []
+    for record in records:
+        clock = f" at {record.clock:.0f} MHz" if record.clock else ""
+        default = record.default_seconds
+        speedup = f", {default / record.seconds:.2f} times as fast as {record.default}" if default else ""
+        parts.append(f"{record.seconds * 1e6:.0f} us{clock}{speedup}")
+    return f"{records[0].config}, {'; '.join(parts)}; {run['trials']} tried in {run['seconds']:.0f} s"
 
 
 def on_rank0(tuned: Callable[[], list[Record]], setup: TuningSetup) -> list[Record]:

@@ -30,6 +30,8 @@ def add(commands) -> None:
     tune = command("tune", _tune, "find the best configs for some shapes on this GPU, and use them in later calls",
                    compiled=True)
     _add_problems(tune, required=True)
+    tune.add_argument("--together", action="store_true",
+                      help="one config for all shapes: the one with the least time in all, by the calls that FILE has of each")
     tune.add_argument("--strategy", choices=search.STRATEGIES, default="halving", help="default: %(default)s")
     tune.add_argument("--trials", type=_positive(int), metavar="N", help="try at most N configs for each kernel")
     tune.add_argument("--seconds", type=_positive(float), default=math.inf, metavar="S", help="at most S s for each kernel")
@@ -94,26 +96,30 @@ def _positive(kind):
 
 
 def _problems(arguments) -> list[tuple]:
-    """Return the requested (problem, kernels)."""
+    """Return the requested (problem, {kernel: calls})."""
     from ..autotune.tune import kernels_of
 
     if arguments.file:
         # the problems with the most calls first
         recorded = sorted(record_problems.read(arguments.file), key=lambda entry: -sum(entry[1].values()))
-        return [(problem, [kernel for kernel in kernels_of(problem, not arguments.forward) if kernel in kernels])
-                for problem, kernels in recorded]
+        return [(problem, {kernel: calls[kernel] for kernel in kernels_of(problem, not arguments.forward) if kernel in calls})
+                for problem, calls in recorded]
     dtype = getattr(torch, DTYPES[arguments.dtype])
     problems = [Problem.parse(shape, dtype, arguments.causal) for shape in arguments.shape.split(",")]
-    return [(problem, kernels_of(problem, not arguments.forward)) for problem in problems]
+    return [(problem, dict.fromkeys(kernels_of(problem, not arguments.forward), 1)) for problem in problems]
 
 
 def _tune(arguments) -> int:
     from ..autotune import tune
 
-    problems, setup = _problems(arguments), tune.local_setup(seed=arguments.seed)
+    problems = _problems(arguments)
+    if arguments.together and len(problems) < 2:
+        raise ValueError(f"--together: expected at least two shapes, got {len(problems)}")
+    setup = tune.local_setup(seed=arguments.seed)
     budget = search.Budget(arguments.trials, arguments.seconds)
     with setup.compilers:
-        records, failed = tune.tune_all(problems, setup, arguments.strategy, budget, arguments.again)
+        records, failed = tune.tune_all(problems, setup, arguments.strategy, budget, arguments.again,
+                                        arguments.together)
     if records:
         print(f"stored in {setup.store.folder or 'memory only'}")
     return 1 if failed else 0

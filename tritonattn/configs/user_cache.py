@@ -1,6 +1,6 @@
 """The user cache: configs tuned on this machine, one JSON file per key, in one folder per model of GPU.
 
-    <cache>/tuned/v3/sm_90-132sm-227k-60m-144g/forward-0123456789abcdef.json
+    <cache>/tuned/v4/sm_90-132sm-227k-60m-144g/forward-0123456789abcdef.json
 
 The digits hash the key, the kernels and the minor version of Triton: other kernels and binaries need other configs. A file
 that holds no valid record is ignored with a warning. There are no locks: files are replaced as a whole.
@@ -23,7 +23,7 @@ from ..gpu import TRITON, Gpu
 from .kernel_hash import kernel_hash
 from .shipped import gpu_fingerprint, replace_file
 
-LAYOUT = Path("tuned", "v3")  # another number for another schema
+LAYOUT = Path("tuned", "v4")  # another number for another schema
 INVALID = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)  # errors of reading an invalid file
 
 
@@ -38,6 +38,8 @@ class Record:
     config: Config
     seconds: float                 # the median of the samples
     samples: int
+    sustained: bool                # each sample is a window of continuous load; otherwise one launch after a pause
+    clock: float | None            # MHz during the windows; None: unknown
     default: Config                # the config that a call would have used without tuning, timed in the same rounds
     default_seconds: float | None  # None: it could not be timed
     check: dict        # {tensor: [error, allowed error]}
@@ -45,7 +47,8 @@ class Record:
     gpu: dict          # name and fingerprint
     versions: dict     # and other facts of the machine: tritonattn, torch, triton, cuda, driver, ...
     kernel_hash: str   # of the kernels that were timed
-    run: dict          # time (UTC), strategy, trials, seconds, seed, tried: the configs of this and earlier runs
+    run: dict          # time (UTC), strategy, trials, seconds, seed; tried: the configs of this and earlier runs;
+                       # together: the keys that share this config
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(Record).items():

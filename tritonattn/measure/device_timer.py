@@ -47,6 +47,9 @@ class Host:
     def host_seconds(self, call: Call, times: int) -> float:
         return self.sample(call, 0.0)
 
+    def mean(self, call: Call, times: int) -> tuple[float, State | None]:
+        return sum(self.sample(call, 0.0) for _ in range(times)) / times, None
+
     def capture(self, call: Call) -> Call:
         raise NotImplementedError("graphs need a GPU")
 
@@ -113,6 +116,17 @@ class Cuda:
         spent = time.perf_counter() - start
         self.synchronize()
         return spent / times
+
+    def mean(self, call: Call, times: int) -> tuple[float, State | None]:
+        """Return the mean seconds of so many calls without pauses between them, and the sensors while they run."""
+        start, end = self._events
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        state = self.state()  # the host has issued all calls, and the device is still busy with them
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / times, state
 
     def capture(self, call: Call) -> Call:
         """Capture the call in a CUDA graph and return its replay."""

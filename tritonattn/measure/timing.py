@@ -5,6 +5,10 @@
 Timing is interleaved, so that clock and thermal drift affect all calls equally. The wait lets the host queue the calls before
 the device begins: launches are not counted, and `host_seconds` has their cost. If the fastest call is short, all of them are
 repeated within a sample, in a CUDA graph, so that all are timed in the same way.
+
+The pauses between samples keep the power low and the clock high. `windows` times calls at the clock that they sustain:
+
+    in each round, in random order:   calls for half a second | event | calls for half a second | event
 """
 
 import contextlib
@@ -65,6 +69,13 @@ class Timing:
     @property
     def mostly_throttled(self) -> bool:
         return 2 * len(self.throttled) > len(self.samples)
+
+
+class Windows(NamedTuple):
+    """Times under continuous load: the mean seconds per call over each window, and the median clock in MHz during them."""
+
+    seconds: tuple[float, ...]
+    clock: float | None  # None without sensors
 
 
 class TimedError(RuntimeError):
@@ -135,6 +146,17 @@ class InterleavedTimer:
                 for sampler in self._samplers.values():
                     sampler.throttled.append(len(sampler.samples) - 1)
 
+    def windows(self, seconds: float, rounds: int) -> dict[str, Windows]:
+        """Time `rounds` windows of so many seconds of each call, in turns. `settle` must have warmed the device.
+
+        Before each window its own call runs as long untimed: the clock follows the power with a delay, so without it a window
+        would begin at the clock of the call before.
+        """
+        for _ in range(rounds):
+            self._each(lambda sampler: sampler.window(seconds), shuffled=True)
+        return {name: Windows(tuple(sampler.windows), float(statistics.median(sampler.clocks)) if sampler.clocks else None)
+                for name, sampler in self._samplers.items()}
+
     def timing(self, name: str) -> Timing:
         """Return the timing of one call."""
         return self._samplers[name].timing()
@@ -156,6 +178,7 @@ class _Sampler:
     def __init__(self, timed: Timed, timer, budget: TimingBudget):
         self.timed, self._timer, self._budget = timed, timer, budget
         self.samples, self.throttled, self.note = [], [], None
+        self.windows, self.clocks, self._replay_seconds = [], [], None
         self.repeats, self.method, self.replay = 1, timer.method, timed.calls[0]
         self.caches = "flushed" if timer.cache_bytes > 0 else "warm"
 
@@ -200,6 +223,14 @@ class _Sampler:
     def take(self):
         wait = 2 * self.host_seconds * (1 if self.method == "graph" else self.repeats)
         self.samples.append(self._timer.sample(self.replay, wait) / self.repeats)
+
+    def window(self, seconds):
+        """Run for so long untimed, which also tells how many calls fill a window, then as long timed."""
+        for _ in range(2):
+            times = max(1, round(seconds / (self._replay_seconds or self.estimate * self.repeats)))
+            self._replay_seconds, state = self._timer.mean(self.replay, times)
+        self.windows.append(self._replay_seconds / self.repeats)
+        self.clocks += [] if state is None else [state.clock]
 
     def timing(self) -> Timing:
         free = [x for i, x in enumerate(self.samples) if i not in self.throttled]
