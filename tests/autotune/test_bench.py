@@ -268,7 +268,7 @@ def test_the_failing_configs_of_a_group_are_named_and_the_others_are_timed(isola
     assert results["a"] == results["b"] == (1.0,) * 4
     assert isolated.times(["die"], 4)["die"].code == "device lost" and isolated.times([], 4) == {}
     results = isolated.windows(["a", "hang", "b"], 2)
-    assert results == {"a": (1.0, 1.0), "b": (1.0, 1.0), "hang": Failure("hang", "no result in 1 s", lasting=False)}
+    assert results == {"a": (1.0, 1.0), "b": (1.0, 1.0), "hang": Failure("hang", "no result in 1 s")}
 
 
 def test_a_window_is_a_message_of_the_child(isolated, monkeypatch):

@@ -43,7 +43,7 @@ FAILURES = {
 INCUMBENT_MARGIN = 0.01  # the incumbent stays if it is slower than the best by at most this share
 UNKNOWN_SPREAD = 0.1     # the assumed spread of one or two samples
 HALVING_CUTOFF = 1.5     # multiple of the best time beyond which a config is dropped after one sample
-HALVING_SAMPLES, HALVING_FACTOR = 3, 3  # samples of the second rung; one config in three continues
+HALVING_SAMPLES, HALVING_FACTOR = 3, 3  # samples of the second rung; then three times as many for a third of the configs
 QUICK_CONFIGS, QUICK_SAMPLES = 8, 10    # "static" and "table"; "random" has as many samples
 RANDOM_CONFIGS, EXHAUSTIVE_SAMPLES = 30, 30
 SUSTAINED_CONFIGS, WINDOWS = 4, 4       # configs that end sustained, besides the incumbent, and their windows
@@ -194,7 +194,7 @@ def halving(search: Search) -> list[str]:
     names, rounds = [name for name in names if search.trials[name].seconds <= limit], HALVING_SAMPLES
     while len(names) > SUSTAINED_CONFIGS:
         names = search.time_round(names, rounds)
-        names, rounds = names[:max(SUSTAINED_CONFIGS, math.ceil(len(names) / HALVING_FACTOR))], rounds * 3
+        names, rounds = names[:max(SUSTAINED_CONFIGS, math.ceil(len(names) / HALVING_FACTOR))], rounds * HALVING_FACTOR
     return names
 
 
