@@ -1,10 +1,11 @@
-"""Check and time one kernel of one problem with any config; in this process (Bench), or in one of its own (IsolatedBench).
-Several problems make a JointBench.
+"""Check and time one kernel of one problem with any config, in this process (Bench) or in one of its own (IsolatedBench).
 
-    check   against the definition, twice, bit for bit, on inputs that are hard to get right (`hard_inputs`); at the
-            problem's own size where the definition is not too large
-    times   with the device's clock (measure/timing.py): rounds in which every config gives one sample
-    windows the same under continuous load: rounds in which every config has a window, on tensors of its own
+    check     two runs, within tolerance of the definition and equal bit for bit, on inputs that are hard to get right
+              (`hard_inputs`), also at the problem's own size where the definition is not too large
+    times     with the device's clock (measure/timing.py): rounds in which every config gives one sample
+    windows   the same under continuous load: rounds in which every config has a window, on tensors of its own
+
+A JointBench adds up the times of several problems.
 """
 
 import contextlib
@@ -40,10 +41,10 @@ OUTPUTS = {"forward": ("o", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv"), "dbias"
 BUDGET = timing.TimingBudget(settle=(0.2, 1.0), long=0.0)
 # calls under a millisecond are in graphs of 5 ms: the device never waits for the host
 SUSTAINED = timing.TimingBudget(settle=search.WARM_UP_SECONDS, small=1e-3, sample=5e-3)
-LARGEST = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
+MAX_CHECKED_SCORES = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
 DROPOUT_P = 0.5       # as in runtime/launch.py, example_launch
 ROUNDING = 3e-5       # absolute error that is always allowed: an exact 0 may come from rounded float32 sums
-HUGE = 1e30           # stands for infinity, which JSON does not have
+JSON_INFINITY = 1e30           # stands for infinity, which JSON does not have
 # limits of IsolatedBench in seconds, compiling included; while it times, for each message of the child
 OPEN_LIMIT, CHECK_LIMIT, TIMING_LIMIT = 300.0, 180.0, 180.0
 WRONG = ("incorrect", "not repeatable")  # after any other failure the child is replaced
@@ -90,7 +91,7 @@ class Bench:
             # float32 whatever the dtype of the inputs
             wide = torch.promote_types(self.problem.dtype, torch.float32)
             rounded |= results_of(reference.attention, tensors, options, ("lse",), wide)
-        return exact, {name: min(HUGE, ROUNDING + accuracy.tolerance(rounded[name], exact[name], rounded[name].dtype))
+        return exact, {name: min(JSON_INFINITY, ROUNDING + accuracy.tolerance(rounded[name], exact[name], rounded[name].dtype))
                        for name in names}
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...]]:
@@ -179,14 +180,14 @@ def options_of_reference(options: dict, tensors) -> dict:
 def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[list, dict]:
     """Draw [q, k, v, do, bias or None] from a normal distribution, and the other options of `attention`.
 
-    On device "meta" the tensors have no data.
-    All batches share a bias and a mask; all heads share a mask, and a bias that would be larger than LARGEST. The first
-    `masked_rows` queries attend to no key, as far as a bias, a mask or key lengths can mask them.
+    On device "meta" the tensors have no data. All batches share a bias and a mask; all heads share a mask, and a bias that
+    would be larger than MAX_CHECKED_SCORES. The first `masked_rows` queries attend to no key, as far as a bias, a mask or key
+    lengths can mask them.
     """
     rng = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
     q, k, v = problem.tensors(device, seed)
     do = torch.randn(*q.shape[:-1], problem.dv, dtype=problem.dtype, device=device, generator=rng)
-    large = problem.heads * problem.n_q * problem.n_k > LARGEST
+    large = problem.heads * problem.n_q * problem.n_k > MAX_CHECKED_SCORES
     shape = (*(1 for _ in problem.batch), 1 if large else problem.heads, problem.n_q, problem.n_k)
     bias, options = None, {"window": problem.window, "align": "bottom_right" if problem.shift else "top_left"}
     if problem.bias is not None:
@@ -225,7 +226,7 @@ def hard_inputs(problem: Problem, device, seed: int) -> list[tuple]:
     if right is not None or problem.bias is not None or problem.masked or problem.lengths:
         cases.append(("fully masked rows", *draw(few_keys, device, seed + 3, masked_rows=n_q // 3)))
     own = replace(problem, batch=(1,), heads=problem.group, kv_heads=1)
-    if own.heads * own.n_q * own.n_k <= LARGEST and not gpu.INTERPRETED:
+    if own.heads * own.n_q * own.n_k <= MAX_CHECKED_SCORES and not gpu.INTERPRETED:
         cases.append(("one head of the problem's own size", *draw(own, device, seed + 4)))
     return cases
 

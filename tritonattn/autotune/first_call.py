@@ -33,7 +33,7 @@ class FirstCallTuner:
             return
         if must_not_time():
             return
-        # calls that come while a graph is captured or another key is timed do not wait, and ask again the next time
+        # calls that come while a graph is captured or another key is timed do not wait, and are observed again at the next call
         if (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()) or not self._busy.acquire(blocking=False):
             lookup.new_version()
             return

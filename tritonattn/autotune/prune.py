@@ -38,9 +38,9 @@ REASONS = {
 # block sizes, warps, stages
 SPACE = {"block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 # float32 registers per thread that accumulators and scores may take before everything spills; Blackwell's are in tensor memory
-ROOM = {"sm_90": 176, "sm_100": 288, "gfx942": 400}
-ROOM_ELSEWHERE = 160
-DUPLICATE_PRODUCTS, DUPLICATE_EXPONENTIALS, WHOLE = 1.3, 1.6, 0.95
+REGISTER_BUDGET = {"sm_90": 176, "sm_100": 288, "gfx942": 400}
+DEFAULT_REGISTER_BUDGET = 160
+DUPLICATE_PRODUCTS, DUPLICATE_EXPONENTIALS, MIN_PRODUCTS = 1.3, 1.6, 0.95
 COLLAPSED_REGISTERS, COLLAPSED_STACK = 40, 1024
 # factors on the modelled time, chosen by judgement: the model does not know these costs
 PENALTY = 1.5        # for any reason but spills
@@ -77,12 +77,12 @@ def check_config(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Ver
     if owner < 8 * config.num_warps and not (ieee and owner * other >= 64 * config.num_warps):
         return Verdict(config, "constraint", f"{owner} rows for {config.num_warps} warps")
     if problem.mapped and max(owner, other) > TILE:
-        return Verdict(config, "constraint", f"the tiles of a block mask have {TILE} rows")
+        return Verdict(config, "constraint", f"the blocks of a block mask have {TILE} rows")
     d, dv = padded(problem.d), padded(problem.dv)
     accumulators = {"forward": dv, "dq": d, "dkdv": d + dv, "dbias": other}.get(kernel, 0)
     scores = other * (1 if kernel == "forward" else 2)
     registers = owner * (accumulators + scores) / (config.num_warps * gpu.multiprocessor.lanes)
-    room = ROOM.get(gpu.arch, ROOM_ELSEWHERE)
+    room = REGISTER_BUDGET.get(gpu.arch, DEFAULT_REGISTER_BUDGET)
     if registers > room:
         return Verdict(config, "prefilter", f"{registers:.0f} registers for accumulators and scores, {room} allowed")
     return None
@@ -119,7 +119,7 @@ def _reason(report) -> tuple[str | None, str]:
         return "serialized", also.removeprefix(", and ")
     if spills:
         return "spill", spills
-    if duplicated < WHOLE:
+    if duplicated < MIN_PRODUCTS:
         return "unclear", f"products x {duplicated:.2f}"
     return None, ""
 

@@ -19,7 +19,7 @@ from .search import FAILURES
 from .trials import Job, Run, Trial, sustained_times
 
 SYNTHETIC = "synthetic: no GPU was timed"
-NEAR = 1.05  # an excluded config with a smaller slowdown was excluded wrongly
+WRONGLY_EXCLUDED = 1.05  # an excluded config with a smaller slowdown was excluded wrongly
 # https://github.com/odgaard/TuningSchema; all other statuses are its "constraints"
 T4_INVALIDITY = {"ok": "correct", "compile error": "compile", "compile timeout": "timeout", "hang": "timeout",
                  "incorrect": "correctness", "not repeatable": "correctness", "launch error": "runtime",
@@ -106,11 +106,11 @@ def _conclusions(results) -> list[str]:
     excluded = [(result, config, slowdown) for result in results for config, slowdown in result.slowdowns.items()
                 if result.trials[config].status in REASONS]
     wrong = [f"{config} of {result.job.name} ({result.trials[config].status}, slowdown {slowdown:.2f})"
-             for result, config, slowdown in excluded if slowdown <= NEAR]
+             for result, config, slowdown in excluded if slowdown <= WRONGLY_EXCLUDED]
     if not slowdowns:
         return []
     return [f"Slowdown of the defaults: {statistics.geometric_mean(slowdowns):.3f} in the geometric mean, {max(slowdowns):.3f} "
-            f"at most.\n{len(excluded)} excluded configs were timed; within {NEAR - 1:.0%} of the best: "
+            f"at most.\n{len(excluded)} excluded configs were timed; within {WRONGLY_EXCLUDED - 1:.0%} of the best: "
             f"{', '.join(wrong) or 'none'}."]
 
 

@@ -1,6 +1,6 @@
 """Tune the kernels of some problems on this GPU, and keep the best configs.
 
-    candidates -> compiled and pruned (prune.py) -> checked and timed (search.py, bench.py) -> a record in the user's cache
+    candidates -> compiled and pruned (prune.py) -> checked and timed (search.py, bench.py) -> a record in the user cache
 
 Several problems can share one config for each kernel: then a config's time is the sum over the problems (bench.JointBench),
 and each problem keeps a record of its own.
@@ -36,7 +36,7 @@ from .trials import Job
 from .worker_pool import Failure, Workers
 
 NO_BUDGET = Budget()
-PATIENCE = datetime.timedelta(hours=12)  # of the other ranks, while rank 0 tunes
+RANK_TIMEOUT = datetime.timedelta(hours=12)  # of the other ranks, while rank 0 tunes
 
 
 def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = True, strategy: str = "halving",
@@ -47,7 +47,7 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
     drawn. Each kernel takes minutes (less with strategy="table"), most of them to compile, and prints a line. Every config
     is checked against the definition before it is timed, in a child process. The fastest four are then timed under continuous
     load, for about half a minute (not with strategy="table"): the GPU's clock falls more for configs that need more power.
-    The best config goes to the user's cache (`python -m tritonattn cache path`), which every call looks at first.
+    The best config goes to the user cache (`python -m tritonattn cache path`), which every call looks at first.
 
     Under torch.distributed every process must call this: rank 0 tunes, and all ranks get the same configs.
 
@@ -310,7 +310,7 @@ def on_rank0(tuned: Callable[[], list[Record]], setup: TuningSetup) -> list[Reco
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return tuned()
     # gloo has a timeout of its own, NCCL does not wait for hours
-    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=RANK_TIMEOUT)
     records = [[]]
     try:
         if dist.get_rank() == 0:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MOST = 32        # compilers: each takes about 1 GB of memory
+MAX_COMPILERS = 32        # compilers: each takes about 1 GB of memory
 TIMEOUT = 120.0  # seconds for a compilation: the slowest one that succeeded took 10
 
 
@@ -141,7 +141,7 @@ class Workers:
 
     def __init__(self, count: int | None = None, timeout: float = TIMEOUT, python: str = sys.executable, code: str = CODE):
         """python: an interpreter with another torch and Triton. code: what a child runs, for tests."""
-        self._count = count or min(len(os.sched_getaffinity(0)), MOST)
+        self._count = count or min(len(os.sched_getaffinity(0)), MAX_COMPILERS)
         self._timeout, self._python, self._code = timeout, python, code
 
     def __enter__(self):
