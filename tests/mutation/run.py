@@ -57,9 +57,16 @@ FIRST = {
 
 
 class Watch:
-    """A pytest plugin: the first test that fails, and a limit on the CPU time of each test."""
+    """A pytest plugin: the tests in `first` come first, `failed` is the first that fails, and each has limited CPU time."""
 
     failed = None
+
+    def __init__(self, first: tuple[str, ...] = ()):
+        self._rank = {test: i for i, test in enumerate(dict.fromkeys(first))}
+
+    def pytest_collection_modifyitems(self, items):
+        # as arguments they would not come first: pytest drops a test whose file is an argument too
+        items.sort(key=lambda item: self._rank.get(item.nodeid, len(self._rank)))
 
     def pytest_runtest_logstart(self):
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
@@ -70,17 +77,19 @@ class Watch:
 
 
 def run_tests(folder: Path, first: tuple[str, ...], result: Path) -> None:
-    """In a child: run the tests up to the first failure, and write its name to `result`."""
+    """In a child: run the tests up to the first failure, and write its name to `result`. `first` come before the others."""
     signal.alarm(WALL_SECONDS)  # a mutant that waits for something takes no CPU time
     os.chdir(folder)
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
     sys.path.insert(0, str(folder))
-    watch = Watch()
+    watch = Watch(first)
     arguments = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--assert=plain", "--rootdir", str(folder), "-k", DESELECT,
-                 *first, *TESTS]
+                 *TESTS]
     code = pytest.main(arguments, plugins=[watch])
-    result.write_text(json.dumps((watch.failed or "an import") if code else None))
+    says_something = code in (0, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED)
+    outcome = watch.failed or ("an import" if code else None)
+    result.write_text(json.dumps(outcome if says_something else {"exit code of pytest": int(code)}))
 
 
 def killer(folder: Path, first: tuple[str, ...] = (), quiet: bool = True) -> str | None:
@@ -97,7 +106,10 @@ def killer(folder: Path, first: tuple[str, ...] = (), quiet: bool = True) -> str
             run_tests(folder, first, result)
         os._exit(0)
     os.waitpid(child, 0)
-    return json.loads(result.read_text())
+    outcome = json.loads(result.read_text())
+    if isinstance(outcome, dict):
+        sys.exit(f"the tests could not be run: {outcome}")
+    return outcome
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 import ast
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+from tests.mutation import run
 from tests.mutation.mutants import mutants
 from tritonattn import kernels
 
@@ -25,3 +27,16 @@ def test_equivalent_mutants_exist():
     equivalent = json.loads(Path(__file__).with_name("equivalent.json").read_text())
     listed = [key for keys_of_reason in equivalent.values() for key in keys_of_reason]
     assert len(set(listed)) == len(listed) and set(listed) <= set(keys)
+
+
+def test_killers_of_the_function_run_first_then_those_of_the_file(tmp_path):
+    kills = [("tile.py f: a -> b", "t.py::one"), ("tile.py f: a -> c", "t.py::one"), ("tile.py f: a -> d", "t.py::two"),
+             ("tile.py g: a -> b", "t.py::three"), ("tile.py g: a -> c", "crash or endless loop"), ("unchanged", None)]
+    lines = (json.dumps({"mutant": key, "digest": "of an older file", "killer": test}) for key, test in kills)
+    out = tmp_path / "journal"
+    out.write_text("\n".join(lines))
+    first = run.usual_killers(run.read_kills(out), "tile.py g: x -> y")
+    assert list(dict.fromkeys(first)) == ["t.py::three", "t.py::one", "t.py::two"]
+    items = [SimpleNamespace(nodeid=f"t.py::{name}") for name in ("zero", "one", "two", "three")]
+    run.Watch(tuple(first)).pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == ["t.py::three", "t.py::one", "t.py::two", "t.py::zero"]

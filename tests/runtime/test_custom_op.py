@@ -79,6 +79,17 @@ def test_compile_in_one_graph(backend, device):
     torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(step(*inputs), inputs))
 
 
+@pytest.mark.parametrize("mapped", [False, *slow(True)], ids=["grad", "vmap of grad"])
+def test_compiled_functional_gradients(mapped, device):
+    torch._dynamo.reset()
+    gradients = torch.func.grad(lambda q, k, v: attention(q, k, v, causal=True).square().sum(), argnums=(0, 1, 2))
+    inputs = qkv(device)
+    if mapped:
+        gradients, inputs = torch.vmap(gradients), [torch.stack([x, 2 * x]) for x in inputs]
+    compiled = torch.compile(gradients, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), gradients(*inputs))
+
+
 def test_dynamic_shapes_in_one_graph(device):
     torch._dynamo.reset()
     graphs = []

@@ -122,8 +122,8 @@ class AttentionBackward(torch.autograd.Function):
     def apply_to(cls, tensors, numbers, wanted):
         """Return the gradients. `tensors` are do, dlse, o, lse, o_residual, lse_minus_max, then those of AttentionInputs."""
         do, dlse, *outputs = tensors[:6]
-        # under compiled autograd Dynamo traces this, but no Function within the backward pass of another
-        apply = backward_op if torch.compiler.is_compiling() else cls.apply
+        # Dynamo traces this under compiled autograd, where it cannot trace a Function inside the backward pass of another
+        apply = backward_op if torch.compiler.is_dynamo_compiling() else cls.apply
         return apply(do, dlse, *_without_none(outputs[0], outputs), *tensors[6:], *numbers, list(wanted))
 
     @staticmethod
