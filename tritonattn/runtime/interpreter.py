@@ -117,7 +117,8 @@ def construct_once(construct):
     attributes = {}
 
     def construct_from_attributes(self, element_ty, shape):
-        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        sizes = (getattr(size, "value", size) for size in shape)
+        key = (str(element_ty), type(element_ty), getattr(element_ty, "address_space", None), *sizes)
         if key not in attributes:
             construct(self, element_ty, shape)
             attributes[key] = dict(vars(self))
