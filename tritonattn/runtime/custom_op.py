@@ -42,7 +42,7 @@ def _backward(do, dlse, o, lse, o_residual, lse_minus_max, *arguments):
 
 
 def _without_none(q, tensors):
-    """Replace None by a tensor without elements, since an op cannot return None."""
+    """Replace None with a tensor without elements, since an op cannot return None."""
     return tuple(q.new_empty(0) if x is None else x for x in tensors)
 
 
