@@ -11,10 +11,11 @@ printed. Run the same command again to continue: benchmarks and sweeps resume fr
 those of perf.run, with other defaults: --suite short --baselines torch,cudnn,flash --seconds 0.1.
 
 On a machine without a GPU, --precompile h200 compiles kernels of the tests, the benchmark and the tuning for that GPU, and
-packs them into DIR/kernels.tar.xz. If that file is there, the steps start with these kernels; the first line says whether
-Triton finds them.
+packs them into DIR/kernels.tar.xz, after an interruption too. If that file is there, the steps start with these kernels; the
+first line says whether Triton finds them.
 
-Needs no network. Exit codes: 0 success; 1 a step failed or exceeded its limit; 2 wrong usage; 130 after Ctrl-C or SIGTERM.
+Needs no network. Exit codes: 0 success; 1 a step or a compilation failed, or exceeded its limit; 2 wrong usage; 130 after
+Ctrl-C or SIGTERM.
 """
 
 import argparse
@@ -31,16 +32,18 @@ import torch
 
 from tritonattn import Problem
 from tritonattn.autotune import trials
-from tritonattn.gpu import Gpu, gpu_of, named
+from tritonattn.gpu import Gpu, named
 
 from . import cases, precompile, run
 from .run import DEVICE_LOST
 
 GRACE = 15  # seconds between the interrupt and the kill of a step that exceeds its limit
+PROBE_SECONDS = 60  # limit of looking for a precompiled kernel
 STAGES = ("tests", "peaks", "benchmark", "tuning")
 SHAPES = ("4x32x32x4096x128", "4x32x32x4096x64", "4x16x16x4096x256")  # of the sweeps, each full and causal
+# the tests in these files that call cases.check in a dtype that GPUs run, with the marks of all steps but tests-alone
 COMPILED_TESTS = ("-p", "perf.null_driver.compile_tests", "tests/gpu/test_gpu.py", "tests/test_attention.py",
-                  "-k", "test_accuracy or test_every_shipped_config or test_low_precision")
+                  "-m", "not alone", "-k", "test_accuracy or test_every_shipped_config or test_low_precision")
 BENCHMARK_DEFAULTS = ["--suite", "short", "--baselines", "torch,cudnn,flash", "--seconds", "0.1"]
 
 
@@ -108,34 +111,55 @@ def run_stages(out: Path, stages: list[str], benchmark: list[str], deadline: flo
     return success
 
 
-def make_archive(out: Path, stages: list[str], suite: str, on: Gpu, deadline: float) -> bool:
+def make_archive(out: Path, tests: bool, todo: list[tuple], on: Gpu, deadline: float) -> bool:
     """Compile for a GPU until the deadline, pack what is compiled, and return whether that is all.
 
-    The tests' kernels come first, by the null driver, which stands for an H200, and take at most half of the time.
+    The tests' kernels come first, with the null driver, which imitates an H200, and take at most half of the time.
     """
+    folder = (out / precompile.FOLDER).resolve()
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    complete, done = False, []
+    try:
+        precompile.probe_entry(on)
+        complete = not tests or 0 == run_step(
+            out / "precompile-tests.log", ["pytest", "-n", str(os.cpu_count() or 1), *COMPILED_TESTS],
+            (deadline - time.monotonic()) / (2 if todo else 1))
+        # one by one: an interrupt leaves those that are done
+        for failure in precompile.compile_all(todo, deadline):
+            done.append(failure)
+    finally:
+        packed, left_out = precompile.pack(folder, out / precompile.ARCHIVE)
+        print(f"{out / precompile.ARCHIVE}: {len(done)} of {len(todo)} jobs done, {len(done) - done.count(None)} failed; "
+              f"{packed} binaries packed, {left_out} left out for the limit of {precompile.LIMIT >> 20} MiB", flush=True)
+    # a candidate of a sweep may fail, a kernel of the benchmark may not
+    errors = [(job, failure) for job, failure in zip(todo, done) if failure and job[2] is None]
+    for (kernel, problem, *_), failure in errors:
+        print(f"{kernel} of {problem}: {failure.code}: {failure.message}", flush=True)
+    return complete and len(done) == len(todo) and not left_out and not errors
+
+
+def jobs_of(stages: list[str], options: argparse.Namespace, on: Gpu) -> list[tuple]:
+    """Return what to compile for the benchmark with these options of perf.run, and for the tuning."""
+    suite = cases.suite(options.suite, run.DTYPES.get(options.dtype)) if "benchmark" in stages else ()
     sweeps = [Problem.parse(shape, torch.bfloat16, mask == "causal") for shape in SHAPES for mask in cases.MASKS]
-    todo = list(precompile.jobs(cases.suite(suite) if "benchmark" in stages else (), sweeps if "tuning" in stages else [], on))
-    folder = (out / precompile.FOLDER).resolve()
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
-    precompile.probe_entry(on)
-    complete = "tests" not in stages or 0 == run_step(
-        out / "precompile-tests.log", ["pytest", "-n", str(os.cpu_count() or 1), *COMPILED_TESTS],
-        (deadline - time.monotonic()) / (2 if todo else 1))
-    done, failed = precompile.compile_all(todo, deadline)
-    packed, left_out = precompile.pack(folder, out / precompile.ARCHIVE)
-    print(f"{out / precompile.ARCHIVE}: {done} of {len(todo)} jobs done, {failed} failed; {packed} binaries packed, {left_out} "
-          f"left out for the limit of {precompile.LIMIT >> 20} MiB")
-    return complete and done == len(todo) and not left_out
+    return list(precompile.jobs(suite, sweeps if "tuning" in stages else [], on))
 
 
-def use_archive(out: Path, on: Gpu) -> None:
-    """Let this process and the steps start with the kernels of DIR/kernels.tar.xz, and print whether Triton finds them."""
+def use_archive(out: Path) -> None:
+    """Let the steps start with the kernels of DIR/kernels.tar.xz, and print whether Triton finds them on this GPU."""
     folder = (out / precompile.FOLDER).resolve()
-    entries = precompile.unpack(out / precompile.ARCHIVE, folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder)
-    known = precompile.probe_entry(on) in entries
-    result = "hit" if known else "miss: made by another Python, Triton or source, or for another GPU"
-    print(f"{len(entries)} precompiled binaries: {result}", flush=True)
+    try:
+        entries = precompile.unpack(out / precompile.ARCHIVE, folder)
+        # in a process of its own: a CUDA context in this one would stay for the whole session
+        probe = subprocess.run([sys.executable, "-m", "perf.precompile"], stdout=subprocess.PIPE, text=True, check=True,
+                               timeout=PROBE_SECONDS)
+    except (*precompile.UNREADABLE, subprocess.SubprocessError) as error:
+        print(f"precompiled binaries: miss: {out / precompile.ARCHIVE}: {type(error).__name__}: {error}", flush=True)
+    else:
+        known = probe.stdout.strip() in entries
+        result = "hit" if known else "miss: made by another Python, Triton or source, or for another GPU"
+        print(f"{len(entries)} precompiled binaries: {result}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -150,20 +174,20 @@ def main(argv: list[str] | None = None) -> int:
     benchmark = BENCHMARK_DEFAULTS + further
     options = run.parser().parse_args(benchmark)  # exits if an option is wrong
     deadline = time.monotonic() + 60 * arguments.minutes
-    if arguments.precompile:
-        if "tests" in arguments.stages and arguments.precompile.arch != "sm_90":
-            top.error(f"--precompile {arguments.precompile.name}: tests can be compiled for sm_90 alone, not for "
-                      f"{arguments.precompile.arch}; name the other stages with --stages")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        return 0 if make_archive(arguments.out, arguments.stages, options.suite, arguments.precompile, deadline) else 1
-    if not torch.cuda.is_available():
+    on, stages, out = arguments.precompile, arguments.stages, arguments.out
+    if on and "tests" in stages and on.arch != "sm_90":
+        top.error(f"--precompile {on.name}: tests can be compiled for sm_90 alone, not for {on.arch}; name the other stages "
+                  "with --stages")
+    if not on and not torch.cuda.is_available():
         top.error("perf.gpu needs a GPU, and torch detects none")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     try:
         with run.interruptible():
-            if (arguments.out / precompile.ARCHIVE).exists():
-                use_archive(arguments.out, gpu_of(torch.device("cuda", 0)))
-            return 0 if run_stages(arguments.out, arguments.stages, benchmark, deadline) else 1
+            if on:
+                return 0 if make_archive(out, "tests" in stages, jobs_of(stages, options, on), on, deadline) else 1
+            if (out / precompile.ARCHIVE).exists():
+                use_archive(out)
+            return 0 if run_stages(out, stages, benchmark, deadline) else 1
     except KeyboardInterrupt:
         print("interrupted; run the same command to continue")
         return 130

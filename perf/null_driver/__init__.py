@@ -4,8 +4,10 @@ Arguments are bound and specialized, kernels compiled, loaded, and launched with
 device is real. Call `install` before the first launch of a process, and in a process of its own: it replaces parts of modules.
 """
 
+import atexit
 import ctypes
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,7 +20,10 @@ def build() -> Path:
     import triton
 
     include = Path(triton.__file__).parent / "backends/nvidia/include"
-    library = Path(tempfile.mkdtemp(prefix="null-cuda-")) / "libcuda.so.1"
+    folder = Path(tempfile.mkdtemp(prefix="null-cuda-"))
+    # Triton links launchers to the library until the end
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    library = folder / "libcuda.so.1"
     subprocess.run([os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", f"-Wl,-soname,{library.name}", f"-I{include}",
                     "-o", library, SOURCE], check=True)
     return library

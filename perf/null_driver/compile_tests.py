@@ -1,6 +1,6 @@
 """A plugin for pytest: tests that compare attention with the definition only compile, without a GPU, what they launch.
 
-    python -m pytest -p perf.null_driver.compile_tests tests/gpu/test_gpu.py -k accuracy
+    python -m pytest -p perf.null_driver.compile_tests -m "not alone" tests/gpu/test_gpu.py -k accuracy
 """
 
 from perf import null_driver
@@ -18,11 +18,4 @@ tritonattn.gpu.gpu_of = lambda device: tritonattn.gpu.KNOWN["sm_90"]
 
 from tests.helpers import cases  # noqa: E402
 
-
-def launch(case, dtype, device, family="randn", tiles=cases.TILES):
-    """Call attention as `tests.helpers.cases.check` does, and its gradients."""
-    with tritonattn.config.pinned(tiles):
-        cases.results(tritonattn.attention, *case.tensors(dtype, device), **case.options, **case.given(dtype, device))
-
-
-cases.check = launch
+cases.check = cases.launch

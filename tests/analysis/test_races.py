@@ -23,7 +23,7 @@ LOOP = """
 
 
 def test_a_product_that_is_waited_for_is_no_race():
-    assert races.register_race(LOOP) is None and races.unguarded_copy(LOOP) is None
+    assert races.register_race(races.parse(LOOP)) is None and races.unguarded_copy(races.parse(LOOP)) is None
 
 
 @pytest.mark.parametrize("planted, register", [
@@ -33,7 +33,7 @@ def test_a_product_that_is_waited_for_is_no_race():
 ])
 def test_a_register_that_is_written_too_early_is_found(planted, register):
     text = LOOP.replace("        /*0150*/", f"        /*0148*/                   {planted} ;\n        /*0150*/")
-    assert races.register_race(text) == f"R{register} of the product at 0140 is written at 0148"
+    assert races.register_race(races.parse(text)) == f"R{register} of the product at 0140 is written at 0148"
 
 
 @pytest.mark.parametrize("planted", [
@@ -42,13 +42,13 @@ def test_a_register_that_is_written_too_early_is_found(planted, register):
 ])
 def test_reads_and_other_registers_are_no_race(planted):
     text = LOOP.replace("        /*0150*/", f"        /*0148*/                   {planted} ;\n        /*0150*/")
-    assert races.register_race(text) is None
+    assert races.register_race(races.parse(text)) is None
 
 
 def test_the_next_round_is_followed():
     """The write stands before the product in the text, and runs after it."""
     text = LOOP.replace("        /*0110*/", "        /*0108*/                   MOV R153, R2 ;\n        /*0110*/")
-    assert races.register_race(text) == "R153 of the product at 0140 is written at 0108"
+    assert races.register_race(races.parse(text)) == "R153 of the product at 0140 is written at 0108"
 
 
 def without(address):
@@ -57,7 +57,7 @@ def without(address):
 
 def test_a_refill_without_a_barrier_is_found():
     expected = "shared memory is written at 0160, without a barrier since 0120"
-    assert races.unguarded_copy(without("0150")) == expected
+    assert races.unguarded_copy(races.parse(without("0150"))) == expected
     assert races.find_race(without("0150"), num_warps=8) == expected
     assert races.find_race(without("0150"), num_warps=4) is None, "a single warp group"
 

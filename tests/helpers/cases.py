@@ -179,16 +179,21 @@ def results(function, q, k, v, do, dlse, **options):
     return o, lse, *torch.autograd.grad((o, lse), leaves, cotangents)
 
 
+def launch(case, dtype, device, family="randn", tiles=TILES):
+    """Return the tensors, the bias and mask, and the results of attention for one case; see `check` for the arguments."""
+    tensors, given = case.tensors(dtype, device, family=family), case.given(dtype, device)
+    with config.pinned(tiles):
+        return tensors, given, results(attention, *tensors, **case.options, **given)
+
+
 def check(case, dtype, device, family="randn", tiles=TILES):
     """Check every result of one case by `agree`; with the shipped config if `tiles` is None."""
-    tensors, given = case.tensors(dtype, device, family=family), case.given(dtype, device)
+    tensors, given, ours = launch(case, dtype, device, family, tiles)
 
     def in_dtype(dtype):
         pairs = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in given.items()}
         return results(reference.attention, *(x.to(dtype) for x in tensors), **case.options, **pairs)
 
-    with config.pinned(tiles):
-        ours = results(attention, *tensors, **case.options, **given)
     exact, torchs = in_dtype(torch.float64), in_dtype(dtype)
     # lse is float32 whatever the inputs are: compare it with float32 arithmetic
     wide = torch.promote_types(dtype, torch.float32)

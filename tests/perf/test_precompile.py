@@ -1,12 +1,21 @@
 """An archive of compiled kernels is found by Triton in another folder, and its launches compile nothing."""
 
-import re
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from perf import cases, gpu, precompile
-from tests.helpers.compile_server import compiled
+from tests.helpers.compile_server import ROOT, compiled
+from tests.perf.test_gpu import alive, shell  # noqa: F401 (a fixture)
 from tritonattn import gpu as gpus
 
 CARRIED = """
@@ -63,26 +72,186 @@ def test_jobs_are_those_of_the_stages():
     assert len(others) > 100 and all(problem.dtype == torch.bfloat16 and config for _, problem, config, *_ in others)
 
 
-def test_a_visit_says_whether_the_kernels_are_found(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_CACHE_DIR", "")
-    monkeypatch.setattr(precompile, "unpack", lambda archive, folder: {"A", "B"})
-    for entry, words in (("B", "hit"), ("C", "miss: made by another Python, Triton or source, or for another GPU")):
-        monkeypatch.setattr(precompile, "probe_entry", lambda on, entry=entry: entry)
-        gpu.use_archive(tmp_path, gpus.named("h200"))
-        assert capsys.readouterr().out == f"2 precompiled binaries: {words}\n"
-    assert gpu.os.environ["TRITON_CACHE_DIR"] == str(tmp_path / precompile.FOLDER)
+def entry(folder, name, **contents):
+    """Write an entry of Triton's cache: files by suffix, the metadata last."""
+    (folder / name).mkdir(parents=True)
+    for suffix, content in (contents | {"json": b"{}"}).items():
+        (folder / name / f"some_kernel.{suffix}").write_bytes(content)
 
 
-def test_precompiling_needs_no_gpu_and_stops_at_its_time(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kept", [{"cubin": b"a"}, {"hsaco": b"a", "amdgcn": b"b"}], ids=["NVIDIA", "AMD"])
+def test_packed_files_are_those_that_are_read(kept, tmp_path):
+    entry(tmp_path / "made", "A", **kept, ttir=b"c", source=b"d")
+    assert precompile.pack(tmp_path / "made", tmp_path / "kernels.tar.xz") == (1, 0)
+    assert precompile.unpack(tmp_path / "kernels.tar.xz", tmp_path / "used") == {"A"}
+    files = {f"some_kernel.{suffix}": content for suffix, content in (kept | {"json": b"{}"}).items()}
+    listed = json.loads((tmp_path / "used/A/__grp__some_kernel.json").read_text())["child_paths"]
+    assert {name: Path(path).read_bytes() for name, path in listed.items()} == files
+
+
+def test_an_archive_never_exceeds_its_limit(tmp_path):
+    for name in "ABCDEFGH":
+        entry(tmp_path / "made", name, cubin=os.urandom(200_000))
+    assert precompile.pack(tmp_path / "made", tmp_path / "kernels.tar.xz", 1 << 20) == (4, 4)
+    assert 800_000 < (tmp_path / "kernels.tar.xz").stat().st_size <= 1 << 20
+
+
+def test_an_interrupted_pack_keeps_the_old_archive(tmp_path, monkeypatch):
+    entry(tmp_path / "made", "A", cubin=b"a")
+    precompile.pack(tmp_path / "made", tmp_path / "kernels.tar.xz")
+    monkeypatch.setattr(precompile.tarfile.TarFile, "add", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        precompile.pack(tmp_path / "made", tmp_path / "kernels.tar.xz")
+    assert precompile.unpack(tmp_path / "kernels.tar.xz", tmp_path / "used") == {"A"}
+
+
+@pytest.mark.parametrize("script, words", [
+    ("echo B", "2 precompiled binaries: hit"),
+    ("echo C", "2 precompiled binaries: miss: made by another Python, Triton or source, or for another GPU"),
+    ("exit 3", "precompiled binaries: miss: {archive}: CalledProcessError: Command '['{python}', '-m', 'perf.precompile']' "
+               "returned non-zero exit status 3."),
+])
+def test_a_session_says_whether_the_kernels_are_found(script, words, shell, tmp_path, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
-    monkeypatch.setattr(precompile, "probe_entry", lambda on: "A")
-    monkeypatch.setattr(gpu, "run_step", lambda path, arguments, seconds: steps.append((path.name, arguments, seconds)))
-    monkeypatch.setattr(precompile.Workers, "map", lambda self, jobs: iter([None] * 3 + [precompile.Failure("x", "y")] * 999))
-    steps, arguments = [], ["--out", str(tmp_path), "--precompile", "h200", "--minutes", "0.000001"]
-    assert gpu.main(arguments) == 1
-    assert re.search(r"kernels.tar.xz: 1 of \d+ jobs done, 0 failed; 0 binaries packed, 0 left out", capsys.readouterr().out)
+    for name in "AB":
+        entry(tmp_path / "made", name, cubin=b"a")
+    precompile.pack(tmp_path / "made", tmp_path / precompile.ARCHIVE)
+    shell(script)
+    gpu.use_archive(tmp_path)
+    expected = words.format(archive=tmp_path / precompile.ARCHIVE, python=gpu.sys.executable)
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / precompile.FOLDER)
+
+
+@pytest.mark.parametrize("size", [0, 20, 500, -500])
+def test_a_broken_archive_is_a_miss_and_the_session_goes_on(size, shell, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    entry(tmp_path / "made", "A", cubin=os.urandom(5000))
+    archive = tmp_path / precompile.ARCHIVE
+    precompile.pack(tmp_path / "made", archive)
+    archive.write_bytes(archive.read_bytes()[:size])
+    shell("echo ran")
+    assert gpu.main(["--out", str(tmp_path), "--stages", "peaks"]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"precompiled binaries: miss: {archive}: ") and others == ["peaks: ran"]
+
+
+@pytest.fixture
+def precompiling(tmp_path, monkeypatch):
+    """Run --precompile with prepared results: of the tests, and of the jobs by their place. Returns (exit code, steps)."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setattr(precompile, "probe_entry", lambda on: entry(tmp_path / precompile.FOLDER, "A", cubin=b"a"))
+
+    def go(*options, tests=0, failing=None):
+        steps = []
+        monkeypatch.setattr(gpu, "run_step", lambda path, *rest: steps.append((path.name, *rest)) or tests)
+        monkeypatch.setattr(precompile.Workers, "map", lambda self, jobs: (
+            precompile.Failure("compile error", "no room") if i == failing else None for i, _ in enumerate(jobs)))
+        shutil.rmtree(tmp_path / precompile.FOLDER, ignore_errors=True)
+        return gpu.main(["--out", str(tmp_path), "--precompile", "h200", *options]), steps
+
+    return go
+
+
+def test_precompiling_needs_no_gpu(precompiling, tmp_path, capsys):
+    code, ((name, arguments, seconds),) = precompiling("--stages", "tests", "benchmark", "--suite", "tiny")
+    assert code == 0 and name == "precompile-tests.log" and seconds == pytest.approx(270, abs=5)
+    assert arguments[:2] == ["pytest", "-n"] and arguments[3:] == list(gpu.COMPILED_TESTS)
+    assert capsys.readouterr().out == (f"{tmp_path / precompile.ARCHIVE}: 8 of 8 jobs done, 0 failed; 1 binaries packed, 0 left out "
+                                       "for the limit of 60 MiB\n")
+    assert precompile.unpack(tmp_path / precompile.ARCHIVE, tmp_path / "used") == {"A"}
+    # again, with the archive that is there
+    assert precompiling("--stages", "benchmark", "--suite", "tiny") == (0, [])
+
+
+@pytest.mark.parametrize("options, results, message", [
+    (["--stages", "tests"], {"tests": 1}, "0 of 0 jobs done"),
+    (["--stages", "tests"], {"tests": None}, "0 of 0 jobs done"),
+    (["--stages", "benchmark", "--minutes", "0.000001"], {}, ": 1 of "),
+    (["--stages", "benchmark"], {"failing": 1}, "\ndelta of "),
+])
+def test_what_is_not_compiled_is_no_success(options, results, message, precompiling, capsys):
+    code, _ = precompiling(*options, "--suite", "tiny", **results)
+    assert code == 1 and message in capsys.readouterr().out
+
+
+def test_a_candidate_of_a_sweep_may_fail(precompiling, capsys):
+    assert precompiling("--stages", "tuning", failing=7)[0] == 0
+    assert " jobs done, 1 failed; " in capsys.readouterr().out
+
+
+def test_what_the_limit_leaves_out_is_no_success(precompiling, monkeypatch, capsys):
+    monkeypatch.setattr(precompile.pack, "__defaults__", (0,))
+    assert precompiling("--stages", "benchmark", "--suite", "tiny")[0] == 1
+    assert "0 binaries packed, 1 left out" in capsys.readouterr().out
+
+
+def test_tests_are_compiled_for_hopper_alone(precompiling, capsys):
     with pytest.raises(SystemExit, match="2"):
-        gpu.main([*arguments, "--precompile", "A100"])
+        precompiling("--precompile", "A100")
     assert "tests can be compiled for sm_90 alone, not for sm_80" in capsys.readouterr().err
-    (name, pytest_arguments, seconds), = steps
-    assert name == "precompile-tests.log" and pytest_arguments[-3:] == list(gpu.COMPILED_TESTS[-3:]) and seconds < 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_benchmark_is_compiled_in_the_dtype_in_which_it_runs(dtype):
+    options = gpu.run.parser().parse_args(["--suite", "odd", "--dtype", dtype])
+    found = gpu.jobs_of(["benchmark"], options, gpus.named("h200"))
+    assert {problem for _, problem, *_ in found} == {case.problem for case in cases.suite("odd", getattr(torch, dtype))}
+    assert {problem.dtype for _, problem, *_ in found} == {getattr(torch, dtype)}
+
+
+def test_compiled_tests_are_selected_by_the_marks_of_the_steps(tmp_path):
+    """Whatever marks a test has: it is compiled if one of the steps runs it beside others."""
+    marks = [arguments[arguments.index("-m") + 1] for _, name, _, arguments in gpu.steps(tmp_path, [])
+             if name in ("tests-gpu", "tests-float32", "tests-cases")]
+    ours = gpu.COMPILED_TESTS[gpu.COMPILED_TESTS.index("-m") + 1]
+    for given in range(8):
+        names = {name: bool(given >> i & 1) for i, name in enumerate(("gpu", "slow", "alone"))}
+        assert eval(ours, {}, names) == any(eval(each, {}, names) for each in marks), names
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the states of processes from /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_tests_and_packs(number, shell, tmp_path, monkeypatch, capsys):  # noqa: F811
+    shell("trap '' INT; sleep 60 & echo $!; wait; wait")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setattr(precompile, "probe_entry", lambda on: entry(tmp_path / precompile.FOLDER, "A", cubin=b"a"))
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), number)).start()
+    assert gpu.main(["--out", str(tmp_path), "--precompile", "h200", "--stages", "tests"]) == 130
+    packed, last = capsys.readouterr().out.splitlines()
+    assert "1 binaries packed" in packed and last == "interrupted; run the same command to continue"
+    child = int((tmp_path / "precompile-tests.log").read_text())
+    deadline = time.monotonic() + 20
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+
+
+CHECKED = """
+import json, torch
+from perf import null_driver
+null = null_driver.install()
+from triton import knobs
+from tests.helpers import cases
+hits = []
+knobs.compilation.listener = lambda src, cache_hit, **_: hits.append((src.name, cache_hit))
+# results without a device are wrong
+cases.agree = lambda *_: None
+cases.check(cases.SINGLE["causal"], torch.float16, torch.device("cpu"), tiles=cases.LARGE_TILES)
+print(json.dumps(hits))
+"""
+
+
+@pytest.mark.slow
+def test_a_check_finds_what_the_plugin_compiled(tmp_path, monkeypatch):
+    """Slow: compiles in new processes. The test is itself a slow one, which the default selection leaves out."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-n", "1", *gpu.COMPILED_TESTS, "-k",
+                           "test_low_precision and causal-float16"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+    hits = compiled(CHECKED, fresh=True)
+    assert [name for name, _ in hits] == ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"]
+    assert all(hit for _, hit in hits), hits
+    assert not list(tmp_path.glob("null-cuda-*"))

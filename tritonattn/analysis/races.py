@@ -12,6 +12,7 @@ SASS does not show which memory a product reads: its address is in a descriptor.
 products, and if no barrier separates it from any product of its loop, since one of them reads it.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -34,12 +35,12 @@ class Instruction(NamedTuple):
 
 def find_race(text: str, num_warps: int) -> str | None:
     """Describe the first race in a kernel's SASS, or return None. A single warp group, of four warps, needs no barrier."""
-    return register_race(text) or (unguarded_copy(text) or unguarded_store(text) if num_warps > 4 else None)
-
-
-def register_race(text: str) -> str | None:
-    """Describe the first register of a product that is written before the product is done, or return None."""
     program = parse(text)
+    return register_race(program) or (unguarded_copy(program) or unguarded_store(program) if num_warps > 4 else None)
+
+
+def register_race(program: list[Instruction]) -> str | None:
+    """Describe the first register of a product that is written before the product is done, or return None."""
     for i, product in enumerate(program):
         if not product.opcode.startswith("HGMMA"):
             continue
@@ -51,9 +52,8 @@ def register_race(text: str) -> str | None:
     return None
 
 
-def unguarded_copy(text: str) -> str | None:
+def unguarded_copy(program: list[Instruction]) -> str | None:
     """Describe the first copy to shared memory that no barrier separates from the wait for a product, or return None."""
-    program = parse(text)
     for i, wait in enumerate(program):
         if _is_wait(wait):
             for j in _reached(program, i, _is_barrier):
@@ -62,15 +62,15 @@ def unguarded_copy(text: str) -> str | None:
     return None
 
 
-def unguarded_store(text: str) -> str | None:
+def unguarded_store(program: list[Instruction]) -> str | None:
     """Describe the first store of a tile that no barrier separates from any product of its loop, or return None."""
-    program = parse(text)
     unguarded = {i: set(_reached(program, i, _is_barrier)) for i, product in enumerate(program)
                  if product.opcode.startswith("HGMMA")}
+    after = functools.cache(lambda i: set(_reached(program, i)))
     for j in sorted(set().union(*unguarded.values())):
         if program[j].opcode.startswith("STS") and any(program[i].opcode.startswith("FENCE.VIEW.ASYNC")
                                                        for i in _reached(program, j, _is_barrier)):
-            loop = [i for i in unguarded.keys() & _reached(program, j) if j in set(_reached(program, i))]
+            loop = [i for i in unguarded.keys() & after(j) if j in after(i)]
             if loop and all(j in unguarded[i] for i in loop):
                 return (f"shared memory is written at {program[j].address}, without a barrier since the products up to "
                         f"{program[max(loop)].address}")
