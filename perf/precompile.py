@@ -95,7 +95,7 @@ def unpack(archive: Path, folder: Path) -> set[str]:
     Raises UNREADABLE if the archive is broken; the binaries before the fault can be used.
     """
     entries = set()
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive, "r:xz") as tar:
         for member in tar:
             path = folder.joinpath(*Path(member.name).parts[-2:])
             path.parent.mkdir(parents=True, exist_ok=True)
