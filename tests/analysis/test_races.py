@@ -1,5 +1,7 @@
 """Races in SASS: planted ones are found, and a product that is waited for is none."""
 
+import collections
+
 import pytest
 
 from tritonattn.analysis import races
@@ -95,3 +97,24 @@ def test_a_store_to_a_tile_without_a_barrier_since_any_product_is_found(loop, ra
 def test_branches(branch, following):
     text = ".L_x_1:\n" + "\n".join(f"/*{16 * i:04x}*/ {line} ;" for i, line in enumerate(["NOP", branch, "NOP"]))
     assert races.parse(text)[1].following == following
+
+
+def test_a_kernel_is_parsed_once_and_followed_once_from_each_product(monkeypatch):
+    """Stores and products are many, and each path is as long as the kernel."""
+    calls = collections.Counter()
+
+    def parse(text, real=races.parse):
+        calls["parse"] += 1
+        return real(text)
+
+    def reached(program, start, *ends, real=races._reached):
+        calls[(start, *ends)] += 1
+        return real(program, start, *ends)
+
+    monkeypatch.setattr(races, "parse", parse)
+    monkeypatch.setattr(races, "_reached", reached)
+    # the second product runs behind a barrier: no store is a race
+    text = loop_of(*["STS"] * 5, "FENCE", "BAR", "HGMMA", "WAIT", "BAR", "HGMMA", "WAIT")
+    assert races.find_race(text, num_warps=8) is None
+    assert calls["parse"] == 1 and calls[7,] == calls[10,] == 1 and calls[0,] == 1
+    assert max(calls.values()) == 1, calls
