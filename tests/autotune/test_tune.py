@@ -265,8 +265,26 @@ def test_other_groups_of_problems_are_tuned_anew(setup):
     assert len(set(bench.timed)) > 20 and together[0].run["together"] and not alone.run["together"]
     bench.timed.clear()
     assert tuning.tune_together("forward", {CAUSAL: 1, PROBLEM: 1}, setup) == together[::-1] and not bench.timed, "nothing new"
+    again = tuning.tune_together("forward", {CAUSAL: 1, PROBLEM: 2}, setup)
+    assert len(set(bench.timed)) > 20, "other weights may have another winner"
+    bench.timed.clear()
+    assert tuning.tune_together("forward", {CAUSAL: 1, PROBLEM: 2}, setup) == again and not bench.timed
     tuning.tune_kernel("forward", PROBLEM, setup)
     assert len(set(bench.timed)) > 20
+
+
+def test_all_records_of_a_group_are_stored_or_none(setup, monkeypatch):
+    real = tuning.record_of
+
+    def record_of(key, problem, *arguments):
+        if problem == CAUSAL:
+            raise RuntimeError("did not compile again")
+        return real(key, problem, *arguments)
+
+    monkeypatch.setattr(tuning, "record_of", record_of)
+    with pytest.raises(RuntimeError, match="did not compile again"):
+        tuning.tune_together("forward", {PROBLEM: 1, CAUSAL: 1}, setup)
+    assert list(setup.store.records()) == []
 
 
 def test_a_config_that_one_problem_excludes_is_no_candidate(setup):
@@ -283,6 +301,29 @@ def test_a_config_that_one_problem_excludes_is_no_candidate(setup):
     setup.bench = bench_of(bench)
     found = tuning.tune_together("forward", {PROBLEM: 1, CAUSAL: 1}, setup)
     assert len(found) == 2 and "64x128w4s2e1" not in bench.checked
+
+
+@pytest.mark.parametrize("incumbents, expected", [
+    (("64x128w4s2", "64x64w4s2"), "64x64w4s2"), (("64x128w4s2", "64x128w4s2"), "128x64w8s2"),
+    (("64x64w4s2", "64x128w4s2"), "64x64w4s2")], ids=["the first's is excluded", "all are", "the second's is"])
+def test_an_incumbent_that_another_problem_excludes_is_neither_timed_nor_stored(setup, monkeypatch, incumbents, expected):
+    names, racy = ("128x64w8s2", "64x64w4s2", "64x128w4s2"), "64x128w4s2"
+
+    def job_of(kernel, problem, *_):
+        verdicts = {name: prune.Verdict(Config.parse(name), "race" if name == racy and problem == CAUSAL else None)
+                    for name in names}
+        return Job(kernel, problem, names, incumbents[problem == CAUSAL]), verdicts
+
+    monkeypatch.setattr(tuning, "job_of", job_of)
+    job, _, _ = tuning.joint_job("forward", [PROBLEM, CAUSAL], setup, "halving")
+    assert job.incumbent == expected and racy not in job.configs
+    bench = FakeBench(Surface(racy))  # it would win
+    setup.bench = bench_of(bench)
+    records = tuning.tune_together("forward", {PROBLEM: 1, CAUSAL: 1}, setup)
+    assert racy not in bench.checked and len(records) == 2 and Config.parse(racy) not in {each.config for each in records}
+    # alone, the config that calls use is timed whatever its verdict
+    job, _, _ = tuning.joint_job("forward", [CAUSAL], setup, "halving")
+    assert job.incumbent == incumbents[1]
 
 
 def test_without_a_common_config_the_error_says_so(setup, monkeypatch, capsys):

@@ -171,18 +171,20 @@ def joint_job(kernel: str, problems: Iterable[Problem], setup: TuningSetup, stra
               ) -> tuple[Job, dict[Problem, str], list[dict[str, Verdict]]]:
     """Return the job of one config for all problems, the incumbent of each, and the verdicts on the configs for each.
 
-    The job has the name and the incumbent of the first problem, and the configs that no problem excludes, all incumbents first.
-    Raises ValueError if there are none.
+    The job has the name of the first problem, and the configs that no problem excludes, all incumbents first. The first of
+    them is its incumbent. Raises ValueError if there are none. The job of one problem is that of `job_of`.
     """
     jobs, verdicts = zip(*(job_of(kernel, problem, setup, strategy) for problem in problems))
     incumbents = {job.problem: job.incumbent for job in jobs}
+    if len(jobs) == 1:
+        return jobs[0], incumbents, list(verdicts)
     excluded = {name for each in verdicts for name, verdict in each.items() if verdict.reason}
     names = dict.fromkeys([*incumbents.values(), *(name for job in jobs for name in job.configs)])
     configs = tuple(name for name in names if name not in excluded)
-    if len(jobs) > 1 and not configs:
+    if not configs:
         raise ValueError(f"tune: expected a config of {kernel} that suits all of {len(jobs)} problems, but each is excluded "
                          "for one of them; tune them apart")
-    return replace(jobs[0], configs=configs), incumbents, list(verdicts)
+    return replace(jobs[0], configs=configs, incumbent=configs[0]), incumbents, list(verdicts)
 
 
 def tune_kernel(kernel: str, problem: Problem, setup: TuningSetup, strategy: str = "halving",
@@ -203,14 +205,17 @@ def tune_together(kernel: str, problems: Mapping[Problem, int], setup: TuningSet
     Keeps and returns a record for each key, [] if nothing could be timed.
     """
     start = time.monotonic()
-    keys = {}  # {key: its first problem}
-    for problem in problems:
-        keys.setdefault(key_of(kernel, problem, setup.gpu), problem)
+    keys, calls = {}, {}  # {key: its first problem}, {key: calls}
+    for problem, count in problems.items():
+        key = key_of(kernel, problem, setup.gpu)
+        keys.setdefault(key, problem)
+        calls[key] = calls.get(key, 0) + count
     shared = sorted(keys) if len(keys) > 1 else []
+    group = {"together": shared, "calls": [calls[key] for key in shared]}
     job, incumbents, verdicts = joint_job(kernel, problems, setup, strategy)
     known = [] if again else [setup.store.get(key, setup.gpu) for key in keys]
-    # what another group of problems tried does not count: its best may be another
-    if not (known and all(record and record.run.get("together", []) == shared for record in known)):
+    # what another group of problems tried, or the same with other numbers of calls, does not count: its best may be another
+    if not all(record and all(record.run.get(name, []) == value for name, value in group.items()) for record in known):
         known = []
     tried = known[0].run.get("tried", []) if known else []
     if known and set(job.configs) <= {*tried, job.incumbent}:
@@ -225,12 +230,14 @@ def tune_together(kernel: str, problems: Mapping[Problem, int], setup: TuningSet
     if (winner := search.winner()) is None:
         return []
     run = {"time": journal.now(), "strategy": strategy, "trials": len(search.trials), "seed": setup.seed,
-           "seconds": round(time.monotonic() - start, 3), "tried": sorted({*tried, *search.trials}), "together": shared}
+           "seconds": round(time.monotonic() - start, 3), "tried": sorted({*tried, *search.trials})} | group
     records = []
     for key, problem in keys.items():
         figures = static[problem].get(winner) or compiled_static(kernel, problem, winner, setup)
         records.append(record_of(key, problem, incumbents[problem], search, bench, figures, setup, run))
-        keep(records[-1], setup)
+    # an error in one record must not leave others of the group in the cache
+    for record in records:
+        keep(record, setup)
     return records
 
 
