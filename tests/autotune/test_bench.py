@@ -2,7 +2,9 @@
 
 import itertools
 import pickle
+import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tritonattn import Config, Problem, attention, gpu
 from tritonattn.autotune import bench as benches
 from tritonattn.autotune import search
 from tritonattn.autotune.bench import Bench, IsolatedBench, JointBench, hard_inputs, results_of
-from tritonattn.autotune.worker_pool import Failure
+from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.measure.timing import TimedError, TimingBudget, Windows
 from tritonattn.runtime import launch
 
@@ -275,7 +277,7 @@ def test_a_window_is_a_message_of_the_child(isolated, monkeypatch):
     """The limit is for each message: many windows may take longer in all."""
     monkeypatch.setattr(benches, "TIMING_LIMIT", 1.5)
     start = time.monotonic()
-    assert len(isolated.windows(["slow"] * 6, 1)) == 1 and time.monotonic() - start > 1.5
+    assert isolated.windows(["slow"] * 6, 1) == {"slow": (1.0,)} and time.monotonic() - start > 1.5
 
 
 # --- several problems
@@ -288,7 +290,10 @@ class Fixed:
         self.seconds, self.clock, self.wrong, self.hangs, self.log, self.prepared = seconds, clock, wrong, hangs, [], []
 
     def prepare(self, configs):
-        self.prepared.append(configs)
+        self.prepared.append((self, *configs))
+
+    def stop_preparing(self):
+        self.prepared.append((self, "stop"))
 
     def now(self):
         return 7.0
@@ -308,11 +313,14 @@ class Fixed:
 def test_the_time_of_a_joint_bench_is_the_sum_over_its_problems_by_their_calls():
     first, second = Fixed({"a": 1.0, "b": 2.0}, 1500.0), Fixed({"a": 10.0, "b": 5.0}, 1800.0)
     bench = JointBench({TINY: first, CAUSAL: second}, {TINY: 3, CAUSAL: 1})
-    bench.prepare(["a"])
+    first.prepared = second.prepared = []
+    bench.prepare(["a", "b"])
+    # a check of the first config for the second problem does not wait for other configs of the first problem
+    assert first.prepared == [(first, "a"), (second, "a"), (first, "b"), (second, "b")]
     assert bench.now() == 7.0 and bench.check("a") == {"o": (1.0, 1.0)}
     assert bench.checks["a"] == {TINY: {"o": (1.0, 1.0)}, CAUSAL: {"o": (10.0, 1.0)}}
     assert bench.times(["a", "b"], 2) == {"a": (13.0, 13.0), "b": (11.0, 11.0)}
-    assert first.prepared == second.prepared == [["a"], []], "nothing is compiled while it times"
+    assert first.prepared[4:] == [(first, "stop"), (second, "stop")], "nothing is compiled while it times"
     assert bench.timings["b"] == {TINY: ((2.0, 2.0), None), CAUSAL: ((5.0, 5.0), None)}
     assert bench.windows(["a"], 1) == {"a": ((13.0,), None)}
     assert bench.timings["a"] == {TINY: ((1.0,), 1500.0), CAUSAL: ((10.0,), 1800.0)} and bench.timings["b"][TINY].clock is None
@@ -356,34 +364,78 @@ def test_out_of_memory_raises():
 
 
 class Compilers:
-    """Stands in for Workers: notes the jobs, those that were waited for, and whether the rest was cancelled."""
+    """Stands in for Workers: notes the jobs, which are done at once."""
 
-    def map(self, jobs):
-        self.jobs, self.done, self.cancelled = jobs, 0, False
-        return self._results()
+    def __init__(self):
+        self.jobs = []
 
-    def _results(self):
-        try:
-            for number, _ in enumerate(self.jobs, 1):
-                self.done = number
-                yield None
-        finally:
-            self.cancelled = True
+    def submit(self, jobs):
+        self.jobs += jobs
+        futures = [Future() for _ in jobs]
+        [future.set_result(None) for future in futures]
+        return futures
 
 
 @pytest.mark.parametrize("kernel, before", [("forward", []), ("dq", ["forward", "delta"])])
-def test_a_check_waits_for_its_own_binaries_and_the_timing_cancels_the_others(kernel, before):
+def test_the_cases_of_each_config_are_compiled_after_what_comes_before_its_kernel(kernel, before):
     compilers, cases = Compilers(), len(benches.cases_to_compile(TINY))
     with IsolatedBench(kernel, TINY, "cpu", code=child(), compilers=(compilers, gpu.KNOWN["sm_90"])) as bench:
-        bench.prepare(["32x32w4s1", "64x64w4s2", "64x32w4s2"])
-        assert [job[0] for job in compilers.jobs[::cases]] == [*before, *[kernel] * 3]
-        assert [job[2] for job in compilers.jobs[-3 * cases::cases]] == [Config(32, 32, 4, 1), Config(64, 64), Config(64, 32)]
+        bench.prepare([])
+        assert compilers.jobs == []
+        bench.prepare(["32x32w4s1", "64x64w4s2"])
+        assert [job[0] for job in compilers.jobs[::cases]] == [*before, *[kernel] * 2]
         assert [job[-1].keywords["case"] for job in compilers.jobs[:cases]] == list(range(cases))
-        for i, config in enumerate(["32x32w4s1", "64x64w4s2"]):
-            assert bench.check(config) == GOOD and compilers.done == cases * (len(before) + 1 + i)
-        assert bench.check("another") == GOOD and not compilers.cancelled, "checked without preparation"
         bench.times(["32x32w4s1"], 1)
-        assert compilers.cancelled and bench.check("64x32w4s2") == GOOD and compilers.done == cases * (len(before) + 2)
+        bench.prepare(["64x32w4s2", "64x64w4s2"])
+    configs = [Config(32, 32, 4, 1), Config(64, 64), Config(64, 32)]
+    assert [job[2] for job in compilers.jobs[::cases]] == [*[None] * len(before), *configs], "each is compiled once"
+
+
+# without the package; job number i writes its begin, and its end when `allowed` jobs may end
+COMPILER = """
+import os, time
+from multiprocessing.connection import Connection
+pipe, folder = Connection(int(sys.argv[1])), {folder!r}
+while True:
+    pipe.recv_bytes()
+    with open(folder + "/begun", "a") as file:
+        file.write("x")
+    while os.path.getsize(folder + "/begun") > os.path.getsize(folder + "/allowed"):
+        time.sleep(0.01)
+    with open(folder + "/ended", "a") as file:
+        file.write("x")
+    pipe.send(None)
+"""
+
+
+def test_a_check_waits_for_its_own_binaries_and_no_compiler_runs_while_it_times(tmp_path):
+    cases, names = len(benches.cases_to_compile(TINY)), ("begun", "ended", "allowed")
+
+    def allow(count):
+        (tmp_path / "allowed").write_text("x" * count)
+
+    def counts():
+        return [(tmp_path / name).stat().st_size for name in names[:2]]
+
+    [(tmp_path / name).touch() for name in names]
+    allow(cases)
+    with Workers(1, code=COMPILER.format(folder=str(tmp_path))) as workers, \
+            IsolatedBench("forward", TINY, "cpu", code=child(), compilers=(workers, gpu.KNOWN["sm_90"])) as bench:
+        bench.prepare(["32x32w4s1", "64x64w4s2", "64x32w4s2"])
+        assert bench.check("32x32w4s1") == GOOD and counts()[1] == cases
+        assert bench.check("another") == GOOD and counts()[1] == cases, "checked without preparation"
+        while counts()[0] == cases:
+            time.sleep(0.01)
+        threading.Timer(0.3, allow, [cases + 1]).start()
+        bench.times(["32x32w4s1"], 1)
+        assert counts() == [cases + 1] * 2, "what runs is waited for"
+        allow(99)
+        time.sleep(0.2)
+        assert counts() == [cases + 1] * 2, "the others are cancelled"
+        # a config whose compilation was cancelled can be checked, and prepared again
+        assert bench.check("64x32w4s2") == GOOD and counts() == [cases + 1] * 2
+        bench.prepare(["64x32w4s2"])
+        assert bench.check("64x32w4s2") == GOOD and counts() == [2 * cases + 1] * 2
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_every_strategy_finds_the_fastest_of_ten_and_times_the_incumbent_in_the_
 def test_the_bench_may_prepare_all_that_is_checked_and_nothing_else(trials):
     bench = FakeBench(TEN)
     run_search(search_of(bench, budget=Budget(trials=trials)), "halving")
-    assert len(bench.checked) == (trials or len(TEN)) and bench.prepared == [bench.checked]
+    assert len(bench.checked) == (trials or len(TEN)) and bench.prepared == bench.checked
 
 
 def test_the_same_seed_gives_the_same_search():

@@ -34,7 +34,10 @@ class FakeBench:
         return self.time
 
     def prepare(self, configs):
-        self.prepared.append(list(configs))
+        self.prepared += configs
+
+    def stop_preparing(self):
+        pass
 
     def check(self, config):
         self.checked.append(config)

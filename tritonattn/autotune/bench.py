@@ -8,11 +8,14 @@
 A JointBench adds up the times of several problems.
 """
 
+import concurrent.futures
 import contextlib
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
@@ -295,8 +298,7 @@ class IsolatedBench:
                  compilers: tuple[Workers, gpu.Gpu] | None = None):
         """code: what the child runs, for tests. compilers: those that compile for this GPU what the child will launch."""
         self._bench, self._code, self._compilers = (kernel, problem, str(device), seed), code, compilers
-        self._compiling: list[str] = []  # the config of each job that is not known to be done, in order
-        self._compiled = None
+        self._compiling: dict[str | None, list[Future]] = {}  # the jobs of each config; None: of what runs before this kernel
         self._child: Child | None = None
         self._timed: str | None = None  # the config that the child timed last
 
@@ -304,31 +306,37 @@ class IsolatedBench:
         return time.monotonic()
 
     def prepare(self, configs: list[str]) -> None:
-        """Start to compile what the next checks launch, these configs in this order. Checks wait for their own alone."""
-        self._cancel()
+        """Queue the compilation of what the checks of these configs launch, in this order. A check waits only for its own
+        binaries."""
         if self._compilers is None or not configs:
             return
         (kernel, problem, *_), (workers, on) = self._bench, self._compilers
-        # what comes before this kernel in a call
-        jobs = [(name, None) for name in ("forward", "delta") if kernel != "forward"]
-        jobs += [(kernel, config) for config in configs]
         cases, dots = range(len(cases_to_compile(problem))), precision(problem) or "ieee"
-        self._compiling = [config or configs[0] for _, config in jobs for _ in cases]
-        self._compiled = workers.map([(name, problem, config and Config.parse(config), on, dots,
-                                       functools.partial(compile_case, case=case)) for name, config in jobs for case in cases])
+        for config in (None, *configs):
+            if config not in self._compiling:
+                # what comes before this kernel in a call
+                names = [kernel] if config else ["forward", "delta"] if kernel != "forward" else []
+                self._compiling[config] = workers.submit([
+                    (name, problem, config and Config.parse(config), on, dots, functools.partial(compile_case, case=case))
+                    for name in names for case in cases])
+
+    def stop_preparing(self) -> None:
+        """Cancel what no compiler has begun, and wait for what is being compiled: compilers would disturb the timing."""
+        self._cancel()
+        concurrent.futures.wait(itertools.chain(*self._compiling.values()))
+        # what was cancelled can be prepared again
+        self._compiling = {config: futures for config, futures in self._compiling.items()
+                           if not any(future.cancelled() for future in futures)}
 
     def _cancel(self):
-        """Give up what is not compiled yet: compilers must not disturb the timing."""
-        self._compiling.clear()
-        if self._compiled is not None:
-            self._compiled.close()
+        for future in itertools.chain(*self._compiling.values()):
+            future.cancel()
 
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure:
         """Check a config as Bench.check does."""
-        while config in self._compiling:
-            # the check itself finds out what does not compile
-            next(self._compiled)
-            del self._compiling[0]
+        for future in (*self._compiling.get(None, ()), *self._compiling.get(config, ())):
+            # a config that does not compile fails in the check below
+            future.result()
         return self._ask(("check", config), CHECK_LIMIT)
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]:
@@ -340,7 +348,7 @@ class IsolatedBench:
         return self._time("windows", configs, rounds)
 
     def _time(self, method, configs, rounds):
-        self._cancel()
+        self.stop_preparing()
         failures = {}
         while remaining := [config for config in configs if config not in failures]:
             # a message is one action on one config: a sample, or a window and its warm-up
@@ -395,9 +403,15 @@ class JointBench:
         return next(iter(self._benches.values())).now()
 
     def prepare(self, configs: list[str]) -> None:
-        """Start to compile what the next checks launch, for all problems."""
+        """Queue the compilation of what the next checks launch: of each config for all problems, as `check` needs it."""
+        for config in configs:
+            for bench in self._benches.values():
+                bench.prepare([config])
+
+    def stop_preparing(self) -> None:
+        """Stop the compilation for all problems."""
         for bench in self._benches.values():
-            bench.prepare(configs)
+            bench.stop_preparing()
 
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure:
         """Check a config for every problem. Return the first failure, or the errors of the first problem."""
@@ -418,7 +432,7 @@ class JointBench:
         return self._sum("windows", configs, rounds)
 
     def _sum(self, method, configs, rounds):
-        self.prepare([])  # no problem's compilers disturb the timing of another
+        self.stop_preparing()  # no problem's compilers disturb the timing of another
         failures, timings = {}, {config: {} for config in configs}
         for problem, bench in self._benches.items():
             results = getattr(bench, method)([config for config in configs if config not in failures], rounds)

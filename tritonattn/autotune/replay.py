@@ -34,6 +34,9 @@ class ReplayBench:
     def prepare(self, configs: list[str]) -> None:
         """Do nothing: nothing is compiled."""
 
+    def stop_preparing(self) -> None:
+        """Do nothing."""
+
     def check(self, config: str) -> dict | Failure:
         trial = self._trials[config]
         self._other_seconds += trial.check_seconds or CHECK_SECONDS

@@ -66,7 +66,8 @@ class BudgetExhausted(Exception):
 class Bench(Protocol):
     """Checks and times configs by their names. A Failure concerns one config; its code is one of FAILURES."""
 
-    def prepare(self, configs: list[str]) -> None: ...  # the next to be checked, in this order
+    def prepare(self, configs: list[str]) -> None: ...  # that will be checked, in this order
+    def stop_preparing(self) -> None: ...  # before anything is timed
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure: ...  # {tensor: (worst error, allowed)}
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...] | Failure]: ...
     def windows(self, configs: list[str], rounds: int) -> dict[str, Windows | Failure]: ...

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -159,12 +159,16 @@ class Workers:
         for child in self._children:
             child.stop()
 
-    def map(self, jobs: Iterable[tuple]) -> Iterator:
-        """Yield the result of each job, arguments of `inspect_job`, in order: what it returns, or a Failure.
+    def submit(self, jobs: Iterable[tuple]) -> list[Future]:
+        """Queue jobs, each the arguments of `inspect_job`. The result of a future is what it returns, or a Failure.
 
-        All jobs begin at once; closing the iterator cancels those that wait for a compiler.
+        A future can be cancelled until a compiler takes its job.
         """
-        return self._threads.map(self._compile, jobs)
+        return [self._threads.submit(self._compile, job) for job in jobs]
+
+    def map(self, jobs: Iterable[tuple]) -> Iterator:
+        """Queue jobs as `submit` does, and return an iterator over their results, in order."""
+        return (future.result() for future in self.submit(jobs))
 
     def _compile(self, job):
         try:
