@@ -33,7 +33,7 @@ def test_every_strategy_finds_the_fastest_of_ten_and_times_the_incumbent_in_the_
     trial = search_run.trials["c0"]
     assert trial.status == "ok" and len(trial.beside) == len(trial.samples) and trial.check == {"o": (1e-3, 2e-3)}
     assert trial.ratio == pytest.approx(1 / 1.4, rel=0.01)
-    # the four fastest and the incumbent end sustained, except at a first call
+    # the four fastest and the incumbent are timed under continuous load, except at a first call
     ended = {name for name, trial in search_run.trials.items() if trial.windows}
     assert ended == (set() if strategy == "table" else {"c0", "c1", "c2", "c3", "c4"})
     if ended:
@@ -130,6 +130,26 @@ def test_a_search_ends_with_its_budget_of_trials_or_seconds():
         bench = FakeBench(TEN)
         search_run = run_search(search_of(bench, budget=Budget(seconds=seconds), problems=problems), "halving")
         assert search_run.winner() == "c0" and len(bench.windowed) == ended
+
+
+@pytest.mark.parametrize("strategy", ["halving", "static", "random", "exhaustive"])
+def test_without_time_for_windows_the_last_configs_get_many_samples(strategy):
+    bench = FakeBench(TEN, seed=5, jitter=0.03)
+    search_run = run_search(search_of(bench, "c4", budget=Budget(seconds=20)), strategy)
+    counts = {name: len(trial.samples) for name, trial in search_run.trials.items()}
+    assert not bench.windowed and all(counts[name] == search.FINAL_SAMPLES for name in ("c0", "c1", "c2", "c3", "c4"))
+    assert counts["c7"] < search.FINAL_SAMPLES and len(search_run.trials["c0"].beside) == search.FINAL_SAMPLES
+    assert search_run.winner() == "c0"
+
+
+def test_a_late_search_takes_no_further_samples():
+    bench = FakeBench(TEN)
+    search_run = search_of(bench, "c4", budget=Budget(seconds=20))
+    search_run.time_round(list(TEN), 1)
+    bench.time = 20.1
+    with pytest.raises(search.BudgetExhausted):
+        search_run.time_windows(["c0", "c1"])
+    assert len(search_run.trials["c0"].samples) == 1
 
 
 @pytest.mark.parametrize("distort", [lambda config, seconds: 1 / seconds,

@@ -11,14 +11,15 @@ sides of a comparison equally.
 
 Samples are short and have pauses between them, so all configs are ranked at about the same, high clock. In a training run
 the GPU reaches its power limit, and the clock falls more for a config that needs more power. So the four fastest, and the
-incumbent, end sustained:
+incumbent, are finally timed under continuous load:
 
     the configs in turns, until the device is warm
     four rounds, in random order:   half a second of launches of a config, not timed | half a second, timed (a window)
 
-A window's sample is its mean time of a launch; the medians of the windows decide. The untimed half comes before every window:
-the clock follows the power with a delay, and would begin at that of the config before. "table" has no such end: first calls
-(first_call.py) use it, and must not wait half a minute.
+The result of a window is the mean time of its launches; the medians of the windows decide. The untimed half comes before
+every window, because the clock follows the power with a delay: without it a window would start at the previous config's clock.
+If `Budget.seconds` leaves too little time for all windows, the same configs get sixty samples each instead. "table" has no
+windows: first calls (first_call.py) use it, and must not wait half a minute.
 """
 
 import contextlib
@@ -46,14 +47,15 @@ HALVING_CUTOFF = 1.5     # multiple of the best time beyond which a config is dr
 HALVING_SAMPLES, HALVING_FACTOR = 3, 3  # samples of the second rung; then three times as many for a third of the configs
 QUICK_CONFIGS, QUICK_SAMPLES = 8, 10    # "static" and "table"; "random" has as many samples
 RANDOM_CONFIGS, EXHAUSTIVE_SAMPLES = 30, 30
-SUSTAINED_CONFIGS, WINDOWS = 4, 4       # configs that end sustained, besides the incumbent, and their windows
+FINAL_SAMPLES = 60                      # of the last configs, if there is no time for windows
+SUSTAINED_CONFIGS, WINDOWS = 4, 4       # configs that are timed in windows, besides the incumbent, and windows of each
 WINDOW_SECONDS = 0.5                    # of a window, and of its warm-up
 WARM_UP_SECONDS = (2.0, 5.0)            # of load before the first window: the least, and the most until the clock is steady
 
 
 @dataclass
 class Budget:
-    """Limits of a search. At the end of the budget the samples so far decide, without windows if there is no time for all."""
+    """Limits of a search. At the end of the budget the samples so far decide."""
 
     trials: int | None = None       # configs
     seconds: float = math.inf       # on the bench's clock; configs that were checked are still timed once
@@ -101,41 +103,47 @@ class Search:
         """
         new = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if name not in self.trials]
         if new and not self._is_late:
-            self.bench.prepare(new[:(self.budget.trials or len(new) + len(self.trials)) - len(self.trials)])
+            left = len(new) if self.budget.trials is None else self.budget.trials - len(self.trials)
+            self.bench.prepare(new[:left])
         correct = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self._is_correct(name)]
         if self._is_late and any(trial.samples for trial in self.trials.values()):
             raise BudgetExhausted
         results = self.bench.times(correct, rounds) if correct else {}
-        incumbent = self._record_failures(results)
+        self._record_failures(results)
+        beside = results.get(self.job.incumbent, ())
         for name, samples in results.items():
             if not isinstance(samples, Failure):
-                self.trials[name] = replace(self.trials[name], samples=tuple(samples), beside=tuple(incumbent or ()))
+                self.trials[name] = replace(self.trials[name], samples=tuple(samples),
+                                            beside=() if isinstance(beside, Failure) else tuple(beside))
         timed = [name for name in dict.fromkeys(configs) if name in results and self.trials[name].status == "ok"]
         return sorted(timed, key=lambda name: (self.trials[name].seconds, name))
 
     def time_windows(self, configs: Sequence[str]) -> None:
-        """Time these configs and the incumbent, which were timed before, in windows. Raises BudgetExhausted."""
+        """Time these configs and the incumbent, which were timed before, in windows.
+
+        If the budget has too little time for all windows, take FINAL_SAMPLES of each config instead. Raises BudgetExhausted.
+        """
         last = [name for name in dict.fromkeys((self.job.incumbent, *configs)) if self.trials[name].status == "ok"]
         needed = self.problems * (WARM_UP_SECONDS[1] + WINDOWS * len(last) * 2 * WINDOW_SECONDS)
         if self.bench.now() + needed > self._start + self.budget.seconds:
-            raise BudgetExhausted
+            self.time_round(last, FINAL_SAMPLES)
+            return
         results = self.bench.windows(last, WINDOWS) if last else {}
-        incumbent = self._record_failures(results)
+        self._record_failures(results)
+        beside = results.get(self.job.incumbent)
         for name, windows in results.items():
             if not isinstance(windows, Failure):
                 self.trials[name] = replace(self.trials[name], windows=windows.seconds, clock=windows.clock,
-                                            windows_beside=incumbent.seconds if incumbent else ())
+                                            windows_beside=beside.seconds if isinstance(beside, Windows) else ())
 
     def _record_failures(self, results):
-        """Record the configs that failed. Return the result of the incumbent, or None if it has none."""
+        """Record the configs that failed."""
         for name, result in results.items():
             if isinstance(result, Failure):
                 # the samples of earlier rounds can no longer be compared with later ones
                 self._lost_incumbent |= name == self.job.incumbent and bool(self.trials[name].samples)
                 self.trials[name] = replace(self.trials[name], status=result.code, note=result.message, samples=(), beside=(),
                                             windows=(), windows_beside=(), clock=None)
-        incumbent = results.get(self.job.incumbent)
-        return None if isinstance(incumbent, Failure) else incumbent
 
     def _is_correct(self, name) -> bool:
         """Return whether a config may be timed. Each is checked once; beyond the budget only the first is."""
@@ -172,7 +180,7 @@ class Search:
         if self.job.incumbent in last and last[self.job.incumbent].seconds <= tie:
             return self.job.incumbent
         if last[best].windows:
-            # four windows tell the fastest better than their own spread
+            # a mean over half a second of launches has little noise, so there is no tie to break
             return best
         equals = [name for name, trial in last.items() if trial.seconds <= last[best].seconds * (1 + margin)]
         return min(equals, key=lambda name: (last[name].static.get("shared_memory", 0), last[name].seconds, name))
