@@ -1,5 +1,6 @@
 """The bench on interpreted kernels: correct configs pass, wrong kernels do not; and in a child process."""
 
+import dataclasses
 import itertools
 import pickle
 import threading
@@ -16,7 +17,7 @@ from tritonattn.autotune import bench as benches
 from tritonattn.autotune import search
 from tritonattn.autotune.bench import Bench, IsolatedBench, JointBench, hard_inputs, results_of
 from tritonattn.autotune.worker_pool import Failure, Workers
-from tritonattn.measure.timing import TimedError, TimingBudget, Windows
+from tritonattn.measure.timing import TimedError, Windows
 from tritonattn.runtime import launch
 
 TINY = Problem((1,), 2, 1, 48, 48, 16, 16, torch.float16)
@@ -77,7 +78,7 @@ def test_an_error_while_timing_names_its_config(device, monkeypatch):
 @pytest.fixture
 def short_windows(monkeypatch):
     monkeypatch.setattr(search, "WINDOW_SECONDS", 1e-3)
-    monkeypatch.setattr(benches, "SUSTAINED", TimingBudget(settle=(0.0, 0.0), long=0.0, small=0.0))
+    monkeypatch.setattr(benches, "SUSTAINED", dataclasses.replace(benches.SUSTAINED, settle=(0.0, 0.0), long=0.0, sample=1e-9))
 
 
 def pointers(arguments):
@@ -89,22 +90,54 @@ def pointers(arguments):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kernel", ["forward", *slow("dkdv")])
-def test_every_config_has_windows_on_tensors_of_its_own(kernel, device, monkeypatch, short_windows):
+def test_windows_rotate_over_copies_that_exceed_the_cache_twice(kernel, device, monkeypatch, short_windows):
     used, announced, real = {}, [], launch.run
 
     def run(call, on):
         real(call, on)
         if announced:  # not the forward passes that make the tensors
-            used.setdefault(call.config, set()).update(pointers(call.arguments))
+            used.setdefault(call.config, []).append(frozenset(pointers(call.arguments)))
 
     monkeypatch.setattr(launch, "run", run)
-    names = ["32x64w4s2", "64x64w4s2", "64x32w4s2"]
-    results = Bench(kernel, TINY, device, announce=announced.append).windows(names, 2)
-    assert all(len(each.seconds) == 2 and min(each.seconds) > 0 and each.clock is None for each in results.values())
-    assert set(used) == {Config.parse(name) for name in names} and all(len(each) > 3 for each in used.values())
-    assert not any(a & b for a, b in itertools.combinations(used.values(), 2))
-    # the first call, and two windows with their warm-up: each is one message
-    assert all(announced.count(name) >= 3 for name in names)
+    names, bench = ["32x64w4s2", "64x64w4s2"], Bench(kernel, TINY, device, announce=announced.append)
+    bench._timer.cache_bytes = 1.2 * TINY.bytes()
+    results = bench.windows(names, 1)
+    assert all(len(each.seconds) == 1 and min(each.seconds) > 0 and each.clock is None for each in results.values())
+    assert set(used) == {Config.parse(name) for name in names}
+    first, second = used.values()
+    copies = set(first)
+    # shared by all configs; a window has as many launches on each
+    assert len(copies) == 3 and copies == set(second) and all(len(each) > 3 for each in copies)
+    assert not any(a & b for a, b in itertools.combinations(copies, 2))
+    assert all(each[-6:].count(copy) == 2 for each in (first, second) for copy in copies)
+    # the first call, and the window with its warm-up: each is one message
+    assert all(announced.count(name) >= 2 for name in names)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("cache, copies", [(0, 1), (0.5, 1), (0.6, 2), (4, 8), (1e9, benches.MAX_COPIES)])
+def test_large_problems_have_one_copy_and_small_ones_a_limited_number(cache, copies, device, monkeypatch):
+    bench = Bench("forward", TINY, device)
+    bench._timer.cache_bytes = cache * TINY.bytes()
+    monkeypatch.setattr(bench, "_new_launcher", object)
+    assert len(bench._launchers) == len(set(bench._launchers)) == copies and bench._launcher is bench._launchers[0]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("room, copies", [(1, 1), (2, 1), (4, 2)])
+def test_without_room_there_are_fewer_copies(room, copies, device, monkeypatch):
+    made = []
+
+    def new_launcher():
+        if len(made) == room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(object())
+        return made[-1]
+
+    bench = Bench("forward", TINY, device)
+    bench._timer.cache_bytes = 5 * TINY.bytes()
+    monkeypatch.setattr(bench, "_new_launcher", new_launcher)
+    assert bench._launchers == made[:copies]
 
 
 @pytest.mark.gpu
@@ -114,21 +147,6 @@ def test_windows_of_one_config_agree(device):
     for name, (seconds, clock) in Bench("forward", problem, device).windows(["64x64w4s2", "128x64w8s2"], 3).items():
         assert len(seconds) == 3 and 1e-5 < min(seconds) and max(seconds) < 1.05 * min(seconds), name
         assert clock is None or 100 < clock < 5000
-
-
-@pytest.mark.interpreted
-@pytest.mark.parametrize("free, copies", [(1000 - 1, 1), (1000, 3)])
-def test_copies_take_at_most_half_of_the_free_memory(free, copies, device, monkeypatch):
-    taken = iter([(100, 0), (350, 0), (350, free), (350, free)])
-    monkeypatch.setattr(benches, "memory", lambda device: next(taken))
-    bench = Bench("forward", TINY, device)
-    assert len({id(each) for each in bench._launchers(3)}) == copies
-    # the fastest and the incumbent may be one config
-    assert bench._launchers(1) == [bench._launcher]
-
-
-def test_the_cpu_has_no_limit_of_memory():
-    assert benches.memory(torch.device("cpu")) == (0, float("inf"))
 
 
 VARIANTS = {"full": {}, "causal": {"window": (None, 0)}, "window": {"window": (9, 0)}, "bias": {"bias": torch.float32},

@@ -3,7 +3,8 @@
     check     two runs, within tolerance of the definition and equal bit for bit, on inputs that are hard to get right
               (`hard_inputs`), also at the problem's own size where the definition is not too large
     times     with the device's clock (measure/timing.py): rounds in which every config gives one sample
-    windows   the same under continuous load: rounds in which every config has a window, on tensors of its own
+    windows   the same under continuous load: rounds in which every config has a window. Neither finds the tensors of a launch
+              in the L2 cache: samples flush it, windows rotate over copies of the tensors
 
 A JointBench adds up the times of several problems.
 """
@@ -42,8 +43,9 @@ from .worker_pool import Child, Failure, Workers, parent_pipe, serve
 OUTPUTS = {"forward": ("o", "lse"), "dq": ("dq",), "dkdv": ("dk", "dv"), "dbias": ("dbias",)}
 # many configs are timed, so each is tried only once before
 BUDGET = timing.TimingBudget(settle=(0.2, 1.0), long=0.0)
-# calls under a millisecond are in graphs of 5 ms: the device never waits for the host
-SUSTAINED = timing.TimingBudget(settle=search.WARM_UP_SECONDS, small=1e-3, sample=5e-3)
+# launches on all copies of the tensors are in graphs of at least 5 ms: the device never waits for the host
+SUSTAINED = timing.TimingBudget(settle=search.WARM_UP_SECONDS, small=math.inf, sample=5e-3)
+MAX_COPIES = 256      # of the tensors: with 60 MB of cache, windows of problems under 0.5 MB find some of their data there
 MAX_CHECKED_SCORES = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
 DROPOUT_P = 0.5       # as in runtime/launch.py, example_launch
 ROUNDING = 3e-5       # absolute error that is always allowed: an exact 0 may come from rounded float32 sums
@@ -109,49 +111,48 @@ class Bench:
             return {config: timer.timing(config).samples for config in configs}
 
     def windows(self, configs: list[str], rounds: int) -> dict[str, timing.Windows]:
-        """Return `rounds` windows of each config, in turns, after the device is warm. Raises timing.TimedError."""
-        launchers = self._launchers(len(configs))
+        """Return `rounds` windows of each config, in turns, after the device is warm. Raises timing.TimedError.
+
+        The launches of a window rotate over copies of the tensors that together exceed the L2 cache twice: as in `times`, no
+        launch finds its tensors in the cache.
+        """
+        launchers = self._launchers
         with self._timer.context():
-            timed = {config: self._timed(config, make_launch) for config, make_launch in zip(configs, launchers)}
+            timed = {config: self._timed(config, *launchers) for config in configs}
             timer = timing.InterleavedTimer(timed, self._timer, SUSTAINED)
             timer.settle()
             return timer.windows(search.WINDOW_SECONDS, rounds)
 
-    def _launchers(self, count):
-        """Return a launcher for each of `count` configs: on tensors of its own, so that what one leaves in the L2 cache does
-        not serve another. If the copies would take more than half of the free memory, all use the same tensors: these are
-        then far larger than the cache, and no config has an advantage."""
-        first, (_, free) = self._launcher, memory(self.device)
-        if (count - 1) * self._launcher_bytes > free / 2:
-            return [first] * count
-        return [first, *(self._new_launcher() for _ in range(count - 1))]
-
     @functools.cached_property
     def _launcher(self):
-        before, _ = memory(self.device)
-        make_launch = self._new_launcher()
-        self._launcher_bytes = memory(self.device)[0] - before
-        return make_launch
+        return self._new_launcher()
 
     def _new_launcher(self):
         return launcher(self.kernel, *inputs_of(*draw(self.problem, self.device, self._seed)))
 
-    def _timed(self, config, make_launch) -> timing.Timed:
+    @functools.cached_property
+    def _launchers(self):
+        """Launchers on different copies of the tensors, shared by all configs: one for a large problem."""
+        # counted without results, biases and masks, so there is at least as much data as needed
+        copies = min(MAX_COPIES, math.ceil(2 * self._timer.cache_bytes / self.problem.bytes()) or 1)
+        launchers = [self._launcher]
+        try:
+            while len(launchers) < copies:
+                launchers.append(self._new_launcher())
+        except torch.OutOfMemoryError:
+            # the timing itself needs memory too
+            del launchers[math.ceil(len(launchers) / 2):]
+        return launchers
+
+    def _timed(self, config, *launchers) -> timing.Timed:
         @contextlib.contextmanager
         def announced():
             self._announce(config)
             yield
 
         # the launch is made at the first call, so that an error is attributed to this config
-        return timing.Timed([lambda: launch.run(make_launch(Config.parse(config)), self.device)], around=announced)
-
-
-def memory(device: torch.device) -> tuple[float, float]:
-    """Return the bytes of the tensors on a GPU, and the bytes that are left for others; 0 and infinity for the CPU."""
-    if device.type != "cuda":
-        return 0, math.inf
-    taken, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-    return taken, torch.cuda.mem_get_info(device)[0] + reserved - taken
+        return timing.Timed([lambda make=make: launch.run(make(Config.parse(config)), self.device) for make in launchers],
+                            around=announced)
 
 
 def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: torch.dtype | None = None) -> dict:
@@ -241,8 +242,8 @@ def surrounded_by_nan(x: torch.Tensor) -> torch.Tensor:
 
 
 def inputs_of(tensors: list, options: dict) -> tuple[AttentionInputs, torch.Tensor]:
-    """Return what `draw` drew as the kernels take it, and do."""
-    # bias and mask are drawn as the kernels take them, and their checks do not know the device "meta"
+    """Return the AttentionInputs and the output gradient of what `draw` returns."""
+    # bias and mask are drawn as the kernels take them, and the argument checks do not support the device "meta"
     options = dict(options)
     mask = options.pop("mask", None)
     masks = (mask.mask, mask.kv_blocks, mask.q_blocks) if isinstance(mask, BlockMask) else (mask, None, None)
