@@ -86,7 +86,7 @@ def test_a_kill_at_any_byte_changes_nothing(tmp_path):
     sweep.resume(folder, setup, say=quiet)
     whole, content = results(folder), (folder / runs.JOURNAL).read_bytes()
     rng = random.Random(0)
-    # the last cut is in the sustained end of a job
+    # the last cut is in the windows of a job
     for at in sorted([*rng.sample(range(content.index(b"\n") + 1, len(content)), 11), len(content) - 9]):
         again, setup = begun(tmp_path, f"cut-{at}")
         assert runs.read(again).plan == runs.read(folder).plan, "plans are reproducible"
@@ -104,7 +104,7 @@ def test_a_finished_sweep_times_nothing_again(tmp_path):
     assert (folder / runs.JOURNAL).read_bytes() == before
 
 
-def test_if_one_of_the_last_configs_fails_the_next_one_ends_sustained(tmp_path):
+def test_if_one_of_the_last_configs_fails_the_next_one_has_windows(tmp_path):
     class Tired(Steady):
         """The fastest config hangs under continuous load."""
 

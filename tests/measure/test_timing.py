@@ -270,6 +270,30 @@ def test_the_host_has_windows_too():
     assert 2e-3 <= seconds < 0.2 and clock is None
 
 
+@pytest.mark.parametrize("times, half", [(1, 1), (2, 1), (5, 3)])
+def test_the_clock_of_a_window_is_read_when_half_of_its_calls_have_run(times, half):
+    class Event:
+        """An event on a device that runs nothing before the host waits."""
+
+        def __init__(self, name):
+            self.name = name
+
+        def record(self):
+            issued.append(self.name)
+
+        def synchronize(self):
+            while self.name in issued:
+                ran.append(issued.pop(0))
+
+        def elapsed_time(self, other):
+            return 1e3 * ran.count("call")
+
+    issued, ran = [], []
+    cuda = object.__new__(Cuda)
+    cuda._events, cuda.state = [Event(name) for name in ("start", "middle", "end")], lambda: ran.count("call")
+    assert cuda.mean(lambda: issued.append("call"), times) == (1.0, half)
+
+
 @pytest.mark.gpu
 @pytest.mark.alone
 def test_a_window_is_as_long_as_its_calls(timer, device):

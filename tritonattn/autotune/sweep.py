@@ -2,9 +2,9 @@
 
     begin     the candidates of every job and the verdicts on them: frozen in the first line of the journal
     resume    groups of configs, interleaved with the incumbent; each config is a line of the journal when its group is done;
-              then the fastest configs of the job and the incumbent sustained (search.py), each with a line of its own again
+              then the fastest configs of the job and the incumbent under continuous load (search.py), each with a second line
 
-A kill at any moment loses at most one group, or the sustained end of one job. A sweep resumes only with the same plan, GPU and
+A kill at any moment loses at most one group, or the windows of one job. A sweep resumes only with the same plan, GPU and
 versions. One in ten of the configs that static pruning excludes is timed as well, to measure how good the pruning is.
 """
 
@@ -122,7 +122,7 @@ def _run_job(job, run, setup, record, deadline) -> bool:
 
 
 def _last_configs(job, trials, excluded) -> list[str]:
-    """Return the configs that end a job sustained; none if all of them have windows."""
+    """Return the configs of a job to be timed under continuous load; none if all of them have windows."""
     ok = {name: trial for name, trial in trials.items()
           if trial.status == "ok" and trial.samples and (name not in excluded or name == job.incumbent)}
     last = dict.fromkeys([job.incumbent, *list(sampled_times(ok))[:SUSTAINED_CONFIGS]])

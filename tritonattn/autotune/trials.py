@@ -1,7 +1,7 @@
 """The record of a sweep: a folder with one journal, sweep.jsonl.
 
     line 1        the plan, frozen: kernels, problems, configs, what is known of their binaries, and the environment
-    other lines   one trial each, in the order of trying; those that end a job sustained once more, with their windows
+    other lines   one trial each, in the order of trying; the last configs of a job once more, with their windows
 """
 
 import statistics
@@ -48,10 +48,10 @@ class Trial:
     beside: tuple[float, ...] = ()   # the incumbent's samples in the same rounds
     check: dict = field(default_factory=dict)   # {tensor: [error, allowed]}, the worst over all inputs
     static: dict = field(default_factory=dict)  # registers, stack, shared_memory, tensor_memory, occupancy, bound, cycles
-    check_seconds: float = 0.0  # compiling included
+    check_seconds: float = 0.0  # with the wait for its binaries, which are compiled next to those of other configs
     windows: tuple[float, ...] = ()         # mean seconds of a launch under continuous load, in one window each
     windows_beside: tuple[float, ...] = ()  # the incumbent's windows in the same rounds
-    clock: float | None = None              # MHz during the windows; None: unknown
+    clock: float | None = None              # MHz, the median over the windows; None: unknown
 
     @property
     def decisive(self) -> tuple[float, ...]:
@@ -70,7 +70,7 @@ class Trial:
 
     @property
     def sustained_ratio(self) -> float | None:
-        """The same of the windows."""
+        """The time of the windows as a multiple of the incumbent's."""
         return _ratio(self.windows, self.windows_beside)
 
     @staticmethod
@@ -95,8 +95,8 @@ def sampled_times(trials: dict[str, Trial]) -> dict[str, float]:
 def sustained_times(trials: dict[str, Trial]) -> dict[str, float]:
     """Return {config: time under continuous load}, the fastest first, in the units of `sampled_times`.
 
-    Only the last configs of a job have windows. Another is as much slower than the fastest of these as its samples are: none
-    is taken for faster without windows.
+    Only the last configs of a job have windows. A config without windows gets the fastest windowed time multiplied by the
+    ratio of their samples, at least 1.
     """
     sampled = sampled_times(trials)
     last = {name: trials[name].sustained_ratio or trials[name].seconds for name in sampled if trials[name].windows}

@@ -46,14 +46,15 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
     Takes the options of `attention` and raises the same errors. Only shapes, dtypes and options matter: the inputs are
     drawn. Each kernel takes minutes (less with strategy="table"), most of them to compile, and prints a line. Every config
     is checked against the definition before it is timed, in a child process. The fastest four are then timed under continuous
-    load, for about half a minute (not with strategy="table"): the GPU's clock falls more for configs that need more power.
+    load, for about half a minute per problem (not with strategy="table"): the GPU's clock falls more for configs that need more
+    power.
     The best config goes to the user cache (`python -m tritonattn cache path`), which every call looks at first.
 
     Under torch.distributed every process must call this: rank 0 tunes, and all ranks get the same configs.
 
     Args:
         q, k, v: [..., heads, length, head size], as for `attention`.
-        together: further calls, each (q, k, v, options), that shall use the same config as this one; a kernel that only some
+        together: further calls, each (q, k, v, options), that must use the same config as this one; a kernel that only some
             calls need is tuned for these. The config with the least time for all calls wins, so long calls weigh more; list a
             call twice to double its weight.
         backward: tune the kernels of the backward pass too.

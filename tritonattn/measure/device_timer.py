@@ -1,6 +1,7 @@
 """Device timers: CUDA events, or the host clock; and the GPU's sensors of clock, temperature and power."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Cuda:
         self.device = torch.device(device)
         self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         self._filler = torch.zeros(self.cache_bytes // 2, dtype=torch.float32, device=self.device)  # twice the cache's size
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
         self._stream = torch.cuda.Stream(self.device)
         self.state = Sensors(self.device).state
 
@@ -94,7 +95,7 @@ class Cuda:
         Only the start is cold: a call that repeats a kernel finds the data of its first repetition in the cache. The device
         first waits `wait` seconds, so that the host can issue the whole call.
         """
-        start, end = self._events
+        start, _, end = self._events
         self._flush()
         torch.cuda._sleep(int(max(wait, 20e-6) * 2e9))  # in cycles at 2 GHz; longer at a lower clock
         start.record()
@@ -118,13 +119,18 @@ class Cuda:
         return spent / times
 
     def mean(self, call: Call, times: int) -> tuple[float, State | None]:
-        """Return the mean seconds of so many calls without pauses between them, and the sensors while they run."""
-        start, end = self._events
+        """Return the mean seconds of so many calls without pauses between them, and the sensors when half of them have run."""
+        start, middle, end = self._events
+        half = math.ceil(times / 2)
         start.record()
-        for _ in range(times):
+        for number in range(times):
             call()
+            if number + 1 == half:
+                middle.record()
         end.record()
-        state = self.state()  # the host has issued all calls, and the device is still busy with them
+        # the host is far ahead of the device: it has issued all calls, often before the first has run
+        middle.synchronize()
+        state = self.state()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3 / times, state
 

@@ -72,7 +72,10 @@ class Timing:
 
 
 class Windows(NamedTuple):
-    """Times under continuous load: the mean seconds per call over each window, and the median clock in MHz during them."""
+    """Times under continuous load: the mean seconds per call over each window, and the clock in MHz.
+
+    The clock is the median over the windows of one reading each, when half of the window's calls have run.
+    """
 
     seconds: tuple[float, ...]
     clock: float | None  # None without sensors
@@ -150,7 +153,8 @@ class InterleavedTimer:
         """Time `rounds` windows of so many seconds of each call, in turns. `settle` must have warmed the device.
 
         Before each window its own call runs as long untimed: the clock follows the power with a delay, so without it a window
-        would begin at the clock of the call before.
+        would start at the previous call's clock. The cache is not flushed in a window: calls that must not find their inputs
+        there need several copies of them, and are repeated over these copies if the fastest takes less than `small`.
         """
         for _ in range(rounds):
             self._each(lambda sampler: sampler.window(seconds), shuffled=True)
@@ -230,7 +234,8 @@ class _Sampler:
             times = max(1, round(seconds / (self._replay_seconds or self.estimate * self.repeats)))
             self._replay_seconds, state = self._timer.mean(self.replay, times)
         self.windows.append(self._replay_seconds / self.repeats)
-        self.clocks += [] if state is None else [state.clock]
+        if state is not None:
+            self.clocks.append(state.clock)
 
     def timing(self) -> Timing:
         free = [x for i, x in enumerate(self.samples) if i not in self.throttled]
