@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import pickle
 import threading
 import time
@@ -430,7 +431,7 @@ def test_a_check_waits_for_its_own_binaries_and_no_compiler_runs_while_it_times(
     cases, names = len(benches.cases_to_compile(TINY)), ("begun", "ended", "allowed")
 
     def allow(count):
-        (tmp_path / "allowed").write_text("x" * count)
+        os.truncate(tmp_path / "allowed", count)
 
     def counts():
         return [(tmp_path / name).stat().st_size for name in names[:2]]
@@ -445,8 +446,12 @@ def test_a_check_waits_for_its_own_binaries_and_no_compiler_runs_while_it_times(
         while counts()[0] == cases:
             time.sleep(0.01)
         threading.Timer(0.3, allow, [cases + 1]).start()
+        # a bench that does not cancel the others waits for them
+        rest = threading.Timer(3.0, allow, [99])
+        rest.start()
         bench.times(["32x32w4s1"], 1)
         assert counts() == [cases + 1] * 2, "what runs is waited for"
+        rest.cancel()
         allow(99)
         time.sleep(0.2)
         assert counts() == [cases + 1] * 2, "the others are cancelled"
