@@ -1,6 +1,7 @@
 """The bench on interpreted kernels: correct configs pass, wrong kernels do not; and in a child process."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pickle
@@ -427,19 +428,20 @@ while True:
 """
 
 
-def test_a_check_waits_for_its_own_binaries_and_no_compiler_runs_while_it_times(tmp_path):
-    cases, names = len(benches.cases_to_compile(TINY)), ("begun", "ended", "allowed")
-
-    def allow(count):
-        os.truncate(tmp_path / "allowed", count)
-
-    def counts():
-        return [(tmp_path / name).stat().st_size for name in names[:2]]
-
+@pytest.fixture
+def compiling(tmp_path):
+    """A compiler, a function that allows so many jobs to end, and one that counts the jobs that have begun and ended."""
+    names = ("begun", "ended", "allowed")
     [(tmp_path / name).touch() for name in names]
+    with Workers(1, code=COMPILER.format(folder=str(tmp_path))) as workers:
+        yield (workers, functools.partial(os.truncate, tmp_path / "allowed"),
+               lambda: [(tmp_path / name).stat().st_size for name in names[:2]])
+
+
+def test_a_check_waits_for_its_own_binaries_and_no_compiler_runs_while_it_times(compiling):
+    cases, (workers, allow, counts) = len(benches.cases_to_compile(TINY)), compiling
     allow(cases)
-    with Workers(1, code=COMPILER.format(folder=str(tmp_path))) as workers, \
-            IsolatedBench("forward", TINY, "cpu", code=child(), compilers=(workers, gpu.KNOWN["sm_90"])) as bench:
+    with IsolatedBench("forward", TINY, "cpu", code=child(), compilers=(workers, gpu.KNOWN["sm_90"])) as bench:
         bench.prepare(["32x32w4s1", "64x64w4s2", "64x32w4s2"])
         assert bench.check("32x32w4s1") == GOOD and counts()[1] == cases
         assert bench.check("another") == GOOD and counts()[1] == cases, "checked without preparation"
@@ -459,6 +461,24 @@ def test_a_check_waits_for_its_own_binaries_and_no_compiler_runs_while_it_times(
         assert bench.check("64x32w4s2") == GOOD and counts() == [cases + 1] * 2
         bench.prepare(["64x32w4s2"])
         assert bench.check("64x32w4s2") == GOOD and counts() == [2 * cases + 1] * 2
+
+
+def test_the_timing_of_one_problem_does_not_wait_for_the_queue_of_another(compiling):
+    workers, allow, counts = compiling
+    first, second = (IsolatedBench("forward", problem, "cpu", code=child(), compilers=(workers, gpu.KNOWN["sm_90"]))
+                     for problem in (TINY, CAUSAL))
+    bench = JointBench({TINY: first, CAUSAL: second}, {TINY: 1, CAUSAL: 1})
+    with first, second:
+        bench.prepare(["32x32w4s1", "64x64w4s2"])
+        while counts()[0] == 0:
+            time.sleep(0.01)
+        # one job runs now, and the second problem's may begin another before it is cancelled too
+        timers = [threading.Timer(seconds, allow, [count]) for seconds, count in ((0.3, 2), (3.0, 99))]
+        [timer.start() for timer in timers]
+        assert bench.times(["32x32w4s1"], 1) == {"32x32w4s1": (2.0,)}
+        timers[1].cancel()
+        begun, ended = counts()
+        assert begun == ended <= 2
 
 
 @pytest.mark.slow

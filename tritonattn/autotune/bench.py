@@ -324,7 +324,8 @@ class IsolatedBench:
     def stop_preparing(self) -> None:
         """Cancel what no compiler has begun, and wait for what is being compiled: compilers would disturb the timing."""
         self._cancel()
-        concurrent.futures.wait(itertools.chain(*self._compiling.values()))
+        # a cancelled job stays in the queue, behind the jobs of other benches
+        concurrent.futures.wait([future for future in itertools.chain(*self._compiling.values()) if not future.cancelled()])
         # what was cancelled can be prepared again
         self._compiling = {config: futures for config, futures in self._compiling.items()
                            if not any(future.cancelled() for future in futures)}
