@@ -87,7 +87,7 @@ def _outcome(kernel, problem, config, rng) -> tuple[str, float, dict]:
 
 
 def _ended(trials, job, rng) -> list[Trial]:
-    """Return the trials with windows for those that end sustained, at a clock of their own each."""
+    """Return the trials that are timed under continuous load, with windows, each at its own clock."""
     ok = {trial.config: trial for trial in trials if trial.status == "ok"}
     last = list(dict.fromkeys([job.incumbent, *list(runs.sampled_times(ok))[:search.SUSTAINED_CONFIGS]]))
     clocks = {name: rng.uniform(1650, 1750) for name in last}

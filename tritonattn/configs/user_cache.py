@@ -48,7 +48,7 @@ class Record:
     versions: dict     # and other facts of the machine: tritonattn, torch, triton, cuda, driver, ...
     kernel_hash: str   # of the kernels that were timed
     run: dict          # time (UTC), strategy, trials, seconds, seed; tried: the configs of this and earlier runs;
-                       # together: the keys that share this config
+                       # together: the keys that share this config; calls: the weight of each of their problems
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(Record).items():
