@@ -71,8 +71,9 @@ def run_step(path: Path, arguments: list[str], seconds: float) -> int | None:
     Return the exit code; None if it was interrupted after so many seconds.
     """
     with path.open("ab") as log:
+        # a shell starts background jobs with SIGINT ignored, which a step would inherit
         process = subprocess.Popen([sys.executable, "-m", *arguments], stdout=log, stderr=subprocess.STDOUT,
-                                   start_new_session=True)
+                                   start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         try:
             code = process.wait(seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:

@@ -44,9 +44,10 @@ def test_step_keeps_its_output_and_its_exit_code(shell, tmp_path, capsys):
     ("trap 'echo interrupted; exit 5' INT; sleep 60 & wait", "interrupted\n"),
     ("trap '' INT; echo ignored; sleep 60", "ignored\n"),
 ])
-def test_step_is_interrupted_and_then_killed_at_its_limit(shell, tmp_path, script, output, capsys):
+def test_step_is_interrupted_and_then_killed_at_its_limit(shell, tmp_path, script, output, capsys, request):
     shell(script)
-    start = time.monotonic()
+    start, before = time.monotonic(), signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts background jobs
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert gpu.run_step(tmp_path / "a.log", ["x"], 5.0) is None and time.monotonic() - start < 40
     assert capsys.readouterr().out == f"a: time limit reached; {output}"
 

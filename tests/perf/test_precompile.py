@@ -99,7 +99,11 @@ def test_an_archive_never_exceeds_its_limit(tmp_path):
 def test_an_interrupted_pack_keeps_the_old_archive(tmp_path, monkeypatch):
     entry(tmp_path / "made", "A", cubin=b"a")
     precompile.pack(tmp_path / "made", tmp_path / "kernels.tar.xz")
-    monkeypatch.setattr(precompile.tarfile.TarFile, "add", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(precompile.tarfile.TarFile, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
         precompile.pack(tmp_path / "made", tmp_path / "kernels.tar.xz")
     assert precompile.unpack(tmp_path / "kernels.tar.xz", tmp_path / "used") == {"A"}
