@@ -115,6 +115,7 @@ CELLS = {
 }
 
 
+@pytest.mark.slow  # compiles twelve kernels
 def test_golden_reports():
     for (cell, golden), found in zip(CELLS.items(), compiled(GOLDEN.format(cells=list(CELLS)))):
         assert found[3] == golden[3] and 0.5 * golden[1] <= found[1] <= 2 * golden[1] and found[0] > 100, (cell, found)

@@ -10,6 +10,7 @@ import pytest
 from perf.config_table import LIGHT_SPILLS
 from tests.helpers.compile_server import compiled
 from tests.helpers.shipped_rows import OWN, PROVED
+from tests.helpers.tiers import slow
 from tritonattn.configs import shipped as tables
 from tritonattn.configs.shipped import WIDTHS
 from tritonattn.gpu import KNOWN
@@ -51,7 +52,7 @@ UNSEEN = 32
 EVERY = os.environ.get("TRITONATTN_EVERY_ROW") == "1"
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_90", *slow("sm_80", "gfx942")])
 def test_rows_of_forward_and_dkdv_at_128(arch):
     check_rows(arch, kernels=("forward", "dkdv"), itemsizes=(2,), widths=(128,))
 

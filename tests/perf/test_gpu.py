@@ -48,7 +48,7 @@ def test_step_is_interrupted_and_then_killed_at_its_limit(shell, tmp_path, scrip
     shell(script)
     start, before = time.monotonic(), signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts background jobs
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    assert gpu.run_step(tmp_path / "a.log", ["x"], 5.0) is None and time.monotonic() - start < 40
+    assert gpu.run_step(tmp_path / "a.log", ["x"], 2.0) is None and time.monotonic() - start < 40
     assert capsys.readouterr().out == f"a: time limit reached; {output}"
 
 

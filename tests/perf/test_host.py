@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from perf import host
 from tests.helpers.compile_server import compiled
 
@@ -25,6 +27,7 @@ def test_repeated_calls_are_cheap():
     assert patched < 1.5 * own, launches                    # goal: 1.2
 
 
+@pytest.mark.slow  # starts a process
 def test_unknown_case_is_an_error():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-m", "perf.host", "--profile", "sideways"], capture_output=True, text=True,

@@ -129,6 +129,7 @@ print(json.dumps([[binary() is not None for binary in binaries], len(forward_ker
 """
 
 
+@pytest.mark.slow  # compiles nine kernels twice
 def test_launched_binaries_are_the_inspected_ones():
     """Triton's launch path accepts records as arguments, and compiles the binary that inspect reads."""
     results = compiled(INSPECTED, fresh=True)
