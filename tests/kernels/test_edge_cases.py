@@ -132,6 +132,15 @@ def test_nan_and_infinity_reach_unmasked_pairs_only(name):
     torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance, equal_nan=True, check_dtype=False)
 
 
+def test_weight_that_rounds_to_zero_times_infinity_is_nan(device):
+    """With a mask as without: the NaN-safe loop also counts weights that are 0 only in the dtype of the values."""
+    q, k, v = (torch.zeros(1, 1, 16, 16, dtype=torch.float16, device=device) for _ in range(3))
+    q[..., 0], k[..., 0, 0], v[..., 0, :] = 1, -80, torch.inf  # a weight of e^-20, 2e-9
+    with config.pinned(Config(16, 16)):
+        assert attention(q, k, v).isnan().all()
+        assert attention(q, k, v, mask=torch.ones(16, dtype=torch.bool, device=device)).isnan().all()
+
+
 def test_one_gradient_alone_is_nan_safe():
     *inputs, do, dlse = spoiled({"q": 8, "do": 8}, n_q=24, n_k=24, heads=2, kv_heads=2, d=40)
     options = {"window": (None, 0), "align": "top_left"}

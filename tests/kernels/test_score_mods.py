@@ -214,7 +214,7 @@ def test_float32_bias_for_16_bit_queries(device):
 @pytest.mark.parametrize("options", [{"causal": True, "align": "top_left"}, {"window": (7, 2), "align": "bottom_right"},
                                      *slow({}, {"causal": True, "align": "bottom_right"})], ids=str)
 def test_key_lengths_per_sequence(options, device):
-    q, k, v = tensors(device, batch=(4,), n_k=50)
+    q, k, v = tensors(device, batch=(4,), n_k=50, d=40)  # held in two parts
     bias, lengths = torch.randn(50, device=device, requires_grad=True), [50, 17, 0, 33]
     with config.pinned(TILES):
         ours = outcome(attention, (q, k, v, bias), key_lengths=torch.tensor(lengths, device=device), **options)
