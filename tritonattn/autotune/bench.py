@@ -49,7 +49,7 @@ MAX_COPIES = 256      # of the tensors: with 60 MB of cache, windows of problems
 MAX_CHECKED_SCORES = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
 DROPOUT_P = 0.5       # as in runtime/launch.py, example_launch
 ROUNDING = 3e-5       # absolute error that is always allowed: an exact 0 may come from rounded float32 sums
-JSON_INFINITY = 1e30           # stands for infinity, which JSON does not have
+JSON_INFINITY = 1e30  # stands for infinity, which JSON does not have
 # limits of IsolatedBench in seconds, compiling included; while it times, for each message of the child
 OPEN_LIMIT, CHECK_LIMIT, TIMING_LIMIT = 300.0, 180.0, 180.0
 WRONG = ("incorrect", "not repeatable")  # after any other failure the child is replaced

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MAX_COMPILERS = 32        # compilers: each takes about 1 GB of memory
+MAX_COMPILERS = 32  # each takes about 1 GB of memory
 TIMEOUT = 120.0  # seconds for a compilation: the slowest one that succeeded took 10
 
 
@@ -85,7 +85,7 @@ class Child:
 
     @property
     def is_running(self) -> bool:
-        """Whether `stop` has not been called."""
+        """True until `stop` is called."""
         return self.process.returncode is None
 
     def kill(self) -> None:
