@@ -167,15 +167,15 @@ def softmax_backward(function):
 @grader("3.2")
 def saved_bytes(answer):
     n, heads, d = 8192, 16, 128
-    o, lse = 2 * n * heads * d, 4 * n * heads
-    expected = 2 * o + lse
+    o, number = 2 * n * heads * d, 4 * n * heads
+    expected = 2 * o + 2 * number
     praise = f"That is {expected / 1e6:.0f} MB. The weights would take {2 * heads * n * n / 1e9:.1f} GB."
     return compare(answer, expected, praise, {
-        o + lse: "That is O and the log-sum-exp. With precise_grad=True one more tensor is kept.",
-        2 * o: "That is O and its rounding error. One more number is kept for each row.",
-        2 * o + lse // 2: "The log-sum-exp is float32, whatever the inputs are.",
+        o + 2 * number: "That is O and two numbers for each row. With precise_grad=True one more tensor is kept.",
+        2 * o: "That is O and its rounding error. Two more numbers are kept for each row.",
+        2 * o + number: "Two numbers are kept for each row: m and ln l. In float32, whatever the inputs are.",
         expected // heads: "That is one head.",
-        2 * o + 2 * lse: "One number is kept for each row. Delta is computed at the start of the backward pass.",
+        2 * o + 3 * number: "Two numbers are kept for each row. Delta is computed at the start of the backward pass.",
         2 * expected: "A bfloat16 has two bytes.",
     }, f"Got {answer}. Which tensors, how many numbers in each, how many bytes each?")
 

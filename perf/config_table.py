@@ -1,12 +1,16 @@
 """Build the shipped table of a GPU from compiled candidates. No GPU is needed.
 
     python -m perf.config_table h200 a100 [--like GPU] [--also PYTHON]    build tables; a stopped build resumes
+    python -m perf.config_table h200 --search dq/128/full ...             build a table, but search these rows only
     python -m perf.config_table h200 --from-sweeps runs/d128              replace rows by what sweeps measured
     python -m perf.config_table h200 --restamp                            accept edited kernels with the same binaries
+    python -m perf.config_table h200 --restamp --update                   record what edited kernels compile to
 
 A row gets the config with the least modelled time among those without a fault. 16-bit rows with heads of 64, 128 and 256
 are searched. The other rows choose among the configs of the old table and of neighbouring head sizes; they are searched only
-if each of these has a fault. `--like` starts from the table of another GPU instead, and then this holds for all rows. Configs
+if each of these has a fault. `--like` starts from the table of another GPU instead, and then this holds for all rows. With
+`--search` only the named rows are searched, and checked rows without a fault that now get one; the others choose among the
+configs of their old row and of searched rows of their head size. Configs
 of 16-bit rows with heads of 64 and 128 must also do well on the other problems that use the row, and with the Triton of
 another Python (`--also`). Configs of float32 rows must fit with IEEE and with TF32 products.
 """
@@ -31,7 +35,7 @@ from tritonattn import __version__
 from tritonattn import gpu as gpus
 from tritonattn.analysis.cost_model import estimate
 from tritonattn.autotune import trials
-from tritonattn.autotune.prune import Verdict, candidates, check_config, check_report, ranked
+from tritonattn.autotune.prune import Verdict, candidates, check_config, check_report, forms, ranked
 from tritonattn.autotune.replay import comparable
 from tritonattn.autotune.trials import sustained_times
 from tritonattn.autotune.worker_pool import Failure, Workers
@@ -142,16 +146,17 @@ class RowBuilder:
         self._verdicts: dict[tuple[Variant, Config], Verdict] = {}
         self._faults: dict[Config, list[str]] = {}  # in variants
 
-    def build(self, configs: set[Config], search: bool) -> Row:
+    def build(self, configs: set[Config], search: bool, repair: bool = True) -> Row:
         """Return the row with the best of these configs, or of all candidates if each of these has a fault.
 
-        search: whether to compile all candidates in any case. Raises ValueError if no config fits.
+        search: whether to compile all candidates in any case. repair: whether to do so where each of the configs has a
+        fault. Raises ValueError if no config fits.
         """
         row = self.choose(configs)
         kernel, size, width, _ = self.key
         # wide heads of float32 spill with every config and take long to compile
         faulty = row and (size == 2 or width <= 128) and (row.filled.accepted_fault or row.underfilled.accepted_fault)
-        if row is None or faulty or search:
+        if row is None or (faulty and repair) or search:
             example = self._examples["filled"]
             tiles = {config for config in candidates(kernel, example, self._gpu, stages_of(self.key, self._gpu))
                      if sensible(self.key, config, self._gpu) and check_config(kernel, example, config, self._gpu) is None}
@@ -232,22 +237,47 @@ class RowBuilder:
         return verdict.reason or re.split("[:,]", faults[0])[0]
 
 
-def known_configs(key: tuple, gpu: Gpu, old: dict, done: dict) -> set[Config]:
-    """Return the configs of the old row, and for 16-bit rows those it rejected and those of neighbouring widths."""
-    rows = [old.get(key)]
-    if key[1] == 4:
-        return {getattr(row, fill).config for row in rows if row for fill in FILLS}
-    rejected, at = map(Config.parse, rows[0].rejected if rows[0] else ()), WIDTHS.index(key[2])
-    rows += [done.get((*key[:2], width, key[3])) for width in WIDTHS[max(at - 1, 0):at + 2]]
-    # only Hopper leaves the edges out of its pipeline
-    edge_stages = 1 if gpu.arch == "sm_90" else None
-    return {replace(config, edge_stages=edge_stages if config.num_stages > 1 else None)
-            for config in (*rejected, *(getattr(row, fill).config for row in rows if row for fill in FILLS))}
+def known_configs(key: tuple, gpu: Gpu, old: dict, done: dict, search: list[str] | None) -> set[Config]:
+    """Return the configs of the old row, and for 16-bit rows those of finished neighbours.
+
+    Where all rows are searched, neighbours are the rows of neighbouring widths, and the configs that the old row rejected
+    count too. Where `search` names rows, neighbours are those of the same width.
+    """
+    kernel, size, width, mask = key
+    rows, rejected = [old.get(key)], ()
+    if size == 2 and search is None:
+        at, rejected = WIDTHS.index(width), map(Config.parse, rows[0].rejected if rows[0] else ())
+        rows += [done.get((kernel, size, near, mask)) for near in WIDTHS[max(at - 1, 0):at + 2]]
+    elif size == 2:
+        rows += [done.get((kernel, size, width, other)) for other in MASKS if searched((kernel, size, width, other), search)]
+    configs = (*rejected, *(getattr(row, fill).config for row in rows if row for fill in FILLS))
+    if size == 4:
+        return set(configs)
+    return {form for config in configs for form in forms(kernel, DTYPES[size], config, gpu)
+            if model_knows(form, gpu)}
 
 
-def searched(key: tuple) -> bool:
-    """Return whether a build looks for new configs even if the known ones have no fault."""
-    return key[1] == 2 and key[2] in (64, 128, 256)
+def present_form(key: tuple, config: Config, gpu: Gpu) -> Config:
+    """Return a config of a row with the fields that its GPU always sets."""
+    of_16_bits = forms(key[0], DTYPES[key[1]], config, gpu) if key[1] == 2 else [config]
+    return next(form for form in of_16_bits if form.ahead == config.ahead)
+
+
+def sound(row: Row | None) -> bool:
+    """Return whether a checked row has no fault. Where it has one, an earlier search has found nothing better."""
+    return row is not None and row.itemsize == 2 and row.width in CHECKED_WIDTHS and not (
+        row.filled.accepted_fault or row.underfilled.accepted_fault)
+
+
+def model_knows(config: Config, gpu: Gpu) -> bool:
+    """Return whether the cost model can judge a config: it reads what `ahead` gains from the machine code of Hopper only."""
+    return gpu.arch == "sm_90" or not config.ahead
+
+
+def searched(key: tuple, search: list[str] | None) -> bool:
+    """Return whether a build looks for new configs even if the known ones have no fault. `search` names rows, if given."""
+    kernel, size, width, mask = key
+    return size == 2 and (width in (64, 128, 256) if search is None else f"{kernel}/{width}/{mask}" in search)
 
 
 def stages_of(key: tuple, gpu: Gpu) -> tuple[int, ...]:
@@ -268,7 +298,7 @@ def sensible(key: tuple, config: Config, gpu: Gpu) -> bool:
     """
     kernel, size, width, mask = key
     owner = config.block_n if kernel == "dkdv" else config.block_m
-    if size == 2 and width <= 128 and owner < 64 and mask != "pairs":
+    if not model_knows(config, gpu) or (size == 2 and width <= 128 and owner < 64 and mask != "pairs"):
         return False
     if size == 4:
         least, largest = 16, 32 if width > 64 and not gpu.is_amd else 64
@@ -282,17 +312,22 @@ def path_of(gpu: Gpu, folder: Path = FOLDER) -> Path:
     return folder / f"{environment.slug(gpu.name)}.json"
 
 
-def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, folder: Path = FOLDER, work: Path = WORK) -> Path:
+def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, search: list[str] | None = None,
+          folder: Path = FOLDER, work: Path = WORK) -> Path:
     """Build all rows of a GPU's table, then write the file and return its path.
 
-    like: another GPU, whose table to start from. also: a Python with another Triton. Rows are kept in `work` until the table
-    is complete; after an edit of the package the build starts from the beginning.
+    like: another GPU, whose table to start from. also: a Python with another Triton. search: the rows to search, such as
+    "dq/128/full"; None for those of common head sizes. Rows are kept in `work` until the table is complete; after an edit of
+    the package the build starts from the beginning.
     """
+    names = {f"{kernel}/{width}/{mask}" for kernel, size, width, mask in row_keys_of(gpu) if size == 2}
+    if unknown := set(search or ()) - names:
+        raise ValueError(f"search: expected rows such as dq/128/full, got {', '.join(sorted(unknown))}")
     path, start = path_of(gpu, folder), path_of(like or gpu, folder)
     old = read_table(start).rows if like or start.exists() else {}
     tritons = {"triton": triton.__version__} | ({"second_triton": triton_of(also)} if also else {})
     source = environment.source_digest(Path(__file__), patterns=("**/*.py",))
-    plan = {"gpu": gpu.name, "like": like and like.name, "source": source} | tritons
+    plan = {"gpu": gpu.name, "like": like and like.name, "search": search, "source": source} | tritons
     work.mkdir(parents=True, exist_ok=True)
     provenance = {"tritonattn": __version__, "kernel_hash": kernel_hash()} | tritons
     table = Table(path.stem, {"name": gpu.name} | gpu_fingerprint(gpu), provenance, {})
@@ -301,10 +336,12 @@ def build(gpu: Gpu, like: Gpu | None = None, also: str | None = None, folder: Pa
         partial.rows.update(read_table(work / f"{partial.name}.json").rows)
     with Workers() as workers, Workers(python=also) if also else contextlib.nullcontext() as second:
         # searched rows come first, because the others choose among their configs
-        for key in sorted(row_keys_of(gpu), key=lambda key: not searched(key)):
+        for key in sorted(row_keys_of(gpu), key=lambda key: not searched(key, search)):
             if key not in partial.rows:
                 builder = RowBuilder(key, gpu, workers, second)
-                row = builder.build(known_configs(key, gpu, old, partial.rows), search=like is None and searched(key))
+                row = builder.build(known_configs(key, gpu, old, partial.rows, search),
+                                    search=like is None and searched(key, search),
+                                    repair=search is None or sound(old.get(key)))
                 partial.rows[key] = row
                 write_table(partial, work)
                 print(f"{gpu.name}  {key[0]:8} {8 * key[1]:2} bits  {key[2]:3}  {key[3]:6} {row.filled.config!s:14} "
@@ -361,25 +398,49 @@ def fastest(by_config: dict[Config, list[tuple[float, dict]]]) -> Config:
                key=lambda config: (geometric_mean(time for time, _ in by_config[config]), str(config)))
 
 
-def restamp(gpu: Gpu, workers: Workers, folder: Path = FOLDER) -> Path:
+def restamp(gpu: Gpu, workers: Workers, folder: Path = FOLDER, update: bool = False) -> Path:
     """Write the current kernel hash into a GPU's table and return its path.
 
-    Raises ValueError unless the configs of all checked rows compile to the recorded registers and memory, with the recorded
-    version of Triton.
+    update: record what the configs of checked rows compile to for the example of their row, and search the rows that have a
+    new fault. Raises ValueError for another version of Triton, or, without `update`, for a checked row that compiles to other
+    registers or memory than recorded.
     """
     table = read_table(path_of(gpu, folder))
     if table.provenance["triton"] != triton.__version__:
         raise ValueError(f"{table.name}: made with Triton {table.provenance['triton']}, got {triton.__version__}")
-    entries = [(row.key, entry) for row in table.rows.values() if row.itemsize == 2 and row.width in CHECKED_WIDTHS
-               for entry in (row.filled, row.underfilled) if entry.registers is not None]
-    jobs = [(key[0], example_problem(key, "filled", gpu), entry.config, gpu) for key, entry in entries]
-    for compiled, (key, entry) in zip(workers.map(jobs), entries):
+    if update:
+        # what is not compiled below is unknown from now on
+        for key, row in table.rows.items():
+            entries = {fill: getattr(row, fill) for fill in FILLS}
+            entries = {fill: replace(entry, config=present_form(key, entry.config, gpu), registers=None)
+                       for fill, entry in entries.items()}
+            table.rows[key] = replace(row, **entries)
+    checked = {row.key for row in table.rows.values() if row.itemsize == 2 and row.width in CHECKED_WIDTHS}
+    entries = [(key, fill, getattr(table.rows[key], fill)) for key in checked for fill in FILLS]
+    entries = [(key, fill, entry) for key, fill, entry in entries if update or entry.registers is not None]
+    jobs = [(key[0], example_problem(key, "filled", gpu), entry.config, gpu) for key, _, entry in entries]
+    searching = []
+    for compiled, (key, fill, entry) in zip(workers.map(jobs), entries):
         resources = None if isinstance(compiled, Failure) else (
             compiled.registers, compiled.shared_memory, compiled.tensor_memory)
-        if resources != (recorded := (entry.registers, entry.shared_memory, entry.tensor_memory)):
+        if update:
+            found = Verdict(entry.config, compiled.code, compiled.message) if resources is None else check_report(compiled)
+            if found.reason and (not entry.accepted_fault or not found.estimate):
+                print(f"{gpu.name}  {key}: {entry.config}: {fault_of(found)}; searching", flush=True)
+                searching.append(key)
+            else:
+                entry = replace(entry_of(found), source=entry.source, accepted_fault=fault_of(found) or entry.accepted_fault)
+                table.rows[key] = replace(table.rows[key], **{fill: entry})
+        elif resources != (recorded := (entry.registers, entry.shared_memory, entry.tensor_memory)):
             raise ValueError(f"{table.name}, {key}: {entry.config} compiles to another binary: registers, shared and tensor "
                              f"memory are {resources}, recorded are {recorded}; rebuild the table")
-    return write_table(replace(table, provenance=table.provenance | {"kernel_hash": kernel_hash()}), folder)
+    for key in dict.fromkeys(searching):
+        known = {getattr(table.rows[key], fill).config for fill in FILLS}
+        table.rows[key] = RowBuilder(key, gpu, workers).build(known, search=True)
+    provenance = table.provenance | {"kernel_hash": kernel_hash()}
+    if update:
+        provenance.pop("second_triton", None)  # it has not compiled these kernels
+    return write_table(replace(table, provenance=provenance), folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -389,19 +450,23 @@ def main(argv: list[str] | None = None) -> int:
     mode = top.add_mutually_exclusive_group()
     mode.add_argument("--from-sweeps", type=Path, nargs="+", metavar="FOLDER", help="replace rows by what sweeps measured")
     mode.add_argument("--restamp", action="store_true", help="accept edited kernels if the binaries are the same")
+    mode.add_argument("--search", nargs="*", metavar="KERNEL/WIDTH/MASK", help="search these rows only: dq/128/full")
     mode.add_argument("--like", metavar="GPU", help="start from this GPU's table and search only rows with a fault: faster")
+    top.add_argument("--update", action="store_true", help="with --restamp: record what the checked rows compile to now")
     top.add_argument("--also", metavar="PYTHON", help="a Python with another Triton that must compile the configs well too")
     arguments = top.parse_args(argv)
+    if arguments.update and not arguments.restamp:
+        top.error("--update: expected --restamp with it")
     try:
         like = gpus.named(arguments.like) if arguments.like else None
         for gpu in map(gpus.named, arguments.gpus):
             if arguments.restamp:
                 with Workers() as workers:
-                    path = restamp(gpu, workers)
+                    path = restamp(gpu, workers, update=arguments.update)
             elif arguments.from_sweeps:
                 path = build_from_sweeps(gpu, [trials.read(folder) for folder in arguments.from_sweeps])
             else:
-                path = build(gpu, like, arguments.also)
+                path = build(gpu, like, arguments.also, arguments.search)
             print(f"wrote {path}")
     except (ValueError, OSError, TableError, JournalError) as error:
         top.error(f"{error}")

@@ -14,7 +14,7 @@ from tests.helpers.tiers import slow, slow_rows
 from tests.kernels.test_score_mods import tensors
 from tritonattn import BlockMask, Config, Problem, attention, block_mask, config, reference, scaled_dot_product_attention
 from tritonattn.block_mask import TILE
-from tritonattn.kernels import backward, forward, window
+from tritonattn.kernels import forward, scores, window
 from tritonattn.runtime import launch
 
 N_Q, N_K = 300, 330
@@ -22,14 +22,14 @@ TILES = Config(128, 128, edge_stages=1)  # an interpreted step is slow whatever 
 
 
 VISITS = []
-SCORES = forward.scores.fn
+LOAD = scores.load_modifiers.fn
 
 
 @triton.jit
-def counted(a, b, row, col, n, scoring, static, MODE):
-    """Record the tile and the mode, then compute scores. At module level, since the interpreter rewrites it."""
+def counted(row, col, n, M, N, scoring, MODE):
+    """Record the tile and the mode, then load bias and mask. At module level, since the interpreter rewrites it."""
     VISITS.append((int(row.handle.data.item()) // TILE, int(col.handle.data.item()) // TILE, getattr(MODE, "value", MODE)))
-    return SCORES(a, b, row, col, n, scoring, static, MODE)
+    return LOAD(row, col, n, M, N, scoring, MODE)
 
 
 def documents(n_q=N_Q, n_k=N_K, ends=(130, 260), device="cpu"):
@@ -121,8 +121,8 @@ def test_loops_visit_nonempty_blocks_only(name, monkeypatch):
     mask = masks("cpu")[name]
     given = block_mask(mask)
     q, k, v = tensors("cpu", batch=(1,), heads=1, n_q=N_Q, n_k=N_K, grad=False)
-    for module in (forward, backward):
-        monkeypatch.setattr(module, "scores", counted)
+    for module in (forward, scores):
+        monkeypatch.setattr(module, "load_modifiers", counted)
     found = {}
     with config.pinned(TILES):
         for kernel, leaf in (("dq", q), ("dkdv", k)):

@@ -40,10 +40,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         dropout_seed: int64 tensor of one element on q's device; drawn from torch's generator if None. See `dropout_mask`.
         return_lse: also return the log-sum-exp of each row's scores.
         precise_grad: where a gradient is needed, keep the rounding error of a 16-bit output, so that dQ is exact to
-            rounding also for data with a common mean. Costs one more tensor of the output's size. The forward pass then
-            sums differently than without a gradient, so 16-bit outputs may differ in the last bit. Reentrant checkpointing
-            runs the first pass without a gradient, so its output may differ from that of the recomputed pass; with
-            precise_grad=False, or with use_reentrant=False, they are equal.
+            rounding also for data with a common mean. Costs one more tensor of the output's size. The output has the same
+            bits with and without it, and with and without gradients.
         softcap, sink: not supported yet; anything but None raises.
 
     Returns:

@@ -15,6 +15,10 @@ class Config:
     Raises ValueError unless block sizes are powers of two from 16 on, and num_warps a power of two.
 
     edge_stages=1 keeps the masked end of a loop out of the software pipeline (see kernels/window.py).
+
+    ahead starts a product before the exponentials, which then run beside it, for more registers: in the forward kernel the
+    scores of the next tile, in dK/dV the gradient of the weights of this tile. The other kernels ignore it. mma_sum lets
+    tensor cores add up the 16-bit weights that V is multiplied with, in the forward kernel.
     """
 
     block_m: int         # queries per tile
@@ -22,12 +26,17 @@ class Config:
     num_warps: int = 4   # per program
     num_stages: int = 2  # tiles in flight in the pipelined loop
     edge_stages: int | None = None
+    ahead: bool = False
+    mma_sum: bool = False
 
     def __post_init__(self):
         for name in ("block_m", "block_n", "num_warps", "num_stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        for name in ("ahead", "mma_sum"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.edge_stages not in (None, 1):
             raise ValueError(f"edge_stages: expected 1 or None, got {self.edge_stages!r}")
         for name, least in (("block_m", 16), ("block_n", 16), ("num_warps", 1)):
@@ -37,14 +46,19 @@ class Config:
 
     @staticmethod
     def parse(text: str) -> "Config":
-        """Return the config printed as `text`: "128x64w8s3" is Config(128, 64, num_warps=8, num_stages=3)."""
-        match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(?:e(1))?", text)
+        """Return the config printed as `text`: "128x64w8s3" is Config(128, 64, num_warps=8, num_stages=3).
+
+        After that may come e1 for edge_stages=1, a for ahead and m for mma_sum: "128x64w8s3e1am".
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(?:e(1))?(a?)(m?)", text)
         if not match:
             raise ValueError(f"config: expected the form 128x64w8s3, got {text!r}")
-        return Config(*(int(number) for number in match.groups() if number))
+        *numbers, ahead, mma_sum = match.groups()
+        return Config(*(int(number) for number in numbers if number), ahead=bool(ahead), mma_sum=bool(mma_sum))
 
     def __str__(self):
-        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}" + ("e1" if self.edge_stages else "")
+        flags = ("e1" if self.edge_stages else "") + ("a" if self.ahead else "") + ("m" if self.mma_sum else "")
+        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}{flags}"
 
 
 _pinned: list[dict[str, Config]] = []  # the innermost last

@@ -77,6 +77,23 @@ def test_loops_over_tiles_are_innermost_without_nan_safe_shortest_first():
     assert sass.loops("") == ()
 
 
+def lines(*instructions):
+    return "".join(f"        /*{i:04x}*/                   {text} ;\n" for i, text in enumerate(instructions))
+
+
+def test_softmax_beside_products():
+    """A product that is waited for in the next iteration runs beside what stands before that wait."""
+    wait, product = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "HGMMA.64x128x16.F32 R88, R152, gdesc[UR20], R88, gsb0"
+    body = ["FMNMX R1, R2, R3", wait, "MUFU.EX2 R1, R2", product, "FADD R1, R2, R3", "MUFU.EX2 R4, R5"]
+    loop, = sass.loops(".L_x_1:\n" + lines(*body, "@P0 BRA `(.L_x_1)"))
+    assert loop.softmax_beside_products == pytest.approx(2 / 3), "the maximum and the second exponential"
+    assert loop.beside_products(("MUFU.EX2",)) == 1 / 2 and loop.beside_products(("FADD",)) == 1
+    part = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+    loop, = sass.loops(".L_x_1:\n" + lines(product, product, part, "MUFU.EX2 R4, R5", wait, "@P0 BRA `(.L_x_1)"))
+    assert loop.softmax_beside_products == 1, "one of two products still runs"
+    assert sass.loops(AMDGCN)[0].softmax_beside_products == 0
+
+
 COLD = """
 .LBB0_1:
 	v_exp_f32_e32 v1, v2

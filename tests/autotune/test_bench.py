@@ -53,7 +53,7 @@ def test_a_wrong_kernel_does_not_pass(fault, reason, device, monkeypatch):
     def run(call, on):
         real(call, on)
         if call.config == Config(32, 64):
-            fault(call.arguments[3].o.ptr)
+            fault(call.arguments[2].o.ptr)
 
     monkeypatch.setattr(launch, "run", run)
     bench = Bench("forward", TINY, device)
@@ -178,7 +178,7 @@ def test_hard_inputs_have_the_property_of_their_name(name):
 def test_the_timed_launch_writes_the_results_of_attention(device):
     tensors, _ = benches.draw(CAUSAL, device, 0)
     call = benches.launcher("forward", *benches.inputs_of(*benches.draw(CAUSAL, device, 0)))(Config(32, 64))
-    o = call.arguments[3].o.ptr
+    o = call.arguments[2].o.ptr
     o.fill_(torch.nan)
     launch.run(call, torch.device(device))
     torch.testing.assert_close(o, attention(*tensors[:3], causal=True), rtol=1e-5, atol=1e-5)

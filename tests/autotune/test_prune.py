@@ -18,6 +18,17 @@ LOOP = Loop(("HGMMA.64x128x16",) * 16 + ("MUFU.EX2",) * 64 + ("WARPGROUP.DEPBAR"
 GOOD = KernelReport("forward", PROBLEM, H200, Config(128, 128, 8, 2), 240, 0, 160 << 10, 0, loops=(LOOP,))
 
 
+SUMMED = Loop(LOOP.instructions + ("HMMA.16816",) * 8)  # the sum of 128 weights of 16 rows, by each of eight warps
+
+
+def test_sums_by_tensor_cores_are_not_a_wrong_path():
+    summing = dataclasses.replace(GOOD, config=Config(128, 128, 8, 2, mma_sum=True), loops=(SUMMED,))
+    assert prune.check_report(summing).reason is None and summing.duplicated == 1.0
+    assert prune.check_report(dataclasses.replace(GOOD, loops=(SUMMED,))).reason == "wrong tensor path"
+    of_hmma = Loop(("HMMA.16816",) * (1024 + 8) + ("MUFU.EX2",) * 64)
+    assert prune.check_report(dataclasses.replace(summing, loops=(of_hmma,))).reason == "wrong tensor path"
+
+
 def with_loop(*instructions):
     return {"loops": (Loop(instructions),)}
 
@@ -44,8 +55,9 @@ def test_each_reason(change, reason):
 
 
 @pytest.mark.parametrize("kernel, text, problem, reason", [
-    ("forward", "32x32w8s2", PROBLEM, "constraint"), ("forward", "128x64w4s2", PROBLEM, "prefilter"),
+    ("forward", "32x32w8s2", PROBLEM, "constraint"), ("forward", "128x128w4s2", PROBLEM, "prefilter"),
     ("dkdv", "128x16w4s2", PROBLEM, "constraint"), ("dkdv", "64x128w4s2", PROBLEM, "prefilter"),
+    ("dkdv", "64x128w8s2", PROBLEM, None), ("dq", "128x64w8s2", PROBLEM, None),
     ("forward", "256x32w8s2", dataclasses.replace(PROBLEM, masked=True, mapped=True), "constraint"),
     ("forward", "128x128w8s2", PROBLEM, None), ("dkdv", "32x64w4s2", PROBLEM, None),
     # without tensor cores warps also split the columns
@@ -90,6 +102,11 @@ def test_the_candidates_are_distinct_and_only_hopper_has_edge_stages():
             found = prune.candidates(kernel, PROBLEM, gpu.KNOWN[arch])
             assert len(found) == len(set(found)) > 60
             assert {each.edge_stages for each in found if each.num_stages > 1} == ({1} if arch == "sm_90" else {None})
+            nvidia = arch != "gfx942"
+            assert {each.mma_sum for each in found} == {kernel == "forward" and nvidia}
+            assert {each.ahead for each in found} == ({False, True} if kernel in ("forward", "dkdv") and nvidia else {False})
+            exact = prune.candidates(kernel, EXACT, gpu.KNOWN[arch])
+            assert not any(each.mma_sum or each.ahead for each in exact)
 
 
 PLANTED = """

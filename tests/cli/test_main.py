@@ -216,7 +216,7 @@ def kept(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITONATTN_CACHE_DIR", str(tmp_path / "cache"))
     lookup.clear_lookup_cache()
-    bench = bench_of(FakeBench(Surface("64x128w4s2e1")))
+    bench = bench_of(FakeBench(Surface("64x128w4s2e1m")))
     setup = tune.TuningSetup(H200, bench, Compilers(), user_cache.current_cache())
     monkeypatch.setattr(tune, "local_setup", lambda *_, **__: setup)
     tune.tune_kernel("forward", PROBLEM, setup)
@@ -232,7 +232,7 @@ def said(capsys, *argv, code=0):
 def test_the_cache_is_listed_and_cleared(kept, capsys, tmp_path):
     assert said(capsys, "cache", "path").strip() == str(tmp_path / "cache")
     line, = said(capsys, "cache", "ls").splitlines()
-    assert "H200" in line and "64x128w4s2e1" in line and line.startswith("forward-") and line.endswith(" us")
+    assert "H200" in line and "64x128w4s2e1m" in line and line.startswith("forward-") and line.endswith(" us")
     (_, record), = kept.store.records()
     kept.store.put(replace(record, versions={"triton": "1.0.0"}))
     kept.store.put(replace(record, kernel_hash="0" * 12))
@@ -252,7 +252,7 @@ def test_tune_takes_shapes_and_files(kept, capsys, tmp_path, compiled_without_a_
     lines = said(capsys, "tune", "--from", str(tmp_path / "shapes"), "--trials", "4").splitlines()
     assert len(lines) == 2 and lines[0].startswith("forward  1x8x2048x96 float16 full: ") and "4 tried" in lines[0]
     out = said(capsys, "tune", "--shape", "4x32x32x4096x64,1x8x8x512x64", "--forward", "--again", "--together")
-    assert "forward  4x32x4096x64 bfloat16 full and 1 more: 64x128w4s2e1, " in out
+    assert "forward  4x32x4096x64 bfloat16 full and 1 more: 64x128w4s2e1m, " in out
     assert main.main(["tune", "--shape", "4x32x32x4096x64", "--together"]) == 2
     assert capsys.readouterr().err == "--together: expected at least two shapes, got 1\n"
     assert main.main(["tune", "--shape", "4x32"]) == 2 and "shape: expected BATCH" in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_a_sweep_from_the_plan_to_the_report_and_replays(kept, capsys, tmp_path,
     assert main.main(["sweep", folder]) == 2 and "has no sweep to resume; to begin one, add --shape" in capsys.readouterr().err
     argv = ["sweep", folder, "--shape", "4x32x32x4096x128", "--forward", "--rounds", "3"]
     out = said(capsys, *argv)
-    assert out.endswith("done\n") and "Sweep of 1 jobs" in out and "64x128w4s2e1" in out
+    assert out.endswith("done\n") and "Sweep of 1 jobs" in out and "64x128w4s2e1m" in out
     assert main.main(argv) == 2 and "already has a sweep" in capsys.readouterr().err
     assert said(capsys, "sweep", folder).endswith("done\n")
     out = said(capsys, "replay", folder, "--seeds", "2")

@@ -28,7 +28,7 @@ def plant(monkeypatch, small):
         def run_and_change(call, device):
             run(call, device)
             if call.kernel is kernel:
-                change(output(call.arguments).ptr)
+                change(output(call.arguments))
 
         monkeypatch.setattr(launch, "run", run_and_change)
 
@@ -57,12 +57,13 @@ def test_problems_cover_ragged_tiles_grouped_heads_and_dtypes():
 
 
 @pytest.mark.parametrize("kernel, output, tensors", [
-    (forward.forward_kernel, lambda arguments: arguments[3].o, {"o", "dq", "dk"}),  # dq and dk by way of delta
-    (forward.forward_kernel, lambda arguments: arguments[3].lse, {"lse", "dq", "dk", "dv"}),
+    (forward.forward_kernel, lambda arguments: arguments[2].o.ptr, {"o", "dq", "dk"}),  # dq and dk by way of delta
+    (forward.forward_kernel, lambda arguments: arguments[2].lse, {"lse"}),
+    (forward.forward_kernel, lambda arguments: arguments[2].statistics, {"dq", "dk", "dv"}),
     (backward.delta_kernel, lambda arguments: arguments[4], {"dq", "dk"}),
-    (backward.dq_kernel, lambda arguments: arguments[3], {"dq"}),
-    (backward.dkdv_kernel, lambda arguments: arguments[3], {"dk"}),
-    (backward.dkdv_kernel, lambda arguments: arguments[4], {"dv"}),
+    (backward.dq_kernel, lambda arguments: arguments[2].ptr, {"dq"}),
+    (backward.dkdv_kernel, lambda arguments: arguments[2].k.ptr, {"dk"}),
+    (backward.dkdv_kernel, lambda arguments: arguments[2].v.ptr, {"dv"}),
 ])
 def test_error_of_one_percent_is_found(plant, device, kernel, output, tensors):
     plant(kernel, output, lambda x: x.mul_(1.01))
@@ -74,13 +75,13 @@ def test_error_of_one_percent_is_found(plant, device, kernel, output, tensors):
 
 
 def test_table_names_the_worst_tensor(plant, device):
-    plant(backward.dkdv_kernel, lambda arguments: arguments[3], lambda x: x.mul_(1.01))
+    plant(backward.dkdv_kernel, lambda arguments: arguments[2].k.ptr, lambda x: x.mul_(1.01))
     line = selftest.table(selftest.run(device)).splitlines()[1].split()
     assert line[:3] == ["small", "float32", "dk"] and line[-1] == "WRONG"
 
 
 def test_nan_is_wrong_and_null_in_json(plant, device):
-    plant(backward.dq_kernel, lambda arguments: arguments[3], lambda x: x[..., 0, 0].fill_(math.nan))
+    plant(backward.dq_kernel, lambda arguments: arguments[2].ptr, lambda x: x[..., 0, 0].fill_(math.nan))
     results = selftest.run(device)
     assert wrong(results) == {"dq"}
     listed = json.loads(json.dumps(selftest.as_json(results), allow_nan=False))
@@ -95,7 +96,7 @@ def test_bit_that_changes_between_runs_is_found(plant, device):
         runs.append(dk)
         dk.view(-1)[:1].view(torch.int16)[0] ^= len(runs) % 2
 
-    plant(backward.dkdv_kernel, lambda arguments: arguments[3], flip_last_bit)
+    plant(backward.dkdv_kernel, lambda arguments: arguments[2].k.ptr, flip_last_bit)
     results = selftest.run(device)
     assert not wrong(results) and wrong(results, "twice") == {"dk"}
 

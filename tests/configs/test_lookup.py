@@ -21,6 +21,10 @@ H200 = gpu.KNOWN["sm_90"]
 def test_a_config_parses_what_it_prints():
     assert str(Config(128, 64, 8, 3)) == "128x64w8s3" and Config.parse("128x64w8s3") == Config(128, 64, 8, 3)
     assert Config.parse("128x64w8s3e1") == Config(128, 64, 8, 3, edge_stages=1) == Config.parse(str(Config(128, 64, 8, 3, 1)))
+    assert str(Config(128, 64, 8, 3, 1, ahead=True, mma_sum=True)) == "128x64w8s3e1am"
+    for edge_stages, ahead, mma_sum in itertools.product((None, 1), (False, True), (False, True)):
+        each = Config(128, 64, 8, 3, edge_stages, ahead, mma_sum)
+        assert Config.parse(str(each)) == each
 
 
 @pytest.mark.parametrize("make, message", [
@@ -30,6 +34,9 @@ def test_a_config_parses_what_it_prints():
     (lambda: Config(64, 64, 3), "num_warps: expected a power of two of at least 1, got 3"),
     (lambda: Config(64, 64, 4, 2, 3), "edge_stages: expected 1 or None, got 3"),
     (lambda: Config(64, 64, 4, 1.5), "num_stages: expected a positive integer, got 1.5"),
+    (lambda: Config(64, 64, ahead=1), "ahead: expected True or False, got 1"),
+    (lambda: Config(64, 64, mma_sum=None), "mma_sum: expected True or False, got None"),
+    (lambda: Config.parse("128x64w8s3ma"), "config: expected the form 128x64w8s3, got '128x64w8s3ma'"),
     (lambda: Config.parse("128x64"), "config: expected the form 128x64w8s3, got '128x64'"),
 ])
 def test_invalid_configs_are_rejected(make, message):

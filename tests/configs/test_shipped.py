@@ -29,10 +29,13 @@ def test_a_shipped_table_is_complete_and_fits_its_gpu(table):
     for row in table.rows.values():
         for entry in (row.filled, row.underfilled):
             assert entry.source in shipped.SOURCES and entry.fits(on), (row.key, entry)
-            assert entry.bound and entry.occupancy > 0 and 0 < entry.registers <= 512
+            assert entry.bound and entry.occupancy > 0
+            # a table that was updated, not built, knows the figures of its checked rows only
+            unknown = entry.registers is None and not (row.itemsize == 2 and row.width in config_table.CHECKED_WIDTHS)
+            assert unknown or 0 < entry.registers <= 512, (row.key, entry)
             assert max(entry.config.block_m, entry.config.block_n) <= 128, "larger than the tiles of a block mask"
             assert entry.config.num_stages > 1 or entry.config.edge_stages is None, "edge_stages without a pipeline"
-            assert not entry.accepted_fault or row.itemsize == 4 or row.width > 128 or row.mask == "pairs" or (
+            assert not entry.accepted_fault or row.itemsize == 4 or row.width > 128 or row.mask in ("pairs", "window") or (
                 on.shared_memory == 99 << 10), (row.key, entry)
 
 
@@ -42,7 +45,8 @@ def test_the_usual_rows_have_no_fault_but_light_spills_with_99_kib_of_shared_mem
     for row in usual:
         for fault in filter(None, "; ".join([row.filled.accepted_fault, row.underfilled.accepted_fault]).split("; ")):
             match = re.fullmatch(r"spill: (\d+) in the loop(, with a map)?", fault)
-            assert match and int(match[1]) <= config_table.LIGHT_SPILLS and (match[2] or row.width == 96), (row.key, fault)
+            light = match and int(match[1]) <= config_table.LIGHT_SPILLS
+            assert light and (match[2] or row.width == 96 or row.mask == "window"), (row.key, fault)
 
 
 def test_no_tile_has_too_few_queries_for_the_tensor_cores():
@@ -59,9 +63,10 @@ def test_no_tile_has_too_few_queries_for_the_tensor_cores():
             assert row.itemsize == 4 or (min(owned) >= 64) != ((arch, row.kernel, row.width) in too_wide), row
 
 
-def test_all_tables_were_made_with_the_same_two_versions_of_triton():
-    assert len(versions("triton")) == len(versions("second_triton")) == 1
-    assert None not in versions("triton") | versions("second_triton")
+def test_all_tables_were_made_with_the_same_versions_of_triton():
+    """A table that was updated after an edit of the kernels has no second version."""
+    assert len(versions("triton")) == 1 and None not in versions("triton")
+    assert len(versions("second_triton")) == 1
 
 
 def test_every_known_architecture_has_a_table():

@@ -14,19 +14,28 @@ from triton.runtime.jit import JITFunction
 from tritonattn import Problem, gpu
 from tritonattn.analysis import compile_report, sass
 from tritonattn.configs import lookup
-from tritonattn.kernels import backward, forward, softmax
+from tritonattn.kernels import backward, forward, scores, softmax
 from tritonattn.kernels.scores import ScoreMods
-from tritonattn.kernels.tile import dot_t
+from tritonattn.kernels.tile import Sizes
 from tritonattn.kernels.window import needs_mask, window_bounds, window_mask
 
 
 @triton.jit
-def bare_scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
-    s = dot_t(a, b, static)
+def bare_load_modifiers(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring, MODE: tl.constexpr):
+    return (), ()
+
+
+@triton.jit
+def bare_modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
     if needs_mask(MODE):
         rows, cols = row + tl.arange(0, s.shape[0]), col + tl.arange(0, s.shape[1])
         s = tl.where(window_mask(scoring.window, rows, cols, n), s, float("-inf"))
     return s
+
+
+@triton.jit
+def bare_exponent(s, minus_m, scoring, dtype: tl.constexpr):
+    return tl.fma(s, scoring.exp2_scale, minus_m)
 
 
 @triton.jit
@@ -55,8 +64,8 @@ def bare_apply_keep_scale(tile, scoring):
 
 
 @triton.jit
-def bare_sizes_of_batch(sizes, batch):
-    return sizes
+def bare_sizes_of_batch(leading, n_q, n_k, shift, batch):
+    return Sizes(leading.batches, leading.heads, n_q, n_k, shift)
 
 
 def binaries() -> dict:
@@ -76,7 +85,7 @@ def compare() -> dict:
     shipped = binaries()
     bare = {name.removeprefix("bare_"): value for name, value in globals().items() if name.startswith("bare_")}
     replaced = set()
-    for module in (forward, backward, softmax):
+    for module in (forward, backward, scores, softmax):
         for name in bare.keys() & vars(module).keys():
             setattr(module, name, bare[name])
             replaced.add(name)

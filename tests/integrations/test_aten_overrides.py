@@ -27,6 +27,7 @@ from tests.integrations.test_sdpa_patch import (
 )
 from tritonattn import reference
 from tritonattn.integrations import aten_overrides, dispatch_log, sdpa_patch, support
+from tritonattn.runtime import arguments, custom_op
 
 pytestmark = [pytest.mark.usefixtures("patch_off"), *(pytest.mark.filterwarnings(f"ignore:{warning}") for warning in (
     "`?torch.jit", "tritonattn does not support", "There is a performance drop", ".*Profiler clears events"))]
@@ -300,6 +301,21 @@ def test_operators_of_gpus(name, causal, device):
     close(out, o)
     close(lse.reshape(*lse.shape[:3])[..., :4], expected_lse)
     close(gradients, torch.autograd.grad(o.square().sum(), inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("options", [{"scale": -0.7}, {"scale": 0.0}, {"scale": 1e-40}, {"bias": True}], ids=str)
+def test_statistics_of_lse_give_the_same_gradients(options, dtype, device):
+    """The backward operators of torch receive only lse; rows without keys have lse = inf there."""
+    q, k, v, do = (torch.randn(1, 2, 20, 16, device=device).to(dtype) for _ in range(4))
+    bias = torch.zeros(20, 20, device=device).index_fill_(0, torch.tensor([3], device=device), -torch.inf)
+    inputs = arguments.prepare(q, k, v, **({"bias": bias.to(dtype)} if "bias" in options else options))
+    o, lse, statistics, residual = custom_op.forward_op(*inputs, False)
+    wanted = [True, True, True, False]
+    ours = custom_op.backward_op(do, None, o, statistics, residual, *inputs, wanted)
+    again = arguments.statistics_of_lse(lse.masked_fill(lse == -torch.inf, torch.inf), inputs)
+    torch.testing.assert_close(custom_op.backward_op(do, None, o, again, residual, *inputs, wanted)[:3], ours[:3],
+                               atol=1e-3 if dtype == torch.float16 else 1e-6, rtol=1e-3 if dtype == torch.float16 else 1e-5)
 
 
 @interpreted

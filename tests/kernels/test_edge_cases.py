@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.helpers.cases import TILES, Case, check, results
+from tests.helpers.tiers import slow
 from tests.runtime.test_launch import huge
-from tritonattn import Config, attention, config, reference
-from tritonattn.kernels import tile
+from tritonattn import Config, attention, block_mask, config, reference
+from tritonattn.kernels import backward, forward, tile
 
 pytestmark = pytest.mark.interpreted
 
@@ -33,11 +34,12 @@ FLOAT64 = {
 
 
 def test_parts_of_a_tile_are_the_narrowest():
-    """The widths are powers of two, at least 16, and no other choice of at most two is narrower."""
+    """The widths are powers of two, at least 16; no choice of at most two is narrower, and none of one part is as narrow."""
     powers = [2**i for i in range(4, 10)]
     for size in range(1, 513):
         parts = [tile.main_width(size)] + [tile.tail_width(size)] * tile.has_two_parts(size)
         assert sum(parts) == min(x for x in (*powers, *map(sum, itertools.combinations(powers, 2))) if x >= size), size
+        assert len(parts) == 1 or sum(parts) not in powers, size
         assert set(parts) <= set(powers) and parts == sorted(parts, reverse=True), size
 
 
@@ -45,6 +47,56 @@ def test_parts_of_a_tile_are_the_narrowest():
 def test_float64_matches_the_definition(name, device):
     tiles, case = FLOAT64[name]
     check(Case(**case), torch.float64, device, tiles=Config(*tiles))
+
+
+AHEAD = ["window", "gqa, ragged, split", "key bias and mask"]
+
+
+@pytest.mark.parametrize("name", [*AHEAD, *slow(*(name for name in FLOAT64 if name not in AHEAD))])
+def test_float64_with_products_started_ahead(name, device):
+    tiles, case = FLOAT64[name]
+    check(Case(**case), torch.float64, device, tiles=Config(*tiles, ahead=True))
+
+
+@pytest.mark.parametrize("options", [{"key_lengths": torch.tensor([40, 17])}, {"causal": True}], ids=["lengths", "causal"])
+def test_dropout_with_products_started_ahead(options, device):
+    tensors = Case(batch=(2,), n_q=50, n_k=50).tensors(torch.float64, device)
+    options = options | {"dropout_p": 0.3, "dropout_seed": torch.tensor([5])}
+    outcomes = []
+    for ahead in (False, True):
+        with config.pinned(Config(16, 16, ahead=ahead)):
+            outcomes.append(results(attention, *tensors, **options))
+    torch.testing.assert_close(*outcomes, atol=1e-12, rtol=1e-12)
+
+
+def test_no_keys_with_products_started_ahead(device):
+    q, k, v = Case(n_q=5, n_k=5).tensors(torch.float32, device)[:3]
+    mask = block_mask(torch.ones(5, 0, dtype=torch.bool, device=device))
+    with config.pinned(Config(16, 16, ahead=True)):
+        assert torch.all(attention(q, k[:, :, :0], v[:, :, :0], mask=mask) == 0)
+
+
+def test_block_mask_with_products_started_ahead(device):
+    q, k, v, do, dlse = Case(n_q=300, n_k=280).tensors(torch.float64, device)
+    i, j = torch.arange(300, device=device)[:, None], torch.arange(280, device=device)
+    mask = (i // 150 == j // 140) | (j < 128)
+    with config.pinned(Config(64, 32, ahead=True)):
+        ours = results(attention, q, k, v, do, dlse, mask=block_mask(mask))
+    torch.testing.assert_close(ours, results(reference.attention, q, k, v, do, dlse, mask=mask), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float16)], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("case", [{"dropout_p": 0.4, "dropout_seed": torch.tensor([3])}, {"causal": True},
+                                  {"bias": torch.randn(50, generator=torch.Generator().manual_seed(2))}],
+                         ids=["dropout", "causal", "bias"])
+def test_sums_by_tensor_cores_are_those_by_additions(case, dtype, device):
+    q, k, v = Case(n_q=50, n_k=50, dv=40).tensors(dtype, device)[:3]
+    outputs = []
+    for mma_sum in (False, True):
+        with config.pinned(Config(32, 32, mma_sum=mma_sum)):
+            outputs.append(attention(q, k, v, return_lse=True, **case))
+    # bfloat16 weights are truncated for additions and rounded for the tensor cores: half a unit in the last place
+    torch.testing.assert_close(*outputs, atol=2 * torch.finfo(dtype).eps, rtol=torch.finfo(dtype).eps)
 
 
 def assert_same(tensors, tolerance=1e-9, **options):
@@ -118,6 +170,8 @@ NON_FINITE = {
                      {"n_q": 24, "n_k": 47, "heads": 4, "kv_heads": 4}),
     "bfloat16": ((32, 16), (None, 0), "top_left", {"k": 30, "v": 30},
                  {"n_q": 32, "n_k": 32, "heads": 2, "kv_heads": 2, "dv": 40, "dtype": torch.bfloat16}),
+    "float16": ((16, 32), (None, 0), "top_left", {"q": 20, "do": 20},
+                {"n_q": 32, "n_k": 32, "heads": 4, "kv_heads": 4, "d": 64, "dtype": torch.float16}),
 }
 
 
@@ -153,13 +207,77 @@ def test_one_gradient_alone_is_nan_safe():
         torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", [{"dv": 64}, {"dv": 72, "causal": True}], ids=["one part", "two parts"])
-def test_dq_of_uniform_data_is_precise(case, device):
+I, J = torch.arange(48)[:, None], torch.arange(48)
+OVERFLOWS = {  # options, and the pairs that they leave unmasked
+    "causal": ({"causal": True}, J <= I),
+    "window": ({"window": (9, 4)}, (J >= I - 9) & (J <= I + 4)),
+    "padding": ({"mask": J < 29}, (J < 29) & (I >= 0)),
+    "padding as bias": ({"bias": torch.where(J < 29, 0.0, -torch.inf)}, (J < 29) & (I >= 0)),
+    "block mask": ({"mask": block_mask(I // 20 == J // 20)}, I // 20 == J // 20),
+}
+
+
+@pytest.fixture
+def count_steps(monkeypatch):
+    """Return a function that calls another; it returns the result, and the steps of all loops and of those in mode nan_safe."""
+    steps = []
+
+    def counted(function):
+        def call(*arguments):
+            steps.append(getattr(arguments[-1], "value", arguments[-1]))  # the mode, but for `attended`
+            return function(*arguments)
+        return call
+
+    for module, name in ((forward, "modify"), (backward, "scores"), (backward, "attended")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+
+    def count(function, *arguments, **options):
+        steps.clear()
+        return function(*arguments, **options), len(steps), steps.count("nan_safe")
+
+    return count
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+@pytest.mark.parametrize("rows", [slice(None), slice(40, 41)], ids=["all rows", "one row"])
+def test_overflow_is_cheap(name, rows, count_steps):
+    """A step whose cotangent overflows, as it may with a gradient scaler, takes at most twice as many steps of loops.
+
+    Gradients are not finite exactly where an unmasked pair makes them so.
+    """
+    options, pairs = OVERFLOWS[name]
+    q, k, v, do, dlse = Case(n_q=48, n_k=48, heads=2, kv_heads=1).tensors(torch.float64, "cpu")
+    exact = results(reference.attention, q, k, v, do.index_fill(-2, I[rows, 0], 0), dlse, mask=pairs)
+    with config.pinned(Config(32, 16)):
+        usual = count_steps(results, attention, q, k, v, do, dlse, **options)[1]
+        do[..., rows, :], do[..., rows, ::2] = torch.inf, torch.nan
+        ours, steps, nan_safe = count_steps(results, attention, q, k, v, do, dlse, **options)
+    # one row that overflows makes a few others of its tile NaN, which are recomputed
+    assert steps <= 2 * usual and nan_safe <= (0 if rows == slice(None) else usual)
+    finite, bad_keys = J < 0, pairs[rows].any(0)
+    bad_rows = torch.zeros(48, dtype=torch.bool).index_fill(0, I[rows, 0], pairs.any())
+    for x, expected, bad in zip(ours, exact, (finite, finite, bad_rows, bad_keys, bad_keys)):
+        assert torch.equal(x[0, 0].view(48, -1).isfinite().all(-1), ~bad)
+        torch.testing.assert_close(x[0, 0][~bad], expected[0, 0][~bad])
+
+
+@pytest.mark.parametrize("case, dtype", [({"dv": 64}, torch.bfloat16), ({"dv": 72, "causal": True}, torch.bfloat16),
+                                         ({"dv": 64}, torch.float16)], ids=["one part", "two parts", "float16"])
+def test_dq_of_uniform_data_is_precise(case, dtype, device):
     """dS is a small difference there: the rounding error of o must be added back."""
-    q, k, v, do, dlse = Case(n_q=64, n_k=64, d=64, **case).tensors(torch.bfloat16, device, family="uniform")
+    q, k, v, do, dlse = Case(n_q=64, n_k=64, d=64, **case).tensors(dtype, device, family="uniform")
     ours = results(attention, q, k, v, do, 0 * dlse)[2].double()
     exact = results(reference.attention, *(x.double() for x in (q, k, v, do, 0 * dlse)))[2]
     assert (ours - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_bias_with_far_columns():
+    """Columns of one tile are near enough for 32-bit offsets, those of different tiles are not."""
+    q, k, v = Case(n_q=4, n_k=56).tensors(torch.float16, "cpu")[:3]
+    bias = huge((4, 56), (1, 2**26 - 64))
+    with config.pinned(Config(16, 16)):
+        ours = attention(q, k, v, bias=bias)
+    torch.testing.assert_close(ours, reference.attention(q, k, v, bias=bias), atol=2e-3, rtol=2e-3)
 
 
 def test_a_cotangent_of_lse_with_far_strides():

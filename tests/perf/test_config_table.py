@@ -1,6 +1,7 @@
 """The table builder: which configs become rows of a shipped table, and when a table may be restamped."""
 
 import dataclasses
+import functools
 import sys
 import types
 
@@ -118,12 +119,25 @@ def test_a_row_without_a_config_that_fits_is_an_error(monkeypatch):
 
 def test_the_known_configs_are_those_of_the_old_row_and_of_neighbours():
     key, narrower = ("forward", 2, 128, "edges"), ("forward", 2, 96, "edges")
-    configs = config_table.known_configs(key, H200, {key: row_of(key, "64x64w4s2", "128x64w8s1e1")},
-                                         {narrower: row_of(narrower, "32x32w4s2e1", "16x16w4s1")})
-    assert set(map(str, configs)) == {"64x64w4s2e1", "128x64w8s1", "32x32w4s2e1"}, "Hopper has edge stages"
+    old = {key: row_of(key, "64x64w4s2", "128x64w8s1e1")}
+    done = {narrower: row_of(narrower, "32x32w4s2e1", "16x16w4s1")}
+    known = functools.partial(config_table.known_configs, key, old=old, done=done)
+    assert set(map(str, known(H200, search=None))) == {"64x64w4s2e1m", "64x64w4s2e1am", "128x64w8s1m", "32x32w4s2e1m",
+                                                       "32x32w4s2e1am"}, "Hopper has edge stages"
+    assert set(map(str, known(MI300X, search=None))) == {"64x64w4s2", "128x64w8s1", "32x32w4s2"}, "AMD adds up without MMA"
+    assert set(map(str, known(gpu.KNOWN["sm_80"], search=[]))) == {"64x64w4s2m"}
     exact = ("forward", 4, 64, "edges")
     old = {exact: row_of(exact, "64x16w4s2", "16x16w4s1")}
-    assert config_table.known_configs(exact, H200, old, {}) == {Config(64, 16, 4, 2)}
+    assert config_table.known_configs(exact, H200, old, {}, None) == {Config(64, 16, 4, 2)}
+
+
+def test_rows_choose_among_the_configs_of_searched_rows_of_their_width():
+    key, full, other = ("dq", 2, 128, "edges"), ("dq", 2, 128, "full"), ("dq", 2, 128, "pairs")
+    done = {full: row_of(full, "128x64w8s2e1"), other: row_of(other, "16x16w4s1")}
+    configs = config_table.known_configs(key, H200, {key: row_of(key, "64x64w4s2e1")}, done, ["dq/128/full"])
+    assert set(map(str, configs)) == {"64x64w4s2e1", "128x64w8s2e1"}
+    assert config_table.searched(full, ["dq/128/full"]) and not config_table.searched(key, ["dq/128/full"])
+    assert config_table.searched(full, None) and not config_table.searched(("dq", 2, 96, "full"), None)
 
 
 @pytest.mark.parametrize("key, on, stages", [
@@ -247,7 +261,7 @@ from tritonattn.configs import shipped
 from perf import config_table
 key, on = ("forward", 2, 64, "full"), gpu.KNOWN["sm_90"]
 config_table.row_keys_of = lambda gpu: [key]
-config_table.sensible = lambda key, config, gpu: str(config) in ("64x64w4s2e1", "128x128w8s2e1", "128x128w8s3e1")
+config_table.sensible = lambda key, config, gpu: str(config) in ("64x64w4s2e1m", "128x128w8s2e1m", "128x128w8s3e1m")
 with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     path = config_table.build(on, folder=folder, work=folder)
@@ -263,7 +277,7 @@ with tempfile.TemporaryDirectory() as folder:
 def test_a_build_is_repeatable_and_compiles_nothing_twice():
     same_table, filled, registers, others = compiled(BUILD, fresh=True)
     assert same_table and registers > 100
-    assert {"64x64w4s2e1", "128x128w8s2e1", "128x128w8s3e1"} <= {*others, filled}
+    assert {"64x64w4s2e1m", "128x128w8s2e1m", "128x128w8s3e1m"} <= {*others, filled}
 
 
 # sweeps
@@ -279,7 +293,7 @@ def test_a_table_takes_the_results_of_a_sweep(swept, tmp_path):
     old, = (table for table in shipped.shipped_tables() if table.name == "h200")
     new = shipped.read_table(config_table.build_from_sweeps(H200, [swept], tmp_path))
     entry = new.rows["forward", 2, 128, "full"].filled
-    assert (str(entry.config), entry.source, entry.shared_memory) == ("64x128w4s2e1", "measured", 65536)
+    assert (str(entry.config), entry.source, entry.shared_memory) == ("64x128w4s2e1m", "measured", 65536)
     assert new.rows["dkdv", 2, 128, "edges"].filled.source == "measured"
     assert all(new.rows[key] == row for key, row in old.rows.items()
                if key not in (("forward", 2, 128, "full"), ("dkdv", 2, 128, "edges")))
@@ -370,6 +384,29 @@ def test_a_table_is_not_restamped_if_one_binary_differs(binary, copied):
     assert (folder / "h200.json").read_text() == text
 
 
+def test_an_updated_table_has_the_figures_of_its_checked_rows_alone(copied, monkeypatch):
+    folder, agree = copied
+    old = shipped.read_table(folder / "h200.json")
+    narrow, faulty = ("forward", 2, 64, "full"), ("forward", 2, 128, "full")
+
+    def check_report(report):
+        reason = "spill" if report.problem.d == 128 and not report.problem.window[1] == 0 and report.config in bad else None
+        return prune.Verdict(report.config, reason, "", report, types.SimpleNamespace(bound="tensor"))
+
+    bad = {old.rows[faulty].filled.config}
+    monkeypatch.setattr(config_table, "check_report", check_report)
+    monkeypatch.setattr(RowBuilder, "build", lambda self, configs, search: ("searched", self.key, configs, search))
+    written = []
+    monkeypatch.setattr(config_table, "write_table", lambda table, folder: written.append(table))
+    config_table.restamp(H200, FakeWorkers(lambda job: dataclasses.replace(
+        agree(job), problem=job[1], config=job[2], registers=agree(job).registers + 1)), folder, update=True)
+    new, = written
+    assert new.provenance["kernel_hash"] == kernel_hash() and "second_triton" not in new.provenance
+    assert new.rows[narrow].filled.registers == old.rows[narrow].filled.registers + 1
+    assert new.rows["forward", 2, 96, "full"].filled.registers is None
+    assert new.rows[faulty] == ("searched", faulty, bad | {old.rows[faulty].underfilled.config}, True)
+
+
 def test_a_table_is_not_restamped_with_another_version_of_triton(copied, monkeypatch):
     monkeypatch.setattr(triton, "__version__", "9.9.9")
     with pytest.raises(ValueError, match=r"made with Triton .*, got 9\.9\.9"):
@@ -379,16 +416,19 @@ def test_a_table_is_not_restamped_with_another_version_of_triton(copied, monkeyp
 def test_the_command_line(monkeypatch, capsys):
     calls = []
     for name in ("build", "build_from_sweeps", "restamp"):
-        monkeypatch.setattr(config_table, name, lambda on, *arguments, name=name: calls.append((name, on.name, *arguments)))
+        monkeypatch.setattr(config_table, name, lambda on, *arguments, name=name, **options: calls.append(
+            (name, on.name, *arguments, *options.values())))
     monkeypatch.setattr(runs, "read", lambda folder: folder.name)
     assert config_table.main(["h200", "a100", "--like", "l40s", "--also", "python3"]) == 0
-    assert calls == [("build", name, gpu.named("l40s"), "python3") for name in ("H200", "A100")]
+    assert calls == [("build", name, gpu.named("l40s"), "python3", None) for name in ("H200", "A100")]
     assert config_table.main(["h200", "--from-sweeps", "a", "b"]) == 0
     assert calls[2] == ("build_from_sweeps", "H200", ["a", "b"])
-    assert config_table.main(["h200", "--restamp"]) == 0 and calls[3][:2] == ("restamp", "H200")
+    assert config_table.main(["h200", "--restamp"]) == 0 and calls[3][:2] == ("restamp", "H200") and calls[3][-1] is False
+    assert config_table.main(["h200", "--search", "dq/128/full"]) == 0 and calls[4][-1] == ["dq/128/full"]
     monkeypatch.undo()
-    monkeypatch.setattr(config_table, "restamp", lambda *_: (_ for _ in ()).throw(ValueError("another binary")))
+    monkeypatch.setattr(config_table, "restamp", lambda *_, **__: (_ for _ in ()).throw(ValueError("another binary")))
     for wrong, message in ((["gtx"], "H200"), ([], "GPU"), (["h200", "--restamp", "--like", "a100"], "not allowed"),
+                           (["h200", "--update"], "--restamp"),
                            (["h200", "--restamp"], "another binary"), (["h200", "--from-sweeps", "nowhere"], "nowhere")):
         with pytest.raises(SystemExit, match="2"):
             config_table.main(wrong)

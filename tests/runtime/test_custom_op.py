@@ -38,9 +38,9 @@ def test_opcheck(form, given, grad, device):
     torch.library.opcheck(custom_op.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
         tensors = [x if x is None else x.detach() for x in (q, k, v, *extras)]
-        o, *left = custom_op.forward_op(*tensors, *options, True)
+        o, lse, *left = custom_op.forward_op(*tensors, *options, True)
     wanted = [True, False, True, "bias" in given]
-    cotangents = torch.randn_like(o), torch.randn_like(left[0])
+    cotangents = torch.randn_like(o), torch.randn_like(lse)
     torch.library.opcheck(custom_op.backward_op, (*cotangents, o, *left, *tensors, *options, wanted))
 
 
@@ -48,7 +48,7 @@ def test_schemas_follow_the_fields_of_attention_inputs():
     names = [argument.name for argument in custom_op.forward_op._schema.arguments]
     assert names == [*launch.AttentionInputs._fields, "keep_residual"]
     names = [argument.name for argument in custom_op.backward_op._schema.arguments]
-    assert names[6:-1] == list(launch.AttentionInputs._fields) and names[-1] == "wanted"
+    assert names[5:-1] == list(launch.AttentionInputs._fields) and names[-1] == "wanted"
     kinds = [str(argument.type) for argument in custom_op.forward_op._schema.arguments]
     n = custom_op.N_TENSORS
     assert all("Tensor" in kind for kind in kinds[:n]) and not any("Tensor" in kind for kind in kinds[n:])
@@ -263,7 +263,7 @@ def test_a_gradient_penalty_is_an_error(device):
 
 
 def test_memory_is_linear(device, monkeypatch):
-    """Forward allocates o, lse and the residual; backward the requested gradients and delta."""
+    """Forward allocates o, lse, two statistics and the residual; backward the requested gradients and delta."""
     taken = []
     for home, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty", "new_empty_strided"))):
         for name in names:
@@ -272,13 +272,13 @@ def test_memory_is_linear(device, monkeypatch):
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
     options = 0.25, None, 0, False, 0.0
-    left = custom_op._forward(q, k, v, *(None,) * 6, *options, True)
-    assert sorted(taken) == sorted([2 * n * dv, 2 * n, 2 * n * dv])
+    o, _, *left = custom_op._forward(q, k, v, *(None,) * 6, *options, True)
+    assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n, 2 * n * dv])
     taken.clear()
     custom_op._forward(q, k, v, *(None,) * 6, *options, False)
-    assert sorted(taken) == sorted([2 * n * dv, 2 * n])
+    assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n])
     taken.clear()
-    custom_op._backward(left[0], None, *left, q, k, v, *(None,) * 6, *options, [True, True, False, False])
+    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 6, *options, [True, True, False, False])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 
@@ -361,7 +361,7 @@ def test_residual_is_kept_only_for_gradients_of_16_bit_outputs(device):
         original = custom_op.Attention.apply
         plan.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(custom_op.Attention, "apply", lambda *args: (out := original(*args), shapes.append(out[2].shape))[0])
+            patch.setattr(custom_op.Attention, "apply", lambda *args: (out := original(*args), shapes.append(out[3].shape))[0])
             attention(*qkv(device, dtype=dtype, grad=grad), **options)
         return shapes[0] != (0,)
 

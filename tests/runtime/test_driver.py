@@ -128,6 +128,20 @@ attention(q, q, q)
 print(json.dumps([[binary() is not None for binary in binaries], len(forward_kernel.device_caches), null.launches]))
 """
 
+LENGTHS = START + """
+import random
+from tritonattn.kernels import backward, forward
+KERNELS = [kernel for module in (forward, backward) for name, kernel in vars(module).items() if name.endswith("_kernel")]
+random.seed(0)
+with config.pinned(Config(32, 32)):
+    for _ in range(100):
+        n_q, n_k = (random.choice((random.randint(1, 200), 32 * random.randint(1, 6))) for _ in range(2))
+        q, k, v = (torch.zeros(2, 2, n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (n_q, n_k, n_k))
+        o = attention(q, k, v, causal=True, align="bottom_right")
+        torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
+print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
+"""
+
 
 @pytest.mark.slow  # compiles nine kernels twice
 def test_launched_binaries_are_the_inspected_ones():
@@ -162,3 +176,10 @@ def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
 def test_plan_keeps_its_kernel_loaded():
     """Triton unloads a kernel that nothing refers to, and its own cache may be cleared."""
     assert compiled(CLEARED, fresh=True) == [[True], 0, 4]
+
+
+@pytest.mark.slow  # compiles seven kernels
+def test_new_lengths_need_no_new_binary():
+    """Two binaries serve all lengths: one for a loop whose last tile is partial, one for a loop whose is not."""
+    assert compiled(LENGTHS, fresh=True) == {"forward_kernel": 2, "delta_kernel": 1, "dq_kernel": 2, "dkdv_kernel": 2,
+                                             "dbias_kernel": 0}

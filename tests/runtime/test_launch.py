@@ -84,10 +84,10 @@ def test_gradient_of_a_bias_with_far_rows(device):
     bias = torch.randn(1, 1, 40, 40, dtype=torch.float16, device=device, requires_grad=True)
     dbias, = torch.autograd.grad(attention(q, k, v, bias=bias), bias, do)
     inputs = arguments.prepare(q, k, v, bias=bias.detach())
-    o, lse, _, lse_minus_max = custom_op.forward_op(*inputs, False)
-    delta = (o.float() * do.float()).sum(-1)
+    o, _, statistics, _ = custom_op.forward_op(*inputs, False)
+    delta = torch.nn.functional.pad((o.float() * do.float()).sum(-1), (0, 8))  # to a multiple of 16
     far = huge(dbias.shape, (8, 8, 2**26, 1))
-    call = launch.dbias_launch(inputs.problem, TILES, inputs, launch.Queries(q, do, lse, delta, (lse_minus_max,)), far)
+    call = launch.dbias_launch(inputs.problem, TILES, inputs, launch.Queries(q, do, statistics, delta), far)
     launch.run(call, far.device)
     torch.testing.assert_close(far, dbias, atol=2e-3, rtol=2e-3)
 
@@ -97,10 +97,24 @@ def test_only_tensors_with_wide_tiles_use_64_bit_offsets():
     assert [x.wide.value for x in views(near, far, batch=(1,))[0]] == [False, True]
 
 
-@pytest.mark.parametrize("scale, unit, factor", [(2.0, 2.0, None), (-0.5, 0.5, -1.0), (0.0, 1.0, 0.0)])
-def test_exp2_scale_is_positive(scale, unit, factor):
-    scoring = launch._score_params(launch.AttentionInputs(None, None, None, scale=scale), (None, None), launch.ScoreMods())
+@pytest.mark.parametrize("dtype, scale, unit, factor, ds_scale", [
+    (torch.float32, 2.0, 2.0, None, None), (torch.bfloat16, -0.5, 0.5, -1.0, None), (torch.float16, 0.0, 1.0, 0.0, 1.0),
+    (torch.float16, -0.3, 0.3, -1.0, 0.25), (torch.float16, 100.0, 100.0, None, 1.0), (torch.float16, 1e-3, 1e-3, None, 1 / 16),
+    (torch.float16, 1e-40, 1.0, 0.0, 1.0),
+])
+def test_exp2_scale_is_positive(dtype, scale, unit, factor, ds_scale):
+    inputs = launch.AttentionInputs(torch.empty(0, dtype=dtype), None, None, scale=scale)
+    scoring = launch._score_params(inputs, (None, None), launch.ScoreMods())
     assert scoring.exp2_scale == pytest.approx(unit * 1.4426950408889634) and scoring.qk_scale == factor
+    assert scoring.ds_scale == ds_scale
+
+
+@pytest.mark.parametrize("dtype, n_k, expected", [(torch.bfloat16, 8, (True, True)), (torch.float32, 8, (True, False)),
+                                                  (torch.bfloat16, 0, (False, True))])
+def test_flags_of_a_config_reach_the_kernel(dtype, n_k, expected):
+    problem = Problem((1,), 1, 1, 8, n_k, 16, 16, dtype)
+    static = launch.example_launch("forward", problem, Config(16, 16, ahead=True, mma_sum=True)).arguments[-1]
+    assert (static.AHEAD.value, static.MMA_SUM.value) == expected
 
 
 def test_a_mask_uses_64_bit_offsets_where_a_block_needs_them():

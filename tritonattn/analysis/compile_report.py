@@ -99,7 +99,17 @@ class KernelReport:
     @property
     def mma_instruction(self) -> str:
         """The MMA instructions of the loops, such as "HGMMA"; "" if there are none."""
-        return "+".join(sorted({re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops for name in loop.products}))
+        names = {re.match(r"[A-Z]+|v_s?mfma", name)[0] for loop in self.loops for name in loop.products
+                 if not self._is_sum(loop, name)}
+        return "+".join(sorted(names))
+
+    def _is_sum(self, loop: Loop, name: str) -> bool:
+        """Return whether these MMAs of a loop only add up weights: from registers, beside a faster MMA instruction.
+
+        Two warps may add up the same weights. A product of two tiles would take at least four times as many.
+        """
+        return (name.startswith("HMMA") and self.best_mma_instruction != "HMMA"
+                and flops(name) * loop.products[name] * self.config.num_warps <= 2 * self.sum_flops)
 
     @property
     def best_mma_instruction(self) -> str:
@@ -143,8 +153,14 @@ class KernelReport:
 
     @property
     def needed(self) -> int:
-        """Floating-point operations of `products`."""
-        return sum(2 * m * n * k for m, n, k in self.products)
+        """Floating-point operations of `products` and of the sum of weights."""
+        return sum(2 * m * n * k for m, n, k in self.products) + self.sum_flops
+
+    @property
+    def sum_flops(self) -> int:
+        """Floating-point operations with which tensor cores add up the weights of a tile, in 8 columns."""
+        summed = self.config.mma_sum and self.kernel == "forward" and self.problem.dtype.itemsize == 2
+        return 2 * self.config.block_m * 8 * self.config.block_n if summed else 0
 
     @property
     def useful(self) -> int:

@@ -6,8 +6,11 @@
 
 where softmax stands for the slowest of the other units. The model counts one loop without a mask and one with it, each as
 often as the problem visits such tiles. It leaves out the bandwidth of memory (see `perf/limits.py`) and caches, bank
-conflicts, reads of shared memory by MMAs, and clocks under load. Overlap and latency are estimates, not measurements, so
-only the ranking is meaningful; tests compare it with published measurements.
+conflicts, and clocks under load. Overlap and latency are estimates, so that the ranking is better founded than the times;
+tests compare both with published measurements.
+
+On Hopper a block's warp groups march in step, from barrier to barrier: only other blocks, and instructions that stand
+between a product and the wait for it in the machine code, run beside a product.
 """
 
 import functools
@@ -19,14 +22,15 @@ from ..config import Config
 from ..configs.lookup import closest_architecture
 from ..gpu import KNOWN, Gpu, Peaks
 from ..problem import Problem
-from .compile_report import KernelReport, flops
+from .compile_report import TENSOR_ROWS, KernelReport, flops
 from .sass import Loop, kind
 
-# part of the softmax that overlaps other warps' products, by the number of groups of four warps on an SM
+# part of the softmax that overlaps other warps' products, by the groups of four warps on an SM (on Hopper, by the blocks)
 OVERLAP = {1: 0.2, 2: 0.6, 3: 0.7}
 OVERLAP_OF_MORE = 0.75
 LATENCY = {1: 500, 2: 100}    # exposed cycles of an iteration, by the stages of the pipeline
 LATENCY_OF_MORE = 60
+WGMMA_LATENCY = 450           # on Hopper, more of these where nothing runs beside the products: their start, and two barriers
 START = 1500                  # cycles of a block outside the loop, plus one for every 8 numbers of its output tile
 # lanes of an SM that compare, select, convert, shift and add integers: half of Hopper's fp32 lanes
 LANES_OF_ALU = 64
@@ -39,6 +43,8 @@ SINGLE = re.compile(r"(F2F|F2I|I2F|FRND)\b")
 PACKED = ("FADD2", "FMUL2", "FFMA2")  # AMD's are named v_pk_*
 # warp instructions per clock: one for each of an SM's four schedulers
 ISSUED = 4
+# a warp-group MMA 64 x N x 16 reads 32 N bytes of B from shared memory, and 2 KB of A if A is not in registers
+_HGMMA = re.compile(r"HGMMA\.64x(\d+)x\d+\S*\s+R\d+,\s*(gdesc)?")
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,9 @@ def estimate(report: KernelReport) -> Estimate | None:
     # a GPU that is not full has fewer blocks per SM than its occupancy allows
     resident = max(1, min(report.occupancy, math.ceil(blocks / gpu.sms)))
     waves = math.ceil(blocks / (gpu.sms * resident))
-    of_units = [units(report, loop, peaks) for loop in (report.loops[0], report.loops[-1])]
-    iteration = tuple(_iteration(cycles, config, resident) for cycles in of_units)
+    loops = report.loops[0], report.loops[-1]
+    of_units = [units(report, loop, peaks) for loop in loops]
+    iteration = tuple(_iteration(cycles, loop, config, resident) for cycles, loop in zip(of_units, loops))
     iterations = tuple(count / max(blocks, 1) for count in tiles)
     width = {"forward": problem.dv, "dq": problem.d, "dkdv": problem.d + problem.dv, "dbias": config.block_n}[report.kernel]
     rows = config.block_n if report.kernel == "dkdv" else config.block_m
@@ -114,7 +121,20 @@ def _mma_cycles(report, loop, peaks):
     work = report.needed * report.duplicated
     share = min(1.0, by_hmma * report.config.num_warps / work) if work else 0.0
     slowdown = 1 - share + share / HMMA_SHARE.get(closest_architecture(report.gpu), 1.0)
-    return work * slowdown / rate(report, peaks)
+    if "UTCHMMA" in loop.products:
+        # an instruction of 64 rows takes as long as one of 128
+        slowdown *= max(1.0, TENSOR_ROWS / min(m for m, _, _ in report.products))
+    return work * slowdown / rate(report, peaks) + _operand_stall(report, loop, peaks)
+
+
+def _operand_stall(report, loop, peaks):
+    """Return the cycles in which Hopper's tensor cores wait for operands from shared memory."""
+    stall = 0.0
+    for columns, a_in_shared in _HGMMA.findall(loop.text):
+        n = int(columns)
+        read = (32 * n + (2048 if a_in_shared else 0)) / BYTES_OF_SHARED
+        stall += max(0.0, read - 2 * 64 * n * 16 / peaks.tensor)
+    return stall * report.config.num_warps / 4
 
 
 def _words(name):
@@ -128,12 +148,17 @@ def _words(name):
     return 4 if "128" in name else 2 if "64" in name else 1
 
 
-def _iteration(cycles: dict, config: Config, resident: int) -> float:
+def _iteration(cycles: dict, loop: Loop, config: Config, resident: int) -> float:
     """Return the cycles of one iteration by one block, with `resident` blocks on an SM."""
     softmax = max(value for unit, value in cycles.items() if unit != "tensor")
-    hidden = OVERLAP.get(resident * max(1, config.num_warps // 4), OVERLAP_OF_MORE)
-    latency = LATENCY.get(config.num_stages, LATENCY_OF_MORE)
     slow, fast = max(cycles["tensor"], softmax), min(cycles["tensor"], softmax)
+    latency = LATENCY.get(config.num_stages, LATENCY_OF_MORE)
+    if any(name.startswith("HGMMA") for name in loop.products):
+        beside = loop.beside_products()
+        hidden = 1 - (1 - beside) * (1 - OVERLAP.get(resident, OVERLAP_OF_MORE))
+        latency += WGMMA_LATENCY * (1 - beside)
+    else:
+        hidden = OVERLAP.get(resident * max(1, config.num_warps // 4), OVERLAP_OF_MORE)
     return slow + (1 - hidden) * fast + latency / resident
 
 

@@ -132,6 +132,28 @@ class Loop:
         """The number of waits for warp-group MMAs in one iteration (Hopper)."""
         return sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in self.instructions)
 
+    def beside_products(self, prefixes: tuple[str, ...] = ("",)) -> float:
+        """Return the share of these instructions that a warp issues while a warp-group MMA of its own runs (Hopper).
+
+        An MMA runs from its issue to the wait for all MMAs, which may come in the next iteration.
+        """
+        counted = beside = 0
+        running = False
+        for turn in range(2):  # the first one shows what runs at the start
+            for opcode, line in zip(self.instructions, filter(_SASS.search, self.text.splitlines())):
+                if opcode.startswith("HGMMA"):
+                    running = True
+                elif opcode.startswith("WARPGROUP.DEPBAR") and line.split(";")[0].rstrip().endswith(" 0x0"):
+                    running = False
+                if turn == 1 and opcode.startswith(prefixes):
+                    counted, beside = counted + 1, beside + running
+        return beside / counted if counted else 0.0
+
+    @property
+    def softmax_beside_products(self) -> float:
+        """The share of maxima and exponentials that are issued while a product of the same warp runs (Hopper)."""
+        return self.beside_products(("MUFU.EX2", "FMNMX"))
+
 
 def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     """Return the loops over tiles in SASS or amdgcn: innermost loops with exponentials, the one without a mask first.

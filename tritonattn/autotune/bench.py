@@ -33,7 +33,7 @@ from ..kernels.forward import Outputs
 from ..measure import accuracy, device_timer, timing
 from ..problem import Problem
 from ..runtime import launch
-from ..runtime.arguments import AttentionInputs, prepare
+from ..runtime.arguments import AttentionInputs, empty_statistics, prepare
 from ..runtime.custom_op import forward_op
 from ..runtime.plan import empty_rows
 from . import search
@@ -258,14 +258,14 @@ def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,
     On device "meta" nothing runs. training: whether the forward pass keeps what a backward pass needs.
     """
     problem = inputs.problem
-    o, lse, *optional = forward_op(*inputs, training and problem.dtype.itemsize == 2)
-    o_residuals, lse_minus_maxes = ((x,) if x.numel() else () for x in optional)
+    o, lse, statistics, o_residual = forward_op(*inputs, training and problem.dtype.itemsize == 2)
+    o_residuals = (o_residual,) if o_residual.numel() else ()
     # the values of delta do not change the time
-    delta = torch.zeros_like(lse)
-    queries = Queries(inputs.q, do, lse, delta, lse_minus_maxes)
+    delta = empty_statistics(inputs.q).zero_()
+    queries = Queries(inputs.q, do, statistics, delta)
     dq, dk, dv, dbias = (x if x is None else empty_rows(x, x.shape[-1]) for x in inputs[:4])
     return functools.cache({
-        "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, o_residuals, lse_minus_maxes)),
+        "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, statistics, o_residuals)),
         "delta": lambda config: launch.delta_launch(problem, config, o, *(o_residuals or (None,)), do, None, delta),
         "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
         "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),

@@ -8,7 +8,9 @@
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from ..analysis.compile_report import KernelReport, padded
 from ..analysis.cost_model import Estimate, estimate
@@ -38,7 +40,7 @@ REASONS = {
 # block sizes, warps, stages
 SPACE = {"block_m": (16, 32, 64, 128, 256), "block_n": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 # float32 registers per thread that accumulators and scores may take before everything spills; Blackwell's are in tensor memory
-REGISTER_BUDGET = {"sm_90": 176, "sm_100": 288, "gfx942": 400}
+REGISTER_BUDGET = {"sm_90": 200, "sm_100": 288, "gfx942": 400}
 DEFAULT_REGISTER_BUDGET = 160
 DUPLICATE_PRODUCTS, DUPLICATE_EXPONENTIALS, MIN_PRODUCTS = 1.3, 1.6, 0.95
 COLLAPSED_REGISTERS, COLLAPSED_STACK = 40, 1024
@@ -60,13 +62,24 @@ class Verdict:
 
 def candidates(kernel: str, problem: Problem, gpu: Gpu, stages: Iterable[int] = SPACE["num_stages"]) -> list[Config]:
     """Return all configs for a kernel, without extreme tiles such as 16 x 128."""
-    edge = 1 if gpu.arch == "sm_90" else None
     configs = []
     for m, n, warps, depth in itertools.product(*SPACE.values()):
         owner, other = (n, m) if kernel == "dkdv" else (m, n)
         if depth in stages and other <= owner * 2 and owner <= other * 8:
-            configs.append(Config(m, n, warps, depth, edge if depth > 1 else None))
+            configs += forms(kernel, problem.dtype, Config(m, n, warps, depth), gpu)
     return configs
+
+
+def forms(kernel: str, dtype: torch.dtype, config: Config, gpu: Gpu) -> list[Config]:
+    """Return a config with the fields that its GPU always sets, with and without `ahead` where the kernel has it."""
+    pipelined = config.num_stages > 1
+    # only Hopper leaves the edges out of its pipeline. AMD's compiler fails at some kernels with `ahead`, and its layouts
+    # make mma_sum slower than additions
+    fixed = replace(config, edge_stages=1 if gpu.arch == "sm_90" and pipelined else None,
+                    mma_sum=kernel == "forward" and dtype.itemsize == 2 and not gpu.is_amd)
+    starts_ahead = kernel in ("forward", "dkdv") and pipelined and dtype.itemsize == 2 and not gpu.is_amd
+    ahead = (False, True) if starts_ahead else (False,)
+    return [replace(fixed, ahead=each) for each in ahead]
 
 
 def check_config(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Verdict | None:

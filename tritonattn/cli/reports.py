@@ -12,7 +12,8 @@ from .format import columns
 
 UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
 SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
-HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", *UNITS, "bound",
+HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", "beside",
+        *UNITS, "bound",
         "of peak"]
 FIGURES = ("registers", "stack", "loop_spills", "accumulation", "scalar", "spilled", "shared_memory", "tensor_memory",
            "fits", "threads", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision", "serialized", "race",
@@ -32,8 +33,9 @@ def _row(report):
     if model is None:
         return row + ["-"] * (len(HEAD) - len(row))
     work = f"{report.duplicated:.2f}x" if report.mma_instruction else "-"
+    beside = f"{report.loops[0].softmax_beside_products:.0%}" if "HGMMA" in report.mma_instruction else "-"
     cycles = [f"{model.units[unit]:.0f}" for unit in UNITS]
-    return [*row, report.mma_instruction or "none", work, *cycles, model.bound, f"{model.share:.0%}"]
+    return [*row, report.mma_instruction or "none", work, beside, *cycles, model.bound, f"{model.share:.0%}"]
 
 
 def warnings(reports: Sequence[KernelReport]) -> list[str]:
@@ -71,6 +73,7 @@ def _figures(report):
     model = estimate(report)
     return {name: getattr(report, name) for name in FIGURES} | {
         "loops": [{"instructions": len(loop.instructions), "products": loop.products,
+                   "softmax_beside_products": loop.softmax_beside_products,
                    "kinds": {kind: loop.counts.get(kind, 0) for kind in sass.KINDS}} for loop in report.loops],
         "model": None if model is None else {"bound": model.bound} | asdict(model),
     }

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention import scaled_dot_product_attention as tritonattn_sdpa
-from ..runtime.arguments import AttentionInputs
+from ..runtime.arguments import AttentionInputs, statistics_of_lse
 from ..runtime.custom_op import backward_op, forward_op
 from . import torch_private
 from .support import SUPPORTED_DEVICES, accept, supports
@@ -142,10 +142,10 @@ def _backward(operator, original, call):
     if _unsupported(operator, call) or not supports(*tensors, call.scale):
         return original()
     lse = call.logsumexp.reshape(*call.logsumexp.shape[:3])[..., :call.query.shape[2]]
-    o_residual = call.query.new_empty(0)
-    lse_minus_max = o_residual if call.attn_bias is None else torch.zeros_like(lse)
     wanted = [want and x is not None for want, x in zip(call.grad_input_mask or (True, True, True, False), tensors)]
-    gradients = backward_op(call.grad_out, None, call.out, lse, o_residual, lse_minus_max, *_inputs(operator, call), wanted)
+    inputs = _inputs(operator, call)
+    gradients = backward_op(call.grad_out, None, call.out, statistics_of_lse(lse, inputs), call.query.new_empty(0), *inputs,
+                            wanted)
     dq, dk, dv, dbias = (x if want else None for x, want in zip(gradients, wanted))
     if operator.rows_first:
         dq, dk, dv = map(_rows_first, (dq, dk, dv))

@@ -46,7 +46,7 @@ def keep_mask_of_queries(dropout, query, key, M: tl.constexpr, N: tl.constexpr):
     return bits.to(tl.uint32, bitcast=True) >= dropout.threshold.to(tl.uint32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n_q", "n_k"))
 def keep_kernel(keep, dropout, heads, n_q, n_k, M: tl.constexpr, N: tl.constexpr):
     """Write contiguous bytes [batch, heads, n_q, n_k]: 1 where a weight is kept, else 0."""
     col_tiles, row_tiles = tl.cdiv(n_k, N), tl.cdiv(n_q, M)

@@ -10,99 +10,119 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import ScoreParams, scores, select_head
+from .scores import ScoreParams, load_modifiers, modify, select_head
 from .softmax import softmax_finish, softmax_start, softmax_step
 from .tile import (
+    LENGTHS,
     HeadView,
     Tensor,
+    any_row,
+    dot_t,
     head_view,
+    load_statistic,
     load_tile,
+    padded_rows,
     rounding_error,
     sizes_of_batch,
-    store_rows,
+    statistics_view,
+    store_statistic,
     store_tile,
-    stored_tile_has_nan,
+    stored_rows_with_nan,
     tile_head_batch,
 )
-from .window import NAN_SAFE_ROWS, block_start, loop_bounds, loop_mode, loop_stages, loop_step, needs_mask
+from .window import NAN_SAFE_ROWS, block_start, is_ahead, loop_bounds, loop_mode, loop_stages, loop_step, needs_mask
 
 
 class Keys(NamedTuple):
-    """Keys and values of one head: two views, or a tile of each."""
+    """Keys and values, or their gradients: tensors, views of one head, or a tile of each."""
 
     k: HeadView
     v: HeadView
 
 
 class Outputs(NamedTuple):
-    """Outputs of the forward pass: tensors, or views of one head. The last two are tuples of one element, or empty."""
+    """Outputs of the forward pass: tensors, or views of one head."""
 
     o: Tensor
-    lse: Tensor
-    o_residual: tuple = ()     # rounding error of o: o + o_residual has twice the digits of o
-    lse_minus_max: tuple = ()  # lse - max S, used with a bias: lse itself may be too large to hold the difference
+    lse: object             # address in a dense [batch, head, n_q] tensor
+    statistics: object      # address in a dense [batch, head, 2, padded n_q] tensor: -m and log2 l of softmax.py, in its units
+    o_residual: tuple = ()  # or one element, the rounding error of o: o + o_residual has twice the digits of o
 
 
 @triton.jit
 def output_views(outputs, sizes, batch, head):
     """Return the views of one head."""
-    o_residual, lse_minus_max = outputs.o_residual, outputs.lse_minus_max
+    o_residual = outputs.o_residual
     if len(outputs.o_residual) == 1:
         o_residual = (head_view(outputs.o_residual[0], sizes.batches, batch, head, sizes.n_q),)
-    if len(outputs.lse_minus_max) == 1:
-        lse_minus_max = (head_view(outputs.lse_minus_max[0], sizes.batches, batch, head, sizes.n_q),)
     return Outputs(head_view(outputs.o, sizes.batches, batch, head, sizes.n_q),
-                   head_view(outputs.lse, sizes.batches, batch, head, sizes.n_q), o_residual, lse_minus_max)
+                   outputs.lse + (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.n_q,
+                   statistics_view(outputs.statistics, sizes.heads, sizes.n_q, batch, head, 2), o_residual)
 
 
 @triton.jit
-def key_views(k, v, sizes, batch, head):
+def key_views(keys, sizes, batch, head):
     """Return the views of one key head."""
-    return Keys(head_view(k, sizes.batches, batch, head, sizes.n_k), head_view(v, sizes.batches, batch, head, sizes.n_k))
+    return Keys(head_view(keys.k, sizes.batches, batch, head, sizes.n_k),
+                head_view(keys.v, sizes.batches, batch, head, sizes.n_k))
 
 
 @triton.jit
-def attend_loop(state, q, keys, row, start, stop, scoring, static, PRECISE: tl.constexpr, MODE: tl.constexpr):
+def attend_loop(state, q, keys, row, start, stop, scoring, static, MODE: tl.constexpr):
     """Return the state after the keys [start, stop), for queries q [M, D] from position `row`."""
     N: tl.constexpr = loop_step(static.BLOCK_N, MODE)
+    M: tl.constexpr = q[0].shape[0]
     CHECK: tl.constexpr = static.UNEVEN and needs_mask(MODE)
+    if is_ahead(static.AHEAD, MODE):
+        # the last step computes its own product once more, so that the loop has no branch
+        last = tl.maximum(stop - N, 0)
+        product = dot_t(q, load_tile(keys.k, block_start(scoring.mods.block_list, tl.minimum(start, last)), N, static.D, True),
+                        static)
+        # no warp group may fill the buffers of the pipeline while another one still reads this tile
+        tl.debug_barrier()
     for step in tl.range(start, stop, N, num_stages=loop_stages(MODE)):
         first = block_start(scoring.mods.block_list, step)
-        k = load_tile(keys.k, first, N, static.D, CHECK)
-        s = scores(q, k, row, first, keys.k.rows, scoring, static, MODE)
+        modifiers = load_modifiers(row, first, keys.k.rows, M, N, scoring, MODE)
+        if is_ahead(static.AHEAD, MODE):
+            current = product
+            following = block_start(scoring.mods.block_list, tl.minimum(step + N, last))
+            product = dot_t(q, load_tile(keys.k, following, N, static.D, CHECK), static)
+        else:
+            current = dot_t(q, load_tile(keys.k, first, N, static.D, CHECK), static)
+        s = modify(current, modifiers, row, first, keys.k.rows, scoring, static, MODE)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
-        state = softmax_step(state, s, v, row, first, scoring, static, PRECISE, MODE)
+        state = softmax_step(state, s, v, row, first, scoring, static, MODE)
     return state
 
 
 @triton.jit
-def store_outputs(state, outputs, first, M: tl.constexpr, scoring, static):
+def store_outputs(state, outputs, first, M: tl.constexpr, sizes, scoring, static):
     """Store the outputs of the M queries from `first`."""
-    o_tile, lse_tile, lse_minus_max_tile = softmax_finish(state, scoring)
+    o_tile, lse, minus_m, log2_l = softmax_finish(state, scoring, static, outputs.o.ptr.dtype.element_ty)
     store_tile(outputs.o, first, o_tile, M, static.DV)
-    store_rows(outputs.lse, first, lse_tile, M)
+    rows = first + tl.arange(0, M)
+    tl.store(outputs.lse + rows, lse, mask=rows < sizes.n_q)
+    store_statistic(outputs.statistics, first, sizes.n_q, minus_m, M)
+    store_statistic(outputs.statistics + padded_rows(sizes.n_q), first, sizes.n_q, log2_l, M)
     if len(outputs.o_residual) == 1:
         store_tile(outputs.o_residual[0], first, rounding_error(o_tile, outputs.o_residual[0].ptr.dtype.element_ty), M,
                    static.DV)
-    if len(outputs.lse_minus_max) == 1:
-        store_rows(outputs.lse_minus_max[0], first, lse_minus_max_tile, M)
 
 
-@triton.jit
-def forward_kernel(q, k, v, outputs, sizes, scoring, static):
+@triton.jit(do_not_specialize=LENGTHS)
+def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     """Compute the outputs of one tile of queries. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    PRECISE: tl.constexpr = len(outputs.o_residual) == 1
     HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) > 0
     window = scoring.window
     # with a bounded right side the last queries attend to the most keys: the longest programs start first
-    first, head, batch = tile_head_batch(sizes.heads, sizes.n_q, M, window.right is not None)
-    sizes = sizes_of_batch(sizes, batch)
+    first, head, batch = tile_head_batch(leading.heads, n_q, M, window.right is not None)
+    sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     q = head_view(q, sizes.batches, batch, head, sizes.n_q)
     outputs = output_views(outputs, sizes, batch, head)
-    keys = key_views(k, v, sizes, batch, head // static.GROUP)
+    keys = key_views(keys, sizes, batch, head // static.GROUP)
     mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
-    scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, window, mods)
+    scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, window, mods)
     bounds = loop_bounds(mods.block_list, window, first + sizes.shift, sizes.n_k, M, static.BLOCK_N)
 
     q_tile = load_tile(q, first, M, static.D, True)
@@ -110,13 +130,24 @@ def forward_kernel(q, k, v, outputs, sizes, scoring, static):
     for part in tl.static_range(3):
         if loop_mode(static.LOOP_MODES, part) is not None:
             state = attend_loop(state, q_tile, keys, first + sizes.shift, bounds[part], bounds[part + 1], scoring, static,
-                                PRECISE, loop_mode(static.LOOP_MODES, part))
-    store_outputs(state, outputs, first, M, scoring, static)
+                                loop_mode(static.LOOP_MODES, part))
+    store_outputs(state, outputs, first, M, sizes, scoring, static)
     if window.left is not None or window.right is not None or HAS_MASK:
-        if stored_tile_has_nan(outputs.o, first, M, static.DV, static.ACC):
-            for row_start in tl.range(first, first + M, NAN_SAFE_ROWS, num_stages=1):
-                q_rows = load_tile(q, row_start, NAN_SAFE_ROWS, static.D, True)
-                row_state = softmax_start(NAN_SAFE_ROWS, static)
-                row_state = attend_loop(row_state, q_rows, keys, row_start + sizes.shift, bounds[0], bounds[3], scoring, static,
-                                        PRECISE, "nan_safe")
-                store_outputs(row_state, outputs, row_start, NAN_SAFE_ROWS, scoring, static)
+        # a NaN among its scores makes a row NaN by definition, and its sum too
+        has_nan = stored_rows_with_nan(outputs.o, first, M, static.DV, static.ACC)
+        log2_l = load_statistic(outputs.statistics + padded_rows(sizes.n_q), first, sizes.n_q, M, 0.0)
+        redo = has_nan & (log2_l == log2_l)
+        if any_row(redo, 0, M):
+            forward_nan_safe(redo, q, keys, outputs, first, bounds[0], bounds[3], sizes, scoring, static)
+
+
+@triton.jit
+def forward_nan_safe(redo, q, keys, outputs, first, start, stop, sizes, scoring, static):
+    """Recompute the rows `redo` of one tile of the outputs in mode nan_safe, from the keys [start, stop)."""
+    for begin in tl.range(0, static.BLOCK_M, NAN_SAFE_ROWS, num_stages=1):
+        if any_row(redo, begin, NAN_SAFE_ROWS):
+            row = first + begin
+            q_rows = load_tile(q, row, NAN_SAFE_ROWS, static.D, True)
+            state = attend_loop(softmax_start(NAN_SAFE_ROWS, static), q_rows, keys, row + sizes.shift, start, stop, scoring,
+                                static, "nan_safe")
+            store_outputs(state, outputs, row, NAN_SAFE_ROWS, sizes, scoring, static)

@@ -33,6 +33,7 @@ class ScoreParams(NamedTuple):
 
     exp2_scale: float       # |scale| log2(e), which is positive, so that max S is the largest exponent; with a bias log2(e)
     qk_scale: float | None  # the sign of the scale, None where it is positive; with a bias the scale itself
+    ds_scale: float | None  # float16: a power of two near the scale, 1/16 to 1, so that dS rarely overflows. Else None
     window: Window
     mods: ScoreMods
 
@@ -72,41 +73,73 @@ def apply_keep_scale(tile, scoring):
     return tile
 
 
+@triton.constexpr_function
+def loads_mask(masks, block_lists, mode):
+    """Return whether the mask is loaded in this mode: with a block list, only its partial blocks need it."""
+    return masks == 1 and (block_lists == 0 or needs_mask(mode))
+
+
+@triton.jit
+def load_modifiers(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring, MODE: tl.constexpr):
+    """Return bias and mask of a tile that starts at positions (row, col), as `modify` takes them in this mode."""
+    bias, mask = scoring.mods.bias, scoring.mods.mask
+    if len(scoring.mods.bias) == 1:
+        bias = (load_pairwise(scoring.mods.bias[0], row, col, n, M, N, needs_mask(MODE)),)
+    if loads_mask(len(scoring.mods.mask), len(scoring.mods.block_list), MODE):
+        mask = (load_pairwise(scoring.mods.mask[0], row, col, n, M, N, needs_mask(MODE)),)
+    return bias, mask
+
+
+@triton.jit
+def modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
+    """Return S, not yet times exp2_scale, from the product of queries and keys; -inf at masked pairs."""
+    if scoring.qk_scale is not None:
+        s = s * scoring.qk_scale
+    if len(scoring.mods.bias) == 1:
+        bias = modifiers[0][0].to(static.ACC)
+        # select instead of adding: the score of a masked pair may be NaN
+        s = tl.where(bias == float("-inf"), bias, s + bias)
+    if loads_mask(len(scoring.mods.mask), len(scoring.mods.block_list), MODE):
+        s = tl.where(modifiers[1][0] != 0, s, float("-inf"))
+    if needs_mask(MODE):
+        rows, cols = row + tl.arange(0, s.shape[0]), col + tl.arange(0, s.shape[1])
+        s = tl.where(window_mask(scoring.window, rows, cols, n), s, float("-inf"))
+    return s
+
+
 @triton.jit
 def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
     """Return S of two tiles that start at positions (row, col), not yet times exp2_scale; -inf at masked pairs.
 
     Rows are queries and the n columns keys; with `scoring` transposed, rows are keys and the n columns queries.
     """
-    M: tl.constexpr = a[0].shape[0]
-    N: tl.constexpr = b[0].shape[0]
-    # with a block list, only its partial blocks, whose stretch has a masked mode, need the mask
-    LOAD_MASK: tl.constexpr = len(scoring.mods.mask) == 1 and (len(scoring.mods.block_list) == 0 or needs_mask(MODE))
     # load before the dot: the row reduction gets the layout of the last operand computed, and after a late load several
     # warps would compute the same exponentials
+    modifiers = load_modifiers(row, col, n, a[0].shape[0], b[0].shape[0], scoring, MODE)
+    return modify(dot_t(a, b, static), modifiers, row, col, n, scoring, static, MODE)
+
+
+@triton.jit
+def attended(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring):
+    """Return [M, N] booleans: which pairs of a tile neither the window nor the mask nor a bias of -inf masks."""
+    pairs = window_mask(scoring.window, row + tl.arange(0, M), col + tl.arange(0, N), n)
     if len(scoring.mods.bias) == 1:
-        bias = load_pairwise(scoring.mods.bias[0], row, col, n, M, N, needs_mask(MODE))
-    if LOAD_MASK:
-        mask = load_pairwise(scoring.mods.mask[0], row, col, n, M, N, needs_mask(MODE))
-    s = dot_t(a, b, static)
-    if scoring.qk_scale is not None:
-        s = s * scoring.qk_scale
-    if len(scoring.mods.bias) == 1:
-        bias = bias.to(static.ACC)
-        # select instead of adding: the score of a masked pair may be NaN
-        s = tl.where(bias == float("-inf"), bias, s + bias)
-    if LOAD_MASK:
-        s = tl.where(mask != 0, s, float("-inf"))
-    if needs_mask(MODE):
-        s = tl.where(window_mask(scoring.window, row + tl.arange(0, M), col + tl.arange(0, N), n), s, float("-inf"))
-    return s
+        pairs = pairs & (load_pairwise(scoring.mods.bias[0], row, col, n, M, N, True) != float("-inf"))
+    if len(scoring.mods.mask) == 1:
+        pairs = pairs & (load_pairwise(scoring.mods.mask[0], row, col, n, M, N, True) != 0)
+    return pairs
 
 
 @triton.jit
 def grad_scale(scoring):
-    """Return the scale of dQ = scale dS K and dK = scale dS^T Q."""
+    """Return the scale of dQ = scale dS K and dK = scale dS^T Q, divided by ds_scale."""
     # return the expression directly: the interpreter rounds a number to float32 when it is assigned to a name
-    if scoring.qk_scale is not None:
+    if scoring.ds_scale is not None:
+        if scoring.qk_scale is not None:
+            return scoring.exp2_scale * LN2 * scoring.qk_scale / scoring.ds_scale
+        else:
+            return scoring.exp2_scale * LN2 / scoring.ds_scale
+    elif scoring.qk_scale is not None:
         return scoring.exp2_scale * LN2 * scoring.qk_scale
     else:
         return scoring.exp2_scale * LN2

@@ -3,6 +3,8 @@
     x = exp2_scale s        m' = max(m, max_j x_j)        alpha = 2^(m - m')
     l'   = alpha l   + sum_j 2^(x_j - m')
     acc' = alpha acc + sum_j 2^(x_j - m') v_j             o = acc / l        lse = (m + log2 l) ln 2
+
+Where `subtracts_first`, m is the largest score, not the largest exponent.
 """
 
 from typing import NamedTuple
@@ -17,17 +19,26 @@ from .tile import dot_acc, scale_tile, zero_tile
 class Softmax(NamedTuple):
     """Running state of each query row."""
 
-    m: tl.tensor          # [M]     largest exponent x; with a bias, largest score s
+    m: tl.tensor          # [M]     largest exponent x, or largest score s
     l: tl.tensor          # [M]     sum of 2^(x - m)
-    l_rounded: tl.tensor  # [M]     the same sum over the weights rounded to the dtype of V; if not PRECISE, the same as l
+    l_rounded: tl.tensor  # [M]     the same sum over the weights rounded to 16 bits; with MMA_SUM [M, 8], 8 equal columns
     acc: tuple            # [M, DV] sum of 2^(x - m) v, in parts
+
+
+@triton.constexpr_function
+def rounds(dtype, sum_dtype):
+    """Return whether weights are rounded to this dtype of V: to 16 bits."""
+    return dtype != sum_dtype
 
 
 @triton.jit
 def softmax_start(M: tl.constexpr, static):
     """Return the state before the first key."""
     zeros = tl.zeros([M], static.ACC)
-    return Softmax(tl.full([M], float("-inf"), static.ACC), zeros, zeros, zero_tile(M, static.DV, static.ACC))
+    l_rounded = zeros
+    if static.MMA_SUM:
+        l_rounded = tl.zeros([M, 8], static.ACC)
+    return Softmax(tl.full([M], float("-inf"), static.ACC), zeros, l_rounded, zero_tile(M, static.DV, static.ACC))
 
 
 @triton.jit
@@ -44,45 +55,75 @@ def round_p(p, dtype: tl.constexpr):
         return p.to(dtype).to(p.dtype)
 
 
+@triton.constexpr_function
+def subtracts_first(biases, dtype):
+    """Return whether the largest score is subtracted before the scale is applied.
+
+    That is exact at any score, and with a bias, which may be the lowest finite number, the product could overflow. In 16 bits
+    without a bias one fused multiply-add does both: the rounding error of m, half a unit in its last place, is an exponent that
+    all weights of a row have in common. It leaves the range of float16 only where |m| exceeds about 2^28.
+    """
+    return biases == 1 or dtype == tl.float32 or dtype == tl.float64
+
+
 @triton.jit
-def softmax_step(state, s, v, row, col, scoring, static, PRECISE: tl.constexpr, MODE: tl.constexpr):
+def exponent(s, minus_m, scoring, dtype: tl.constexpr):
+    """Return x - m for scores of queries of this dtype."""
+    if subtracts_first(len(scoring.mods.bias), dtype):
+        return (s + minus_m) * scoring.exp2_scale
+    else:
+        return tl.fma(s, scoring.exp2_scale, minus_m)
+
+
+@triton.jit
+def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
     """Return the state after the next N keys, from their scores s [M, N] and values v [N, DV].
 
     Dropout applies to the weights of acc only: l sums all weights.
     """
     # the maximum of a row is -inf before its first unmasked key: avoid -inf - (-inf)
-    if len(scoring.mods.bias) == 0:
-        m = tl.maximum(state.m, tl.max(s, 1) * scoring.exp2_scale)
-        pivot = tl.where(m == float("-inf"), 0.0, m)
-        alpha = tl.exp2(state.m - pivot)
-        p = tl.exp2(s * scoring.exp2_scale - pivot[:, None])
-    else:
-        # subtract first: a bias may be the lowest finite number, which overflows when multiplied by exp2_scale
+    if subtracts_first(len(scoring.mods.bias), v[0].dtype):
         m = tl.maximum(state.m, tl.max(s, 1))
         pivot = tl.where(m == float("-inf"), 0.0, m)
         alpha = tl.exp2((state.m - pivot) * scoring.exp2_scale)
-        p = tl.exp2((s - pivot[:, None]) * scoring.exp2_scale)
+    else:
+        m = tl.maximum(state.m, tl.max(s, 1) * scoring.exp2_scale)
+        pivot = tl.where(m == float("-inf"), 0.0, m)
+        alpha = tl.exp2(state.m - pivot)
+    p = tl.exp2(exponent(s, -pivot[:, None], scoring, v[0].dtype))
     l = state.l * alpha + tl.sum(p, 1)
-    l_rounded = l
-    if PRECISE:
-        p = round_p(p, v[0].dtype)
-        l_rounded = state.l_rounded * alpha + tl.sum(p, 1)
+    l_rounded = state.l_rounded
+    if rounds(v[0].dtype, static.ACC):
+        if static.MMA_SUM:
+            ones = tl.full([8, s.shape[1]], 1.0, v[0].dtype)
+            l_rounded = tl.dot(p.to(v[0].dtype), ones.T, l_rounded * alpha[:, None])
+        else:
+            p = round_p(p, v[0].dtype)
+            l_rounded = l_rounded * alpha + tl.sum(p, 1)
     p = apply_keep_mask(p, row, col, scoring, False)
     acc = dot_acc(scale_tile(state.acc, alpha[:, None]), p, v, s, static, MODE)
     return Softmax(m, l, l_rounded, acc)
 
 
 @triton.jit
-def softmax_finish(state, scoring):
-    """Return the output [M, DV] in parts, the natural log-sum-exp [M], and log-sum-exp minus largest score [M].
+def softmax_finish(state, scoring, static, dtype: tl.constexpr):
+    """Return the output [M, DV] in parts, not yet in `dtype`, and three statistics [M] of each row.
 
-    Rows that attend to no key give an output of 0 and a log-sum-exp of -inf.
+    The statistics are the natural log-sum-exp, and the two numbers from which the backward pass computes the weights: -m and
+    log2 l. Rows that attend to no key give an output of 0, a log-sum-exp of -inf, 0 and +inf.
     """
-    empty = state.l == 0.0
-    o = apply_keep_scale(scale_tile(state.acc, (1.0 / tl.where(empty, 1.0, state.l_rounded))[:, None]), scoring)
-    lse_minus_max = tl.log2(tl.where(empty, 1.0, state.l))
-    if len(scoring.mods.bias) == 0:
-        lse = (state.m + lse_minus_max) * LN2
+    empty, total = state.l == 0.0, state.l
+    if rounds(dtype, total.dtype):
+        total = state.l_rounded
+        if static.MMA_SUM:
+            total = tl.max(total, 1)
+    o = apply_keep_scale(scale_tile(state.acc, (1.0 / tl.where(empty, 1.0, total))[:, None]), scoring)
+    m = tl.where(empty, 0.0, state.m)
+    log2_l = tl.log2(tl.where(empty, 1.0, state.l))
+    if len(scoring.mods.bias) == 1:
+        lse = m + log2_l * LN2
+    elif subtracts_first(0, dtype):
+        lse = (m * scoring.exp2_scale + log2_l) * LN2
     else:
-        lse = state.m + lse_minus_max * LN2
-    return o, tl.where(empty, float("-inf"), lse), lse_minus_max * LN2
+        lse = (m + log2_l) * LN2
+    return o, tl.where(empty, float("-inf"), lse), -m, tl.where(empty, float("inf"), log2_l)

@@ -40,15 +40,29 @@ class HeadView(NamedTuple):
     rows: int    # number of rows
 
 
-class Sizes(NamedTuple):
-    """Sizes of the problem that may change without a new compilation."""
+class Leading(NamedTuple):
+    """The dimensions before the lengths, as one kernel argument.
 
-    batches: tuple       # sizes of the batch dimensions, the innermost first
-    heads: int           # query heads
+    The lengths are arguments of their own: an integer in a record is compiled anew when it becomes a multiple of 16.
+    """
+
+    batches: tuple           # sizes of the batch dimensions, the innermost first
+    heads: int               # query heads
+    key_lengths: tuple = ()  # or (pointer to the number of keys of each batch, 1 if the shift depends on that number, else 0)
+
+
+LENGTHS = ("n_q", "n_k", "shift")  # arguments of kernels that are not specialized
+
+
+class Sizes(NamedTuple):
+    """Sizes of one batch of the problem."""
+
+    batches: tuple  # sizes of the batch dimensions, the innermost first
+    heads: int      # query heads
     n_q: int
     n_k: int
-    shift: int           # query i is at position i + shift among the keys
-    lengths: tuple = ()  # or (pointer to the number of keys of each batch, 1 if the shift depends on that number, else 0)
+    shift: int      # query i is at position i + shift among the keys
+    key_lengths: tuple = ()
 
 
 class Constexprs(NamedTuple):
@@ -63,6 +77,8 @@ class Constexprs(NamedTuple):
     LOOP_MODES: tl.constexpr  # modes of the three stretches of the loop (window.py)
     ACC: tl.constexpr         # dtype of sums
     PRECISION: tl.constexpr   # of float32 products: "ieee" or "tf32"
+    AHEAD: tl.constexpr       # a product is started before the softmax: see Config
+    MMA_SUM: tl.constexpr     # tensor cores add up the rounded weights of a row
     GRADS: tl.constexpr = tl.constexpr("both")  # dK/dV: "both", "dk" or "dv"; dbias: "pairs", or "keys" for one shared row
 
 
@@ -103,14 +119,14 @@ def tile_head_batch(heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def sizes_of_batch(sizes, batch):
+def sizes_of_batch(leading, n_q, n_k, shift, batch):
     """Return the sizes of one batch, with its own number of keys."""
-    if len(sizes.lengths) == 2:
-        n_k = tl.minimum(tl.maximum(tl.load(sizes.lengths[0] + batch), 0), sizes.n_k)
-        shift = sizes.shift + (n_k - sizes.n_k) * sizes.lengths[1]
-        return Sizes(sizes.batches, sizes.heads, sizes.n_q, n_k, shift, sizes.lengths)
+    if len(leading.key_lengths) == 2:
+        own = tl.minimum(tl.maximum(tl.load(leading.key_lengths[0] + batch), 0), n_k)
+        shift += (own - n_k) * leading.key_lengths[1]
+        return Sizes(leading.batches, leading.heads, n_q, own, shift, leading.key_lengths)
     else:
-        return sizes
+        return Sizes(leading.batches, leading.heads, n_q, n_k, shift, leading.key_lengths)
 
 
 @triton.jit
@@ -175,17 +191,33 @@ def store_tile(x, first, tile, N: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(x, first, N: tl.constexpr, OTHER: tl.constexpr):
-    """Load N entries of a one-column matrix (one statistic per row); OTHER past its end."""
-    ptrs = x.ptr + tl.cast(first, tl.int64) * x.row + tl.arange(0, N) * x.row
-    return tl.load(ptrs, mask=first + tl.arange(0, N) < x.rows, other=OTHER)
+def padded_rows(n):
+    """Return n rounded up to a multiple of 16.
+
+    A kernel is compiled once for all lengths. If the compiler knew no divisor of a length, each number of a row would be
+    loaded and stored by an instruction of its own.
+    """
+    return tl.cdiv(n, 16) * 16
 
 
 @triton.jit
-def store_rows(x, first, values, N: tl.constexpr):
-    """Store N entries of a one-column matrix, up to its end."""
-    ptrs = x.ptr + tl.cast(first, tl.int64) * x.row + tl.arange(0, N) * x.row
-    tl.store(ptrs, values, mask=first + tl.arange(0, N) < x.rows)
+def statistics_view(x, heads, n, batch, head, COUNT: tl.constexpr):
+    """Return the address of a head in a dense [batch, head, COUNT, padded_rows(n)] tensor."""
+    return x + (tl.cast(batch, tl.int64) * heads + head) * COUNT * padded_rows(n)
+
+
+@triton.jit
+def load_statistic(x, first, n, M: tl.constexpr, OTHER: tl.constexpr):
+    """Load M of padded_rows(n) numbers from the address x of the first; OTHER past their end."""
+    rows = first + tl.arange(0, M)
+    return tl.load(x + rows, mask=rows < padded_rows(n), other=OTHER)
+
+
+@triton.jit
+def store_statistic(x, first, n, values, M: tl.constexpr):
+    """Store M of padded_rows(n) numbers. Those past n do not matter."""
+    rows = first + tl.arange(0, M)
+    tl.store(x + rows, values, mask=rows < padded_rows(n))
 
 
 @triton.jit
@@ -271,19 +303,48 @@ def dot_acc_part(acc, p, x, s, static, MODE: tl.constexpr):
 
 
 @triton.jit
-def stored_tile_has_nan(x, first, N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
-    """Return whether the tile that this program has just stored holds a NaN (or infinities of both signs in one row).
+def stored_rows_with_nan(x, first, N: tl.constexpr, SIZE: tl.constexpr, ACC: tl.constexpr):
+    """Return [N] booleans: which rows of the tile that this program has just stored have a NaN, or infinities of both signs.
 
     The tile is read back from memory: a reduction of the accumulator in registers would constrain its layout in the
     main loop. The barrier makes this program's stores visible to all its threads; no other program writes the tile.
-    The result is a scalar, so that all threads take the same branch.
     """
     tl.debug_barrier()
     tile = load_tile(x, first, N, SIZE, True)
     sums = tl.sum(tile[0].to(ACC), 1)
     if len(tile) == 2:
         sums += tl.sum(tile[1].to(ACC), 1)
-    return tl.max((sums != sums).to(tl.int32), 0) != 0
+    return sums != sums
+
+
+@triton.jit
+def zero_stored_rows(x, first, condition, N: tl.constexpr, SIZE: tl.constexpr):
+    """Store zeros in the rows of a tile where `condition` [N] is true."""
+    MAIN: tl.constexpr = main_width(SIZE)
+    dtype = x.ptr.dtype.element_ty
+    inside = in_bounds(x, first, N, 0, MAIN, SIZE)
+    tl.store(pointers(x, first, N, 0, MAIN), tl.zeros([N, MAIN], dtype), mask=inside & condition[:, None])
+    if has_two_parts(SIZE):
+        TAIL: tl.constexpr = tail_width(SIZE)
+        inside = in_bounds(x, first, N, MAIN, TAIL, SIZE)
+        tl.store(pointers(x, first, N, MAIN, TAIL), tl.zeros([N, TAIL], dtype), mask=inside & condition[:, None])
+
+
+@triton.jit
+def any_row(condition, begin, N: tl.constexpr):
+    """Return whether `condition` is true in any of N rows from `begin`: a scalar, so that all threads branch alike."""
+    rows = tl.arange(0, condition.shape[0])
+    return tl.max((condition & (rows >= begin) & (rows < begin + N)).to(tl.int32), 0) != 0
+
+
+@triton.jit
+def nonfinite_rows(tile, SIZE: tl.constexpr):
+    """Return [N] booleans: which rows of a tile have no finite element."""
+    count = tl.sum((tile[0] - tile[0] != 0).to(tl.int32), 1)
+    if len(tile) == 2:
+        count += tl.sum((tile[1] - tile[1] != 0).to(tl.int32), 1)
+    # columns past SIZE are 0
+    return count == SIZE
 
 
 @triton.jit

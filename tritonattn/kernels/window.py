@@ -20,9 +20,10 @@ the mode of each stretch, or None where there is none:
     masked       evaluates the window and checks the ends of the tensors
     masked_tail  the same without pipelining, after the unmasked stretch: on Hopper a second pipelined loop makes ptxas
                  wait for every single product, in both loops
-    nan_safe     a NaN in the stored tile may come from 0 * inf at a masked pair. The tile is then recomputed in this mode,
-                 NAN_SAFE_ROWS rows at a time, outside the main loop, so that the main loop needs no extra registers or
-                 shared memory
+    nan_safe     a NaN in the stored tile may come from 0 * inf at a masked pair. Such rows are then recomputed in this
+                 mode, NAN_SAFE_ROWS at a time, outside the main loop, so that the main loop needs no extra registers or
+                 shared memory. Rows that are not finite by definition are left as they are, so that a training step
+                 whose cotangents overflow is not much slower than another
 """
 
 from typing import NamedTuple
@@ -122,3 +123,9 @@ def window_mask(window, rows, cols, n):
     if window.right is not None:
         mask = mask & (cols[None, :] <= rows[:, None] + window.right)
     return mask
+
+
+@triton.constexpr_function
+def is_ahead(ahead, mode):
+    """Return whether the scores are computed one tile ahead in this mode: in the long stretch, which is pipelined."""
+    return ahead and mode in ("unmasked", "neg_inf")

@@ -166,6 +166,33 @@ def batch_shape(q, k, v):
     return shapes[0] if equal else torch.broadcast_shapes(*shapes)
 
 
+def empty_statistics(q, count=()):
+    """Return an empty tensor [..., H, *count, padded L] for numbers of each query, in float32 (or q's dtype, if wider)."""
+    *leading, n = q.shape[:-1]
+    return q.new_empty((*leading, *count, -(-n // 16) * 16), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def statistics_of_lse(lse, inputs: AttentionInputs):
+    """Return statistics (kernels/softmax.py) that give the same weights as lse does: m = lse, log2 l = the rest."""
+    statistics = empty_statistics(inputs.q, (2,)).zero_()
+    minus_m, log2_l = statistics[..., :lse.shape[-1]].unbind(-2)
+    # the natural units of lse, over those of m: of scores; of Q K^T; of exponents
+    unit = math.log(2)
+    if inputs.bias is not None:
+        unit = 1.0
+    elif inputs.q.dtype.itemsize > 2:
+        unit = abs(score_scale(inputs.scale)) or 1.0
+    # where the scale is tiny, lse / unit may overflow
+    minus_m.copy_(torch.where((lse / unit).isinf(), 0, -lse / unit))
+    log2_l.copy_(torch.where(lse.isinf(), torch.inf, (lse.double() + minus_m.double() * unit) / math.log(2)))
+    return statistics
+
+
+def score_scale(scale: float) -> float:
+    """Return the scale as the kernels use it: one that is subnormal in float32 may be flushed to 0, and -inf * 0 is NaN."""
+    return scale if abs(scale) >= 2.0**-126 else 0.0
+
+
 def restore_shape(o, lse, q, k, v):
     """Remove from o and lse the column and the head dimension that `with_equal_batches` added to q, k and v."""
     o = o if v.shape[-1] else o.narrow(-1, 0, 0)

@@ -1,7 +1,7 @@
 """Attention as torch ops, and its autograd.
 
-    tritonattn::forward    AttentionInputs, keep_residual                                   -> o, lse, o_residual, lse_minus_max
-    tritonattn::backward   do, dlse, o, lse, o_residual, lse_minus_max, AttentionInputs, wanted         -> dq, dk, dv, dbias
+    tritonattn::forward    AttentionInputs, keep_residual                                   -> o, lse, statistics, o_residual
+    tritonattn::backward   do, dlse, o, statistics, o_residual, AttentionInputs, wanted               -> dq, dk, dv, dbias
 
 torch.compile, export and the FLOP counter handle the ops; Problem and Config exist only inside them. The arguments are
 checked: see arguments.py.
@@ -20,7 +20,7 @@ if TRITON:
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int | None: "int?", bool: "bool"}
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
-OUTPUTS = "Tensor o, Tensor lse, Tensor o_residual, Tensor lse_minus_max"
+OUTPUTS = "Tensor o, Tensor statistics, Tensor o_residual"  # those that the backward pass reads
 FOUR_TENSORS = "(Tensor, Tensor, Tensor, Tensor)"
 torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR_TENSORS}")
 torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FOUR_TENSORS}")
@@ -33,11 +33,10 @@ def _forward(*arguments):
     return _without_none(inputs.q, plan.forward_plan(inputs, keep_residual).run(inputs[:N_TENSORS]))
 
 
-def _backward(do, dlse, o, lse, o_residual, lse_minus_max, *arguments):
+def _backward(do, dlse, o, statistics, o_residual, *arguments):
     """Implement tritonattn::backward."""
     inputs, wanted = AttentionInputs(*arguments[:-1]), tuple(arguments[-1])
-    tensors = (do, dlse, o, lse, o_residual if o_residual.numel() else None, None if inputs.bias is None else lse_minus_max,
-               *inputs[:N_TENSORS])
+    tensors = (do, dlse, o, statistics.contiguous(), o_residual if o_residual.numel() else None, *inputs[:N_TENSORS])
     return _without_none(inputs.q, plan.backward_plan(tensors, inputs[N_TENSORS:], wanted).run(tensors))
 
 
@@ -65,12 +64,12 @@ def _(sizes, dropout_p, seed):
 
 
 @torch.library.register_fake("tritonattn::forward")
-def _(q, k, v, bias, *others):
-    return _without_none(q, plan.empty_outputs(q, v, bias, keep_residual=others[-1]))
+def _(q, k, v, *others):
+    return _without_none(q, plan.empty_outputs(q, v, keep_residual=others[-1]))
 
 
 @torch.library.register_fake("tritonattn::backward")
-def _(do, dlse, o, lse, o_residual, lse_minus_max, q, k, v, bias, *others):
+def _(do, dlse, o, statistics, o_residual, q, k, v, bias, *others):
     gradients = (plan.empty_rows(x, x.shape[-1]) if want else None for x, want in zip((q, k, v, bias), others[-1]))
     return _without_none(q, gradients)
 
@@ -92,12 +91,11 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        o, lse, o_residual, lse_minus_max = output
+        o, _, statistics, o_residual = output
         ctx.numbers = inputs[N_TENSORS:N_FIELDS]
-        ctx.mark_non_differentiable(o_residual, lse_minus_max)
+        ctx.mark_non_differentiable(statistics, o_residual)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(o, lse, o_residual if inputs[-1] else None, None if inputs[3] is None else lse_minus_max,
-                              *inputs[:N_TENSORS])
+        ctx.save_for_backward(o, statistics, o_residual if inputs[-1] else None, *inputs[:N_TENSORS])
 
     @staticmethod
     def backward(ctx, do, dlse, *_):
@@ -120,11 +118,11 @@ class AttentionBackward(torch.autograd.Function):
 
     @classmethod
     def apply_to(cls, tensors, numbers, wanted):
-        """Return the gradients. `tensors` are do, dlse, o, lse, o_residual, lse_minus_max, then those of AttentionInputs."""
-        do, dlse, *outputs = tensors[:6]
+        """Return the gradients. `tensors` are do, dlse, o, statistics, o_residual, then those of AttentionInputs."""
+        do, dlse, *outputs = tensors[:5]
         # Dynamo traces this under compiled autograd, where it cannot trace a Function inside the backward pass of another
         apply = backward_op if torch.compiler.is_dynamo_compiling() else cls.apply
-        return apply(do, dlse, *_without_none(outputs[0], outputs), *tensors[6:], *numbers, list(wanted))
+        return apply(do, dlse, *_without_none(outputs[0], outputs), *tensors[5:], *numbers, list(wanted))
 
     @staticmethod
     def forward(*inputs):
@@ -152,10 +150,11 @@ def _vmap(function, op, info, in_dims, inputs):
     names = [argument.name for argument in op._schema.arguments]
 
     def lead(x, dim, name):
-        if not isinstance(x, torch.Tensor) or (name in ("o_residual", "lse_minus_max") and x.dim() == 1):
+        if not isinstance(x, torch.Tensor) or (name == "o_residual" and x.dim() == 1):
             return x
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return x.contiguous() if name == "key_lengths" else x
+        # these are read as dense
+        return x.contiguous() if name in ("key_lengths", "statistics") else x
 
     if inputs[names.index("seed")] is None:
         out = function.apply(*map(lead, inputs, in_dims, names))
@@ -200,8 +199,8 @@ def _register_flop_formulas():
     forward, backward = torch.ops.tritonattn.forward, torch.ops.tritonattn.backward
     if forward not in flop_registry:
         register_flop_formula(forward)(lambda q, k, v, *_, **__: products(q, k, v, 1, 1))
-        # after do, dlse and the four outputs
-        register_flop_formula(backward)(lambda *shapes, **_: products(*shapes[6:9], 3, 2))
+        # after do, dlse and three outputs
+        register_flop_formula(backward)(lambda *shapes, **_: products(*shapes[5:8], 3, 2))
 
 
 _register_flop_formulas()

@@ -153,13 +153,15 @@ class PlannedAttention(torch.autograd.Function):
         ctx.numbers = call.numbers
         ctx.set_materialize_grads(False)
         # as Attention does: a checkpoint compares what the two passes save
-        ctx.save_for_backward(*outputs, *inputs)
-        return outputs[0], outputs[1]
+        o, lse, *others = outputs
+        ctx.save_for_backward(o, *others, *inputs)
+        return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
-        o, *others = ctx.saved_tensors
-        tensors = zeros_unless_given(do, o), dlse, o, *others
+        o, statistics, *others = ctx.saved_tensors
+        # a hook may have moved it to the CPU and back
+        tensors = zeros_unless_given(do, o), dlse, o, statistics.contiguous(), *others
         wanted = ctx.needs_input_grad[1:5]
         # hooks may have replaced saved tensors; a gradient of the gradient needs the dispatcher, which raises
         signatures = plain_signatures(tensors) if _plain_process() and not torch.is_grad_enabled() else None

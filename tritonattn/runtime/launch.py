@@ -11,14 +11,14 @@ from ..block_mask import TILE
 from ..config import Config
 from ..gpu import INTERPRETED
 from ..kernels import backward, forward
-from ..kernels.backward import AxisSizes, Queries
+from ..kernels.backward import AxisSizes, BiasGrad, Queries
 from ..kernels.dropout import Dropout, keep_kernel
-from ..kernels.forward import Outputs
+from ..kernels.forward import Keys, Outputs
 from ..kernels.scores import LOG2E, ScoreMods, ScoreParams
-from ..kernels.tile import Constexprs, Sizes, Strides, Tensor
+from ..kernels.tile import Constexprs, Leading, Strides, Tensor
 from ..kernels.window import Window, transpose_window
 from ..problem import Problem
-from .arguments import AttentionInputs
+from .arguments import AttentionInputs, empty_statistics, score_scale
 
 if INTERPRETED:
     from . import interpreter
@@ -58,28 +58,29 @@ def device_guard(device: torch.device):
 
 def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, results: Outputs) -> KernelLaunch:
     """Return the launch that writes `results`, the tensors in the kernel's record; an empty o_residual is not written."""
-    *records, mods, sizes = kernel_arguments(problem, config, *inputs[:3], results, _score_mods(problem, inputs))
-    sizes, static = _with_key_lengths(inputs, sizes), _over_keys(problem, config)
+    strided = results._replace(lse=None, statistics=None)
+    q, keys, outputs, *others = kernel_arguments(problem, config, inputs.q, Keys(inputs.k, inputs.v), strided,
+                                                 _score_mods(problem, inputs))
+    records = q, keys, outputs._replace(lse=results.lse, statistics=results.statistics), *others
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
-    scoring = _score_params(inputs, Window(*problem.window), mods)
-    return KernelLaunch(forward.forward_kernel, programs, (*records, sizes, scoring, static), config)
+    arguments = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
+    return KernelLaunch(forward.forward_kernel, programs, arguments, config)
 
 
 def delta_launch(problem: Problem, config: Config, o, o_residual, do, dlse, delta) -> KernelLaunch:
     """Return the launch that writes delta. `o_residual` and `dlse` may be None."""
-    tensors = kernel_arguments(problem, config, o, o_residual, do, dlse, delta)
+    *records, leading = kernel_arguments(problem, config, o, o_residual, do, dlse)
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
-    static = _constexprs(problem, config)
-    return KernelLaunch(backward.delta_kernel, programs, (*tensors, static), config)
+    arguments = (*records, delta, problem.n_q, leading, _constexprs(problem, config))
+    return KernelLaunch(backward.delta_kernel, programs, arguments, config)
 
 
 def dq_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dq) -> KernelLaunch:
-    """Return the launch that writes dq. `queries` holds tensors: q, do, lse, delta and lse_minus_max."""
-    *records, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], dq, _score_mods(problem, inputs))
-    sizes, static = _with_key_lengths(inputs, sizes), _over_keys(problem, config)
+    """Return the launch that writes dq. `queries` holds tensors."""
+    records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), dq, _score_mods(problem, inputs))
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
-    scoring = _score_params(inputs, Window(*problem.window), mods)
-    return KernelLaunch(backward.dq_kernel, programs, (*records, sizes, scoring, static), config)
+    arguments = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
+    return KernelLaunch(backward.dq_kernel, programs, arguments, config)
 
 
 def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dk, dv) -> KernelLaunch:
@@ -88,33 +89,43 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
     mods = _score_mods(problem, inputs)
     bias, mask = (tuple(x.mT for x in each) for each in mods[:2])
     mods = ScoreMods(bias, mask, (), _block_lists(problem, inputs.q_blocks))
-    *records, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], dk, dv, mods)
-    sizes, static = _with_key_lengths(inputs, sizes), _over_queries(problem, config)
+    records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), Keys(dk, dv), mods)
+    static = _over_queries(problem, config)
     static = static._replace(GRADS=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
     programs = _grid(problem, problem.kv_heads, problem.n_k, config.block_n)
-    scoring = _score_params(inputs, transpose_window(Window(*problem.window)), mods)
-    return KernelLaunch(backward.dkdv_kernel, programs, (*records, sizes, scoring, static), config)
+    arguments = _arguments(problem, inputs, records, transpose_window(Window(*problem.window)), static)
+    return KernelLaunch(backward.dkdv_kernel, programs, arguments, config)
 
 
 def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dbias) -> KernelLaunch:
     """Return the launch that writes dbias, which has the shape of the bias and a column for each key."""
     target, mods = _expanded(problem, dbias), _score_mods(problem, inputs)._replace(block_list=())
-    *records, target, mods, sizes = kernel_arguments(problem, config, queries, *inputs[1:3], target, mods)
-    own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, sizes.batches))
+    *records, target, mods, leading = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), target, mods)
+    own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, leading.batches))
     own_axes = AxisSizes(own, dbias.shape[-3])
-    reduced_axes = AxisSizes(tuple(size // part for size, part in zip(sizes.batches, own)), problem.heads // dbias.shape[-3])
+    reduced_axes = AxisSizes(tuple(size // part for size, part in zip(leading.batches, own)), problem.heads // dbias.shape[-3])
     rows = 1 if dbias.shape[-2] == 1 else problem.n_q
     static = _constexprs(problem, config)._replace(GRADS=tl.constexpr("keys" if rows == 1 else "pairs"))
     programs = math.prod(own) * own_axes.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
-    scoring = _score_params(inputs, Window(*problem.window), mods)
-    sizes = _with_key_lengths(inputs, sizes)
-    arguments = (*records, target, own_axes, reduced_axes, sizes, scoring, static)
+    records += BiasGrad(target, own_axes, reduced_axes), mods, leading
+    *others, scoring, static = _arguments(problem, inputs, records, problem.window, static)
+    arguments = (*others, scoring._replace(ds_scale=None), static)  # dbias is dS itself
     return KernelLaunch(backward.dbias_kernel, programs, arguments, config)
 
 
-def _with_key_lengths(inputs: AttentionInputs, sizes: Sizes) -> Sizes:
-    """Return the sizes with the number of keys of each batch, where it is given."""
-    return sizes if inputs.key_lengths is None else sizes._replace(lengths=(inputs.key_lengths, int(inputs.bottom_right)))
+def _backward_arguments(problem: Problem, config: Config, queries: Queries, *tensors) -> tuple:
+    """Return the `kernel_arguments` of queries and other tensors. Statistics are dense, and have no strides."""
+    records, *others = kernel_arguments(problem, config, queries._replace(statistics=None, delta=None), *tensors)
+    return records._replace(statistics=queries.statistics, delta=queries.delta), *others
+
+
+def _arguments(problem: Problem, inputs: AttentionInputs, records, window: tuple, static: Constexprs) -> tuple:
+    """Return the arguments of a kernel that computes scores, from those of `kernel_arguments`, the last of which are mods."""
+    *records, mods, leading = records
+    if inputs.key_lengths is not None:
+        leading = leading._replace(key_lengths=(inputs.key_lengths, int(inputs.bottom_right)))
+    scoring = _score_params(inputs, Window(*window), mods)
+    return *records, problem.n_q, problem.n_k, problem.shift, leading, scoring, static
 
 
 def _over_keys(problem: Problem, config: Config) -> Constexprs:
@@ -166,7 +177,7 @@ def _block_lists(problem: Problem, lists) -> tuple:
 
 
 def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
-    """Return tensors as the kernels take them, and the Sizes they share. None stays None; tuples of tensors stay tuples.
+    """Return tensors as the kernels take them, and their Leading. None stays None; tuples of tensors stay tuples.
 
     Batch dimensions that are contiguous with one another in every tensor are merged; most often one is left.
     """
@@ -186,8 +197,7 @@ def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
     in_blocks = {id(x) for mods in tensors if isinstance(mods, ScoreMods) for x in flatten(mods)}
     records = iter([_record(x, rank, [strides[i] for _, strides in merged], block, block if id(x) in in_blocks else x.shape[-1])
                     for i, x in enumerate(present)])
-    sizes = Sizes(tuple(size for size, _ in merged), problem.heads, problem.n_q, problem.n_k, problem.shift)
-    return *_map_nested(tensors, records), sizes
+    return *_map_nested(tensors, records), Leading(tuple(size for size, _ in merged), problem.heads)
 
 
 def flatten(tensors):
@@ -216,18 +226,20 @@ def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: t
     # set_float32_matmul_precision changes this setting too
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
-              "tf32" if tf32 else "ieee")
+              "tf32" if tf32 else "ieee", config.ahead and problem.n_k > 0, config.mma_sum and problem.dtype.itemsize == 2)
     return Constexprs(*map(tl.constexpr, values))
 
 
 def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> ScoreParams:
     mods = mods._replace(dropout=(dropout_record(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
-    # a scale that is subnormal in float32 may be flushed to 0 on the device, and -inf * 0 is NaN
-    scale = inputs.scale if abs(inputs.scale) >= 2.0**-126 else 0.0
+    scale, ds_scale = score_scale(inputs.scale), None
+    if inputs.q.dtype == torch.float16:
+        # near the scale, which dQ gets in the end; not so small that float16 loses more at its lower end
+        ds_scale = 2.0 ** min(0, max(-4, round(math.log2(abs(scale or 1.0)))))
     if mods.bias:
-        return ScoreParams(LOG2E.value, scale, window, mods)
+        return ScoreParams(LOG2E.value, scale, ds_scale, window, mods)
     sign = (None if scale > 0 else -1.0) if scale else 0.0
-    return ScoreParams((abs(scale) or 1.0) * LOG2E.value, sign, window, mods)
+    return ScoreParams((abs(scale) or 1.0) * LOG2E.value, sign, ds_scale, window, mods)
 
 
 def dropout_record(p: float, seed: torch.Tensor) -> Dropout:
@@ -252,21 +264,20 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     """Return a launch of this kernel on meta tensors, for `inspect` to compile with the arguments of a real launch."""
     q, k, v = problem.tensors("meta")
     o = q.new_empty(*q.shape[:-1], problem.dv)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    lse, statistics, delta = o[..., 0].float(), empty_statistics(q, (2,)), empty_statistics(q)
     kept = torch.empty_like(o) if o_residual and problem.dtype.itemsize == 2 else None
     mods = q.new_empty(*q.shape[:-1], problem.n_k, dtype=problem.bias or torch.bool)
-    lse_minus_max = (lse,) if problem.bias else ()
     lengths = q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None
     tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
     inputs = AttentionInputs(q, k, v, mods if problem.bias else None, mods.to(torch.bool) if problem.masked else None,
                              *lists if problem.mapped else (None, None), q.new_empty(1, dtype=torch.int64), lengths,
                              dropout_p=0.5 * problem.dropout)
-    queries = Queries(q, o, lse, lse, lse_minus_max)
+    queries = Queries(q, o, statistics, delta)
     return {
         "forward": lambda: forward_launch(problem, config, inputs,
-                                          Outputs(o, lse, () if kept is None else (kept,), lse_minus_max)),
-        "delta": lambda: delta_launch(problem, config, o, kept, o, None, lse),
+                                          Outputs(o, lse, statistics, () if kept is None else (kept,))),
+        "delta": lambda: delta_launch(problem, config, o, kept, o, None, delta),
         "dq": lambda: dq_launch(problem, config, inputs, queries, q),
         "dkdv": lambda: dkdv_launch(problem, config, inputs, queries, k, v),
         "dbias": lambda: dbias_launch(problem, config, inputs, queries, mods),

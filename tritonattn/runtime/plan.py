@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..configs import lookup
 from ..gpu import INTERPRETED, TRITON, gpu_of
-from .arguments import N_TENSORS, AttentionInputs
+from .arguments import N_TENSORS, AttentionInputs, empty_statistics
 
 if TRITON:
     from triton import knobs
@@ -77,8 +77,8 @@ def backward_plan(tensors: Sequence[Tensor | None], numbers: tuple, wanted: tupl
                   signatures: tuple | None = None) -> "BackwardPlan":
     """Return the plan of a backward pass.
 
-    `tensors` are do, dlse, o, lse, o_residual and lse_minus_max, then those of the AttentionInputs; `numbers` are its other
-    fields, `signatures` those of the tensors if they are known.
+    `tensors` are do, dlse, o, statistics and o_residual, then those of the AttentionInputs; `numbers` are its other fields,
+    `signatures` those of the tensors if they are known.
     """
     process = settings(tensors[0].dtype)
     key = process and (wanted, process, numbers, signatures or tuple(map(signature, tensors)))
@@ -214,16 +214,15 @@ class ForwardPlan(Plan):
     def __init__(self, inputs: AttentionInputs, keep_residual: bool):
         super().__init__(inputs.q.device)
         inputs = AttentionInputs(*map(_meta, inputs[:N_TENSORS]), *inputs[N_TENSORS:])
-        outputs = empty_outputs(inputs.q, inputs.v, inputs.bias, keep_residual)
+        outputs = empty_outputs(inputs.q, inputs.v, keep_residual)
         self._outputs = Results(outputs)
-        o, lse, o_residual, lse_minus_max = outputs
-        record = launch.Outputs(o, lse, () if o_residual is None else (o_residual,),
-                                () if lse_minus_max is None else (lse_minus_max,))
+        *others, o_residual = outputs
+        record = launch.Outputs(*others, () if o_residual is None else (o_residual,))
         self._launches.append(PlannedLaunch("forward", launch.forward_launch, inputs, self._device,
                                             (*inputs[:N_TENSORS], *outputs), (inputs, record)))
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return o, lse, o_residual and lse_minus_max. `tensors` are those of the AttentionInputs, in their order."""
+        """Return o, lse, statistics and o_residual. `tensors` are those of the AttentionInputs, in their order."""
         outputs = self._outputs.allocate(tensors[0])
         self._launch((*tensors, *outputs))
         return outputs
@@ -234,15 +233,15 @@ class BackwardPlan(Plan):
 
     def __init__(self, tensors: Sequence[Tensor | None], numbers: tuple, wanted: tuple[bool, ...]):
         super().__init__(tensors[0].device)
-        do, dlse, o, lse, o_residual, lse_minus_max, *others = tensors = [_meta(x) for x in tensors]
+        do, dlse, o, statistics, o_residual, *others = tensors = [_meta(x) for x in tensors]
         inputs = AttentionInputs(*others, *numbers)
         gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs[:4], wanted)]
         dq, dk, dv, dbias = gradients
         self._bias_gradient = _bias_gradient(inputs, dbias)
-        delta = torch.empty_like(lse)
+        delta = empty_statistics(inputs.q)
         self._outputs = Results((*gradients, delta))
         tensors += [*gradients, delta]
-        queries = launch.Queries(inputs.q, do, lse, delta, () if lse_minus_max is None else (lse_minus_max,))
+        queries = launch.Queries(inputs.q, do, statistics, delta)
 
         def add(kernel, make_launch, *arguments):
             self._launches.append(PlannedLaunch(kernel, make_launch, inputs, self._device, tensors, arguments))
@@ -263,9 +262,10 @@ class BackwardPlan(Plan):
         if self._bias_gradient == "zero":
             gradients[3].zero_()
         elif self._bias_gradient == "rows":
-            _, dlse, _, lse, *_ = tensors
-            # the gradient is not finite where lse is not
-            rows = torch.where(lse == -torch.inf, 0, lse * 0 if dlse is None else dlse + lse * 0)
+            _, dlse, _, statistics, *_ = tensors
+            log2_sum = statistics[..., 1, :tensors[0].shape[-2]]
+            # the gradient is NaN where a score is, and 0 in a row that attends to no key
+            rows = torch.where(log2_sum == torch.inf, 0, log2_sum * 0 + (0 if dlse is None else dlse))
             gradients[3].copy_(rows.unsqueeze(-1).sum_to_size(gradients[3].shape))
         return gradients
 
@@ -296,11 +296,7 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
     return like.new_empty_strided((*like.shape[:-1], width), (*strides, 1))
 
 
-def empty_outputs(q: Tensor, v: Tensor, bias: Tensor | None, keep_residual: bool):
-    """Return empty o [..., H, L, DV], lse [..., H, L] in float32 (or q's dtype, if wider), o_residual and lse_minus_max.
-
-    The last two are None where they are not needed.
-    """
-    o = empty_rows(q, v.shape[-1])
-    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    return o, lse, torch.empty_like(o) if keep_residual else None, None if bias is None else torch.empty_like(lse)
+def empty_outputs(q: Tensor, v: Tensor, keep_residual: bool):
+    """Return empty o [..., H, L, DV], lse [..., H, L], statistics [..., H, 2, padded L] and o_residual, None if not kept."""
+    o, statistics = empty_rows(q, v.shape[-1]), empty_statistics(q, (2,))
+    return o, q.new_empty(q.shape[:-1], dtype=statistics.dtype), statistics, torch.empty_like(o) if keep_residual else None
