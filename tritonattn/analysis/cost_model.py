@@ -6,8 +6,8 @@
 
 where softmax stands for the slowest of the other units. The model counts one loop without a mask and one with it, each as
 often as the problem visits such tiles. It leaves out the bandwidth of memory (see `perf/limits.py`) and caches, bank
-conflicts, and clocks under load. Overlap and latency are estimates, so that the ranking is better founded than the times;
-tests compare both with published measurements.
+conflicts, and clocks under load. Overlap and latency are estimates, not measurements, so only the ranking is meaningful;
+tests compare it with published measurements.
 
 On Hopper a block's warp groups march in step, from barrier to barrier: only other blocks, and instructions that stand
 between a product and the wait for it in the machine code, run beside a product.

@@ -263,9 +263,9 @@ class BackwardPlan(Plan):
             gradients[3].zero_()
         elif self._bias_gradient == "rows":
             _, dlse, _, statistics, *_ = tensors
-            log2_sum = statistics[..., 1, :tensors[0].shape[-2]]
+            log2_l = statistics[..., 1, :tensors[0].shape[-2]]
             # the gradient is NaN where a score is, and 0 in a row that attends to no key
-            rows = torch.where(log2_sum == torch.inf, 0, log2_sum * 0 + (0 if dlse is None else dlse))
+            rows = torch.where(log2_l == torch.inf, 0, log2_l * 0 + (0 if dlse is None else dlse))
             gradients[3].copy_(rows.unsqueeze(-1).sum_to_size(gradients[3].shape))
         return gradients
 
