@@ -116,6 +116,11 @@ def other_problems(key: tuple) -> dict[str, Problem]:
     return {name: problem for name, problem in problems.items() if mask_class(kernel, problem) == mask}
 
 
+def whole_tiles(problem: Problem) -> Problem:
+    """Return a problem with lengths rounded up to whole tiles."""
+    return replace(problem, n_q=-(-problem.n_q // TILE) * TILE, n_k=-(-problem.n_k // TILE) * TILE)
+
+
 class Variant(NamedTuple):
     """One way in which the configs of a row are compiled; the row's example has no name."""
 
@@ -128,6 +133,20 @@ class Variant(NamedTuple):
 def fault_of(verdict: Verdict) -> str:
     """Return the reason against a config, with its note."""
     return f"{verdict.reason}: {verdict.note}".rstrip(": ") if verdict.reason else ""
+
+
+def mean_verdict(verdict: Verdict, whole: Verdict, problem: Problem) -> Verdict:
+    """Return a verdict with the mean of its time and of that of the config's binary for whole tiles, on this problem.
+
+    A fault of that binary counts too.
+    """
+    reason, note = verdict.reason, verdict.note
+    if reason is None and whole.reason:
+        reason, note = whole.reason, f"{whole.note}, with whole tiles".removeprefix(", ")
+    if whole.estimate:
+        cycles = (verdict.estimate.cycles + estimate(replace(whole.report, problem=problem)).cycles) / 2
+        verdict = replace(verdict, estimate=replace(verdict.estimate, cycles=cycles))
+    return replace(verdict, reason=reason, note=note)
 
 
 def entry_of(verdict: Verdict) -> Entry:
@@ -181,9 +200,7 @@ class RowBuilder:
     def choose(self, configs: set[Config]) -> Row | None:
         """Return the row made of the best of these configs, or None if none fits."""
         verdicts = self.compile(configs)
-        orders = {fill: ranked(replace(verdict, estimate=estimate(replace(verdict.report, problem=problem)))
-                               for verdict in verdicts if verdict.estimate)
-                  for fill, problem in self._examples.items()}
+        orders = {fill: self._order(verdicts, problem) for fill, problem in self._examples.items()}
         pick = self._pick_float32 if self.key[1] == 4 else self._pick
         entries = {fill: pick(order) for fill, order in orders.items()}
         if None in entries.values():
@@ -192,6 +209,22 @@ class RowBuilder:
         others = [verdict for verdict in orders["filled"] if verdict.config not in chosen]
         others += [verdict for verdict in verdicts if not verdict.estimate]
         return Row(*self.key, **entries, rejected={str(verdict.config): self._reason(verdict) for verdict in others[:REJECTED]})
+
+    def _order(self, verdicts: list[Verdict], problem: Problem) -> list[Verdict]:
+        """Return the verdicts that have an estimate, the fastest first.
+
+        Hopper's row with edges also serves lengths of whole tiles, by another binary, where ptxas may leave other instructions
+        beside the products: the fastest configs are ordered by their mean time over both.
+        """
+        order = ranked(replace(verdict, estimate=estimate(replace(verdict.report, problem=problem)))
+                       for verdict in verdicts if verdict.estimate)
+        _, size, width, mask = self.key
+        if self._gpu.arch != "sm_90" or mask != "edges" or size != 2 or width not in CHECKED_WIDTHS:
+            return order
+        variant = Variant(whole_tiles(self._examples["filled"]))
+        whole = {verdict.config: verdict for verdict in self.compile([each.config for each in order[:ATTEMPTS]], [variant])}
+        mean = [mean_verdict(verdict, whole[verdict.config], whole_tiles(problem)) for verdict in order[:ATTEMPTS]]
+        return ranked(mean) + order[ATTEMPTS:]
 
     def _pick_float32(self, order) -> Entry | None:
         """Return the first config that fits with TF32 too, with the larger of both binaries' resources."""

@@ -56,11 +56,17 @@ class Report:
         return self.reason != "shared memory"
 
 
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    cycles: float
+    bound: str = "issue"
+
+
 @pytest.fixture
 def modelled(monkeypatch):
     """Take verdicts and cycles from a Report."""
     def estimate(report):
-        return types.SimpleNamespace(cycles=getattr(report, lookup.gpu_fill("forward", report.problem, H200)), bound="issue")
+        return Estimate(getattr(report, lookup.gpu_fill("forward", report.problem, H200)))
 
     monkeypatch.setattr(config_table, "estimate", estimate)
     monkeypatch.setattr(config_table, "check_report", lambda report: prune.Verdict(
@@ -77,7 +83,9 @@ def workers_of(*reports, **variants):
 
     def compile(job):
         _, problem, config, _, precision = job
-        name = "tf32" if precision == "tf32" else "mapped" if problem.mapped else "lengths" if problem.lengths else ""
+        whole = "whole" in by_name and problem.n_q % 128 == 0 and not problem.mapped
+        name = ("tf32" if precision == "tf32" else "mapped" if problem.mapped else "lengths" if problem.lengths
+                else "whole" if whole else "")
         return dataclasses.replace(by_name[name][config], problem=problem)
 
     return FakeWorkers(compile)
@@ -186,6 +194,23 @@ def test_a_row_is_searched_if_its_known_configs_have_faults(key, known, search, 
     if not search:
         row = RowBuilder(key, H200, workers).build({known.config}, search=True)
         assert row.filled.config == new.config
+
+
+@pytest.mark.usefixtures("modelled")
+def test_hoppers_rows_with_edges_are_chosen_by_two_binaries():
+    """Where lengths are whole tiles, another binary runs: both count, with their faults."""
+    key, configs = ("forward", 2, 64, "edges"), ("64x64w4s2e1am", "64x64w4s3e1am", "64x64w4s2am", "64x64w4s3am")
+    cycles = {"": (1.0, 2.0, 3.0, 4.0), "whole": (9.0, 3.0, 1.5, 0.5)}
+    faults = dict(zip(configs, (None, None, None, "spill")))
+    variants = {name: [report(text, time, reason=(name and faults[text]) or None) for text, time in zip(configs, times)]
+                for name, times in cycles.items()}
+    variants |= dict.fromkeys(("mapped", "lengths"), variants[""])
+    row = choose(key, *variants.pop(""), **variants)
+    # the mean times are 5, 2.5 and 2.25; the config with the least spills in the second binary
+    assert (str(row.filled.config), row.filled.accepted_fault) == ("64x64w4s2am", "")
+    assert row.rejected == {"64x64w4s3e1am": "slower", "64x64w4s2e1am": "slower", "64x64w4s3am": "spill"}
+    only = choose(key, variants["mapped"][3], **variants)
+    assert only.filled.accepted_fault == "spill: with whole tiles"
 
 
 @pytest.mark.usefixtures("modelled")
