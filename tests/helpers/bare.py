@@ -65,7 +65,7 @@ def bare_apply_keep_scale(tile, scoring):
 
 @triton.jit
 def bare_sizes_of_batch(leading, n_q, n_k, shift, batch):
-    return Sizes(leading.batches, leading.heads, n_q, n_k, shift)
+    return Sizes(leading.batches, leading.heads, n_q, n_k, shift, leading.key_lengths)
 
 
 def binaries() -> dict:
