@@ -206,6 +206,56 @@ def test_an_unknown_gpu_counts_as_its_architecture():
     assert cost_model.peaks_of(gpu.Gpu("MI325X", "gfx950", 256, 160 * 1024)) == MI300X.peaks
 
 
+RATES = """
+import json, torch
+from dataclasses import replace
+from perf.limits import published
+from tritonattn import Config, Problem, gpu
+from tritonattn.analysis import compile_report, cost_model
+on, found = gpu.KNOWN["sm_90"], []
+rows = [row for row in published() if row.implementation == "Triton tutorial" and row.gpu == "H100" and row.n >= 1024]
+# the tutorial's own configs, without the products that only ours starts ahead
+configs = [Config.parse(text) for text in ("64x64w4s3e1m", "128x64w4s3e1m", "128x64w8s3e1m", "128x128w8s3e1m")]
+for row in rows:
+    problem = Problem((row.batch,), row.heads, row.heads, row.n, row.n, row.d, row.d, torch.float16,
+                      (None, 0) if row.mask == "causal" else (None, None))
+    example = replace(problem, batch=(4,), heads=16, kv_heads=16, n_q=4096, n_k=4096)
+    reports = [compile_report.inspect_kernel("forward", example, config, on) for config in configs]
+    models = [cost_model.estimate(replace(report, problem=problem)) for report in reports if report.loop_spills == 0]
+    best = max(models, key=lambda model: model.share)
+    peak = on.sms * on.peaks.tensor * on.peaks.clock / 1e12
+    found.append([str(row), row.mask, row.d, row.n, row.tflops / peak, *best.likely])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_published_rates_are_in_the_likely_range():
+    if not OWN:
+        pytest.skip(f"the range was taken with the tables' own Triton, {versions('triton')}; this is {triton.__version__}")
+    rows = compiled(RATES, fresh=True)
+    assert len(rows) == 36 and {tuple(row[1:3]) for row in rows} == {("full", 64), ("full", 128), ("causal", 64), ("causal", 128)}
+    for name, mask, d, n, rate, low, high in rows:
+        assert low < rate < high, f"{name}, {mask}, {d}, {n}: {rate:.2f} of the peak, by the model {low:.2f} to {high:.2f}"
+
+
+def test_a_second_loop_starts_with_an_empty_pipeline():
+    """A causal block has two loops, one without a mask and one with it."""
+    def cycles_per_wave(window):
+        found = cost_model.estimate(report(dataclasses.replace(PLAIN, window=window)))
+        inside = sum(n * each for n, each in zip(found.iterations, found.iteration)) * report().occupancy
+        return found.cycles / found.waves - inside
+
+    assert cycles_per_wave((None, 0)) - cycles_per_wave((None, None)) == cost_model.REFILL
+
+
+def test_the_likely_share_is_known_on_hopper_alone():
+    found = cost_model.estimate(report())
+    assert found.likely == (0.6 * found.share, 0.8 * found.share)
+    on = gpu.KNOWN["sm_80"]
+    assert cost_model.estimate(report(on=on, registers=128, loop=Loop(("HMMA.16816",) * 256 + ("MUFU.EX2",)))).likely is None
+
+
 RANKING = """
 import json, os, resource, sys, tempfile, torch
 sys.path.append("tests")  # the package would interpret

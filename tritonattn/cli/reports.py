@@ -13,8 +13,7 @@ from .format import columns
 UNITS = ("tensor", "special", "fp32", "alu", "issue", "shared")
 SHORT = {"shared memory": "smem", "tensor memory": "tmem"}
 HEAD = ["GPU", "kernel", "config", "regs", "stack", "spills", "smem", "tmem", "blocks/SM", "mma", "work", "beside",
-        *UNITS, "bound",
-        "of peak"]
+        *UNITS, "bound", "of peak"]
 FIGURES = ("registers", "stack", "loop_spills", "accumulation", "scalar", "spilled", "shared_memory", "tensor_memory",
            "fits", "threads", "occupancy", "occupancy_limiter", "blocks_by_resource", "precision", "serialized", "race",
            "mma_instruction")
@@ -35,7 +34,8 @@ def _row(report):
     work = f"{report.duplicated:.2f}x" if report.mma_instruction else "-"
     beside = f"{report.loops[0].softmax_beside_products:.0%}" if "HGMMA" in report.mma_instruction else "-"
     cycles = [f"{model.units[unit]:.0f}" for unit in UNITS]
-    return [*row, report.mma_instruction or "none", work, beside, *cycles, model.bound, f"{model.share:.0%}"]
+    share = f"{100 * model.likely[0]:.0f}-{model.likely[1]:.0%}" if model.likely else f"< {model.share:.0%}"
+    return [*row, report.mma_instruction or "none", work, beside, *cycles, model.bound, share]
 
 
 def warnings(reports: Sequence[KernelReport]) -> list[str]:
