@@ -318,8 +318,10 @@ def stages_of(key: tuple, gpu: Gpu) -> tuple[int, ...]:
     if key[1] == 4 or gpu.is_amd:
         # without tensor cores, and with AMD's pipeline through registers, more stages are hardly worth their memory
         return 1, 2
-    # two stages of wide heads often do not fit
-    return (1, 2, 3) if key[2] > 256 else (2, 3)
+    if key[2] > 256:
+        # two stages of wide heads often do not fit
+        return 1, 2, 3
+    return (2, 3, 4) if gpu.arch == "sm_90" and key[2] <= 64 else (2, 3)
 
 
 def sensible(key: tuple, config: Config, gpu: Gpu) -> bool:

@@ -1,4 +1,7 @@
-"""Least time of a problem on a GPU, by unit, and the best published rates: python -m perf.limits --gpu h200 --suite paper
+"""Least time of a problem on a GPU, by unit, and the best published rates.
+
+    python -m perf.limits --gpu h200 --suite paper            the least time of each unit
+    python -m perf.limits --gpu h200 --suite paper --model    what the cost model expects of our kernels: inferred, not measured
 
     tensor     matrix products of 16-bit numbers on the tensor cores         flop / rate
     special    exponentials on the special-function units                    unmasked pairs / rate
@@ -15,14 +18,19 @@ import functools
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from tritonattn import Problem, gpu
+from tritonattn import Config, Problem, gpu
+from tritonattn.analysis.compile_report import KernelReport
+from tritonattn.analysis.cost_model import estimate
+from tritonattn.autotune.worker_pool import Failure, Workers
+from tritonattn.block_mask import TILE
 from tritonattn.cli.format import columns
+from tritonattn.configs import lookup
 
 from . import cases
 
@@ -175,20 +183,97 @@ def lines(suite: str, device: gpu.Gpu) -> Iterator[Line]:
                 yield Line(case, direction, floor(case.problem, direction, device), best)
 
 
+KERNELS = {"forward": ("forward",), "backward": ("dq", "dkdv")}
+
+
+def job_of(kernel: str, problem: Problem, device: gpu.Gpu) -> tuple[str, Problem, Config, gpu.Gpu]:
+    """Return what to compile for a kernel of a call. All lengths of whole tiles share one binary."""
+    example = problem
+    if problem.n_q % TILE == problem.n_k % TILE == 0:
+        example = replace(problem, batch=(1,), heads=problem.group, kv_heads=1, n_q=32 * TILE, n_k=32 * TILE)
+    return kernel, example, lookup.get_config(kernel, problem, device), device
+
+
+class Expected(NamedTuple):
+    """The rate of one case in one direction that the cost model expects, in TFLOP/s: inferred from binaries, not measured."""
+
+    line: Line
+    configs: tuple[Config, ...]
+    bounds: tuple[str, ...]  # the slowest unit of each kernel
+    least: float
+    most: float
+
+    def cells(self) -> list[str]:
+        """Return the cells of the table."""
+        shown = f"{_digits(self.least)}-{_digits(self.most)}" if self.least < self.most else f"< {_digits(self.most)}"
+        return [self.line.case.name, self.line.direction, ", ".join(map(str, self.configs)), ", ".join(self.bounds), shown,
+                _digits(self.line.floor.serial_tflops), _digits(self.line.floor.tflops), str(self.line.best or "")]
+
+
+MODEL_HEADS = ("case", "direction", "configs", "bound", "inferred", "serial", "ceiling", "published")
+MODEL_LEFT = (0, 1, 2, 3, 7)
+
+
+def expected(line: Line, reports: list[KernelReport], device: gpu.Gpu) -> Expected:
+    """Return what the cost model expects of the kernels of a line; no rate exceeds the ceiling.
+
+    The backward pass also has delta, bound by memory. The gradient of a bias is not counted. Raises ValueError for a kernel
+    that the model cannot judge.
+    """
+    problem = line.case.problem
+    models = [estimate(replace(report, problem=problem)) for report in reports]
+    if None in models:
+        raise ValueError(f"{line.case.name}: expected kernels with a loop that fit on {device.name}")
+    seconds = sum(model.cycles for model in models) / device.peaks.clock
+    rows = math.prod(problem.batch) * problem.heads * problem.n_q
+    delta = 2 * rows * problem.dv * problem.dtype.itemsize / device.peaks.bandwidth if line.direction == "backward" else 0.0
+    # the fractions of the modelled rate that measured kernels reach are the same for all kernels of a GPU
+    low, high = (share / models[0].share for share in models[0].likely or (models[0].share,) * 2)
+    rates = [min(line.floor.tflops, line.floor.flops / (seconds / reached + delta) / 1e12) for reached in (low, high)]
+    return Expected(line, tuple(report.config for report in reports), tuple(model.bound for model in models), *rates)
+
+
+def model_lines(suite: str, device: gpu.Gpu) -> Iterator[Expected]:
+    """Compile the kernels of a suite for a GPU and yield a line for each case and direction.
+
+    Raises ValueError if one does not compile.
+    """
+    found = list(lines(suite, device))
+    jobs = [[job_of(kernel, line.case.problem, device) for kernel in KERNELS[line.direction]] for line in found]
+    unique = list(dict.fromkeys(job for group in jobs for job in group))
+    with Workers() as workers:
+        reports = dict(zip(unique, workers.map(unique)))
+    for (kernel, _, config, _), report in zip(unique, reports.values()):
+        if isinstance(report, Failure):
+            raise ValueError(f"{kernel} {config}: {report.message}")
+    for line, group in zip(found, jobs):
+        yield expected(line, [reports[job] for job in group], device)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the least times of a suite and return the exit code."""
     parser = argparse.ArgumentParser("python -m perf.limits", description="Print the least time that each unit of a GPU "
                                      "needs for the cases of a suite, and the best published rates. Needs no GPU.")
     parser.add_argument("--gpu", required=True, metavar="NAME", help="a known GPU, such as h200")
     parser.add_argument("--suite", choices=cases.SUITES, required=True)
+    parser.add_argument("--model", action="store_true", help="compile our kernels; print the rates that the model expects")
     arguments = parser.parse_args(argv)
     try:
         device = gpu.named(arguments.gpu)
     except ValueError as error:
         parser.error(f"--gpu: {error}")
-    print(f"{device.name}, {arguments.suite}: least microseconds per unit; TFLOP/s with all units overlapped (ceiling),\n"
-          "with products and exponentials in turn (serial), and as published\n")
-    print(*columns([HEADS, *(line.cells() for line in lines(arguments.suite, device))], left=LEFT), sep="\n")
+    heads, left, rows = HEADS, LEFT, lines(arguments.suite, device)
+    title = ("least microseconds per unit; TFLOP/s with all units overlapped (ceiling),\n"
+             "with products and exponentials in turn (serial), and as published")
+    if arguments.model:
+        heads, left, rows = MODEL_HEADS, MODEL_LEFT, model_lines(arguments.suite, device)
+        title = ("TFLOP/s of our kernels, inferred from their binaries by the cost model, not measured;\n"
+                 "with products and exponentials in turn (serial), with all units overlapped (ceiling), and as published")
+    try:
+        table = columns([heads, *(row.cells() for row in rows)], left=left)
+    except ValueError as error:
+        parser.error(f"{error}")
+    print(f"{device.name}, {arguments.suite}: {title}\n", *table, sep="\n")
     return 0
 
 

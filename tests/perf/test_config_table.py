@@ -151,6 +151,7 @@ def test_rows_choose_among_the_configs_of_searched_rows_of_their_width():
 @pytest.mark.parametrize("key, on, stages", [
     (("forward", 2, 128, "full"), H200, (2, 3)), (("forward", 2, 128, "full"), MI300X, (1, 2)),
     (("forward", 2, 512, "full"), H200, (1, 2, 3)), (("forward", 4, 128, "edges"), H200, (1, 2)),
+    (("forward", 2, 64, "edges"), H200, (2, 3, 4)), (("forward", 2, 64, "edges"), gpu.KNOWN["sm_80"], (2, 3)),
 ], ids=str)
 def test_numbers_of_stages(key, on, stages):
     assert config_table.stages_of(key, on) == stages

@@ -2,13 +2,17 @@
 
 import csv
 import dataclasses
+import re
 
 import pytest
 import torch
 from pytest import approx
 
 from perf import cases, limits
+from tests.helpers import kernel_reports
 from tritonattn import Problem, gpu
+from tritonattn.analysis import cost_model
+from tritonattn.autotune.worker_pool import Failure
 
 H200 = gpu.named("H200")
 NAMES = ("A100", "RTX 3090", "A10", "RTX 4090", "L40S", "H100", "H200", "B200", "RTX 5090", "MI300X")
@@ -241,6 +245,73 @@ def test_table(suite, capsys):
         ["square", "backward", "347", "69.5", "34.7", "112", "tensor", "989", "825", *"424 FA3 on H100, transcribed".split()],
         ["one", "query", "forward", "0.136", "0.0678", "0.0297", "28", "memory", "4.8", "4.8"],
     ]
+
+
+class FakeWorkers:
+    """Compilers that return `result`, or a made-up report of each job."""
+
+    result = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def map(self, jobs):
+        assert len(jobs) == len(set(jobs)), "nothing is compiled twice"
+        for kernel, problem, config, device in jobs:
+            if self.result is not None:
+                yield self.result
+            else:
+                made = kernel_reports.report(device, config, (kernel_reports.LOOP,), problem=problem)
+                yield dataclasses.replace(made, kernel=kernel)
+
+
+def test_rates_by_the_model_are_ranges_below_the_ceiling(suite, monkeypatch, capsys):
+    monkeypatch.setattr(limits, "Workers", FakeWorkers)
+    assert limits.main(["--gpu", "h200", "--suite", "paper", "--model"]) == 0
+    title, _, _, heads, *rows = capsys.readouterr().out.splitlines()
+    assert "inferred" in title and heads.split() == list(limits.MODEL_HEADS) and len(rows) == 3
+    forward, backward, query = limits.model_lines("paper", H200)
+    on, large = forward.line.case.problem, kernel_reports.report(H200, forward.configs[0], (kernel_reports.LOOP,))
+    low, high = cost_model.estimate(dataclasses.replace(large, problem=on)).likely
+    peak = H200.sms * H200.peaks.tensor * H200.peaks.clock / 1e12
+    assert (forward.least, forward.most) == (approx(low * peak), approx(high * peak)) and high > low
+    assert len(backward.configs) == len(backward.bounds) == 2 and backward.least < backward.most
+    assert f"{forward.least:.0f}-{forward.most:.0f}" in rows[0] and query.most < query.line.floor.tflops
+    # the model leaves out the bandwidth of memory
+    slow = query.line._replace(floor=dataclasses.replace(query.line.floor, memory=1.0))
+    capped = limits.expected(slow, [dataclasses.replace(large, problem=query.line.case.problem)], H200)
+    assert capped.least == capped.most == slow.floor.tflops and f"< {capped.most:.3g}" in capped.cells()
+
+
+def test_kernels_of_a_pass_add_up():
+    """With two equal kernels the backward pass takes twice as long as one, and the time of delta."""
+    line = limits.Line(cases.Case("square", problem(), ("backward",)), "backward", floor("backward"), None)
+    config = kernel_reports.SQUARE
+    reports = [dataclasses.replace(kernel_reports.report(H200, config, (kernel_reports.LOOP,)), kernel="dq")] * 2
+    found = limits.expected(line, reports, H200)
+    cycles = cost_model.estimate(dataclasses.replace(reports[0], problem=problem())).cycles
+    delta = 2 * 16 * 16384 * 128 * 2 / 4.8e12
+    assert found.most == approx(line.floor.flops / (2 * cycles / 1.83e9 / 0.8 + delta) / 1e12)
+    with pytest.raises(ValueError, match=r"square: expected kernels with a loop"):
+        limits.expected(line, [dataclasses.replace(reports[0], loops=())] * 2, H200)
+
+
+def test_a_kernel_that_does_not_compile_is_named(suite, monkeypatch, capsys):
+    monkeypatch.setattr(limits, "Workers", FakeWorkers)
+    monkeypatch.setattr(FakeWorkers, "result", Failure("compile error", "refused"))
+    with pytest.raises(SystemExit):
+        limits.main(["--gpu", "h200", "--suite", "paper", "--model"])
+    assert re.search(r"forward 128x64w8s\S*: refused", capsys.readouterr().err)
+
+
+def test_lengths_of_whole_tiles_share_a_binary():
+    jobs = {limits.job_of("forward", problem(n=n, mask=mask), H200)[1] for n in (512, 16384) for mask in ("full", "causal")}
+    assert len(jobs) == 2 and {job.n_q for job in jobs} == {4096}
+    partial = problem(n=1000)
+    assert limits.job_of("forward", partial, H200)[1] == partial
 
 
 @pytest.mark.parametrize("arguments, named", [
