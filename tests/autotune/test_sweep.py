@@ -67,7 +67,8 @@ def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
         assert trials[job.incumbent].samples and trials[job.incumbent].ratio == 1
         spilling = [trial for trial in trials.values() if trial.status == "spill"]
         assert {trial.config for trial in spilling} <= SPILLING and len(spilling) >= 2
-        controls = [name for name, trial in trials.items() if trial.status in sweep.WOULD_RUN and trial.samples]
+        would_run = (*sweep.WOULD_RUN, "prefilter")
+        controls = [name for name, trial in trials.items() if trial.status in would_run and trial.samples]
         # one in ten of the excluded configs is timed, and keeps its reason
         assert sorted(set(controls) - {job.incumbent}) == run.plan["controls"][job.name] != []
         # the four fastest of those that were not excluded, and the incumbent
@@ -81,6 +82,22 @@ def test_a_sweep_tries_every_config_of_its_plan(tmp_path, capsys):
     out = capsys.readouterr().out
     for words in ("64x128w4s2e1m: 1000 us; at most ", "64x128w4s2e1m: 1000 us sustained; ", "32x64w4s2e1m: hang; "):
         assert words in out
+
+
+def test_configs_that_pruning_would_not_compile_are_sampled_too(tmp_path):
+    folder, _ = begun(tmp_path)
+    plan, (job, _) = runs.read(folder).plan, runs.read(folder).jobs
+    prefiltered = {name for name, (reason, _) in plan["excluded"][job.name].items() if reason == "prefilter"}
+    sampled = prefiltered & set(plan["controls"][job.name])
+    assert len(sampled) == round(sweep.CONTROLS * len(prefiltered)) > 1
+    assert {name for name in prefiltered if plan["static"][job.name][name]} == sampled, "only these were compiled"
+    # one that turns out not to run keeps that reason, and is not timed
+    setup = setup_of(tmp_path)
+    refused = setup.compilers.refused = sorted(sampled)[:1]
+    sweep.begin(tmp_path / "refused", JOBS, setup, rounds=5, say=quiet)
+    plan = runs.read(tmp_path / "refused").plan
+    assert plan["excluded"][job.name][refused[0]] == ["compile error", "no"]
+    assert sampled - set(plan["controls"][job.name]) == set(refused)
 
 
 def test_a_kill_at_any_byte_changes_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""A cost model of compiled kernels, from the instructions of their loops. It ranks configs; it does not predict times.
+"""A cost model of compiled kernels, from the instructions of their loops. It is made to rank configs.
 
     cycles of a unit in one iteration  =  operations of the loop on that unit / operations of an SM per clock
     cycles of an iteration  =  max(tensor, softmax) + (1 - overlap) min(tensor, softmax) + latency / blocks per SM
@@ -7,8 +7,8 @@
 
 where softmax stands for the slowest of the other units. The model counts one loop without a mask and one with it, each as
 often as the problem visits such tiles. It leaves out the bandwidth of memory (see `perf/limits.py`) and caches, bank
-conflicts, and clocks under load. Overlap and latency are estimates, not measurements, so only the ranking is meaningful;
-tests compare it with published measurements.
+conflicts, and clocks under load. Overlap and latency are estimates, not measurements. Tests compare the ranking, and on Hopper
+the share of the peak, with published measurements.
 
 On Hopper a block's warp groups march in step, from barrier to barrier: only other blocks, and instructions that stand
 between a product and the wait for it in the machine code, run beside a product.

@@ -137,9 +137,10 @@ def _reason(report) -> tuple[str | None, str]:
     return None, ""
 
 
-def survey(kernel: str, problem: Problem, gpu: Gpu, configs: Iterable[Config], workers: Workers) -> list[Verdict]:
-    """Return the ranked verdicts on these configs, compiling those that `check_config` does not exclude."""
-    verdicts = {config: check_config(kernel, problem, config, gpu) for config in configs}
+def survey(kernel: str, problem: Problem, gpu: Gpu, configs: Iterable[Config], workers: Workers,
+           check_first: bool = True) -> list[Verdict]:
+    """Return the ranked verdicts on these configs, compiling all, or with check_first all that `check_config` lets through."""
+    verdicts = {config: check_config(kernel, problem, config, gpu) if check_first else None for config in configs}
     compiled = [config for config, verdict in verdicts.items() if verdict is None]
     results = workers.map([(kernel, problem, config, gpu, precision(problem) or "ieee") for config in compiled])
     for config, result in zip(compiled, results):

@@ -5,7 +5,8 @@
               then the fastest configs of the job and the incumbent under continuous load (search.py), each with a second line
 
 A kill at any moment loses at most one group, or the windows of one job. A sweep resumes only with the same plan, GPU and
-versions. One in ten of the configs that static pruning excludes is timed as well, to measure how good the pruning is.
+versions. One in ten of the configs that static pruning excludes is timed as well, to measure how good the pruning is; of those
+that pruning would not even compile too, if they fit on the GPU.
 """
 
 import itertools
@@ -19,10 +20,12 @@ import torch
 import triton
 
 from .. import __version__
+from ..config import Config
 from ..configs.kernel_hash import kernel_hash
 from ..configs.shipped import gpu_fingerprint
 from ..measure.journal import Journal, JournalError
 from ..problem import Problem
+from .prune import survey
 from .search import EXHAUSTIVE_SAMPLES, FAILURES, SUSTAINED_CONFIGS, Search
 from .trials import JOURNAL, SCHEMA, Trial, read, sampled_times
 from .tune import TuningSetup, job_of, static_of
@@ -46,14 +49,27 @@ def begin(folder: Path, problems: Iterable[tuple[Problem, Iterable[str]]], setup
         say(f"{job.name}: {len(verdicts)} candidates, {len(job.configs)} to be timed", flush=True)
         excluded[job.name] = {name: [verdict.reason, verdict.note] for name, verdict in verdicts.items() if verdict.reason}
         static[job.name] = {name: static_of(verdict) for name, verdict in verdicts.items()}
-        able = [name for name, (reason, _) in excluded[job.name].items() if reason in WOULD_RUN and name != job.incumbent]
-        controls[job.name] = sorted(rng.sample(able, round(CONTROLS * len(able))))
+        sampled = {reasons: _sample(rng, job, excluded[job.name], reasons) for reasons in (WOULD_RUN, ("prefilter",))}
+        # these were not compiled
+        for verdict in survey(kernel, problem, setup.gpu, map(Config.parse, sampled[("prefilter",)]), setup.compilers,
+                              check_first=False):
+            static[job.name][str(verdict.config)] = static_of(verdict)
+            if verdict.reason not in (None, *WOULD_RUN):
+                excluded[job.name][str(verdict.config)] = [verdict.reason, verdict.note]
+                sampled[("prefilter",)].remove(str(verdict.config))
+        controls[job.name] = sorted(itertools.chain(*sampled.values()))
         # by modelled time, excluded ones last
         jobs.append(replace(job, configs=tuple(dict.fromkeys([*job.configs, *verdicts]))))
     plan = {"jobs": [job.as_json() for job in jobs], "excluded": excluded, "static": static, "controls": controls,
             "rounds": rounds, "seed": setup.seed, "environment": setup.environment}
     with Journal(folder / JOURNAL, plan | conditions(setup)):
         say(f"planned in {folder / JOURNAL}", flush=True)
+
+
+def _sample(rng, job, excluded, reasons) -> list[str]:
+    """Return one in ten of the configs that were excluded for these reasons."""
+    names = [name for name, (reason, _) in excluded.items() if reason in reasons and name != job.incumbent]
+    return rng.sample(names, round(CONTROLS * len(names)))
 
 
 def conditions(setup: TuningSetup) -> dict:
