@@ -4,6 +4,7 @@
     models   shapes of published models          decode   one query, many keys
     odd      sizes that no tile divides          small    short calls, dominated by launch cost
     short    a selection for a few minutes       tiny     seconds in Triton's interpreter
+    cudnn    the cases of cudnn-frontend's benchmark of training: grouped heads, heads of 256 and 512, windows, few queries
 """
 
 import math
@@ -31,10 +32,9 @@ class Case(NamedTuple):
 
 
 def problem(batch, heads, lengths, d, window=FULL, *, dtype=torch.bfloat16, bottom_right=False) -> Problem:
-    """Return the Problem of these sizes. `heads` and `lengths` are one number, or a pair (query, key)."""
-    heads, kv_heads = (heads, heads) if isinstance(heads, int) else heads
-    n_q, n_k = (lengths, lengths) if isinstance(lengths, int) else lengths
-    shapes = ((batch, heads, n_q, d), (batch, kv_heads, n_k, d), (batch, kv_heads, n_k, d))
+    """Return the Problem of these sizes, each one number or a pair: `heads` and `lengths` (query, key), `d` (QK, V)."""
+    (heads, kv_heads), (n_q, n_k), (d, dv) = ((x, x) if isinstance(x, int) else x for x in (heads, lengths, d))
+    shapes = ((batch, heads, n_q, d), (batch, kv_heads, n_k, d), (batch, kv_heads, n_k, dv))
     return Problem.of(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes), window, bottom_right)
 
 
@@ -110,8 +110,24 @@ TINY = (
          TRAINING),
 )
 
+# the configurations of cudnn-frontend's benchmark/attention_training; "window" attends to 128 keys
+CUDNN = (
+    *(Case(f"{name} {mask} {n // 1024}k", problem(batch, heads, n, d, window), directions)
+      for name, batch, heads, d, mask, window, directions, lengths in (
+          ("llama-3.1", 2, (64, 8), 128, "full", FULL, TRAINING, PAPER_LENGTHS[2:]),
+          ("llama-3.1", 2, (64, 8), 128, "causal", CAUSAL, TRAINING, PAPER_LENGTHS[2:]),
+          ("qwen-3.5", 1, (32, 2), 256, "causal", CAUSAL, TRAINING, PAPER_LENGTHS[2:]),
+          ("deepseek-v3", 2, 128, (192, 128), "full", FULL, TRAINING, PAPER_LENGTHS[2:5]),
+          ("deepseek-v3", 2, 128, (192, 128), "causal", CAUSAL, TRAINING, PAPER_LENGTHS[2:5]),
+          ("gpt-oss", 2, 128, 64, "window", (127, 0), TRAINING, PAPER_LENGTHS[2:]),
+          ("deepseek-v4", 2, (64, 1), 512, "window", (127, 0), TRAINING, PAPER_LENGTHS[2:]))
+      for n in lengths),
+    *(Case(f"video transformer {n} on 62208", problem(1, 9, (n, 62208), 128), FORWARD) for n in (985, 1024, 2048, 4096, 8192)),
+)
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "paper": PAPER, "models": MODELS, "decode": DECODE, "odd": ODD, "small": SMALL, "short": SHORT, "tiny": TINY,
+    "cudnn": CUDNN,
 }
 
 

@@ -108,20 +108,25 @@ def floor(problem: Problem, direction: str, device: gpu.Gpu) -> Floor:
 
 
 class Published(NamedTuple):
-    """A published rate of an implementation, for equal lengths and equal numbers of query and key heads.
+    """A published rate of an implementation.
 
-    TFLOP/s by the usual count: a causal mask halves the pairs, the forward pass has two products, the backward pass five.
+    TFLOP/s by the usual count: only unmasked pairs, half of them under a causal mask; the forward pass has two products, the
+    backward pass five.
     """
 
     gpu: str
     implementation: str
     dtype: str      # fp16, bf16, or 16-bit if the source does not say which
     direction: str
-    mask: str
+    mask: str       # full, causal, or window: causal and bounded on the left
+    window: str     # how many keys before its own a query attends to, for the mask "window"
     d: int
+    dv: int
     heads: int
+    kv_heads: int
     batch: int
-    n: int
+    n: int          # queries
+    n_k: int
     tflops: float
     evidence: str   # published; computed from a published time; transcribed from a figure by a third party
     source: str
@@ -141,13 +146,13 @@ def published() -> tuple[Published, ...]:
 
 def best_published(problem: Problem, direction: str, gpu_name: str) -> Published | None:
     """Return the highest published rate for this problem, in any 16-bit dtype, on this GPU or one with the same chip."""
-    known = gpu.find_gpu(gpu_name)
-    square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
-    if known is None or not square or problem.dtype not in SIXTEEN_BIT:
+    known, (left, right) = gpu.find_gpu(gpu_name), problem.window
+    if known is None or problem.dtype not in SIXTEEN_BIT or problem.shift or (problem.mask == "window" and right != 0):
         return None
-    key = (direction, problem.mask, problem.d, problem.heads, math.prod(problem.batch), problem.n_q)
+    key = (direction, problem.mask, str(left) if problem.mask == "window" else "", problem.d, problem.dv, problem.heads,
+           problem.kv_heads, math.prod(problem.batch), problem.n_q, problem.n_k)
     rows = [row for row in published() if row.gpu in SAME_CHIP.get(known.name, (known.name,))
-            and (row.direction, row.mask, row.d, row.heads, row.batch, row.n) == key]
+            and row[Published._fields.index("direction"):Published._fields.index("tflops")] == key]
     return max(rows, key=lambda row: row.tflops, default=None)
 
 
