@@ -286,14 +286,14 @@ def known_configs(key: tuple, gpu: Gpu, old: dict, done: dict, search: list[str]
     configs = (*rejected, *(getattr(row, fill).config for row in rows if row for fill in FILLS))
     if size == 4:
         return set(configs)
-    return {form for config in configs for form in forms(kernel, DTYPES[size], config, gpu)
-            if model_knows(form, gpu)}
+    example = example_problem(key, "filled", gpu)
+    return {form for config in configs for form in forms(kernel, example, config, gpu) if model_knows(form, gpu)}
 
 
 def present_form(key: tuple, config: Config, gpu: Gpu) -> Config:
     """Return a config of a row with the fields that its GPU always sets."""
-    of_16_bits = forms(key[0], DTYPES[key[1]], config, gpu) if key[1] == 2 else [config]
-    return next(form for form in of_16_bits if form.ahead == config.ahead)
+    of_16_bits = forms(key[0], example_problem(key, "filled", gpu), config, gpu) if key[1] == 2 else [config]
+    return next(form for form in of_16_bits if (form.ahead, form.two_passes) == (config.ahead, config.two_passes))
 
 
 def sound(row: Row | None) -> bool:

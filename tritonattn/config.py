@@ -18,7 +18,8 @@ class Config:
 
     ahead starts a product before the exponentials, which then run beside it, for more registers: in the forward kernel the
     scores of the next tile, in dK/dV the gradient of the weights of this tile. The other kernels ignore it. mma_sum lets
-    tensor cores add up the 16-bit weights that V is multiplied with, in the forward kernel.
+    tensor cores add up the 16-bit weights that V is multiplied with, in the forward kernel. two_passes lets half of the
+    programs of dK/dV compute dV and the others dK: five products of tiles instead of four, and half the accumulators in each.
     """
 
     block_m: int         # queries per tile
@@ -28,13 +29,14 @@ class Config:
     edge_stages: int | None = None
     ahead: bool = False
     mma_sum: bool = False
+    two_passes: bool = False
 
     def __post_init__(self):
         for name in ("block_m", "block_n", "num_warps", "num_stages"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-        for name in ("ahead", "mma_sum"):
+        for name in ("ahead", "mma_sum", "two_passes"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.edge_stages not in (None, 1):
@@ -48,17 +50,19 @@ class Config:
     def parse(text: str) -> "Config":
         """Return the config printed as `text`: "128x64w8s3" is Config(128, 64, num_warps=8, num_stages=3).
 
-        After that may come e1 for edge_stages=1, a for ahead and m for mma_sum: "128x64w8s3e1am".
+        After that may come e1 for edge_stages=1, a for ahead, m for mma_sum and p for two_passes: "128x64w8s3e1am".
         """
-        match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(?:e(1))?(a?)(m?)", text)
+        match = re.fullmatch(r"(\d+)x(\d+)w(\d+)s(\d+)(?:e(1))?(a?)(m?)(p?)", text)
         if not match:
             raise ValueError(f"config: expected the form 128x64w8s3, got {text!r}")
-        *numbers, ahead, mma_sum = match.groups()
-        return Config(*(int(number) for number in numbers if number), ahead=bool(ahead), mma_sum=bool(mma_sum))
+        *numbers, ahead, mma_sum, two_passes = match.groups()
+        return Config(*(int(number) for number in numbers if number), ahead=bool(ahead), mma_sum=bool(mma_sum),
+                      two_passes=bool(two_passes))
 
     def __str__(self):
-        flags = ("e1" if self.edge_stages else "") + ("a" if self.ahead else "") + ("m" if self.mma_sum else "")
-        return f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}{flags}"
+        flags = {"e1": self.edge_stages, "a": self.ahead, "m": self.mma_sum, "p": self.two_passes}
+        sizes = f"{self.block_m}x{self.block_n}w{self.num_warps}s{self.num_stages}"
+        return sizes + "".join(flag for flag, is_set in flags.items() if is_set)
 
 
 _pinned: list[dict[str, Config]] = []  # the innermost last

@@ -249,6 +249,23 @@ def test_a_second_loop_starts_with_an_empty_pipeline():
     assert cycles_per_wave((None, 0)) - cycles_per_wave((None, None)) == cost_model.REFILL
 
 
+def test_two_passes_of_dk_and_dv_add_up():
+    """Products of 128 x 128 x 128 take 16 HGMMA: dV has two, dK three; useful are four, so S is computed once too often."""
+    dv, dk = (Loop(("HGMMA.64x128x16",) * 8 * products + ("MUFU.EX2",) * 64) for products in (2, 3))
+    config = dataclasses.replace(SQUARE, two_passes=True)
+    both = dataclasses.replace(report(config=config, loops=(dk, dv)), kernel="dkdv")
+    assert [(each.part, each.loops) for each in both.passes] == [("dv", (dv,)), ("dk", (dk,))]
+    assert both.duplicated == 1.0 == both.redone and not both.serialized and report().passes == (report(),)
+    first, second = map(cost_model.estimate, both.passes)
+    found = cost_model.estimate(both)
+    assert found.cycles == first.cycles + second.cycles and found.blocks == 2 * first.blocks
+    assert found.units["tensor"] == 5 * 2 * 128**3 / 4096 and found.iterations == first.iterations
+    # of five products
+    whole = both.useful / (128 * 128) * 2 * 8 * 4096**2
+    assert found.share == whole / (found.cycles * H200.sms * 4096)
+    assert both.useful == 4 * 2 * 128**3
+
+
 def test_the_likely_share_is_known_on_hopper_alone():
     found = cost_model.estimate(report())
     assert found.likely == (0.6 * found.share, 0.8 * found.share)

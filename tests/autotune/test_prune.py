@@ -1,6 +1,7 @@
 """Static pruning: every reason is found where it was planted, and the ranking is reproducible."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_the_candidates_are_distinct_and_only_hopper_has_edge_stages():
             assert {each.ahead for each in found} == ({False, True} if kernel in ("forward", "dkdv") and nvidia else {False})
             exact = prune.candidates(kernel, EXACT, gpu.KNOWN[arch])
             assert not any(each.mma_sum or each.ahead for each in exact)
+            assert not any(each.two_passes for each in (*found, *exact)), "heads of 128 have room for both accumulators"
+
+
+def test_two_passes_are_tried_for_wide_heads_and_need_fewer_registers():
+    wide, both = dataclasses.replace(PROBLEM, d=192, dv=128), Config(64, 128, 8, 2)
+    for kernel, arch in itertools.product(("forward", "dq", "dkdv"), ("sm_80", "sm_90", "gfx942")):
+        found = [each for each in prune.candidates(kernel, wide, gpu.KNOWN[arch]) if each.two_passes]
+        assert bool(found) == (kernel == "dkdv") and all(each.block_n >= 64 for each in found)
+    assert prune.check_config("dkdv", wide, both, H200).reason == "prefilter"
+    assert prune.check_config("dkdv", wide, dataclasses.replace(both, two_passes=True), H200) is None
 
 
 PLANTED = """

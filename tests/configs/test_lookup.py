@@ -22,8 +22,9 @@ def test_a_config_parses_what_it_prints():
     assert str(Config(128, 64, 8, 3)) == "128x64w8s3" and Config.parse("128x64w8s3") == Config(128, 64, 8, 3)
     assert Config.parse("128x64w8s3e1") == Config(128, 64, 8, 3, edge_stages=1) == Config.parse(str(Config(128, 64, 8, 3, 1)))
     assert str(Config(128, 64, 8, 3, 1, ahead=True, mma_sum=True)) == "128x64w8s3e1am"
-    for edge_stages, ahead, mma_sum in itertools.product((None, 1), (False, True), (False, True)):
-        each = Config(128, 64, 8, 3, edge_stages, ahead, mma_sum)
+    assert str(Config(32, 128, 8, 2, two_passes=True)) == "32x128w8s2p"
+    for edge_stages, *flags in itertools.product((None, 1), *[(False, True)] * 3):
+        each = Config(128, 64, 8, 3, edge_stages, *flags)
         assert Config.parse(str(each)) == each
 
 
@@ -36,6 +37,7 @@ def test_a_config_parses_what_it_prints():
     (lambda: Config(64, 64, 4, 1.5), "num_stages: expected a positive integer, got 1.5"),
     (lambda: Config(64, 64, ahead=1), "ahead: expected True or False, got 1"),
     (lambda: Config(64, 64, mma_sum=None), "mma_sum: expected True or False, got None"),
+    (lambda: Config(64, 64, two_passes=2), "two_passes: expected True or False, got 2"),
     (lambda: Config.parse("128x64w8s3ma"), "config: expected the form 128x64w8s3, got '128x64w8s3ma'"),
     (lambda: Config.parse("128x64"), "config: expected the form 128x64w8s3, got '128x64'"),
 ])

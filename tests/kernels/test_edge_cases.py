@@ -58,6 +58,31 @@ def test_float64_with_products_started_ahead(name, device):
     check(Case(**case), torch.float64, device, tiles=Config(*tiles, ahead=True))
 
 
+TWO_PASSES = ["gqa, ragged, split", "key bias and mask"]
+
+
+@pytest.mark.parametrize("name", [*TWO_PASSES, *slow(*(name for name in FLOAT64 if name not in TWO_PASSES))])
+def test_float64_in_two_passes(name, device):
+    tiles, case = FLOAT64[name]
+    check(Case(**case), torch.float64, device, tiles=Config(*tiles, two_passes=True))
+
+
+@pytest.mark.parametrize("options", [{"key_lengths": torch.tensor([40, 17]), "dropout_p": 0.3,
+                                      "dropout_seed": torch.tensor([5])}, {"window": (9, 3)}], ids=["lengths, dropout", "nan"])
+def test_two_passes_give_the_bits_of_one(options, device):
+    """With NaN behind a window, tiles of both passes are computed again."""
+    tensors = Case(batch=(2,), heads=4, kv_heads=2, n_q=50, n_k=50).tensors(torch.bfloat16, device)
+    if "window" in options:
+        tensors[1][..., 30, :] = torch.nan
+    outcomes = []
+    for two_passes in (False, True):
+        with config.pinned(Config(16, 32, two_passes=two_passes)):
+            outcomes.append(results(attention, *tensors, **options))
+    torch.testing.assert_close(*outcomes, atol=0, rtol=0, equal_nan=True)
+    # o, lse, dq, dk, dv
+    assert "window" not in options or 0 < outcomes[0][3].isnan().sum() < outcomes[0][3].numel()
+
+
 @pytest.mark.parametrize("options", [{"key_lengths": torch.tensor([40, 17])}, {"causal": True}], ids=["lengths", "causal"])
 def test_dropout_with_products_started_ahead(options, device):
     tensors = Case(batch=(2,), n_q=50, n_k=50).tensors(torch.float64, device)

@@ -88,6 +88,8 @@ if "lengths" in kind:
 if "causal" in kind:
     options |= dict(causal=True, align="bottom_right")
 
+if "passes" in kind:
+    config.pinned(dkdv=Config(32, 64, two_passes=True)).__enter__()
 inputs = [q, k, v, *([options["bias"]] if "bias" in kind else [])]
 tritonattn.warm(q, k, v, **options)
 compiled = {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in KERNELS.items()}
@@ -160,7 +162,10 @@ def test_oversized_config_raises_before_the_launch():
     assert caused and not launches
 
 
-@pytest.mark.parametrize("kind", ["causal", *slow("bias", "mask", "dropout causal", "lengths causal", "bias mask dropout")])
+KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout"
+
+
+@pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])
 def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
     """After `warm`, numbers, grids and kinds of pointers are those that Triton gets when a profiler's hook sees the launch."""
     result = compiled(REPEATED.replace("KIND", repr(kind)), fresh=True)

@@ -117,6 +117,21 @@ def test_flags_of_a_config_reach_the_kernel(dtype, n_k, expected):
     assert (static.AHEAD.value, static.MMA_SUM.value) == expected
 
 
+@pytest.mark.parametrize("missing, two_passes, parts", [
+    ((), False, ["both"]), ((), True, ["dv", "dk"]), (("dk",), True, ["dv"]), (("dv",), True, ["dk"]),
+])
+def test_passes_of_dk_and_dv(missing, two_passes, parts):
+    """Two passes are the second axis of the grid; a single gradient needs one."""
+    problem, chosen = Problem((1,), 2, 1, 40, 40, 16, 16, torch.bfloat16), Config(16, 16, two_passes=two_passes)
+    q, k, v = problem.tensors("meta")
+    queries = launch.Queries(q, q, q[..., 0], q[..., 0])
+    call = launch.dkdv_launch(problem, chosen, launch.AttentionInputs(q, k, v), queries,
+                              *(None if name in missing else x for name, x in (("dk", k), ("dv", v))))
+    *_, passes, static_dk, static = call.arguments
+    assert (call.programs, call.passes) == (3, len(parts)) == (3, passes)
+    assert [each.GRADS.value for each in (static, static_dk) if each] == parts
+
+
 def test_a_mask_uses_64_bit_offsets_where_a_block_needs_them():
     near, far = (torch.empty(1, 1, 5, 8, device="meta").as_strided((1, 1, n, n), (0, 0, n, 1)) for n in (2**18, 2**27))
     problem = Problem((1,), 1, 1, 5, 8, 1, 1, torch.float32)

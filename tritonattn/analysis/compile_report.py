@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -48,6 +48,7 @@ class KernelReport:
     precision: str | None = None       # of float32 products: "ieee" or "tf32"
     loops: tuple[Loop, ...] = ()       # over tiles, the one without a mask first
     race: str | None = None            # Hopper: the first race in the machine code
+    part: str | None = None            # of dK/dV in two passes: "dv" or "dk", if the loops are those of one pass
 
     @property
     def threads(self) -> int:
@@ -63,16 +64,27 @@ class KernelReport:
         """Instructions that spill or refill inside a loop over tiles: the most that one loop has."""
         return max((loop.spills for loop in self.loops), default=0)
 
+    @functools.cached_property
+    def passes(self) -> tuple["KernelReport", ...]:
+        """A report of each pass of dK/dV in two passes, with its loops; of other kernels this report."""
+        if self.part or self.kernel != "dkdv" or not self.config.two_passes:
+            return (self,)
+        # dK has three products of tiles, dV two; the stretches of each keep their order
+        by_work, half = sorted(self.loops, key=_mma_work), len(self.loops) // 2
+        return tuple(replace(self, part=part, loops=loops)
+                     for part, loops in zip(launch.PARTS, (tuple(by_work[:half]), tuple(by_work[half:]))))
+
     @property
     def serialized(self) -> bool:
         """True if, on Hopper, a loop waits for each of its warp-group MMAs separately (C7510 to C7515 of ptxas).
 
         In a pipelined loop, all MMA instructions of one product of tiles share one wait.
         """
-        for loop in self.loops:
-            issued = sum(count for name, count in loop.products.items() if name.startswith("HGMMA"))
-            if issued > len(self.products) and loop.waits >= issued:
-                return True
+        for each in self.passes:
+            for loop in each.loops:
+                issued = sum(count for name, count in loop.products.items() if name.startswith("HGMMA"))
+                if issued > len(each.products) and loop.waits >= issued:
+                    return True
         return False
 
     @functools.cached_property
@@ -120,7 +132,9 @@ class KernelReport:
 
     @property
     def duplicated(self) -> float:
-        """MMA work in one iteration of the loop, as a multiple of what the tile needs; ideally 1."""
+        """MMA work in one iteration of the loop, as a multiple of what the tile needs; ideally 1. Of two passes the most."""
+        if len(self.passes) == 2:
+            return max(each.duplicated for each in self.passes)
         loop, warps = self.loops[0], self.config.num_warps
         if "UTCHMMA" in loop.products:
             # one instruction covers 32 bytes of K
@@ -131,7 +145,10 @@ class KernelReport:
 
     @property
     def redone(self) -> float:
-        """Exponentials in one iteration of the loop, as a multiple of the scores of the tile; ideally 1."""
+        """Exponentials in one iteration of the loop, as a multiple of the scores of the tile; ideally 1. Of two passes the
+        most."""
+        if len(self.passes) == 2:
+            return max(each.redone for each in self.passes)
         tile = self.config.block_m * self.config.block_n
         return self.loops[0].exponentials * self.threads / tile
 
@@ -147,9 +164,11 @@ class KernelReport:
             "forward": (*scores, *((m, dv, n) for dv in dvs)),
             "dq": (*scores, *((m, n, dv) for dv in dvs), *((m, d, n) for d in ds)),
             "dkdv": (*((n, m, d) for d in ds + dvs), *((n, d, m) for d in dvs + ds)),
+            "dv": (*((n, m, d) for d in ds), *((n, d, m) for d in dvs)),
+            "dk": (*((n, m, d) for d in ds + dvs), *((n, d, m) for d in ds)),
             "dbias": (*scores, *((m, n, dv) for dv in dvs)),
             "delta": (),
-        }[self.kernel]
+        }[self.part or self.kernel]
 
     @property
     def needed(self) -> int:
@@ -181,8 +200,9 @@ def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> K
     else:
         text = sass.disassemble(compiled.asm["cubin"])
         resources = sass.resources_of_cubin(compiled.asm["cubin"])
-    modes = launch.example_launch(kernel, problem, config).arguments[-1].LOOP_MODES.value
-    loops = sass.loops(text, len(modes) - modes.count(None) or None)
+    example = launch.example_launch(kernel, problem, config)
+    modes = example.arguments[-1].LOOP_MODES.value
+    loops = sass.loops(text, example.passes * (len(modes) - modes.count(None)) or None)
     return KernelReport(kernel, problem, gpu, config, shared_memory=compiled.metadata.shared,
                         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0, precision=precision(problem),
                         loops=loops, race=find_race(text, config.num_warps) if gpu.arch == "sm_90" else None, **resources)
@@ -225,6 +245,11 @@ def ptxas_remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> li
     arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
     output = sass.run_tool(get_ptxas(gpu.capability), ptx.encode(), "-v", f"--gpu-name={arch}", "-o", os.devnull)
     return [line.split(": ", 1)[-1] for line in output.splitlines() if "Performance" in line]
+
+
+def _mma_work(loop: Loop) -> int:
+    """Return a measure of the MMA work in an iteration, to compare loops of one binary."""
+    return sum(count * (flops(name) or 1) for name, count in loop.products.items())
 
 
 def flops(product: str) -> int:

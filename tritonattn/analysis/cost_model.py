@@ -76,6 +76,8 @@ def estimate(report: KernelReport) -> Estimate | None:
     """Estimate the time of a compiled kernel; None if it has no loop over tiles (delta) or does not fit on an SM."""
     if not report.loops or not report.occupancy:
         return None
+    if len(report.passes) == 2:
+        return _sum_of_passes(report)
     problem, config, gpu = report.problem, report.config, report.gpu
     peaks = peaks_of(gpu)
     blocks, *tiles = visits(report.kernel, problem, config.block_m, config.block_n)
@@ -86,17 +88,32 @@ def estimate(report: KernelReport) -> Estimate | None:
     of_units = [units(report, loop, peaks) for loop in loops]
     iteration = tuple(_iteration(cycles, loop, config, resident) for cycles, loop in zip(of_units, loops))
     iterations = tuple(count / max(blocks, 1) for count in tiles)
-    width = {"forward": problem.dv, "dq": problem.d, "dkdv": problem.d + problem.dv, "dbias": config.block_n}[report.kernel]
+    width = {"forward": problem.dv, "dq": problem.d, "dkdv": problem.d + problem.dv, "dk": problem.d, "dv": problem.dv,
+             "dbias": config.block_n}[report.part or report.kernel]
     rows = config.block_n if report.kernel == "dkdv" else config.block_m
     outside = START + REFILL * (min(iterations) > 0) + rows * width / 8
     block = sum(n * cycles for n, cycles in zip(iterations, iteration)) * resident + outside
     cycles = max(waves * block, 1.0)
+    return Estimate(of_units[0], iteration, iterations, blocks, waves, cycles, *_shares(report, cycles))
+
+
+def _sum_of_passes(report: KernelReport) -> Estimate:
+    """Return the estimate of dK/dV in two passes: its units and iterations are the sums of both."""
+    first, second = map(estimate, report.passes)
+    cycles = first.cycles + second.cycles
+    return Estimate({unit: first.units[unit] + second.units[unit] for unit in first.units},
+                    tuple(map(sum, zip(first.iteration, second.iteration))), first.iterations, first.blocks + second.blocks,
+                    first.waves + second.waves, cycles, *_shares(report, cycles))
+
+
+def _shares(report: KernelReport, cycles: float) -> tuple[float, tuple[float, float] | None]:
+    """Return `share` and `likely` of an Estimate. What two passes compute twice is no use."""
+    problem, config, gpu = report.problem, report.config, report.gpu
     pairs = math.prod(problem.batch) * problem.heads * problem.pairs()
     useful = report.useful / (config.block_m * config.block_n) * pairs
-    share = useful / (cycles * gpu.sms * rate(report, peaks))
+    share = useful / (cycles * gpu.sms * rate(report, peaks_of(gpu)))
     reached = REACHED.get(gpu.arch)
-    return Estimate(of_units[0], iteration, iterations, blocks, waves, cycles, share,
-                    reached and (reached[0] * share, reached[1] * share))
+    return share, reached and (reached[0] * share, reached[1] * share)
 
 
 def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:

@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..analysis.compile_report import KernelReport, padded
 from ..analysis.cost_model import Estimate, estimate
 from ..block_mask import TILE
@@ -66,20 +64,25 @@ def candidates(kernel: str, problem: Problem, gpu: Gpu, stages: Iterable[int] = 
     for m, n, warps, depth in itertools.product(*SPACE.values()):
         owner, other = (n, m) if kernel == "dkdv" else (m, n)
         if depth in stages and other <= owner * 2 and owner <= other * 8:
-            configs += forms(kernel, problem.dtype, Config(m, n, warps, depth), gpu)
+            configs += forms(kernel, problem, Config(m, n, warps, depth), gpu)
     return configs
 
 
-def forms(kernel: str, dtype: torch.dtype, config: Config, gpu: Gpu) -> list[Config]:
-    """Return a config with the fields that its GPU always sets, with and without `ahead` where the kernel has it."""
-    pipelined = config.num_stages > 1
+def forms(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[Config]:
+    """Return a config with the fields that its GPU always sets, with and without `ahead` and `two_passes`.
+
+    Only where they make sense: two passes where the accumulators of dK and dV together would leave few registers. Tiles of
+    fewer than 64 keys have room for both.
+    """
+    pipelined, dtype = config.num_stages > 1, problem.dtype
     # only Hopper leaves the edges out of its pipeline. AMD's compiler fails at some kernels with `ahead`, and its layouts
     # make mma_sum slower than additions
     fixed = replace(config, edge_stages=1 if gpu.arch == "sm_90" and pipelined else None,
                     mma_sum=kernel == "forward" and dtype.itemsize == 2 and not gpu.is_amd)
     starts_ahead = kernel in ("forward", "dkdv") and pipelined and dtype.itemsize == 2 and not gpu.is_amd
-    ahead = (False, True) if starts_ahead else (False,)
-    return [replace(fixed, ahead=each) for each in ahead]
+    wide = kernel == "dkdv" and config.block_n >= 64 and padded(problem.d) + padded(problem.dv) > 256 and dtype.itemsize == 2
+    return [replace(fixed, ahead=ahead, two_passes=two_passes)
+            for two_passes in ((False, True) if wide else (False,)) for ahead in ((False, True) if starts_ahead else (False,))]
 
 
 def check_config(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Verdict | None:
@@ -92,7 +95,7 @@ def check_config(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> Ver
     if problem.mapped and max(owner, other) > TILE:
         return Verdict(config, "constraint", f"the blocks of a block mask have {TILE} rows")
     d, dv = padded(problem.d), padded(problem.dv)
-    accumulators = {"forward": dv, "dq": d, "dkdv": d + dv, "dbias": other}.get(kernel, 0)
+    accumulators = {"forward": dv, "dq": d, "dkdv": max(d, dv) if config.two_passes else d + dv, "dbias": other}.get(kernel, 0)
     scores = other * (1 if kernel == "forward" else 2)
     registers = owner * (accumulators + scores) / (config.num_warps * gpu.multiprocessor.lanes)
     room = REGISTER_BUDGET.get(gpu.arch, DEFAULT_REGISTER_BUDGET)

@@ -6,7 +6,8 @@
 
 P is never stored; it is recomputed from the scores and two numbers of each row (softmax.py). There is one kernel for delta, one
 for dQ, one for dK and dV, and one for dbias. Each program owns one tile of its output, so every address has one writer and no
-atomics are needed.
+atomics are needed. Where both accumulators of dK and dV take too many registers, half of the programs compute dV and the
+others dK.
 """
 
 from typing import NamedTuple
@@ -264,11 +265,24 @@ def store_dkdv(dk, dv, dk_tile, dv_tile, first, N: tl.constexpr, sizes, scoring,
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def dkdv_kernel(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
+def dkdv_kernel(queries, keys, grads, n_q, n_k, shift, leading, scoring, PASSES: tl.constexpr, static_dk, static):
     """Compute one tile of dK and dV. Grid: tiles of keys x key heads x batches.
 
-    One program sums over all query heads of its key head, in order. `scoring` is transposed: its rows are keys.
+    One program sums over all query heads of its key head, in order. `scoring` is transposed: its rows are keys. With two
+    PASSES the grid has a second axis: the programs of dV, with the constants `static`, and those of dK.
     """
+    if PASSES == 2:
+        if tl.program_id(1) == 0:
+            dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static)
+        else:
+            dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static_dk)
+    else:
+        dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static)
+
+
+@triton.jit
+def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
+    """Compute the gradients of this program's tile of keys that static.GRADS selects."""
     N: tl.constexpr = static.BLOCK_N
     window = scoring.window
     first, head, batch = tile_head_batch(leading.heads // static.GROUP, n_k, N, window.right is not None)

@@ -23,16 +23,18 @@ from .arguments import AttentionInputs, empty_statistics, score_scale
 if INTERPRETED:
     from . import interpreter
 
+PARTS = ("dv", "dk")  # of dK/dV in two passes, in the order of the grid
 ACC = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 class KernelLaunch(NamedTuple):
-    """A kernel, its number of programs, its arguments and its config."""
+    """A kernel, its number of programs in each pass, its arguments and its config."""
 
     kernel: object
     programs: int
     arguments: tuple
     config: Config
+    passes: int = 1
 
 
 def run(call: KernelLaunch, device: torch.device):
@@ -43,7 +45,7 @@ def run(call: KernelLaunch, device: torch.device):
     if call.programs == 0:
         return None
     with device_guard(device), interpreter.patched() if INTERPRETED else contextlib.nullcontext():
-        return call.kernel[(call.programs,)](*call.arguments, **compile_options(call.config))
+        return call.kernel[(call.programs, call.passes)](*call.arguments, **compile_options(call.config))
 
 
 def compile_options(config: Config) -> dict:
@@ -91,10 +93,12 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
     mods = ScoreMods(bias, mask, (), _block_lists(problem, inputs.q_blocks))
     records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), Keys(dk, dv), mods)
     static = _over_queries(problem, config)
-    static = static._replace(GRADS=tl.constexpr("dv" if dk is None else "dk" if dv is None else "both"))
+    parts = ("dv",) if dk is None else ("dk",) if dv is None else PARTS if config.two_passes else ("both",)
+    static, static_dk = (static._replace(GRADS=tl.constexpr(parts[0])), static._replace(GRADS=tl.constexpr("dk")))
     programs = _grid(problem, problem.kv_heads, problem.n_k, config.block_n)
-    arguments = _arguments(problem, inputs, records, transpose_window(Window(*problem.window)), static)
-    return KernelLaunch(backward.dkdv_kernel, programs, arguments, config)
+    *others, static = _arguments(problem, inputs, records, transpose_window(Window(*problem.window)), static)
+    arguments = *others, len(parts), static_dk if len(parts) == 2 else None, static
+    return KernelLaunch(backward.dkdv_kernel, programs, arguments, config, len(parts))
 
 
 def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dbias) -> KernelLaunch:

@@ -169,11 +169,11 @@ class PlannedLaunch:
 
         arguments = eval(f"lambda pointers: {expression(self._call.arguments)}", {"constants": constants})
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-        programs, index = self._call.programs, self._device.index
+        programs, passes, index = self._call.programs, self._call.passes, self._device.index
 
         def start(pointers):
             stream = driver.active.get_current_stream(index)
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments(pointers))
+            run(programs, passes, 1, stream, function, metadata, None, None, None, *arguments(pointers))
 
         return start
 
