@@ -4,7 +4,7 @@
     models   shapes of published models          decode   one query, many keys
     odd      sizes that no tile divides          small    short calls, dominated by launch cost
     short    a selection for a few minutes       tiny     seconds in Triton's interpreter
-    cudnn    the cases of cudnn-frontend's benchmark of training: grouped heads, heads of 256 and 512, windows, few queries
+    cudnn    the shapes of cudnn-frontend's benchmark of training: grouped heads, wide heads, windows, few queries
 """
 
 import math
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 def problem(batch, heads, lengths, d, window=FULL, *, dtype=torch.bfloat16, bottom_right=False) -> Problem:
-    """Return the Problem of these sizes, each one number or a pair: `heads` and `lengths` (query, key), `d` (QK, V)."""
+    """Return the Problem of these sizes. `heads` and `lengths` are one number, or a pair (query, key); so is d, (QK, V)."""
     (heads, kv_heads), (n_q, n_k), (d, dv) = ((x, x) if isinstance(x, int) else x for x in (heads, lengths, d))
     shapes = ((batch, heads, n_q, d), (batch, kv_heads, n_k, d), (batch, kv_heads, n_k, dv))
     return Problem.of(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes), window, bottom_right)
@@ -110,7 +110,7 @@ TINY = (
          TRAINING),
 )
 
-# the configurations of cudnn-frontend's benchmark/attention_training; "window" attends to 128 keys
+# the configurations of cudnn-frontend's benchmark/attention_training, up to lengths of 16k; "window" attends to 128 keys
 CUDNN = (
     *(Case(f"{name} {mask} {n // 1024}k", problem(batch, heads, n, d, window), directions)
       for name, batch, heads, d, mask, window, directions, lengths in (

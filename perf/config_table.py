@@ -136,13 +136,13 @@ def fault_of(verdict: Verdict) -> str:
 
 
 def mean_verdict(verdict: Verdict, whole: Verdict, problem: Problem) -> Verdict:
-    """Return a verdict with the mean of its time and of that of the config's binary for whole tiles, on this problem.
+    """Return a verdict with the mean time of two binaries of a config on this problem: its own, and the one for whole tiles.
 
-    A fault of that binary counts too.
+    A fault of that one counts too.
     """
     reason, note = verdict.reason, verdict.note
     if reason is None and whole.reason:
-        reason, note = whole.reason, f"{whole.note}, with whole tiles".removeprefix(", ")
+        reason, note = whole.reason, f"{whole.note or 'in a loop'}, with whole tiles"
     if whole.estimate:
         cycles = (verdict.estimate.cycles + estimate(replace(whole.report, problem=problem)).cycles) / 2
         verdict = replace(verdict, estimate=replace(verdict.estimate, cycles=cycles))
@@ -213,8 +213,8 @@ class RowBuilder:
     def _order(self, verdicts: list[Verdict], problem: Problem) -> list[Verdict]:
         """Return the verdicts that have an estimate, the fastest first.
 
-        Hopper's row with edges also serves lengths of whole tiles, by another binary, where ptxas may leave other instructions
-        beside the products: the fastest configs are ordered by their mean time over both.
+        Hopper's row with edges also serves lengths of whole tiles. These run another binary, in which ptxas may place the
+        instructions differently beside the products. So the fastest configs are ordered by their mean time over both.
         """
         order = ranked(replace(verdict, estimate=estimate(replace(verdict.report, problem=problem)))
                        for verdict in verdicts if verdict.estimate)

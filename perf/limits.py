@@ -26,7 +26,7 @@ import torch
 
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis.compile_report import KernelReport
-from tritonattn.analysis.cost_model import estimate
+from tritonattn.analysis.cost_model import estimate, reached
 from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.block_mask import TILE
 from tritonattn.cli.format import columns
@@ -149,10 +149,11 @@ def best_published(problem: Problem, direction: str, gpu_name: str) -> Published
     known, (left, right) = gpu.find_gpu(gpu_name), problem.window
     if known is None or problem.dtype not in SIXTEEN_BIT or problem.shift or (problem.mask == "window" and right != 0):
         return None
-    key = (direction, problem.mask, str(left) if problem.mask == "window" else "", problem.d, problem.dv, problem.heads,
-           problem.kv_heads, math.prod(problem.batch), problem.n_q, problem.n_k)
+    wanted = {"direction": direction, "mask": problem.mask, "window": str(left) if problem.mask == "window" else "",
+              "d": problem.d, "dv": problem.dv, "heads": problem.heads, "kv_heads": problem.kv_heads,
+              "batch": math.prod(problem.batch), "n": problem.n_q, "n_k": problem.n_k}
     rows = [row for row in published() if row.gpu in SAME_CHIP.get(known.name, (known.name,))
-            and row[Published._fields.index("direction"):Published._fields.index("tflops")] == key]
+            and all(getattr(row, name) == value for name, value in wanted.items())]
     return max(rows, key=lambda row: row.tflops, default=None)
 
 
@@ -195,7 +196,8 @@ def job_of(kernel: str, problem: Problem, device: gpu.Gpu) -> tuple[str, Problem
     """Return what to compile for a kernel of a call. All lengths of whole tiles share one binary."""
     example = problem
     if problem.n_q % TILE == problem.n_k % TILE == 0:
-        example = replace(problem, batch=(1,), heads=problem.group, kv_heads=1, n_q=32 * TILE, n_k=32 * TILE)
+        # no size of 1, which Triton would specialize
+        example = replace(problem, batch=(2,), heads=2 * problem.group, kv_heads=2, n_q=32 * TILE, n_k=32 * TILE)
     return kernel, example, lookup.get_config(kernel, problem, device), device
 
 
@@ -210,7 +212,7 @@ class Expected(NamedTuple):
 
     def cells(self) -> list[str]:
         """Return the cells of the table."""
-        shown = f"{_digits(self.least)}-{_digits(self.most)}" if self.least < self.most else f"< {_digits(self.most)}"
+        shown = f"{_digits(self.least)}-{_digits(self.most)}" if self.least < self.most else f"model {_digits(self.most)}"
         return [self.line.case.name, self.line.direction, ", ".join(map(str, self.configs)), ", ".join(self.bounds), shown,
                 _digits(self.line.floor.serial_tflops), _digits(self.line.floor.tflops), str(self.line.best or "")]
 
@@ -222,8 +224,8 @@ MODEL_LEFT = (0, 1, 2, 3, 7)
 def expected(line: Line, reports: list[KernelReport], device: gpu.Gpu) -> Expected:
     """Return what the cost model expects of the kernels of a line; no rate exceeds the ceiling.
 
-    The backward pass also has delta, bound by memory. The gradient of a bias is not counted. Raises ValueError for a kernel
-    that the model cannot judge.
+    The backward pass also has delta, bound by memory: it reads o and do, and in 16 bits the rounding error of o. The gradient
+    of a bias is not counted. Raises ValueError for a kernel that the model cannot judge.
     """
     problem = line.case.problem
     models = [estimate(replace(report, problem=problem)) for report in reports]
@@ -231,10 +233,10 @@ def expected(line: Line, reports: list[KernelReport], device: gpu.Gpu) -> Expect
         raise ValueError(f"{line.case.name}: expected kernels with a loop that fit on {device.name}")
     seconds = sum(model.cycles for model in models) / device.peaks.clock
     rows = math.prod(problem.batch) * problem.heads * problem.n_q
-    delta = 2 * rows * problem.dv * problem.dtype.itemsize / device.peaks.bandwidth if line.direction == "backward" else 0.0
-    # the fractions of the modelled rate that measured kernels reach are the same for all kernels of a GPU
-    low, high = (share / models[0].share for share in models[0].likely or (models[0].share,) * 2)
-    rates = [min(line.floor.tflops, line.floor.flops / (seconds / reached + delta) / 1e12) for reached in (low, high)]
+    read = rows * problem.dv * problem.dtype.itemsize * (3 if problem.dtype.itemsize == 2 else 2)
+    delta = read / device.peaks.bandwidth if line.direction == "backward" else 0.0
+    rates = [min(line.floor.tflops, line.floor.flops / (seconds / fraction + delta) / 1e12)
+             for fraction in reached(reports[0]) or (1.0, 1.0)]
     return Expected(line, tuple(report.config for report in reports), tuple(model.bound for model in models), *rates)
 
 

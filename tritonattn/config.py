@@ -19,7 +19,8 @@ class Config:
     ahead starts a product before the exponentials, which then run beside it, for more registers: in the forward kernel the
     scores of the next tile, in dK/dV the gradient of the weights of this tile. The other kernels ignore it. mma_sum lets
     tensor cores add up the 16-bit weights that V is multiplied with, in the forward kernel. two_passes lets half of the
-    programs of dK/dV compute dV and the others dK: five products of tiles instead of four, and half the accumulators in each.
+    programs of dK/dV compute dV and the others dK: five products of tiles instead of four, and one accumulator in each
+    program instead of two. Other kernels ignore it.
     """
 
     block_m: int         # queries per tile

@@ -14,6 +14,7 @@ from tests.helpers.shipped_rows import OWN, versions
 from tritonattn import Config, Problem, gpu
 from tritonattn.analysis import cost_model
 from tritonattn.analysis.sass import Loop
+from tritonattn.autotune import prune
 
 PLAIN = dataclasses.replace(kernel_reports.PLAIN, n_q=4096, n_k=4096)
 
@@ -240,13 +241,19 @@ def test_published_rates_are_in_the_likely_range():
 
 
 def test_a_second_loop_starts_with_an_empty_pipeline():
-    """A causal block has two loops, one without a mask and one with it."""
-    def cycles_per_wave(window):
-        found = cost_model.estimate(report(dataclasses.replace(PLAIN, window=window)))
-        inside = sum(n * each for n, each in zip(found.iterations, found.iteration)) * report().occupancy
+    """A causal block has two loops, one without a mask and one with it; in dK/dV each query head of a group has its own."""
+    def cycles_outside(window=(None, None), kernel="forward", config=SQUARE, **sizes):
+        made = report(dataclasses.replace(PLAIN, window=window, **sizes), config)
+        found = cost_model.estimate(dataclasses.replace(made, kernel=kernel))
+        inside = sum(n * each for n, each in zip(found.iterations, found.iteration)) * made.occupancy
         return found.cycles / found.waves - inside
 
-    assert cycles_per_wave((None, 0)) - cycles_per_wave((None, None)) == cost_model.REFILL
+    full, unpipelined = cycles_outside(), Config(128, 128, 8, 1)
+    assert cycles_outside((None, 0)) - full == pytest.approx(cost_model.REFILL)
+    assert cycles_outside((2000, 0)) - full == pytest.approx(2 * cost_model.REFILL), "masked at both ends"
+    assert cycles_outside((None, 0), config=unpipelined) == pytest.approx(cycles_outside(config=unpipelined))
+    alone, grouped = (cycles_outside(kernel="dkdv", heads=8, kv_heads=heads) for heads in (8, 2))
+    assert grouped - alone == pytest.approx(3 * cost_model.REFILL)
 
 
 def test_two_passes_of_dk_and_dv_add_up():
@@ -258,17 +265,33 @@ def test_two_passes_of_dk_and_dv_add_up():
     assert both.duplicated == 1.0 == both.redone and not both.serialized and report().passes == (report(),)
     first, second = map(cost_model.estimate, both.passes)
     found = cost_model.estimate(both)
-    assert found.cycles == first.cycles + second.cycles and found.blocks == 2 * first.blocks
-    assert found.units["tensor"] == 5 * 2 * 128**3 / 4096 and found.iterations == first.iterations
-    # of five products
-    whole = both.useful / (128 * 128) * 2 * 8 * 4096**2
-    assert found.share == whole / (found.cycles * H200.sms * 4096)
-    assert both.useful == 4 * 2 * 128**3
+    assert (first.blocks, first.waves, found.blocks, found.waves) == (512, 4, 1024, 8)
+    assert found.cycles == first.cycles + second.cycles and found.iterations == first.iterations
+    assert found.units["tensor"] == 5 * 2 * 128**3 / 4096
+    # four products of 128 numbers for each pair are useful
+    assert found.share == 4 * 2 * 128 * (2 * 8 * 4096**2) / (found.cycles * H200.sms * 4096)
+    # where all blocks run at once, the time is that of the longer pass
+    few = dataclasses.replace(both, problem=dataclasses.replace(PLAIN, batch=(1,), heads=1, kv_heads=1))
+    longest = max(cost_model.estimate(each).cycles for each in few.passes)
+    assert cost_model.estimate(few).cycles == longest and cost_model.estimate(few).waves == 1
+
+
+@pytest.mark.parametrize("loops", [0, 1, 3])
+def test_missing_loops_of_a_pass_are_no_second_pass(loops):
+    config = dataclasses.replace(SQUARE, two_passes=True)
+    dk = Loop(("HGMMA.64x128x16",) * 24 + ("MUFU.EX2",) * 64)
+    found = dataclasses.replace(report(config=config, loops=(dk,) * loops), kernel="dkdv")
+    assert found.passes == (found,) and prune.check_report(found).reason == "unclear"
+    # both loops are of one pass
+    dv = Loop(("HGMMA.64x128x16",) * 16 + ("MUFU.EX2",) * 64)
+    assert prune.check_report(dataclasses.replace(found, loops=(dv, dv))).reason == "unclear"
+    assert dataclasses.replace(report(config=config), kernel="forward").passes[0].part is None
 
 
 def test_the_likely_share_is_known_on_hopper_alone():
     found = cost_model.estimate(report())
     assert found.likely == (0.6 * found.share, 0.8 * found.share)
+    assert cost_model.estimate(report(dataclasses.replace(PLAIN, dtype=torch.float32), precision="tf32")).likely is None
     on = gpu.KNOWN["sm_80"]
     assert cost_model.estimate(report(on=on, registers=128, loop=Loop(("HMMA.16816",) * 256 + ("MUFU.EX2",)))).likely is None
 

@@ -64,7 +64,7 @@ TWO_PASSES = ["gqa, ragged, split", "key bias and mask"]
 @pytest.mark.parametrize("name", [*TWO_PASSES, *slow(*(name for name in FLOAT64 if name not in TWO_PASSES))])
 def test_float64_in_two_passes(name, device):
     tiles, case = FLOAT64[name]
-    check(Case(**case), torch.float64, device, tiles=Config(*tiles, two_passes=True))
+    check(Case(**case), torch.float64, device, tiles=Config(*tiles, ahead=True, two_passes=True))
 
 
 @pytest.mark.parametrize("options", [{"key_lengths": torch.tensor([40, 17]), "dropout_p": 0.3,
@@ -101,11 +101,12 @@ def test_no_keys_with_products_started_ahead(device):
         assert torch.all(attention(q, k[:, :, :0], v[:, :, :0], mask=mask) == 0)
 
 
-def test_block_mask_with_products_started_ahead(device):
+@pytest.mark.parametrize("two_passes", [False, *slow(True)])
+def test_block_mask_with_products_started_ahead(two_passes, device):
     q, k, v, do, dlse = Case(n_q=300, n_k=280).tensors(torch.float64, device)
     i, j = torch.arange(300, device=device)[:, None], torch.arange(280, device=device)
     mask = (i // 150 == j // 140) | (j < 128)
-    with config.pinned(Config(64, 32, ahead=True)):
+    with config.pinned(Config(64, 32, ahead=True, two_passes=two_passes)):
         ours = results(attention, q, k, v, do, dlse, mask=block_mask(mask))
     torch.testing.assert_close(ours, results(reference.attention, q, k, v, do, dlse, mask=mask), atol=1e-9, rtol=1e-9)
 

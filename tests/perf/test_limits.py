@@ -308,7 +308,7 @@ def test_rates_by_the_model_are_ranges_below_the_ceiling(suite, monkeypatch, cap
     # the model leaves out the bandwidth of memory
     slow = query.line._replace(floor=dataclasses.replace(query.line.floor, memory=1.0))
     capped = limits.expected(slow, [dataclasses.replace(large, problem=query.line.case.problem)], H200)
-    assert capped.least == capped.most == slow.floor.tflops and f"< {capped.most:.3g}" in capped.cells()
+    assert capped.least == capped.most == slow.floor.tflops and f"model {capped.most:.3g}" in capped.cells()
 
 
 def test_kernels_of_a_pass_add_up():
@@ -318,7 +318,7 @@ def test_kernels_of_a_pass_add_up():
     reports = [dataclasses.replace(kernel_reports.report(H200, config, (kernel_reports.LOOP,)), kernel="dq")] * 2
     found = limits.expected(line, reports, H200)
     cycles = cost_model.estimate(dataclasses.replace(reports[0], problem=problem())).cycles
-    delta = 2 * 16 * 16384 * 128 * 2 / 4.8e12
+    delta = 3 * 16 * 16384 * 128 * 2 / 4.8e12
     assert found.most == approx(line.floor.flops / (2 * cycles / 1.83e9 / 0.8 + delta) / 1e12)
     with pytest.raises(ValueError, match=r"square: expected kernels with a loop"):
         limits.expected(line, [dataclasses.replace(reports[0], loops=())] * 2, H200)

@@ -89,7 +89,8 @@ if "causal" in kind:
     options |= dict(causal=True, align="bottom_right")
 
 if "passes" in kind:
-    config.pinned(dkdv=Config(32, 64, two_passes=True)).__enter__()
+    pin = config.pinned(dkdv=Config(32, 64, two_passes=True))
+    pin.__enter__()  # until the process ends
 inputs = [q, k, v, *([options["bias"]] if "bias" in kind else [])]
 tritonattn.warm(q, k, v, **options)
 compiled = {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in KERNELS.items()}
@@ -112,6 +113,7 @@ again = {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for
 print(json.dumps(dict(
     compiled_by_warm=again == compiled, direct=[each[2] for each in (first, second, third)], hooked=hooked[2],
     same=[repr(each[0]) == repr(first[0]) for each in (second, third, hooked)],
+    passes=[[each[0][1] for each in of_round[0]] for of_round in rounds],
     pointers=[[[x in own for x in launch] for launch in each[1]] for each in (first, second, third, hooked)],
     written=written,
     launches=null.launches - launched)))
@@ -176,6 +178,8 @@ def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
     assert all(each == first for each in others) and len(first) == len(kernels)
     assert result["written"] == [True] * 4, "a result is in no launch"
     assert result["launches"] == 4 * len(kernels)
+    # the second axis of the grid
+    assert result["passes"] == [[2 if kernel == "dkdv_kernel" and kind == "passes" else 1 for kernel in kernels]] * 4
 
 
 def test_plan_keeps_its_kernel_loaded():

@@ -66,13 +66,16 @@ class KernelReport:
 
     @functools.cached_property
     def passes(self) -> tuple["KernelReport", ...]:
-        """A report of each pass of dK/dV in two passes, with its loops; of other kernels this report."""
-        if self.part or self.kernel != "dkdv" or not self.config.two_passes:
+        """A report of each pass of dK/dV in two passes, with its loops; otherwise this report.
+
+        Where one pass has loops that were not found, there are too few products for one pass too.
+        """
+        if self.part or self.kernel != "dkdv" or not self.config.two_passes or not self.loops or len(self.loops) % 2:
             return (self,)
-        # dK has three products of tiles, dV two; the stretches of each keep their order
-        by_work, half = sorted(self.loops, key=_mma_work), len(self.loops) // 2
+        # dK has three products of tiles, dV two
+        by_work, half = sorted(self.loops, key=_work), len(self.loops) // 2
         return tuple(replace(self, part=part, loops=loops)
-                     for part, loops in zip(launch.PARTS, (tuple(by_work[:half]), tuple(by_work[half:]))))
+                     for part, loops in zip(launch.PASSES, (tuple(by_work[:half]), tuple(by_work[half:]))))
 
     @property
     def serialized(self) -> bool:
@@ -132,7 +135,10 @@ class KernelReport:
 
     @property
     def duplicated(self) -> float:
-        """MMA work in one iteration of the loop, as a multiple of what the tile needs; ideally 1. Of two passes the most."""
+        """MMA work in one iteration of the loop, as a multiple of what the tile needs; ideally 1.
+
+        With two passes, the larger value.
+        """
         if len(self.passes) == 2:
             return max(each.duplicated for each in self.passes)
         loop, warps = self.loops[0], self.config.num_warps
@@ -145,8 +151,10 @@ class KernelReport:
 
     @property
     def redone(self) -> float:
-        """Exponentials in one iteration of the loop, as a multiple of the scores of the tile; ideally 1. Of two passes the
-        most."""
+        """Exponentials in one iteration of the loop, as a multiple of the scores of the tile; ideally 1.
+
+        With two passes, the larger value.
+        """
         if len(self.passes) == 2:
             return max(each.redone for each in self.passes)
         tile = self.config.block_m * self.config.block_n
@@ -247,9 +255,10 @@ def ptxas_remarks(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> li
     return [line.split(": ", 1)[-1] for line in output.splitlines() if "Performance" in line]
 
 
-def _mma_work(loop: Loop) -> int:
-    """Return a measure of the MMA work in an iteration, to compare loops of one binary."""
-    return sum(count * (flops(name) or 1) for name, count in loop.products.items())
+def _work(loop: Loop) -> tuple[int, int]:
+    """Return a measure of the products in an iteration, to compare loops of one binary: of MMAs, or of all instructions."""
+    mma = sum(count * (flops(name) or 1) for name, count in loop.products.items())
+    return mma, 0 if mma else len(loop.instructions)
 
 
 def flops(product: str) -> int:

@@ -33,10 +33,11 @@ LATENCY = {1: 500, 2: 100}    # exposed cycles of an iteration, by the stages of
 LATENCY_OF_MORE = 60
 WGMMA_LATENCY = 450           # on Hopper, more of these where nothing runs beside the products: their start, and two barriers
 START = 1500                  # cycles of a block outside the loop, plus one for every 8 numbers of its output tile
-REFILL = 2500                 # more of these if a block has two loops: the second one starts with an empty pipeline
-# What measured kernels reach of the model's share, least and most. The model counts at the vendor's clock, which falls under
-# load. sm_90: 36 published rates of the Triton tutorial's kernel on H100 (perf/published.csv) reach 0.64 to 0.80 of the share
-# of our kernel without `ahead`. No other GPU was compared: there the share is an upper bound.
+REFILL = 2500                 # more of these for each further loop of a block: its pipeline is empty at first
+# Measured rates as fractions of the model's, the lowest and the highest. The model assumes the vendor's clock; real clocks are
+# lower under load. sm_90: 36 published rates of the Triton tutorial's kernel on H100 (perf/published.csv, lengths from 1k on)
+# are 0.64 to 0.80 of the model's for our forward kernel without `ahead`; REFILL was fitted to the same rates. The same range
+# is assumed for other 16-bit kernels. No other GPU was compared with measurements.
 REACHED = {"sm_90": (0.6, 0.8)}
 # lanes of an SM that compare, select, convert, shift and add integers: half of Hopper's fp32 lanes
 LANES_OF_ALU = 64
@@ -64,7 +65,7 @@ class Estimate:
     waves: int                       # how many times the blocks fill the GPU
     cycles: float                    # of the kernel
     share: float                     # fraction of the peak at the vendor's clock; only unmasked (query, key) pairs count
-    likely: tuple[float, float] | None  # the range of the share to expect from a measurement; None: never compared
+    likely: tuple[float, float] | None  # the share to expect from a measurement, by `reached`; None: unknown
 
     @property
     def bound(self) -> str:
@@ -76,44 +77,62 @@ def estimate(report: KernelReport) -> Estimate | None:
     """Estimate the time of a compiled kernel; None if it has no loop over tiles (delta) or does not fit on an SM."""
     if not report.loops or not report.occupancy:
         return None
-    if len(report.passes) == 2:
-        return _sum_of_passes(report)
+    if len(report.passes) == 1:
+        return _estimate(report, 1)
+    # the blocks of both passes are in one grid, those of dV first
+    first, second = (_estimate(each, 2) for each in report.passes)
+    longest = max(first.cycles, second.cycles)
+    cycles = longest if first.waves == 1 else (first.cycles + second.cycles) / 2
+    return Estimate({unit: first.units[unit] + second.units[unit] for unit in first.units},
+                    tuple(map(sum, zip(first.iteration, second.iteration))), first.iterations, first.blocks, first.waves,
+                    cycles, *_shares(report, cycles))
+
+
+def _estimate(report: KernelReport, passes: int) -> Estimate:
+    """Estimate a kernel all of whose blocks are like those of this report; a grid of several passes has more of them."""
     problem, config, gpu = report.problem, report.config, report.gpu
     peaks = peaks_of(gpu)
     blocks, *tiles = visits(report.kernel, problem, config.block_m, config.block_n)
+    iterations = tuple(count / max(blocks, 1) for count in tiles)
+    blocks *= passes
     # a GPU that is not full has fewer blocks per SM than its occupancy allows
     resident = max(1, min(report.occupancy, math.ceil(blocks / gpu.sms)))
     waves = math.ceil(blocks / (gpu.sms * resident))
     loops = report.loops[0], report.loops[-1]
     of_units = [units(report, loop, peaks) for loop in loops]
     iteration = tuple(_iteration(cycles, loop, config, resident) for cycles, loop in zip(of_units, loops))
-    iterations = tuple(count / max(blocks, 1) for count in tiles)
     width = {"forward": problem.dv, "dq": problem.d, "dkdv": problem.d + problem.dv, "dk": problem.d, "dv": problem.dv,
              "dbias": config.block_n}[report.part or report.kernel]
     rows = config.block_n if report.kernel == "dkdv" else config.block_m
-    outside = START + REFILL * (min(iterations) > 0) + rows * width / 8
+    outside = START + REFILL * (_loops_of_a_block(report, iterations) - 1) + rows * width / 8
     block = sum(n * cycles for n, cycles in zip(iterations, iteration)) * resident + outside
     cycles = max(waves * block, 1.0)
     return Estimate(of_units[0], iteration, iterations, blocks, waves, cycles, *_shares(report, cycles))
 
 
-def _sum_of_passes(report: KernelReport) -> Estimate:
-    """Return the estimate of dK/dV in two passes: its units and iterations are the sums of both."""
-    first, second = map(estimate, report.passes)
-    cycles = first.cycles + second.cycles
-    return Estimate({unit: first.units[unit] + second.units[unit] for unit in first.units},
-                    tuple(map(sum, zip(first.iteration, second.iteration))), first.iterations, first.blocks + second.blocks,
-                    first.waves + second.waves, cycles, *_shares(report, cycles))
+def _loops_of_a_block(report: KernelReport, iterations: tuple[float, float]) -> int:
+    """Return the pipelined loops that a block starts: each stretch of tiles, in dK/dV for every query head of the group."""
+    if report.config.num_stages == 1:
+        return 1
+    stretches = sum(count > 0 for count in iterations)
+    if None not in report.problem.window and iterations[1]:
+        stretches += 1  # masked at both ends
+    return max(1, stretches * (report.problem.group if report.kernel == "dkdv" else 1))
+
+
+def reached(report: KernelReport) -> tuple[float, float] | None:
+    """Return REACHED of a report, None where it is unknown."""
+    return REACHED.get(report.gpu.arch) if report.problem.dtype.itemsize == 2 else None
 
 
 def _shares(report: KernelReport, cycles: float) -> tuple[float, tuple[float, float] | None]:
-    """Return `share` and `likely` of an Estimate. What two passes compute twice is no use."""
+    """Return `share` and `likely` of an Estimate. Work that the second pass repeats does not count."""
     problem, config, gpu = report.problem, report.config, report.gpu
     pairs = math.prod(problem.batch) * problem.heads * problem.pairs()
     useful = report.useful / (config.block_m * config.block_n) * pairs
     share = useful / (cycles * gpu.sms * rate(report, peaks_of(gpu)))
-    reached = REACHED.get(gpu.arch)
-    return share, reached and (reached[0] * share, reached[1] * share)
+    between = reached(report)
+    return share, between and (between[0] * share, between[1] * share)
 
 
 def units(report: KernelReport, loop: Loop, peaks: Peaks) -> dict[str, float]:

@@ -159,8 +159,8 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     """Return the loops over tiles in SASS or amdgcn: innermost loops with exponentials, the one without a mask first.
 
     The loop without a mask is the shortest of the pipelined ones, since masked loops may not be pipelined. The nan_safe loop
-    (kernels/window.py) is left out, since it hardly ever runs: it follows the others and has fewer exponentials, because its
-    tiles are smaller. `stretches` is the number of loops without it, if known.
+    (kernels/window.py) is left out, since it hardly ever runs: it follows the others, with two passes those of its pass, and
+    has fewer exponentials, because its tiles are smaller. `stretches` is the number of loops without it, if known.
     """
     lines = text.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}

@@ -21,7 +21,7 @@ from .worker_pool import Failure, Workers
 
 REASONS = {
     "constraint": "not compiled: the tile is larger than a block mask's, or has too few rows for its warps",
-    "prefilter": "not compiled: the accumulators of a tile take nearly all registers of a thread",
+    "prefilter": "not compiled, unless a sweep draws it as a sample: its accumulators take nearly all registers of a thread",
     "compile error": "the compiler reports an error",
     "compile timeout": "the compiler did not finish in time",
     "shared memory": "a block needs more shared memory than the GPU allows",
@@ -71,8 +71,8 @@ def candidates(kernel: str, problem: Problem, gpu: Gpu, stages: Iterable[int] = 
 def forms(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> list[Config]:
     """Return a config with the fields that its GPU always sets, with and without `ahead` and `two_passes`.
 
-    Only where they make sense: two passes where the accumulators of dK and dV together would leave few registers. Tiles of
-    fewer than 64 keys have room for both.
+    Two passes are tried only where the accumulators of dK and dV together leave few registers: for wide heads, and tiles of
+    at least 64 keys.
     """
     pipelined, dtype = config.num_stages > 1, problem.dtype
     # only Hopper leaves the edges out of its pipeline. AMD's compiler fails at some kernels with `ahead`, and its layouts
@@ -135,14 +135,15 @@ def _reason(report) -> tuple[str | None, str]:
         return "serialized", also.removeprefix(", and ")
     if spills:
         return "spill", spills
-    if duplicated < MIN_PRODUCTS:
-        return "unclear", f"products x {duplicated:.2f}"
+    least = min(each.duplicated for each in report.passes) if report.mma_instruction else 1.0
+    if least < MIN_PRODUCTS:
+        return "unclear", f"products x {least:.2f}"
     return None, ""
 
 
 def survey(kernel: str, problem: Problem, gpu: Gpu, configs: Iterable[Config], workers: Workers,
            check_first: bool = True) -> list[Verdict]:
-    """Return the ranked verdicts on these configs, compiling all, or with check_first all that `check_config` lets through."""
+    """Compile configs and return the ranked verdicts on them. check_first: only those that `check_config` does not exclude."""
     verdicts = {config: check_config(kernel, problem, config, gpu) if check_first else None for config in configs}
     compiled = [config for config, verdict in verdicts.items() if verdict is None]
     results = workers.map([(kernel, problem, config, gpu, precision(problem) or "ieee") for config in compiled])

@@ -5,8 +5,8 @@
               then the fastest configs of the job and the incumbent under continuous load (search.py), each with a second line
 
 A kill at any moment loses at most one group, or the windows of one job. A sweep resumes only with the same plan, GPU and
-versions. One in ten of the configs that static pruning excludes is timed as well, to measure how good the pruning is; of those
-that pruning would not even compile too, if they fit on the GPU.
+versions. One in ten of the configs that static pruning excludes is timed as well, to measure how good the pruning is, and so
+is one in ten of those that it excludes before compiling, if the compiled kernel can run.
 """
 
 import itertools
@@ -50,7 +50,7 @@ def begin(folder: Path, problems: Iterable[tuple[Problem, Iterable[str]]], setup
         excluded[job.name] = {name: [verdict.reason, verdict.note] for name, verdict in verdicts.items() if verdict.reason}
         static[job.name] = {name: static_of(verdict) for name, verdict in verdicts.items()}
         sampled = {reasons: _sample(rng, job, excluded[job.name], reasons) for reasons in (WOULD_RUN, ("prefilter",))}
-        # these were not compiled
+        # the survey did not compile these
         for verdict in survey(kernel, problem, setup.gpu, map(Config.parse, sampled[("prefilter",)]), setup.compilers,
                               check_first=False):
             static[job.name][str(verdict.config)] = static_of(verdict)

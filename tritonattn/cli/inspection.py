@@ -73,7 +73,9 @@ def _inspect(arguments) -> int:
         for line in lines:
             print(f"ptxas on {name}: {line}")
     for name, report in zip(names, reports) if arguments.sass else ():
-        print(f"\n{name}\n{report.loops[0].text if report.loops else 'no loop over tiles'}")
+        for each in report.passes:
+            title = f"{name} ({each.part})" if each.part else name
+            print(f"\n{title}\n{each.loops[0].text if each.loops else 'no loop over tiles'}")
     return 0
 
 

@@ -32,9 +32,10 @@ def _row(report):
     if model is None:
         return row + ["-"] * (len(HEAD) - len(row))
     work = f"{report.duplicated:.2f}x" if report.mma_instruction else "-"
-    beside = f"{report.loops[0].softmax_beside_products:.0%}" if "HGMMA" in report.mma_instruction else "-"
+    least = min(each.loops[0].softmax_beside_products for each in report.passes)
+    beside = f"{least:.0%}" if "HGMMA" in report.mma_instruction else "-"
     cycles = [f"{model.units[unit]:.0f}" for unit in UNITS]
-    share = f"{100 * model.likely[0]:.0f}-{model.likely[1]:.0%}" if model.likely else f"< {model.share:.0%}"
+    share = f"{100 * model.likely[0]:.0f}-{model.likely[1]:.0%}" if model.likely else f"model {model.share:.0%}"
     return [*row, report.mma_instruction or "none", work, beside, *cycles, model.bound, share]
 
 
@@ -72,8 +73,9 @@ def as_json(report: KernelReport) -> dict:
 def _figures(report):
     model = estimate(report)
     return {name: getattr(report, name) for name in FIGURES} | {
-        "loops": [{"instructions": len(loop.instructions), "products": loop.products,
+        "loops": [{"part": each.part, "instructions": len(loop.instructions), "products": loop.products,
                    "softmax_beside_products": loop.softmax_beside_products,
-                   "kinds": {kind: loop.counts.get(kind, 0) for kind in sass.KINDS}} for loop in report.loops],
+                   "kinds": {kind: loop.counts.get(kind, 0) for kind in sass.KINDS}}
+                  for each in report.passes for loop in each.loops],
         "model": None if model is None else {"bound": model.bound} | asdict(model),
     }

@@ -23,7 +23,7 @@ from .arguments import AttentionInputs, empty_statistics, score_scale
 if INTERPRETED:
     from . import interpreter
 
-PARTS = ("dv", "dk")  # of dK/dV in two passes, in the order of the grid
+PASSES = ("dv", "dk")  # of dK/dV in two passes, in the order of the grid
 ACC = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -93,12 +93,15 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
     mods = ScoreMods(bias, mask, (), _block_lists(problem, inputs.q_blocks))
     records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), Keys(dk, dv), mods)
     static = _over_queries(problem, config)
-    parts = ("dv",) if dk is None else ("dk",) if dv is None else PARTS if config.two_passes else ("both",)
-    static, static_dk = (static._replace(GRADS=tl.constexpr(parts[0])), static._replace(GRADS=tl.constexpr("dk")))
+    if dk is None or dv is None:
+        passes = ("dv" if dk is None else "dk",)
+    else:
+        passes = PASSES if config.two_passes else ("both",)
+    static, *static_dk = (static._replace(GRADS=tl.constexpr(grads)) for grads in passes)
     programs = _grid(problem, problem.kv_heads, problem.n_k, config.block_n)
     *others, static = _arguments(problem, inputs, records, transpose_window(Window(*problem.window)), static)
-    arguments = *others, len(parts), static_dk if len(parts) == 2 else None, static
-    return KernelLaunch(backward.dkdv_kernel, programs, arguments, config, len(parts))
+    arguments = *others, len(passes), static_dk[0] if static_dk else None, static
+    return KernelLaunch(backward.dkdv_kernel, programs, arguments, config, len(passes))
 
 
 def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dbias) -> KernelLaunch:
