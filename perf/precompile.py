@@ -9,8 +9,9 @@ versions of Python, the kernels' source, the types of the arguments, the compile
 variables such as DISABLE_LLVM_OPT. So the archive must be made by the Python and Triton that use it, from the same source.
 Only binaries and their metadata are packed, not the launchers that Triton builds with the C compiler of the machine.
 
-Of a sweep, the archive holds what its survey inspects: one binary for each candidate. What the check of a surviving candidate
-launches, such as inference and inputs of other lengths, is compiled during the sweep.
+Of a sweep, the archive holds what its survey inspects: one binary for each candidate that is not excluded before compiling.
+The few of those that the sweep draws as a sample are compiled during the sweep, and so is what the check of a surviving
+candidate launches, such as inference and inputs of other lengths.
 """
 
 import functools
