@@ -211,13 +211,13 @@ class RowBuilder:
         return Row(*self.key, **entries, rejected={str(verdict.config): self._reason(verdict) for verdict in others[:REJECTED]})
 
     def _order(self, verdicts: list[Verdict], problem: Problem) -> list[Verdict]:
-        """Return the verdicts that have an estimate, the fastest first.
+        """Return the verdicts that have an estimate and no race, which no row may ship, the fastest first.
 
         Hopper's row with edges also serves lengths of whole tiles. These run another binary, in which ptxas may place the
         instructions differently beside the products. So the fastest configs are ordered by their mean time over both.
         """
         order = ranked(replace(verdict, estimate=estimate(replace(verdict.report, problem=problem)))
-                       for verdict in verdicts if verdict.estimate)
+                       for verdict in verdicts if verdict.estimate and verdict.reason != "race")
         _, size, width, mask = self.key
         if self._gpu.arch != "sm_90" or mask != "edges" or size != 2 or width not in CHECKED_WIDTHS:
             return order

@@ -31,11 +31,15 @@ def test_a_shipped_table_is_complete_and_fits_its_gpu(table):
             assert entry.source in shipped.SOURCES and entry.fits(on), (row.key, entry)
             assert entry.bound and entry.occupancy > 0
             # a table that was updated, not built, knows the figures of its checked rows only
-            unknown = entry.registers is None and not (row.itemsize == 2 and row.width in config_table.CHECKED_WIDTHS)
+            checked = on.name == "H200" or (row.itemsize == 2 and row.width in config_table.CHECKED_WIDTHS)
+            unknown = entry.registers is None and not checked
             assert unknown or 0 < entry.registers <= 512, (row.key, entry)
             assert max(entry.config.block_m, entry.config.block_n) <= 128, "larger than the tiles of a block mask"
             assert entry.config.num_stages > 1 or entry.config.edge_stages is None, "edge_stages without a pipeline"
-            assert not entry.accepted_fault or row.itemsize == 4 or row.width > 128 or row.mask in ("pairs", "window") or (
+            assert "race" not in entry.accepted_fault, (row.key, entry)
+            # with a map some registers spill where the config is the fastest all the same; the next test limits how many
+            fault = entry.accepted_fault if not entry.accepted_fault.endswith(", with a map") else ""
+            assert not fault or row.itemsize == 4 or row.width > 128 or row.mask in ("pairs", "window") or (
                 on.shared_memory == 99 << 10), (row.key, entry)
 
 

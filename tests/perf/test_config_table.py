@@ -116,6 +116,7 @@ def test_a_row_takes_the_fastest_config_of_each_fill_and_lists_the_others():
     only = choose(BOUNDED, reports[2])
     assert str(only.filled.config) == "16x32w4s1" and only.filled.accepted_fault == "spill"
     assert choose(BOUNDED, reports[4]) is None
+    assert choose(BOUNDED, report("64x64w8s2", 1.0, reason="race")) is None, "not even for want of another one"
 
 
 def test_a_row_without_a_config_that_fits_is_an_error(monkeypatch):
