@@ -23,6 +23,7 @@ from tritonattn import Problem, reference
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+SOFTCAP = 50.0
 FLASH_ATTN = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}  # modules
 
 
@@ -55,8 +56,15 @@ def boolean_mask(problem: Problem, device) -> torch.Tensor:
     return reference.visible(problem.n_q, problem.n_k, window=problem.window, align=align(problem), device=device)
 
 
+def variants(problem: Problem, heads: int, device) -> dict:
+    """Return the options of `tritonattn.attention` for the softcap and the sinks of a problem, the same for every head."""
+    softcap = {"softcap": SOFTCAP} if problem.softcap else {}
+    return softcap | ({"sink": torch.zeros(heads, device=device)} if problem.sink else {})
+
+
 def ours(problem, device, **options):
     """Return tritonattn.attention for this problem, with the config that the library chooses."""
+    options |= variants(problem, problem.heads, device)
     return functools.partial(tritonattn.attention, window=problem.window, align=align(problem), **options)
 
 
@@ -74,6 +82,8 @@ def sdpa_mask(problem, device, backend=None):
 
 def sdpa(problem, device, backend=None):
     """Return torch's SDPA. `backend` names the backend that the caller's context forces, if any."""
+    if problem.softcap or problem.sink:
+        raise Unsupported("torch's SDPA has no softcap and no sinks")
     causal, mask = sdpa_mask(problem, device, backend)
 
     def attention(q, k, v):
@@ -100,7 +110,13 @@ def flex(problem, device):
     torch._dynamo.reset()
     # the backward pass alone is timed by running it many times on one graph
     functorch.donated_buffer = False
+    if problem.sink:
+        raise Unsupported("a score function of FlexAttention adds no key")
     compiled, block_mask = torch.compile(flex_attention, dynamic=False), None
+
+    def score_mod(score, batch, head, query, key):
+        return SOFTCAP * torch.tanh(score / SOFTCAP)
+
     if problem.mask != "full":
         (left, right), shift = problem.window, problem.shift
 
@@ -110,7 +126,8 @@ def flex(problem, device):
             return inside & (distance >= -left) if left is not None else inside
 
         block_mask = create_block_mask(mask_mod, None, None, problem.n_q, problem.n_k, device=device)
-    return functools.partial(compiled, block_mask=block_mask, enable_gqa=problem.group > 1)
+    return functools.partial(compiled, score_mod=score_mod if problem.softcap else None, block_mask=block_mask,
+                             enable_gqa=problem.group > 1)
 
 
 def eager(problem, device):
@@ -121,8 +138,11 @@ def eager(problem, device):
     def attention(q, k, v):
         k, v = (x.repeat_interleave(group, -3) if group > 1 else x for x in (k, v))
         s = q @ k.mT * scale
+        s = SOFTCAP * torch.tanh(s / SOFTCAP) if problem.softcap else s
         s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
-        return s.softmax(-1) @ v
+        # a sink of 0 is one more score
+        p = F.pad(s, (0, 1)).softmax(-1)[..., :-1] if problem.sink else s.softmax(-1)
+        return p @ v
 
     return attention
 
@@ -131,7 +151,9 @@ def flash_attn(problem, device, module):
     """Return the function of a flash-attn package; versions 2, 3 and 4 share the signature."""
     if problem.mask != "full" and problem.shift != problem.n_k - problem.n_q:
         raise Unsupported("flash-attn aligns masks bottom-right, the problem is top-left")
-    options = {"causal": problem.mask == "causal"}
+    if problem.sink:
+        raise Unsupported("flash-attn has sinks in few of its versions")
+    options = {"causal": problem.mask == "causal"} | variants(problem, problem.heads, device)
     if problem.mask == "window":
         options["window_size"] = tuple(-1 if side is None else side for side in problem.window)
     function = importlib.import_module(module).flash_attn_func

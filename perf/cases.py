@@ -5,6 +5,7 @@
     odd      sizes that no tile divides          small    short calls, dominated by launch cost
     short    a selection for a few minutes       tiny     seconds in Triton's interpreter
     cudnn    the shapes of cudnn-frontend's benchmark of training: grouped heads, wide heads, windows, few queries
+    variants softcap and sinks
 """
 
 import math
@@ -44,10 +45,11 @@ def of_paper(d: int, mask: str, n: int, directions=TRAINING) -> Case:
 
 
 def in_paper_grid(problem: Problem) -> bool:
-    """Return whether a problem has the sizes and the mask of a case of `of_paper`, in any dtype."""
+    """Return whether a problem has the sizes and the mask of a case of `of_paper`, in any dtype, and no variant."""
     square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
     sizes = math.prod(problem.batch) * problem.n_q, problem.heads * problem.d
-    return square and sizes == (16384, 2048) and problem.mask in MASKS
+    plain = problem.mask in MASKS and not (problem.softcap or problem.sink)
+    return square and sizes == (16384, 2048) and plain
 
 
 PAPER = tuple(of_paper(d, mask, n) for d in (64, 128, 256) for mask in MASKS for n in PAPER_LENGTHS)
@@ -125,9 +127,18 @@ CUDNN = (
     *(Case(f"video transformer {n} on 62208", problem(1, 9, (n, 62208), 128), FORWARD) for n in (985, 1024, 2048, 4096, 8192)),
 )
 
+# the attention layers of Gemma 2 and of gpt-oss
+VARIANTS = (
+    *(Case(f"gemma-2-9b {name} 8k", replace(problem(1, (16, 8), 8192, 256, window), softcap=True), TRAINING)
+      for name, window in (("global", CAUSAL), ("window 4k", (4095, 0)))),
+    *(Case(f"gpt-oss-20b {name} 8k", replace(problem(1, (64, 8), 8192, 64, window), sink=True), TRAINING)
+      for name, window in (("global", CAUSAL), ("window 128", (127, 0)))),
+    *(Case(f"softcap d{d} causal 4k", replace(of_paper(d, "causal", 4096).problem, softcap=True), TRAINING) for d in (64, 128)),
+)
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "paper": PAPER, "models": MODELS, "decode": DECODE, "odd": ODD, "small": SMALL, "short": SHORT, "tiny": TINY,
-    "cudnn": CUDNN,
+    "cudnn": CUDNN, "variants": VARIANTS,
 }
 
 

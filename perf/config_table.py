@@ -42,7 +42,7 @@ from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.block_mask import TILE
 from tritonattn.config import Config
 from tritonattn.configs.kernel_hash import kernel_hash
-from tritonattn.configs.lookup import gpu_fill, mask_class, row_keys
+from tritonattn.configs.lookup import gpu_fill, row_keys
 from tritonattn.configs.shipped import (
     FILLS,
     FOLDER,
@@ -73,12 +73,13 @@ REJECTED = 8       # rejected configs that a row lists, the fastest first
 def row_keys_of(gpu: Gpu) -> Iterator[tuple]:
     """Yield the keys of all rows of a GPU's table. Where a row is missing, the lookup uses a wider one or one with edges.
 
-    float32 has fewer rows. Only Hopper has rows for windows bounded on the left: there a further pipelined loop may make
-    ptxas serialize all products.
+    float32 has fewer rows. Only Hopper has rows for windows bounded on the left, where a further pipelined loop may make
+    ptxas serialize all products, and for dK/dV of wide heads with a softcap, where the usual configs spill.
     """
     for kernel, size, width, mask in itertools.product(KERNELS, DTYPES, WIDTHS, MASKS):
         windows = gpu.arch == "sm_90" and size == 2 and width <= 256
-        of_kernel = mask == "pairs" or (kernel != "dbias" and (mask != "window" or windows))
+        capped = windows and kernel == "dkdv" and width >= 128
+        of_kernel = mask == "pairs" or (kernel != "dbias" and {"window": windows, "softcap": capped}.get(mask, True))
         of_size = size == 2 or (width in (64, 128, 256, 512) and mask != "full" and width <= gpu.largest_head(DTYPES[size]))
         if of_kernel and of_size:
             yield kernel, size, width, mask
@@ -87,7 +88,8 @@ def row_keys_of(gpu: Gpu) -> Iterator[tuple]:
 def example_problem(key: tuple, fill: str, gpu: Gpu) -> Problem:
     """Return the problem that represents a row: 16k tokens of 32 heads ("filled"), or half a GPU of tiles ("underfilled").
 
-    Rows with edges are causal and end within a tile; windows are half as wide as the sequence; "pairs" have a float32 bias.
+    Rows with edges or a softcap are causal and end within a tile; windows are half as wide as the sequence; "pairs" have a
+    float32 bias.
     """
     _, size, width, mask = key
     n = 4096 if fill == "filled" else TILE * max(1, gpu.sms // 16)
@@ -95,7 +97,7 @@ def example_problem(key: tuple, fill: str, gpu: Gpu) -> Problem:
     batch, heads = ((4,), 32) if fill == "filled" else ((1,), 8)
     window = {"full": (None, None), "window": (n // 2, 0)}.get(mask, (None, 0))
     bias = torch.float32 if mask == "pairs" else None
-    return Problem(batch, heads, heads, n, n, width, width, DTYPES[size], window, bias=bias)
+    return Problem(batch, heads, heads, n, n, width, width, DTYPES[size], window, bias=bias, softcap=mask == "softcap")
 
 
 def other_problems(key: tuple) -> dict[str, Problem]:
@@ -108,12 +110,13 @@ def other_problems(key: tuple) -> dict[str, Problem]:
         "pairs": {"a mask": causal | {"masked": True}, "dropout": causal | {"dropout": True}, "a map": mapped},
         "edges": {"lengths": causal | {"lengths": True}, "a map": mapped},
         "window": {"a map": mapped | {"window": (100, 0)}},
+        "softcap": {"no mask": {"softcap": True}, "a map": mapped | {"softcap": True}},
     }[mask]
     # the gradient of a bias needs a bias
     bias = {"bias": torch.float32} if kernel == "dbias" else {}
     problems = {name: Problem((4,), 32, 8, 1000, 1000, width, width, torch.bfloat16, **bias, **options)
                 for name, options in variants.items()}
-    return {name: problem for name, problem in problems.items() if mask_class(kernel, problem) == mask}
+    return {name: problem for name, problem in problems.items() if next(row_keys(kernel, problem)) == key}
 
 
 def whole_tiles(problem: Problem) -> Problem:
@@ -239,7 +242,7 @@ class RowBuilder:
         return None
 
     def _pick(self, order) -> Entry | None:
-        """Return the first config without a fault in any variant, else the one with the fewest."""
+        """Return the first config without a fault in any variant, else the one with the fewest, else one with few spills."""
         least = None
         for verdict in [verdict for verdict in order[:ATTEMPTS] if verdict.reason is None]:
             faults = self.faults(verdict.config)
@@ -248,7 +251,10 @@ class RowBuilder:
             if least is None or len(faults) < len(least[1]):
                 least = verdict, faults
         if least is None:
-            return entry_of(order[0]) if order else None
+            light = (verdict for verdict in order[:ATTEMPTS]
+                     if verdict.reason == "spill" and verdict.report.loop_spills <= LIGHT_SPILLS)
+            best = next(light, order[0] if order else None)
+            return best and entry_of(best)
         return replace(entry_of(least[0]), accepted_fault="; ".join(least[1]))
 
     def faults(self, config: Config) -> list[str]:

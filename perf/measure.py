@@ -16,7 +16,7 @@ from tritonattn import Problem, gpu, reference
 from tritonattn.configs import lookup
 from tritonattn.measure import accuracy, device_timer, timing
 
-from .baselines import Implementation, Unsupported, align, sdpa_choice
+from .baselines import Implementation, Unsupported, align, sdpa_choice, variants
 from .cases import Case
 from .results import OURS
 
@@ -106,7 +106,8 @@ def expected_tensors(case: Case, inputs) -> Expected:
     names, do = (TENSORS["forward"], None) if case.directions == ("forward",) else (TENSORS["both"], do)
 
     def tensors_by_name(dtype):
-        tensors = reference.by_heads(q, k, v, do, dtype=dtype, window=problem.window, align=align(problem))
+        tensors = reference.by_heads(q, k, v, do, dtype=dtype, window=problem.window, align=align(problem),
+                                     **variants(problem, 1, q.device))
         return dict(zip(names, (tensors,) if do is None else tensors))
 
     exact, rounded = tensors_by_name(wide), tensors_by_name(problem.dtype)

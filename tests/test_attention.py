@@ -310,8 +310,6 @@ def good(device, **changes):
     ({"align": "left"}, ValueError, "align: expected 'top_left' or 'bottom_right', got 'left'"),
     ({"q": torch.randn(1, 2, 5, 8), "causal": True}, ValueError, "align: .* 5 queries and 6 keys"),
     ({"q": torch.randn(1, 2, 5, 8), "window": (3, None)}, ValueError, "align: expected"),
-    ({"softcap": 30.0}, NotImplementedError, r"softcap is not supported yet \(got 30.0\)"),
-    ({"sink": torch.zeros(2)}, NotImplementedError, "sink is not supported yet"),
     ({"is_causal": True}, TypeError, "is_causal"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_wrong_attention_arguments_raise(changes, error, message, device):

@@ -42,23 +42,28 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         precise_grad: where a gradient is needed, keep the rounding error of a 16-bit output, so that dQ is exact to
             rounding also for data with a common mean. Costs one more tensor of the output's size. The output has the same
             bits with and without it, and with and without gradients.
-        softcap, sink: not supported yet; anything but None raises.
+        softcap: a number c from 0.001 to 500: scores become c tanh(scale QK^T / c), before bias and masks (Gemma Team, 2024,
+            arXiv 2408.00118).
+        sink: one score for each head, [H], or several, [H, n], in any dtype that q may have. They take part in the softmax as
+            further keys with values of 0 (OpenAI, 2025, arXiv 2508.10925) and count in lse; scale, softcap and masks do not
+            apply to them. The gradient has the shape of the sink and is summed in a fixed order.
 
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural logarithm,
-        float32. Both have first derivatives. A row that attends to no key gives o = 0, lse = -inf and zero gradients.
+        float32. Both have first derivatives. A row that attends to no key gives o = 0, lse = -inf (that of the sinks, if there
+        are any) and zero gradients for q, k, v and bias.
         Masked keys and values do not affect a row, not even by a NaN. The same call gives the same bits,
         on sm_100 from Triton 3.7.1 on.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit. ValueError: a value out of its range.
-        TypeError: an argument of the wrong type. NotImplementedError: an unsupported argument.
+        TypeError: an argument of the wrong type.
 
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
-    tensors = eager.call_tensors(q, k, v, bias, mask, key_lengths, dropout_seed)
+    tensors = eager.call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed)
     sides = window if type(window) is tuple else (window,)
-    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, sink, dropout_p, precise_grad, *sides))
+    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, dropout_p, precise_grad, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
@@ -105,9 +110,10 @@ def warm(q, k, v, *, backward=True, **options) -> None:
     """
     arguments.check_tensors(q=q, k=k, v=v)
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in (q, k, v)]
-    if isinstance(bias := options.get("bias"), torch.Tensor):
-        leaves.append(bias.detach().requires_grad_(bias.requires_grad))
-        options["bias"] = leaves[3]
+    for name in ("bias", "sink"):
+        if isinstance(given := options.get(name), torch.Tensor):
+            options[name] = given.detach().requires_grad_(given.requires_grad)
+            leaves.append(options[name])
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
     outputs = attention(*leaves[:3], **options)

@@ -30,10 +30,12 @@ class Problem:
     dropout: bool = False
     lengths: bool = False            # each batch has its own number of keys, at most n_k
     mapped: bool = False             # the mask is a BlockMask
+    softcap: bool = False            # scores are bounded by a softcap
+    sink: bool = False               # each head has a sink
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
-           key_lengths=None, kv_blocks=None) -> "Problem":
+           key_lengths=None, kv_blocks=None, softcap=None, sink=None) -> "Problem":
         """Return the problem of these tensors. A side of the window that excludes nothing becomes None."""
         n_q, n_k = q.shape[-2], k.shape[-2]
         shift = n_k - n_q if bottom_right else 0
@@ -43,7 +45,7 @@ class Problem:
         right = None if right is None or right >= n_k - 1 - shift else right
         return Problem(tuple(q.shape[:-3]), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
                        (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
-                       dropout_p > 0, key_lengths is not None, kv_blocks is not None)
+                       dropout_p > 0, key_lengths is not None, kv_blocks is not None, softcap is not None, sink is not None)
 
     @staticmethod
     def parse(shape: str, dtype: torch.dtype, causal: bool = False) -> "Problem":
@@ -128,8 +130,8 @@ class Problem:
         sizes = (*self.batch, pair(self.heads, self.kv_heads), pair(self.n_q, self.n_k), pair(self.d, self.dv))
         window = "" if self.mask != "window" else f"{self.window[0]},{self.window[1]}"
         shift = f" shift {self.shift}" if self.shift and self.mask != "full" else ""
-        names = {"masked": self.masked, "mapped": self.mapped, "dropout": self.dropout, "lengths": self.lengths}
-        extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name, there in names.items() if there]
+        names = ("masked", "mapped", "dropout", "lengths", "softcap", "sink")
+        extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name in names if getattr(self, name)]
         return " ".join([f"{'x'.join(map(str, sizes))} {_name(self.dtype)} {self.mask}{window}{shift}", *extras])
 
 

@@ -1,20 +1,22 @@
 """The definition of attention in plain PyTorch. Every kernel is tested against it.
 
     S = scale Q K^T + bias          P = softmax of S over the keys that a query attends to          O = P V
+
+With a softcap c, S = c tanh(scale Q K^T / c) + bias. A sink is the score of one more key, whose value is 0.
 """
 
 import torch
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-              keep=None, dropout_p=0.0, return_lse=False):
+              softcap=None, sink=None, keep=None, dropout_p=0.0, return_lse=False):
     """Compute attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
     the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False masks a pair) broadcast to
-    [..., H, L, S]; key_lengths has the batch's shape. With dropout_p, `keep` [..., H, L, S] (see
-    `tritonattn.dropout_mask`) is True for the weights to keep. Takes O(L S) memory. Inputs are not checked; they must be
-    finite, but for -inf in the bias.
+    [..., H, L, S]; key_lengths has the batch's shape; sink is [H], or [H, n] for n sinks of each head. With dropout_p,
+    `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to keep. Takes O(L S) memory. Inputs are not
+    checked; they must be finite, but for -inf in the bias and the sinks.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:
@@ -23,12 +25,16 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
                      device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = q @ k.mT * scale
+    s = s if softcap is None else softcap * torch.tanh(s / softcap)
     s = s if bias is None else s + bias
     s = s.masked_fill(~(inside if mask is None else inside & mask), -torch.inf)
+    if sink is not None:
+        n_sinks = sink.numel() // len(sink)
+        s = torch.cat((s, sink.to(s.dtype).view(-1, 1, n_sinks).expand(*s.shape[:-1], n_sinks)), -1)
     # a fully masked row has no softmax: its output is 0 and its log-sum-exp -inf
     masked_rows = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(masked_rows, 0.0)
-    p = s.softmax(-1).masked_fill(masked_rows, 0.0)
+    p = s.softmax(-1).masked_fill(masked_rows, 0.0)[..., :k.shape[-2]]
     if dropout_p:
         p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
     o = p.to(v.dtype) @ v

@@ -50,8 +50,8 @@ def test_errors_are_those_of_the_call(device):
     q, k = tensors(device, (2, 4, 5, 8), (2, 3, 5, 8))
     with pytest.raises(RuntimeError, match="dividing"):
         tritonattn.explain(q, k, k)
-    with pytest.raises(NotImplementedError, match="softcap"):
-        tritonattn.explain(q, q, q, softcap=2.0)
+    with pytest.raises(ValueError, match="softcap"):
+        tritonattn.explain(q, q, q, softcap=-2.0)
     with pytest.raises(TypeError, match="q: expected a torch.Tensor"):
         tritonattn.explain(None, q, q, dropout_p=0.5)
 

@@ -265,6 +265,64 @@ def test_score_mods_fit_hardly_spill_and_duplicate_no_work(arch):
         assert row["fits"], row
 
 
+CAPPED = """
+import json, torch
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
+from tritonattn.analysis import compile_report
+on, found = gpu.KNOWN[{arch!r}], []
+for kernel in ("forward", "dq", "dkdv"):
+    for d in (64, 128):
+        problem = Problem((4,), 32, 32, 4088, 4088, d, d, torch.bfloat16, (None, 0), softcap=True)
+        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, on), on)
+        found.append(dict(cell=[kernel, d, str(report.config)], fits=report.fits, spills=report.loop_spills,
+                          work=report.duplicated, race=report.race))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
+def test_a_softcap_hardly_spills(arch):
+    """It is served by the rows of plain attention, but for dK/dV of wide heads on Hopper."""
+    for row in compiled(CAPPED.format(arch=arch)):
+        assert row["fits"] and row["work"] == 1 and row["race"] is None, row
+        most = 1 if (arch, *row["cell"][:2]) == ("sm_90", "dkdv", 128) else 0
+        assert row["spills"] <= (most if OWN else LIGHT_SPILLS), row
+
+
+SUNK = """
+import json, torch
+from dataclasses import replace
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
+from tritonattn.analysis import compile_report
+found = []
+for arch in ("sm_80", "sm_90", "gfx942"):
+    for d in (64, 128):
+        problem = Problem((4,), 32, 32, 4088, 4088, d, d, torch.bfloat16, (None, 0))
+        chosen = lookup.get_config("forward", problem, gpu.KNOWN[arch])
+        pair = [compile_report.inspect_kernel("forward", each, chosen, gpu.KNOWN[arch])
+                for each in (problem, replace(problem, sink=True))]
+        found.append(dict(cell=[arch, d], spills=[each.loop_spills for each in pair],
+                          loops=[[each.loops[i].counts for each in pair] for i in range(2)]))
+        assert lookup.get_config("forward", replace(problem, sink=True), gpu.KNOWN[arch]) == chosen
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_a_sink_adds_nothing_to_the_loops():
+    """So its rows are those of plain attention. The compilers may move a few integer instructions."""
+    for row in compiled(SUNK):
+        for plain, sunk in row["loops"]:
+            for kind in plain.keys() | sunk.keys():
+                least, most = sorted((plain.get(kind, 0), sunk.get(kind, 0)))
+                may_differ = 0.05 * most + 2 if kind in ("integer", "move", "other") else 0
+                assert most - least <= may_differ, (row["cell"], kind, plain, sunk)
+        assert row["spills"] == [0, 0], row
+
+
 @pytest.mark.slow
 def test_unused_variants_add_no_instruction():
     """The binaries of plain attention are those of kernels without the source of any variant (helpers/bare.py)."""

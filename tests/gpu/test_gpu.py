@@ -45,11 +45,12 @@ def test_every_shipped_config_is_right(width, mask, fill, dtype, device):
     """Whatever a problem's size would choose: each row of this GPU's table, on a small one."""
     rows = next(lookup.table_sources(gpu.gpu_of(device)))[1].rows
     found = {kernel: rows.get((kernel, dtype.itemsize, width, mask)) for kernel in ("forward", "dq", "dkdv", "dbias")}
-    if found["forward"] is None:
+    if not any(found.values()):
         pytest.skip(f"the tables have no rows for {dtype} and {width} {mask}: wider ones serve")
     n = 256 if mask == "full" else 300
     case = Case(heads=2, kv_heads=1, n_q=n, n_k=n, d=width, dv=width, causal=mask != "full",
-                window=(99, None) if mask == "window" else (None, None), pairs=("bias",) if mask == "pairs" else ())
+                window=(99, None) if mask == "window" else (None, None), pairs=("bias",) if mask == "pairs" else (),
+                softcap=2.0 if mask == "softcap" else None)
     pins = {kernel: getattr(row, fill).config for kernel, row in found.items() if row is not None}
     with config.pinned(**pins):
         check(case, dtype, device, tiles=None)

@@ -1,4 +1,4 @@
-"""Kernels without the variants (bias, mask, dropout, lengths, block mask), to compare their binaries with the shipped ones.
+"""Kernels without the variants (bias, mask, softcap, sink, ...), to compare their binaries with the shipped ones.
 
 A function bare_NAME replaces the function NAME in every kernels module that calls it.
 """
@@ -34,13 +34,18 @@ def bare_modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
 
 
 @triton.jit
+def bare_scale_and_cap(product, scoring, dtype: tl.constexpr):
+    return product
+
+
+@triton.jit
 def bare_exponent(s, minus_m, scoring, dtype: tl.constexpr):
     return tl.fma(s, scoring.exp2_scale, minus_m)
 
 
 @triton.jit
 def bare_select_head(mods, batches, batch, head, first, rows, shift):
-    return ScoreMods((), (), (), ())
+    return ScoreMods((), (), (), (), ())
 
 
 @triton.jit

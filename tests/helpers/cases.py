@@ -31,13 +31,15 @@ class Case:
     scale: float | None = None
     layout: str = "contiguous"
     pairs: tuple = ()  # keys of PAIRS
+    softcap: float | None = None
+    sinks: int = 0     # for each head
 
     @property
     def options(self):
-        return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale}
+        return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale, "softcap": self.softcap}
 
     def given(self, dtype, device, seed=1):
-        """Return bias and mask, as arguments of attention."""
+        """Return bias, mask and sink, as arguments of attention."""
         rng = torch.Generator().manual_seed(seed)
         sizes = {"batch": self.batch, "heads": (self.heads,), "n_q": (self.n_q,), "n_k": (self.n_k,)}
         arguments = {}
@@ -45,6 +47,9 @@ class Case:
             shape = sum((sizes.get(size, (size,)) for size in PAIRS[name]), ())
             x = torch.randn(shape, generator=rng)
             arguments["mask" if "mask" in name else "bias"] = (x > -0.7).to(device) if "mask" in name else x.to(device, dtype)
+        if self.sinks:
+            shape = (self.heads,) if self.sinks == 1 else (self.heads, self.sinks)
+            arguments["sink"] = (2 + torch.randn(shape, generator=rng)).to(device, dtype)
         return arguments
 
     def tensors(self, dtype, device, seed=0, family="randn"):
@@ -84,6 +89,8 @@ LAYOUT = {
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2].repeat_interleave(2, -2)[..., ::2, :],
 }
 
+LEARNED = ("bias", "sink")  # arguments with a gradient, beside q, k and v
+
 # shapes of biases and masks
 PAIRS = {"bias": ("batch", "heads", "n_q", "n_k"), "key-bias": ("n_k",), "head-bias": ("heads", "n_q", "n_k"),
          "mask": ("n_q", "n_k"), "key-mask": ("batch", 1, 1, "n_k")}
@@ -114,6 +121,8 @@ FEATURES = {
     "pairs": {"bias": {"pairs": ("bias",)}, "key-bias-mask": {"pairs": ("key-bias", "mask")},
               "key-mask": {"pairs": ("key-mask",)}},
     "batch": {"two-batches": {"batch": (2,)}, "batch-of-batches": {"batch": (2, 1, 2)}},
+    "softcap": {"softcap": {"softcap": 2.0}},
+    "sink": {"sink": {"sinks": 1}, "sinks": {"sinks": 3}},
 }
 
 
@@ -169,18 +178,21 @@ PAIRWISE = {case.name: case for case in map(_case, sorted(sorted(pair) for pair 
 
 
 def results(function, q, k, v, do, dlse, **options):
-    """Return o, lse and the gradients of q, k, v and the bias. Rows that attend to no key have no gradient through lse."""
+    """Return the tensors that `result_names` names. Rows whose lse is -inf have no gradient through it."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    if options.get("bias") is not None:
-        options["bias"] = options["bias"].detach().requires_grad_()
-    o, lse = function(*leaves, return_lse=True, **options)
+    learned = {name: options[name].detach().requires_grad_() for name in LEARNED if options.get(name) is not None}
+    o, lse = function(*leaves, return_lse=True, **options | learned)
     cotangents = do.to(o.dtype), torch.where(lse.isfinite(), dlse, 0).to(lse.dtype)
-    leaves += [options["bias"]] if options.get("bias") is not None else []
-    return o, lse, *torch.autograd.grad((o, lse), leaves, cotangents)
+    return o, lse, *torch.autograd.grad((o, lse), (*leaves, *learned.values()), cotangents)
+
+
+def result_names(options):
+    """Return the names of the `results` with these options."""
+    return "o", "lse", "dq", "dk", "dv", *(f"d{name}" for name in LEARNED if options.get(name) is not None)
 
 
 def launch(case, dtype, device, family="randn", tiles=TILES):
-    """Return the tensors, the bias and mask, and the results of attention for one case; see `check` for the arguments."""
+    """Return the tensors, the `given` ones, and the results of attention for one case; see `check` for the arguments."""
     tensors, given = case.tensors(dtype, device, family=family), case.given(dtype, device)
     with config.pinned(tiles):
         return tensors, given, results(attention, *tensors, **case.options, **given)
@@ -198,6 +210,6 @@ def check(case, dtype, device, family="randn", tiles=TILES):
     # lse is float32 whatever the inputs are: compare it with float32 arithmetic
     wide = torch.promote_types(dtype, torch.float32)
     agree("lse", ours[1], in_dtype(wide)[1], exact[1], wide)
-    for name, *values in zip(("o", "lse", "dq", "dk", "dv", "dbias"), ours, torchs, exact):
+    for name, *values in zip(result_names(given), ours, torchs, exact, strict=True):
         if name != "lse":
             agree(name, *values, dtype)

@@ -28,7 +28,11 @@ DECODERS = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"],
                         "num_hidden_layers": 2}),
+    "gemma2": ("Gemma2", {"attn_logit_softcapping": 2.0, "sliding_window": 4, "num_hidden_layers": 2,
+                          "query_pre_attn_scalar": 4}),
+    "gpt-oss": ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 4, "num_hidden_layers": 2}),
 }
+VARIANTS = {"gemma2": ("softcap", lambda x: x == 2.0), "gpt-oss": ("sink", lambda x: x.shape == (2,) and x.requires_grad)}
 PADDED = {"none": [9, 9], "left": [-6, 9], "right": [6, 9]}
 
 
@@ -99,8 +103,13 @@ def test_decoders_agree_with_eager(name, padding, calls):
     assert_same(decoder(name), lambda out: out.logits[seen.bool()], ids, attention_mask=seen)
     assert {call["k"] for call in calls} == {(2, 1, 9, 16)}, "grouped heads were repeated"
     windows = {call["window"] for call in calls}
-    assert windows == {"mistral": {(3, 0)}, "qwen3": {(None, 0), (2, 0)}}.get(name, {(None, 0)})
+    both = {(None, 0), (3, 0)}
+    expected = {"mistral": {(3, 0)}, "qwen3": {(None, 0), (2, 0)}, "gemma2": both, "gpt-oss": both}
+    assert windows == expected.get(name, {(None, 0)})
     for call in calls:
+        given = {variant: call[variant] for variant in ("softcap", "sink") if call[variant] is not None}
+        variant, holds = VARIANTS.get(name, (None, None))
+        assert given.keys() == ({variant} if variant else set()) and (not variant or holds(given[variant]))
         assert ("key_lengths" in call) == (padding == "right")
         assert ("mask" in call) == (padding == "left")
         assert "mask" not in call or call["mask"].shape == (2, 1, 1, 9)
@@ -292,19 +301,19 @@ def test_gemma4_cuts_the_queries(calls):
         model(ids, logits_to_keep=3)
 
 
-def test_unsupported_features_are_named():
-    ids, _ = tokens()
-    gemma = build("Gemma2ForCausalLM", DECODER | {"attn_logit_softcapping": 20.0})
-    gpt = build("GptOssForCausalLM", DECODER | {"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types":
-                                               ["full_attention"]})
-    for model, name in ((gemma, "softcap: .*soft cap"), (gpt, "s_aux: .*sinks")):
-        model.set_attn_implementation("tritonattn")
-        for training in (False, True):
-            with pytest.raises(NotImplementedError, match=name):
-                model.train(training)(ids)
+def test_masks_for_compressed_keys_are_refused():
+    """DeepSeek-V4 appends the bias of its compressed keys to the mask, in the mask's dtype."""
+    q = torch.zeros(1, 2, 4, 16, device=DEVICE)
+    module = torch.nn.Module()
+    module.is_causal, module.compressor = True, torch.nn.Linear(1, 1)
+    with pytest.raises(NotImplementedError, match="compressed keys"):
+        integration.hf_attention(module, q, q, q, None, s_aux=torch.zeros(2, device=DEVICE))
+    module.compressor = None
+    assert integration.hf_attention(module, q, q, q, None, s_aux=torch.zeros(2, device=DEVICE))[0].shape == (1, 4, 2, 16)
 
 
 @pytest.mark.parametrize("asked, name", [
+    ({"sinks": torch.zeros(1, 2, 4)}, "sinks: .*for each token"),
     ({"output_attentions": True}, "output_attentions"), ({"fancy": 1.0}, r"fancy: .*harmless=\['fancy'\]"),
     ({"cu_seq_lens_q": torch.tensor([0, 2, 4])}, "cu_seq_lens_q"), ({"seq_idx": torch.zeros(1, 4)}, "seq_idx"),
     ({"sliding_window": 2.5}, "sliding_window"), ({"cache": object()}, "cache"),

@@ -38,7 +38,7 @@ def online_softmax(s, v, exp2_scale, size, biased=False):
     """Return o, lse, -m and log2 l of each row of scores s, with values v, `size` keys per step."""
     static = Constexprs(*map(tl.constexpr, (16, 16, 1, 16, size, False, (), tl.float64, "ieee", False, False)))
     o, statistics = (torch.full((n, 16), torch.nan, dtype=torch.float64) for n in (16, 3))
-    scoring = ScoreParams(exp2_scale, None, None, Window(), ScoreMods((0,) if biased else ()))
+    scoring = ScoreParams(exp2_scale, None, None, None, Window(), ScoreMods((0,) if biased else ()))
     probe[(1,)](s, v, o, statistics, scoring, static, s.shape[1] // size)
     return o, *statistics
 

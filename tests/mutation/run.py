@@ -44,10 +44,11 @@ USUAL = 6  # tests that run first because they killed other mutants of the funct
 UNCHANGED = "unchanged"  # the key of the package without a mutation
 # in the order in which they run: cheap and sensitive ones first
 TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py", "tests/test_block_mask.py",
-         "tests/kernels/test_softmax.py", "tests/kernels/test_window.py",
+         "tests/kernels/test_softcap_and_sink.py", "tests/kernels/test_softmax.py", "tests/kernels/test_window.py",
          "tests/runtime/test_launch.py")
 # tests of those files that are about torch, not about kernels
-DESELECT = ("not (jacrev or vmap or rejects or autocast or compile or checkpointing or attn_mask or causal_bias or generator "
+DESELECT = ("not (jacrev or vmap or functional or rejects or raise or autocast or compile or checkpointing or attn_mask or "
+            "causal_bias or generator "
             "or export or pickled)")
 # most mutants of a file meet no more than these
 FIRST = {

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,10 +29,12 @@ PROBLEMS = {
     "window": make_problem(1, (4, 1), 24, 16, (5, 0), dtype=F32),
     "two-sided window": make_problem(1, 2, (20, 24), 16, (5, 3), dtype=F32, bottom_right=True),
 }
+VARIANTS = {name: replace(PROBLEMS["grouped, bottom right"], **{name: True}) for name in ("softcap", "sink")}
 
 
 def expected(problem, q, k, v):
-    return reference.attention(q, k, v, window=problem.window, align=baselines.align(problem))
+    variant = baselines.variants(problem, problem.heads, q.device)
+    return reference.attention(q, k, v, window=problem.window, align=baselines.align(problem), **variant)
 
 
 def assert_correct(function, problem, context=contextlib.nullcontext):
@@ -45,6 +48,14 @@ def assert_correct(function, problem, context=contextlib.nullcontext):
 def test_torch_baselines_are_correct(name, problem):
     baseline = baselines.implementations("cpu")[name]
     assert_correct(baseline.build(problem, CPU), problem, baseline.context)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_softcap_and_sink(name):
+    for baseline in ("tritonattn", "eager"):
+        assert_correct(baselines.implementations("cpu")[baseline].build(VARIANTS[name], CPU), VARIANTS[name])
+    with pytest.raises(Unsupported, match="no softcap and no sinks"):
+        baselines.implementations("cpu")["torch"].build(VARIANTS[name], CPU)
 
 
 def test_backend_is_forced_by_the_context_not_by_each_call(monkeypatch):

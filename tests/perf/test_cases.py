@@ -1,5 +1,7 @@
 """Contents of the benchmark suites."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,7 +21,9 @@ def test_names_are_unique_and_problems_match_their_tensors(suite):
         problem = case.problem
         assert problem.heads % problem.kv_heads == 0 and set(case.directions) <= set(cases.DIRECTIONS) and case.directions
         q, k, v = problem.tensors("meta")
-        assert Problem.of(q, k, v, problem.window, bottom_right=problem.shift != 0) == problem, case.name
+        plain = Problem.of(q, k, v, problem.window, bottom_right=problem.shift != 0)
+        assert replace(plain, softcap=problem.softcap, sink=problem.sink) == problem, case.name
+        assert (suite == "variants") == (problem.softcap or problem.sink)
         assert "/".join((suite, case.name)).count("/") <= 2 and problem.pairs() > 0
 
 
@@ -31,7 +35,7 @@ def test_paper_grid():
         assert problem.batch[0] * problem.n_q == 16384 and problem.heads * problem.d == 2048
         assert case.name == f"d{problem.d} {problem.mask} {problem.n_k}" and case.directions == ("forward", "backward")
         assert cases.in_paper_grid(problem)
-    others = (case for suite in ("models", "decode", "odd", "small") for case in cases.SUITES[suite])
+    others = (case for suite in ("models", "decode", "odd", "small", "variants") for case in cases.SUITES[suite])
     assert not any(cases.in_paper_grid(case.problem) for case in others)
 
 

@@ -22,24 +22,25 @@ def qkv(device, *, heads=2, kv_heads=2, n_q=20, n_k=20, d=16, dv=16, dtype=torch
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("form, given", [
-    ({}, "bias mask seed lengths"), ({}, "mask map"),
+    ({}, "bias sink mask seed lengths"), ({}, "mask map"),
     *slow_rows(({}, ""), ({"layout": "transposed"}, "mask seed"), ({"kv_heads": 1, "dv": 8}, "bias")),
 ], ids=str)
 def test_opcheck(form, given, grad, device):
     q, k, v = qkv(device, grad=grad, dtype=torch.float16, **form)
     known = {"bias": torch.randn(1, 2, 1, 20, device=device, requires_grad=grad),
+             "sink": torch.randn(1, 2, 1, 1, device=device, requires_grad=grad),
              "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None,
              "seed": torch.tensor([3], device=device),
              "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
     if "map" in given:
         known |= {name: getattr(block_mask(known["mask"]), name) for name in ("kv_blocks", "q_blocks")}
     extras = [x if name in given or "blocks" in name else None for name, x in known.items()]
-    options = 0.25, None, 0, True, 0.5 * ("seed" in given)
+    options = 0.25, None, 0, True, 0.5 * ("seed" in given), 20.0 if "sink" in given else None
     torch.library.opcheck(custom_op.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
         tensors = [x if x is None else x.detach() for x in (q, k, v, *extras)]
         o, lse, *left = custom_op.forward_op(*tensors, *options, True)
-    wanted = [True, False, True, "bias" in given]
+    wanted = [True, False, True, "bias" in given, "sink" in given]
     cotangents = torch.randn_like(o), torch.randn_like(lse)
     torch.library.opcheck(custom_op.backward_op, (*cotangents, o, *left, *tensors, *options, wanted))
 
@@ -271,14 +272,14 @@ def test_memory_is_linear(device, monkeypatch):
     n, d, dv = 64, 16, 8
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
-    options = 0.25, None, 0, False, 0.0
-    o, _, *left = custom_op._forward(q, k, v, *(None,) * 6, *options, True)
+    options = 0.25, None, 0, False, 0.0, None
+    o, _, *left = custom_op._forward(q, k, v, *(None,) * 7, *options, True)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n, 2 * n * dv])
     taken.clear()
-    custom_op._forward(q, k, v, *(None,) * 6, *options, False)
+    custom_op._forward(q, k, v, *(None,) * 7, *options, False)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n])
     taken.clear()
-    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 6, *options, [True, True, False, False])
+    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 7, *options, [True, True, False, False, False])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 

@@ -39,7 +39,7 @@ from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
-        torch.ops.tritonattn.forward(q, q, q, *[None] * 6, 1.0, None, None, False, 0.0, False)
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 7, 1.0, None, None, False, 0.0, None, False)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
     print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
@@ -91,6 +91,8 @@ if "causal" in kind:
 if "passes" in kind:
     pin = config.pinned(dkdv=Config(32, 64, two_passes=True))
     pin.__enter__()  # until the process ends
+if "sink" in kind:
+    options |= dict(softcap=20.0, sink=torch.zeros(4, requires_grad=True))
 inputs = [q, k, v, *([options["bias"]] if "bias" in kind else [])]
 tritonattn.warm(q, k, v, **options)
 compiled = {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in KERNELS.items()}
@@ -164,7 +166,7 @@ def test_oversized_config_raises_before_the_launch():
     assert caused and not launches
 
 
-KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout"
+KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap"
 
 
 @pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])

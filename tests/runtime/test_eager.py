@@ -43,6 +43,10 @@ KINDS = {
     "no batch dimension": ({"batch": ()}, lambda device, seed: {}),
     "bias": ({}, lambda device, seed: {"bias": random(device, 2, 20, 20, seed=seed).requires_grad_()}),
     "bias of a row": ({}, lambda device, seed: {"bias": random(device, 2, 20, 1, seed=seed).requires_grad_()}),
+    "softcap": ({}, lambda device, seed: {"softcap": 2.0}),
+    "sink": ({}, lambda device, seed: {"sink": random(device, 2, seed=seed).requires_grad_()}),
+    "sinks, bias of a row": ({}, lambda device, seed: {"sink": random(device, 2, 3, seed=seed).requires_grad_(),
+                                                       "bias": random(device, 2, 20, 1, seed=seed).requires_grad_()}),
     "mask of a key": ({}, lambda device, seed: {"mask": random(device, 20, seed=seed) > -1}),
     "block mask": ({}, lambda device, seed: {"mask": block_mask(random(device, 20, 20, seed=seed) > -1)}),
     "key lengths": ({}, lambda device, seed: {"key_lengths": torch.tensor([seed, 30], device=device)}),
@@ -57,7 +61,7 @@ KINDS = {
 def run(q, k, v, options):
     """Return o, lse and the gradients."""
     o, lse = attention(q, k, v, return_lse=True, **options)
-    inputs = [x for x in (q, k, v, options.get("bias")) if x is not None and x.requires_grad]
+    inputs = [x for x in (q, k, v, options.get("bias"), options.get("sink")) if x is not None and x.requires_grad]
     if not inputs or not o.requires_grad:
         return o, lse
     return o.detach(), lse.detach(), *torch.autograd.grad((o, lse), inputs, (torch.ones_like(o), torch.ones_like(lse)))
@@ -125,8 +129,9 @@ def test_torchs_signature(device):
 @pytest.mark.parametrize("options, error", [
     ({"causal": 1}, TypeError), ({"scale": "0.25"}, TypeError), ({"window": (True, 0)}, TypeError),
     ({"window": (1.0, 0)}, TypeError), ({"window": (1, 0, 0)}, TypeError), ({"align": 0}, ValueError),
-    ({"dropout_seed": 3}, RuntimeError), ({"key_lengths": [3]}, TypeError), ({"softcap": 1.0}, NotImplementedError),
+    ({"dropout_seed": 3}, RuntimeError), ({"key_lengths": [3]}, TypeError), ({"softcap": -1.0}, ValueError),
     ({"bias": 1.0}, TypeError), ({"dropout_p": 2.0}, ValueError), ({"dropout_p": float("nan")}, ValueError),
+    ({"sink": 1.0}, TypeError),
 ], ids=str)
 def test_bad_arguments_raise_although_equal_ones_are_known(options, error, device):
     q, k, v = draw(device)

@@ -158,7 +158,8 @@ class KernelReport:
         if len(self.passes) == 2:
             return max(each.redone for each in self.passes)
         tile = self.config.block_m * self.config.block_n
-        return self.loops[0].exponentials * self.threads / tile
+        needed = 2 if self.problem.softcap else 1  # of each score
+        return self.loops[0].exponentials * self.threads / (needed * tile)
 
     @property
     def products(self) -> tuple[tuple[int, int, int], ...]:

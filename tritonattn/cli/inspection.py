@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -39,6 +40,7 @@ def add(commands) -> None:
     for command, output in ((inspect, form), (explain, explain)):
         command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of q, k and v (default: %(default)s)")
         command.add_argument("--causal", action="store_true", help="mask keys after the query")
+        command.add_argument("--softcap", action="store_true", help="bound the scores by a softcap")
         output.add_argument("--json", action="store_true", help="print a JSON list instead of text")
 
 
@@ -94,7 +96,8 @@ def _jobs(arguments) -> list[tuple]:
     d, n, dtype = arguments.head_dim, arguments.length, getattr(torch, DTYPES[arguments.dtype])
     if not 1 <= d <= 512 or n < 1:
         raise CommandError(f"expected a head size from 1 to 512 and a positive length, got {d} and {n}")
-    problem = Problem((4,), 32, 32, n, n, d, d, dtype, (None, 0) if arguments.causal else (None, None))
+    window = (None, 0) if arguments.causal else (None, None)
+    problem = Problem((4,), 32, 32, n, n, d, d, dtype, window, softcap=arguments.softcap)
     try:
         configs = [Config.parse(text) for text in arguments.compare or [arguments.config] if text]
     except ValueError as error:
@@ -109,6 +112,7 @@ def _explain(arguments) -> int:
 
     try:
         problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
+        problem = replace(problem, softcap=arguments.softcap)
         explanations = [explain_problem(problem, target) for target in arguments.gpu]
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None

@@ -34,6 +34,7 @@ class Case(NamedTuple):
     window: Window = (None, None)
     align: str | None = None
     shifted: bool = False
+    capped: bool = False    # with a softcap and sinks
     repeated: bool = False  # compare two runs instead: the error is the number of bytes that differ
 
 
@@ -46,6 +47,7 @@ CASES = (
     Case("rows without keys", (F32, BF16), (2, 1, 69, 37, 32, 32), CAUSAL, "bottom_right"),
     Case("sliding window", (F32, F16), (1, 1, 100, 100, 32, 32), (70, 64)),
     Case("causal, size 128", (F16,), (1, 1, 75, 75, 128, 128), CAUSAL),
+    Case("softcap and sinks", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", capped=True),
     Case("repeated, in bytes", (F16,), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", repeated=True),
 )
 
@@ -131,6 +133,7 @@ def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.
 def _results(function, case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return output, log-sum-exp and gradients of an attention function, by name."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
-    o, lse = function(q, k, v, window=case.window, align=case.align, return_lse=True)
+    variant = {"softcap": 5.0, "sink": torch.linspace(-1, 3, q.shape[-3], device=q.device)} if case.capped else {}
+    o, lse = function(q, k, v, window=case.window, align=case.align, return_lse=True, **variant)
     do, dlse = (x.to(out.dtype) for x, out in zip(inputs[3:], (o, lse)))
     return dict(zip(TENSORS, (o, lse, *torch.autograd.grad((o, lse), (q, k, v), (do, dlse)))))

@@ -1,6 +1,7 @@
 """The key of a tuned config: a kernel, and the properties of its problem that may change which config is best.
 
-Lengths and the number of tiles fall into buckets. Dtype, head sizes, mask and features are kept exactly.
+Lengths and the number of tiles fall into buckets. Dtype, head sizes, mask and features are kept exactly. A sink does not count,
+because no loop contains it.
 """
 
 import bisect
@@ -37,6 +38,7 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
         "masked": problem.masked,
         "mapped": problem.mapped,
         "dropout": problem.dropout,
+        "softcap": problem.softcap,
         "lengths": problem.lengths,
         "ragged": problem.lengths or loop_length % TILE,
         f"group {problem.group}": problem.group > 1,

@@ -127,6 +127,8 @@ def row_keys(kernel: str, problem: Problem) -> Iterator[tuple]:
     """Yield the keys of the rows that can serve a problem, best first: its own, one with edges, then those of wider heads."""
     itemsize, mask = min(problem.dtype.itemsize, 4), mask_class(kernel, problem)
     masks = (mask, "edges") if mask in ("full", "window") else (mask,)
+    if problem.softcap and mask != "pairs":
+        masks = ("softcap", *masks)
     for width in WIDTHS:
         if width >= max(problem.d, problem.dv):
             yield from ((kernel, itemsize, width, each) for each in masks)

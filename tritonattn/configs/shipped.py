@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent / "data"
 SCHEMA = 2
 FILLS = ("filled", "underfilled")
 SOURCES = {"static-model": "from the binaries alone", "measured": "timed on this GPU"}
-MASKS = ("full", "edges", "window", "pairs")
+MASKS = ("full", "edges", "window", "pairs", "softcap")
 WIDTHS = (64, 96, 128, 192, 256, 512)  # the largest head size of a row
 SIZE_TOLERANCE = 0.1  # relative; sizes this close count as equal, because drivers reserve some memory
 
@@ -59,7 +59,8 @@ class Row:
     kernel: str
     itemsize: int  # bytes
     width: int
-    mask: str      # "full": none; "edges": causal or ragged; "window": bounded on the left; "pairs": values per (query, key)
+    mask: str      # "full": none; "edges": causal or ragged; "window": bounded on the left; "pairs": values per (query, key);
+                   # "softcap": scores with a softcap, none of the others
     filled: Entry
     underfilled: Entry
     rejected: dict[str, str] = field(default_factory=dict)  # {config: reason}

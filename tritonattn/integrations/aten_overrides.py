@@ -145,7 +145,7 @@ def _backward(operator, original, call):
     wanted = [want and x is not None for want, x in zip(call.grad_input_mask or (True, True, True, False), tensors)]
     inputs = _inputs(operator, call)
     gradients = backward_op(call.grad_out, None, call.out, statistics_of_lse(lse, inputs), call.query.new_empty(0), *inputs,
-                            wanted)
+                            [*wanted, False])
     dq, dk, dv, dbias = (x if want else None for x, want in zip(gradients, wanted))
     if operator.rows_first:
         dq, dk, dv = map(_rows_first, (dq, dk, dv))

@@ -19,10 +19,10 @@ from ..attention import attention
 
 UNSUPPORTED = {
     "cache": "a paged cache (continuous batching)", "output_attentions": "attention weights as a result",
-    "s_aux": "attention sinks", "sinks": "attention sinks", "softcap": "a soft cap on the scores",
+    "sinks": "attention sinks for each token",
 }
 PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
-SUPPORTED = ("is_causal", "sliding_window", "position_bias")
+SUPPORTED = ("is_causal", "sliding_window", "position_bias", "softcap", "s_aux")
 
 # arguments that reach every attention function and do not change its result
 _harmless = {
@@ -49,7 +49,7 @@ def register(name="tritonattn", *, harmless=()):
         ValueError: transformers uses the name. TypeError: `harmless` is one string.
         When a model is built or set to this implementation, NotImplementedError: its attention does not use transformers'
         AttentionInterface. A model without attention (a convolutional backbone, say) is accepted, as a part of another.
-        When a model runs, NotImplementedError: softcap, sinks, attention weights as a result, or an unknown argument.
+        When a model runs, NotImplementedError: attention weights as a result, or an unknown argument.
     """
     functions = AttentionInterface().get(name), AttentionMaskInterface().get(name)
     taken = any(getattr(function, "__module__", __name__) != __name__ for function in functions if function is not None)
@@ -188,6 +188,9 @@ def _host_cannot_read():
 def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
     """transformers' attention function: q [B, H, L, D], k and v [B, Hk, S, D] -> o [B, L, H, D], None."""
     _check_options(attention_mask, options)
+    if getattr(module, "compressor", None) is not None:
+        raise NotImplementedError(f"{type(module).__name__} appends a bias for compressed keys to its mask, which is boolean "
+                                  'here; use attn_implementation="eager"')
     mask, bias, n_q, n_k = attention_mask, options.get("position_bias"), query.shape[-2], key.shape[-2]
     rank, dtype = (mask.dim(), mask.dtype) if isinstance(mask, torch.Tensor) else (0, None)
     if rank == 4 and dtype == torch.bool:
@@ -210,7 +213,8 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
                                   f"lengths [B] for {n_q} queries and {n_k} keys, got {got}")
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.float()
-    o = attention(query, key, value, scale=scaling, bias=bias, dropout_p=dropout, **structure)
+    variant = {"softcap": options.get("softcap"), "sink": options.get("s_aux")}
+    o = attention(query, key, value, scale=scaling, bias=bias, dropout_p=dropout, **variant, **structure)
     return o.transpose(1, 2).contiguous(), None
 
 

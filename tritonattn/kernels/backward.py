@@ -4,6 +4,8 @@
     dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q      dbias = dS, summed where the bias is broadcast
 
+With a softcap, the derivative of tanh multiplies dS in dQ and dK. A sink needs no kernel (runtime/row_gradients.py).
+
 P is never stored; it is recomputed from the scores and two numbers of each row (softmax.py). There is one kernel for delta, one
 for dQ, one for dK and dV, and one for dbias. Each program owns one tile of its output, so every address has one writer and no
 atomics are needed. Where both accumulators of dK and dV take too many registers, half of the programs compute dV and the
@@ -114,10 +116,20 @@ def grad_p(a, b, row, col, scoring, static, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def score_weight(p, capped, scoring):
+    """Return P times the derivative of the softcap at S before bias and masks: with it, grad_s gives the gradient of Q K^T."""
+    if scoring.softcap is not None:
+        # the derivative of tanh is 1 - tanh^2
+        tanh = capped * (1.0 / scoring.softcap)
+        p = p - p * (tanh * tanh)
+    return p
+
+
+@triton.jit
 def grad_s(s, p, dp, delta, scoring, MODE: tl.constexpr):
     """Return dS = P * (dP - delta), dP with dropout applied; 0 at masked pairs, even where dP is not finite.
 
-    For float16 it is multiplied by scoring.ds_scale.
+    `p` is P, or its `score_weight`. For float16 it is multiplied by scoring.ds_scale.
     """
     ds = p * (dp - delta)
     if scoring.ds_scale is not None:
@@ -164,10 +176,10 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
         first = block_start(scoring.mods.block_list, step)
         k = load_tile(keys.k, first, N, static.D, CHECK)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
-        s = scores(queries.q, k, row, first, keys.k.rows, scoring, static, MODE)
-        p = recompute_p(s, queries, scoring, False, MODE)
+        s, capped = scores(queries.q, k, row, first, keys.k.rows, scoring, static, MODE)
+        weight = score_weight(recompute_p(s, queries, scoring, False, MODE), capped, scoring)
         dp = grad_p(queries.do, v, row, first, scoring, static, False)
-        ds = grad_s(s, p, dp, queries.delta[:, None], scoring, MODE)
+        ds = grad_s(s, weight, dp, queries.delta[:, None], scoring, MODE)
         dq = dot_acc(dq, ds, k, s, static, MODE)
     return dq
 
@@ -184,7 +196,7 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     queries = query_views(queries, sizes, batch, head)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
     mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
-    scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, window, mods)
+    scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     bounds = loop_bounds(mods.block_list, window, first + sizes.shift, sizes.n_k, M, static.BLOCK_N)
 
     tile = load_queries(queries, first, M, static, True)
@@ -227,16 +239,18 @@ def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MO
     for step in tl.range(start, stop, M, num_stages=loop_stages(MODE)):
         first = block_start(scoring.mods.block_list, step)
         tile = load_queries(queries, first, M, static, static.UNEVEN and needs_mask(MODE))
-        s = scores(keys.k, tile.q, col, first, queries.q.rows, scoring, static, MODE)
+        s, capped = scores(keys.k, tile.q, col, first, queries.q.rows, scoring, static, MODE)
         if DP_FIRST:
             dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
         p = recompute_p(s, tile, scoring, True, MODE)
+        # before the product with P, which leaves P in 16 bits alone
+        weight = score_weight(p, capped, scoring)
         if static.GRADS != "dk":
             dv = dot_acc(dv, apply_keep_mask(p, col, first, scoring, True), tile.do, s, static, MODE)
         if static.GRADS != "dv":
             if not DP_FIRST:
                 dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
-            ds = grad_s(s, p, dp, tile.delta[None, :], scoring, MODE)
+            ds = grad_s(s, weight, dp, tile.delta[None, :], scoring, MODE)
             dk = dot_acc(dk, ds, tile.q, s, static, MODE)
     return dk, dv
 
@@ -303,14 +317,15 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     if static.GROUP == 1:
         # a loop of one step would cost registers
         mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_k, -sizes.shift)
-        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, window, mods)
+        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
         dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, head), col, n,
                                            head_params, static)
     else:
         for member in tl.range(0, static.GROUP):
             query_head = head * static.GROUP + member
             mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
-            head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.window, mods)
+            head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window,
+                                      mods)
             dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head), col, n,
                                                head_params, static)
     store_dkdv(dk, dv, dk_tile, dv_tile, first, N, sizes, scoring, static)
@@ -358,7 +373,7 @@ def dkdv_nan_safe(nan_dk, nan_dv, dk, dv, keys, queries, first, head, batch, siz
     for member in tl.range(0, static.GROUP):
         query_head = head * static.GROUP + member
         mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
-        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.window, mods)
+        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
         found = find_attending(found, query_views(queries, sizes, batch, query_head), first - sizes.shift, sizes.n_q,
                                head_params, static)
     if static.GRADS != "dv":
@@ -381,7 +396,7 @@ def recompute_dkdv(dk, dv, keys, queries, first, head, batch, sizes, scoring, st
     for member in tl.range(0, static.GROUP):
         query_head = head * static.GROUP + member
         mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
-        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.window, mods)
+        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
         bounds = loop_bounds(mods.block_list, scoring.window, col, sizes.n_q, NAN_SAFE_ROWS, static.BLOCK_M)
         dk_tile, dv_tile = accumulate_dkdv(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head), col,
                                            bounds[0], bounds[3], head_params, static, "nan_safe")
@@ -421,7 +436,7 @@ def accumulate_dbias(dbias, queries, keys, col, start, stop, sizes, scoring, sta
     for first in tl.range(start, stop, M):
         tile = load_queries(queries, first, M, static, True)
         row = first + sizes.shift
-        s = scores(tile.q, keys.k, row, col, sizes.n_k, scoring, static, "masked")
+        s, _ = scores(tile.q, keys.k, row, col, sizes.n_k, scoring, static, "masked")
         p = recompute_p(s, tile, scoring, False, "masked")
         dp = grad_p(tile.do, keys.v, row, col, scoring, static, False)
         ds = grad_s(s, p, dp, tile.delta[:, None], scoring, "masked")
@@ -461,7 +476,7 @@ def dbias_kernel(queries, keys, dbias, n_q, n_k, shift, leading, scoring, static
         start, stop = bounds[0], bounds[3]
         if static.GRADS != "keys":
             start, stop = first, tl.where((start < first + M) & (stop > first), first + 1, first)
-        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.window, mods)
+        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
         total = accumulate_dbias(total, query_views(queries, sizes, batch, head), key_tile, first_col, start, stop, sizes,
                                  head_params, static)
     view = head_view(dbias.x, leading.batches, batch_index(own_batch, 0, dbias.own_axes, dbias.reduced_axes), own_head, n_q)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import ScoreParams, load_modifiers, modify, select_head
+from .scores import ScoreParams, load_modifiers, modify, scale_and_cap, select_head
 from .softmax import softmax_finish, softmax_start, softmax_step
 from .tile import (
     LENGTHS,
@@ -89,7 +89,7 @@ def attend_loop(state, q, keys, row, start, stop, scoring, static, MODE: tl.cons
             product = dot_t(q, load_tile(keys.k, following, N, static.D, CHECK), static)
         else:
             current = dot_t(q, load_tile(keys.k, first, N, static.D, CHECK), static)
-        s = modify(current, modifiers, row, first, keys.k.rows, scoring, static, MODE)
+        s = modify(scale_and_cap(current, scoring, q[0].dtype), modifiers, row, first, keys.k.rows, scoring, static, MODE)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
         state = softmax_step(state, s, v, row, first, scoring, static, MODE)
     return state
@@ -122,7 +122,7 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     outputs = output_views(outputs, sizes, batch, head)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
     mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
-    scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, window, mods)
+    scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     bounds = loop_bounds(mods.block_list, window, first + sizes.shift, sizes.n_k, M, static.BLOCK_N)
 
     q_tile = load_tile(q, first, M, static.D, True)

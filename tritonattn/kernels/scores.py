@@ -1,6 +1,7 @@
-"""Masked attention scores S = scale Q K^T + bias, shared by forward and backward: each variant is implemented once.
+"""Masked attention scores, shared by forward and backward: each variant is implemented once.
 
     P = e^(scale Q K^T + bias - LSE) = 2^(exp2_scale S - LSE log2(e))      S = qk_scale Q K^T + bias
+    with a softcap c, of c tanh(scale Q K^T / c) + bias:                   S = c tanh(qk_scale Q K^T) + bias
 """
 
 from typing import NamedTuple
@@ -26,14 +27,21 @@ class ScoreMods(NamedTuple):
     mask: tuple = ()        # bytes, 0 masks a pair
     dropout: tuple = ()     # a Dropout
     block_list: tuple = ()  # full and partial blocks of the mask; in a view, the list of one block of rows
+    sink: tuple = ()        # forward only: the score of one more key, without a value, of each head; in a view, the number
 
 
 class ScoreParams(NamedTuple):
-    """Parameters of the scores."""
+    """Parameters of the scores.
 
-    exp2_scale: float       # |scale| log2(e), which is positive, so that max S is the largest exponent; with a bias log2(e)
-    qk_scale: float | None  # the sign of the scale, None where it is positive; with a bias the scale itself
+    Without bias and softcap the scale is applied together with the exponential: exp2_scale is |scale| log2(e), which is
+    positive, so that max S is the largest exponent, and qk_scale the sign of the scale, None where it is positive. Else
+    exp2_scale is log2(e), and qk_scale the scale, divided by the softcap if there is one.
+    """
+
+    exp2_scale: float
+    qk_scale: float | None
     ds_scale: float | None  # float16: a power of two near the scale, 1/16 to 1, so that dS rarely overflows. Else None
+    softcap: float | None
     window: Window
     mods: ScoreMods
 
@@ -44,7 +52,7 @@ def select_head(mods, batches, batch, head, first, rows, shift):
 
     `first` is the index, not the position, of the first row of this program's tile.
     """
-    bias, mask, dropout, block_list = mods.bias, mods.mask, mods.dropout, mods.block_list
+    bias, mask, dropout, block_list, sink = mods.bias, mods.mask, mods.dropout, mods.block_list, mods.sink
     if len(mods.bias) == 1:
         bias = (pairwise_view(mods.bias[0], batches, batch, head, rows, shift),)
     if len(mods.mask) == 1:
@@ -54,7 +62,9 @@ def select_head(mods, batches, batch, head, first, rows, shift):
     if len(mods.block_list) == 1:
         lists = head_view(mods.block_list[0], batches, batch, head, rows)
         block_list = (HeadView(lists.ptr + tl.cast(first // TILE, tl.int64) * lists.row, lists.row, lists.col, lists.rows),)
-    return ScoreMods(bias, mask, dropout, block_list)
+    if len(mods.sink) == 1:
+        sink = (tl.load(head_view(mods.sink[0], batches, batch, head, 1).ptr),)
+    return ScoreMods(bias, mask, dropout, block_list, sink)
 
 
 @triton.jit
@@ -91,10 +101,32 @@ def load_modifiers(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring, MODE:
 
 
 @triton.jit
-def modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
-    """Return S, not yet times exp2_scale, from the product of queries and keys; -inf at masked pairs."""
+def tanh(x, dtype: tl.constexpr):
+    """Return tanh(x) = 1 - 2 / (e^2x + 1), with an absolute error of 3e-7; for queries in float32 also with a relative one."""
+    # a division takes three more instructions
+    root = tl.rsqrt(tl.exp2(x * (2 * LOG2E)) + 1.0)
+    y = 1.0 - 2.0 * root * root
+    if dtype == tl.float32:
+        # near 0 the difference has few digits; a polynomial fitted for |x| < 0.6, with a relative error of 3e-9
+        z = x * x
+        odd = 0.13331924 + z * (-0.05378383 + z * (0.020795971 + z * -0.0058951578))
+        y = tl.where(tl.abs(x) < 0.6, x + x * z * (-0.333332986 + z * odd), y)
+    return y
+
+
+@triton.jit
+def scale_and_cap(product, scoring, dtype: tl.constexpr):
+    """Return S before bias and masks, from the product of queries and keys of this dtype."""
     if scoring.qk_scale is not None:
-        s = s * scoring.qk_scale
+        product = product * scoring.qk_scale
+    if scoring.softcap is not None:
+        product = tanh(product, dtype) * scoring.softcap
+    return product
+
+
+@triton.jit
+def modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
+    """Return S, not yet times exp2_scale, from `scale_and_cap`: with the bias, and -inf at masked pairs."""
     if len(scoring.mods.bias) == 1:
         bias = modifiers[0][0].to(static.ACC)
         # select instead of adding: the score of a masked pair may be NaN
@@ -109,14 +141,16 @@ def modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
 
 @triton.jit
 def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
-    """Return S of two tiles that start at positions (row, col), not yet times exp2_scale; -inf at masked pairs.
+    """Return S of two tiles that start at positions (row, col), not yet times exp2_scale, and S before bias and masks.
 
-    Rows are queries and the n columns keys; with `scoring` transposed, rows are keys and the n columns queries.
+    Masked pairs are -inf in the first. Rows are queries and the n columns keys; with `scoring` transposed, rows are keys and
+    the n columns queries.
     """
     # load before the dot: the row reduction gets the layout of the last operand computed, and after a late load several
     # warps would compute the same exponentials
     modifiers = load_modifiers(row, col, n, a[0].shape[0], b[0].shape[0], scoring, MODE)
-    return modify(dot_t(a, b, static), modifiers, row, col, n, scoring, static, MODE)
+    s = scale_and_cap(dot_t(a, b, static), scoring, a[0].dtype)
+    return modify(s, modifiers, row, col, n, scoring, static, MODE), s
 
 
 @triton.jit
@@ -134,7 +168,12 @@ def attended(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring):
 def grad_scale(scoring):
     """Return the scale of dQ = scale dS K and dK = scale dS^T Q, divided by ds_scale."""
     # return the expression directly: the interpreter rounds a number to float32 when it is assigned to a name
-    if scoring.ds_scale is not None:
+    if scoring.softcap is not None:
+        if scoring.ds_scale is not None:
+            return scoring.softcap * scoring.qk_scale / scoring.ds_scale
+        else:
+            return scoring.softcap * scoring.qk_scale
+    elif scoring.ds_scale is not None:
         if scoring.qk_scale is not None:
             return scoring.exp2_scale * LN2 * scoring.qk_scale / scoring.ds_scale
         else:

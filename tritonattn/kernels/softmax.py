@@ -4,7 +4,7 @@
     l'   = alpha l   + sum_j 2^(x_j - m')
     acc' = alpha acc + sum_j 2^(x_j - m') v_j             o = acc / l        lse = (m + log2 l) ln 2
 
-Where `subtracts_first`, m is the largest score, not the largest exponent.
+Where `subtracts_first`, m is the largest score, not the largest exponent. A sink is one more term of l at the end.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import LN2, apply_keep_mask, apply_keep_scale
+from .scores import LN2, LOG2E, apply_keep_mask, apply_keep_scale
 from .tile import dot_acc, scale_tile, zero_tile
 
 
@@ -106,24 +106,44 @@ def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
 
 
 @triton.jit
+def add_sink(m, l, sink, scoring, dtype: tl.constexpr):
+    """Return m and l with one more key, whose score is `sink`, and the part of the other keys in this l."""
+    if subtracts_first(len(scoring.mods.bias), dtype):
+        sink = sink * (LOG2E / scoring.exp2_scale)
+        largest = tl.maximum(m, sink)
+        factor, weight = tl.exp2((m - largest) * scoring.exp2_scale), tl.exp2((sink - largest) * scoring.exp2_scale)
+    else:
+        sink = sink * LOG2E
+        largest = tl.maximum(m, sink)
+        factor, weight = tl.exp2(m - largest), tl.exp2(sink - largest)
+    of_keys = l * factor
+    return largest, of_keys + weight, of_keys
+
+
+@triton.jit
 def softmax_finish(state, scoring, static, dtype: tl.constexpr):
     """Return the output [M, DV] in parts, not yet in `dtype`, and three statistics [M] of each row.
 
     The statistics are the natural log-sum-exp, and the two numbers from which the backward pass computes the weights: -m and
-    log2 l. Rows that attend to no key give an output of 0, a log-sum-exp of -inf, 0 and +inf.
+    log2 l. Rows that attend to no key give an output of 0, a log-sum-exp of -inf (with a sink, its score), 0 and +inf.
     """
-    empty, total = state.l == 0.0, state.l
-    if rounds(dtype, total.dtype):
+    empty, l, total = state.l == 0.0, state.l, state.l
+    if rounds(dtype, l.dtype):
         total = state.l_rounded
         if static.MMA_SUM:
             total = tl.max(total, 1)
-    o = apply_keep_scale(scale_tile(state.acc, (1.0 / tl.where(empty, 1.0, total))[:, None]), scoring)
-    m = tl.where(empty, 0.0, state.m)
-    log2_l = tl.log2(tl.where(empty, 1.0, state.l))
+    m, factor, empty_lse = tl.where(empty, 0.0, state.m), 1.0 / tl.where(empty, 1.0, total), float("-inf")
+    if len(scoring.mods.sink) == 1:
+        empty_lse = scoring.mods.sink[0].to(static.ACC)
+        m, l, of_keys = add_sink(m, l, empty_lse, scoring, dtype)
+        # the errors of rounded weights cancel in acc / total; the keys' part of all weights is taken from exact ones
+        factor *= of_keys / tl.where(empty, 1.0, l)
+    o = apply_keep_scale(scale_tile(state.acc, factor[:, None]), scoring)
+    log2_l = tl.log2(tl.where(empty, 1.0, l))
     if len(scoring.mods.bias) == 1:
         lse = m + log2_l * LN2
     elif subtracts_first(0, dtype):
         lse = (m * scoring.exp2_scale + log2_l) * LN2
     else:
         lse = (m + log2_l) * LN2
-    return o, tl.where(empty, float("-inf"), lse), -m, tl.where(empty, float("inf"), log2_l)
+    return o, tl.where(empty, empty_lse, lse), -m, tl.where(empty, float("inf"), log2_l)

@@ -22,6 +22,7 @@ from ..problem import Problem
 
 NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
 LARGEST_SCALE = 2.3e38      # times log2(e) it is still a float32
+SMALLEST_SOFTCAP, LARGEST_SOFTCAP = 0.001, 500  # tanh has an absolute error of 3e-7
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
 # a constant, since Dynamo of torch 2.11 cannot trace the call
@@ -31,14 +32,15 @@ AUTOCAST_DEVICES = [device for device in ("cpu", "cuda") if torch.amp.is_autocas
 class AttentionInputs(NamedTuple):
     """The checked arguments of one call: tensors, then numbers. The torch ops take the fields in this order.
 
-    q [*batch, H, L, D], k [*batch, Hk, S, D] and v [*batch, Hk, S, DV]; bias and mask have as many dimensions as q, each of
-    the size of the scores [*batch, H, L, S] or 1.
+    q [*batch, H, L, D], k [*batch, Hk, S, D] and v [*batch, Hk, S, DV]; bias, sink and mask have as many dimensions as q,
+    each of the size of the scores [*batch, H, L, S] or 1.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     bias: Tensor | None = None         # q's dtype or float32
+    sink: Tensor | None = None         # any floating dtype; [..., H, 1, 1]
     mask: Tensor | None = None         # booleans, True takes part
     kv_blocks: Tensor | None = None    # of a BlockMask, broadcast like the mask: [..., query blocks, 2 + kv blocks], int32
     q_blocks: Tensor | None = None     # [..., kv blocks, 2 + query blocks], int32
@@ -49,34 +51,37 @@ class AttentionInputs(NamedTuple):
     right: int | None = None
     bottom_right: bool = False         # the last query is aligned with the last key of each sequence
     dropout_p: float = 0.0
+    softcap: float | None = None
 
     @property
     def problem(self) -> Problem:
         """The same without the tensors."""
         return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
-                          self.dropout_p, self.key_lengths, self.kv_blocks)
+                          self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink)
 
 
 N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
+N_WITH_GRADIENTS = AttentionInputs._fields.index("sink") + 1             # the first of them
 
 
 def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
             softcap=None, sink=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
     """Check the arguments of `attention` and return them as the kernels take them. Draws the seed of dropout if it is None."""
-    reject_unsupported(softcap=softcap, sink=sink)
     check_tensors(q=q, k=k, v=v)
     q, k, v = cast_for_autocast(q, k, v)
     check_dtype_and_device(q=q, k=k, v=v)
     check_sizes(("q", "k", "v"), q, k, v)
     bias, masks = pairwise_argument("bias", bias, q, k, v), mask_argument(mask, q, k, v)
     scale = check_scale(scale, q.shape[-1])
+    softcap = check_softcap(softcap, scale)
     left, right = check_window(causal, window)
     bottom_right = check_align(align, q.shape[-2], k.shape[-2], left is not None or right is not None, key_lengths)
     key_lengths = lengths_argument(key_lengths, q, k, v)
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
-    *tensors, scale = with_equal_batches(q, k, v, bias, masks, scale)
-    return AttentionInputs(*tensors, seed, key_lengths, scale, left, right, bottom_right, dropout_p)
+    sink = sink_argument(sink, q, k, v)
+    q, k, v, bias, *masks, scale = with_equal_batches(q, k, v, bias, masks, scale)
+    return AttentionInputs(q, k, v, bias, sink, *masks, seed, key_lengths, scale, left, right, bottom_right, dropout_p, softcap)
 
 
 def problem_of(q, k, v, *, return_lse=False, precise_grad=True, **options) -> Problem:
@@ -105,8 +110,9 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
         dropout_p = 0.0
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, None, query.device)
-    *tensors, scale = with_equal_batches(query, key, value, bias, masks, scale)
-    return AttentionInputs(*tensors, seed, None, scale, None, 0 if causal else None, bottom_right, dropout_p)
+    q, k, v, bias, *masks, scale = with_equal_batches(query, key, value, bias, masks, scale)
+    right = 0 if causal else None
+    return AttentionInputs(q, k, v, bias, None, *masks, seed, None, scale, None, right, bottom_right, dropout_p)
 
 
 def prepare_dropout(shape, dropout_p, dropout_seed) -> tuple[float, Tensor]:
@@ -176,16 +182,18 @@ def statistics_of_lse(lse, inputs: AttentionInputs):
     """Return statistics (kernels/softmax.py) that give the same weights as lse does: m = lse, log2 l = the rest."""
     statistics = empty_statistics(inputs.q, (2,)).zero_()
     minus_m, log2_l = statistics[..., :lse.shape[-1]].unbind(-2)
-    # the natural units of lse, over those of m: of scores; of Q K^T; of exponents
-    unit = math.log(2)
-    if inputs.bias is not None:
-        unit = 1.0
-    elif inputs.q.dtype.itemsize > 2:
-        unit = abs(score_scale(inputs.scale)) or 1.0
+    unit = largest_score_unit(inputs)
     # where the scale is tiny, lse / unit may overflow
     minus_m.copy_(torch.where((lse / unit).isinf(), 0, -lse / unit))
     log2_l.copy_(torch.where(lse.isinf(), torch.inf, (lse.double() + minus_m.double() * unit) / math.log(2)))
     return statistics
+
+
+def largest_score_unit(inputs: AttentionInputs) -> float:
+    """Return the unit of m (kernels/softmax.py), in natural units: of scores; of Q K^T; of exponents."""
+    if inputs.bias is not None or (inputs.softcap is not None and inputs.q.dtype.itemsize > 2):
+        return 1.0
+    return abs(score_scale(inputs.scale)) or 1.0 if inputs.q.dtype.itemsize > 2 else math.log(2)
 
 
 def score_scale(scale: float) -> float:
@@ -299,6 +307,32 @@ def mask_argument(mask, q, k, v):
     return pairwise, *(with_rank(x, pairwise.dim()) for x in (mask.kv_blocks, mask.q_blocks))
 
 
+def sink_argument(sink, q, k, v):
+    """Return the sink as a column of scores, [..., H, 1, 1] with as many dimensions as they have; None stays None."""
+    if sink is None:
+        return None
+    if not isinstance(sink, Tensor):
+        raise TypeError(f"sink: expected a tensor or None, got {describe(sink)}")
+    if sink.layout != torch.strided or sink.is_nested:
+        raise RuntimeError(layout_message("sink", sink))
+    heads = q.shape[-3] if q.dim() > 2 else 1
+    if sink.dim() not in (1, 2) or sink.shape[0] != heads or 0 in sink.shape[1:]:
+        raise RuntimeError(f"sink: expected one score for each of {heads} heads, [{heads}], or several, [{heads}, n], got a "
+                           f"tensor of shape {tuple(sink.shape)}")
+    if sink.dtype not in (*DTYPES, q.dtype):
+        raise RuntimeError(f"sink: expected {', '.join(map(str, DTYPES))}, got {sink.dtype}")
+    if sink.device != q.device:
+        raise RuntimeError(f"sink: expected {q.device}, where the queries are, got {sink.device}")
+    return sink_column(sink, len(batch_shape(q, k, v)) + 3)
+
+
+def sink_column(sink, rank):
+    """Return a sink [H] or [H, n] as [..., H, 1, 1] of this rank. Several of one head become their log-sum-exp."""
+    if sink.dim() == 2:
+        sink = sink.to(torch.promote_types(sink.dtype, torch.float32)).logsumexp(-1)
+    return with_rank(sink.reshape(-1, 1, 1), rank)
+
+
 def lengths_argument(lengths, q, k, v):
     """Return one int32 for each batch, contiguous; None stays None."""
     if lengths is None:
@@ -351,13 +385,6 @@ def seed_argument(p, seed, device):
         raise RuntimeError(f"dropout_seed: expected one int64 on {device}, got {got}")
     # a copy: the caller may increment the original before the backward pass reads it
     return seed.reshape(1).clone() if p else None
-
-
-def reject_unsupported(**arguments):
-    """Raise NotImplementedError for an argument that is not None."""
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not supported yet (got {describe(value)}); leave it out")
 
 
 def describe(value) -> str:
@@ -456,6 +483,20 @@ def check_scale(scale, d) -> float:
     if not -LARGEST_SCALE <= scale <= LARGEST_SCALE:
         raise ValueError(f"scale: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {str(scale)[:24]}")
     return scale if isinstance(scale, torch.SymFloat) else float(scale)
+
+
+def check_softcap(softcap, scale) -> float | None:
+    """Return the bound of the scores, or None. Raises TypeError or ValueError."""
+    if softcap is None:
+        return None
+    if not isinstance(softcap, NUMBERS):
+        raise TypeError(f"softcap: expected a number or None, got {describe(softcap)}")
+    if not SMALLEST_SOFTCAP <= softcap <= LARGEST_SOFTCAP:
+        raise ValueError(f"softcap: expected a number from {SMALLEST_SOFTCAP} to {LARGEST_SOFTCAP}, got {softcap}; None is no "
+                         "cap (FlashAttention's 0.0)")
+    if abs(scale) > LARGEST_SCALE * softcap:
+        raise ValueError(f"softcap: expected at least {abs(scale) / LARGEST_SCALE:.1e} with scale {scale}, got {softcap}")
+    return softcap if isinstance(softcap, torch.SymFloat) else float(softcap)
 
 
 def check_probability(p) -> float:

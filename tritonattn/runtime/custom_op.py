@@ -1,7 +1,7 @@
 """Attention as torch ops, and its autograd.
 
     tritonattn::forward    AttentionInputs, keep_residual                                   -> o, lse, statistics, o_residual
-    tritonattn::backward   do, dlse, o, statistics, o_residual, AttentionInputs, wanted               -> dq, dk, dv, dbias
+    tritonattn::backward   do, dlse, o, statistics, o_residual, AttentionInputs, wanted        -> dq, dk, dv, dbias, dsink
 
 torch.compile, export and the FLOP counter handle the ops; Problem and Config exist only inside them. The arguments are
 checked: see arguments.py.
@@ -12,18 +12,20 @@ from torch import Tensor
 
 from ..gpu import TRITON
 from . import plan
-from .arguments import N_TENSORS, AttentionInputs
+from .arguments import N_TENSORS, N_WITH_GRADIENTS, AttentionInputs
 
 if TRITON:
     from . import launch
 
-SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int | None: "int?", bool: "bool"}
+SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", int | None: "int?",
+                bool: "bool"}
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
 OUTPUTS = "Tensor o, Tensor statistics, Tensor o_residual"  # those that the backward pass reads
 FOUR_TENSORS = "(Tensor, Tensor, Tensor, Tensor)"
+FIVE_TENSORS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR_TENSORS}")
-torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FOUR_TENSORS}")
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FIVE_TENSORS}")
 torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
 
 
@@ -69,8 +71,9 @@ def _(q, k, v, *others):
 
 
 @torch.library.register_fake("tritonattn::backward")
-def _(do, dlse, o, statistics, o_residual, q, k, v, bias, *others):
-    gradients = (plan.empty_rows(x, x.shape[-1]) if want else None for x, want in zip((q, k, v, bias), others[-1]))
+def _(do, dlse, o, statistics, o_residual, q, *others):
+    inputs = q, *others[:N_WITH_GRADIENTS - 1]
+    gradients = (plan.empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, others[-1]))
     return _without_none(q, gradients)
 
 
@@ -83,7 +86,7 @@ def zeros_unless_given(do, o):
 
 
 class Attention(torch.autograd.Function):
-    """o and lse, with gradients of both for q, k, v and the bias."""
+    """o and lse, with gradients of both for q, k, v, bias and sink."""
 
     @staticmethod
     def forward(*inputs):
@@ -100,9 +103,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse, *_):
         o, *others = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:4]
+        wanted = ctx.needs_input_grad[:N_WITH_GRADIENTS]
         gradients = AttentionBackward.apply_to((zeros_unless_given(do, o), dlse, o, *others), ctx.numbers, wanted)
-        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * (N_FIELDS + 1 - 4)
+        others = (None,) * (N_FIELDS + 1 - N_WITH_GRADIENTS)
+        return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *others
 
     @staticmethod
     def jvp(ctx, *_):
@@ -170,19 +174,19 @@ torch.library.register_autograd("tritonattn::backward", AttentionBackward.backwa
                                 setup_context=AttentionBackward.setup_context)
 
 
-def keeps_residual(q, k, v, bias, precise_grad) -> bool:
+def keeps_residual(inputs: tuple, precise_grad: bool) -> bool:
     """Return whether the residual of the output is kept: where a gradient of a 16-bit output may be taken."""
     # a wrapper of torch.func does not show whether its inner tensor requires a gradient
-    tensors = (x for x in (q, k, v, bias) if x is not None)
+    tensors = [x for x in inputs[:N_WITH_GRADIENTS] if x is not None]
     wanted = any(x.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
-    return precise_grad and torch.is_grad_enabled() and wanted and q.dtype.itemsize == 2
+    return precise_grad and torch.is_grad_enabled() and wanted and inputs[0].dtype.itemsize == 2
 
 
 # opaque to Dynamo, which would otherwise trace the backward pass, and lose its vmap rule and its error for second derivatives
 @torch.compiler.allow_in_graph
-def attention_op(q, k, v, bias, *others, precise_grad):
+def attention_op(*inputs, precise_grad):
     """Return o and lse. The positional arguments are the fields of AttentionInputs."""
-    return Attention.apply(q, k, v, bias, *others, keeps_residual(q, k, v, bias, precise_grad))[:2]
+    return Attention.apply(*inputs, keeps_residual(inputs, precise_grad))[:2]
 
 
 def _register_flop_formulas():

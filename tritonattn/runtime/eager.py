@@ -17,10 +17,12 @@ from . import plan
 from .arguments import (
     AUTOCAST_DEVICES,
     N_TENSORS,
+    N_WITH_GRADIENTS,
     AttentionInputs,
     lengths_argument,
     restore_shape,
     seed_argument,
+    sink_column,
     with_rank,
 )
 from .custom_op import AttentionBackward, attention_op, keeps_residual, zeros_unless_given
@@ -30,6 +32,8 @@ COPIED_TYPES = PLAIN_TYPES | {type(None)}
 # a key compares values, so its options must be immutable
 OPTION_TYPES = frozenset((type(None), bool, int, float, str))
 SETTINGS = 0  # index of the settings of the process in a key
+SINK = AttentionInputs._fields.index("sink")
+DROPOUT_P = AttentionInputs._fields.index("dropout_p") - N_TENSORS  # in the numbers of AttentionInputs
 
 
 class Call(NamedTuple):
@@ -40,17 +44,18 @@ class Call(NamedTuple):
     differentiable: bool
 
 
-def call_tensors(q, k, v, bias=None, mask=None, key_lengths=None, dropout_seed=None) -> tuple:
+def call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed) -> tuple:
     """Return the tensor arguments of a call in the order of AttentionInputs. A BlockMask stays whole if it was changed."""
     if type(mask) is BlockMask and mask.is_current():
-        return q, k, v, bias, mask.mask, mask.kv_blocks, mask.q_blocks, dropout_seed, key_lengths
-    return q, k, v, bias, mask, None, None, dropout_seed, key_lengths
+        return q, k, v, bias, sink, mask.mask, mask.kv_blocks, mask.q_blocks, dropout_seed, key_lengths
+    return q, k, v, bias, sink, mask, None, None, dropout_seed, key_lengths
 
 
 def sdpa_tensors(query, key, value, attn_mask) -> tuple:
     """Return the same for the arguments of torch's function."""
     additive = isinstance(attn_mask, Tensor) and attn_mask.dtype != torch.bool
-    return query, key, value, *((attn_mask, None) if additive else (None, attn_mask)), None, None, None, None
+    bias, mask = (attn_mask, None) if additive else (None, attn_mask)
+    return query, key, value, bias, None, mask, None, None, None, None
 
 
 def call_key(tensors: tuple, options: tuple) -> tuple | None:
@@ -69,7 +74,7 @@ def call_key(tensors: tuple, options: tuple) -> tuple | None:
     q = tensors[0]
     if None in signatures[:3] or (settings := plan.settings(q.dtype)) is None:
         return None
-    gradients = torch.is_grad_enabled() and [x is not None and x.requires_grad for x in tensors[:4]]
+    gradients = torch.is_grad_enabled() and [x is not None and x.requires_grad for x in tensors[:N_WITH_GRADIENTS]]
     device = q.device.type
     autocast = (device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device)) and torch.get_autocast_dtype(device)
     return settings, options, types, key_lengths is None, gradients and tuple(gradients), autocast, signatures
@@ -105,13 +110,13 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
     """Return o and lse of a call like an earlier one, or None."""
     if key is None or (call := plan.find(key)) is None:
         return None
-    q, k, v, *pairwise, seed, key_lengths = tensors
+    q, k, v, bias, sink, *masks, seed, key_lengths = tensors
     # every call has its own seed and lengths, to be checked and copied
-    seed = seed_argument(call.numbers[-1], seed, q.device)
+    seed = seed_argument(call.numbers[DROPOUT_P], seed, q.device)
     if key_lengths is not None:
         key_lengths = lengths_argument(key_lengths, q, k, v)
-    pairwise = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in pairwise]
-    inputs = q, k, v, *pairwise, seed, key_lengths
+    bias, *masks = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in (bias, *masks)]
+    inputs = q, k, v, bias, None if sink is None else sink_column(sink, q.dim()), *masks, seed, key_lengths
     if call.differentiable:
         return PlannedAttention.apply(call, *inputs)
     if torch.autograd._profiler_enabled():
@@ -131,17 +136,19 @@ def _remember(key, tensors, inputs, precise_grad):
     """Keep the plan if the kernels read the caller's own tensors."""
     if key is None or plan.find(key) is not None or not _reads_own_tensors(tensors, inputs):
         return
-    forward = plan.forward_plan(inputs, keeps_residual(*inputs[:4], precise_grad))
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:4])
+    forward = plan.forward_plan(inputs, keeps_residual(inputs, precise_grad))
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:N_WITH_GRADIENTS])
     # a config may have been pinned or tuned meanwhile
     if plan.settings(inputs.q.dtype) == key[SETTINGS]:
         plan.keep(key, Call(forward, inputs[N_TENSORS:], differentiable))
 
 
 def _reads_own_tensors(tensors: tuple, inputs: AttentionInputs) -> bool:
-    """Return whether the checks left q, k and v as they were, and changed at most the rank of bias and masks."""
+    """Return whether the checks left q, k and v as they were, and changed at most the rank of bias, sink and masks."""
     same_layouts = all(x.shape == y.shape and x.stride() == y.stride() for x, y in zip(tensors[:3], inputs))
-    return same_layouts and all(x is None or x.data_ptr() == y.data_ptr() for x, y in zip(tensors[:7], inputs))
+    # `repeat` treats the sink as the checks do
+    others = [x for i, x in enumerate(zip(tensors[:-2], inputs)) if i != SINK]
+    return same_layouts and all(x is None or x.data_ptr() == y.data_ptr() for x, y in others)
 
 
 class PlannedAttention(torch.autograd.Function):
@@ -162,11 +169,12 @@ class PlannedAttention(torch.autograd.Function):
         o, statistics, *others = ctx.saved_tensors
         # a hook may have moved it to the CPU and back
         tensors = zeros_unless_given(do, o), dlse, o, statistics.contiguous(), *others
-        wanted = ctx.needs_input_grad[1:5]
+        wanted = ctx.needs_input_grad[1:1 + N_WITH_GRADIENTS]
         # hooks may have replaced saved tensors; a gradient of the gradient needs the dispatcher, which raises
         signatures = plain_signatures(tensors) if _plain_process() and not torch.is_grad_enabled() else None
         if signatures is None:
             gradients = AttentionBackward.apply_to(tensors, ctx.numbers, wanted)
         else:
             gradients = plan.backward_plan(tensors, ctx.numbers, wanted, signatures).run(tensors)
-        return None, *(gradient if want else None for gradient, want in zip(gradients, wanted)), *(None,) * (N_TENSORS - 4)
+        others = (None,) * (N_TENSORS - N_WITH_GRADIENTS)
+        return None, *(gradient if want else None for gradient, want in zip(gradients, wanted)), *others

@@ -61,11 +61,13 @@ def device_guard(device: torch.device):
 def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, results: Outputs) -> KernelLaunch:
     """Return the launch that writes `results`, the tensors in the kernel's record; an empty o_residual is not written."""
     strided = results._replace(lse=None, statistics=None)
-    q, keys, outputs, *others = kernel_arguments(problem, config, inputs.q, Keys(inputs.k, inputs.v), strided,
-                                                 _score_mods(problem, inputs))
+    sink = () if inputs.sink is None else (inputs.sink.expand(*problem.batch, -1, -1, -1),)
+    q, keys, outputs, sink, *others = kernel_arguments(problem, config, inputs.q, Keys(inputs.k, inputs.v), strided, sink,
+                                                       _score_mods(problem, inputs))
     records = q, keys, outputs._replace(lse=results.lse, statistics=results.statistics), *others
     programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
-    arguments = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
+    *others, scoring, static = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
+    arguments = *others, scoring._replace(mods=scoring.mods._replace(sink=sink)), static
     return KernelLaunch(forward.forward_kernel, programs, arguments, config)
 
 
@@ -243,10 +245,12 @@ def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> S
     if inputs.q.dtype == torch.float16:
         # near the scale, which dQ gets in the end; not so small that float16 loses more at its lower end
         ds_scale = 2.0 ** min(0, max(-4, round(math.log2(abs(scale or 1.0)))))
+    if inputs.softcap is not None:
+        return ScoreParams(LOG2E.value, scale / inputs.softcap, ds_scale, inputs.softcap, window, mods)
     if mods.bias:
-        return ScoreParams(LOG2E.value, scale, ds_scale, window, mods)
+        return ScoreParams(LOG2E.value, scale, ds_scale, None, window, mods)
     sign = (None if scale > 0 else -1.0) if scale else 0.0
-    return ScoreParams((abs(scale) or 1.0) * LOG2E.value, sign, ds_scale, window, mods)
+    return ScoreParams((abs(scale) or 1.0) * LOG2E.value, sign, ds_scale, None, window, mods)
 
 
 def dropout_record(p: float, seed: torch.Tensor) -> Dropout:
@@ -277,9 +281,10 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     lengths = q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None
     tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
-    inputs = AttentionInputs(q, k, v, mods if problem.bias else None, mods.to(torch.bool) if problem.masked else None,
+    sink = q.new_empty(problem.heads, 1, 1) if problem.sink else None
+    inputs = AttentionInputs(q, k, v, mods if problem.bias else None, sink, mods.to(torch.bool) if problem.masked else None,
                              *lists if problem.mapped else (None, None), q.new_empty(1, dtype=torch.int64), lengths,
-                             dropout_p=0.5 * problem.dropout)
+                             dropout_p=0.5 * problem.dropout, softcap=30.0 if problem.softcap else None)
     queries = Queries(q, o, statistics, delta)
     return {
         "forward": lambda: forward_launch(problem, config, inputs,

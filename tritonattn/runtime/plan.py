@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..configs import lookup
 from ..gpu import INTERPRETED, TRITON, gpu_of
-from .arguments import N_TENSORS, AttentionInputs, empty_statistics
+from . import row_gradients
+from .arguments import N_TENSORS, AttentionInputs, empty_statistics, largest_score_unit
 
 if TRITON:
     from triton import knobs
@@ -25,6 +26,7 @@ if TRITON:
 
     from . import launch
 
+BIAS, SINK = map(AttentionInputs._fields.index, ("bias", "sink"))
 LARGEST_CACHE = 4096  # entries: plans, and known calls of eager.py
 _entries: dict[tuple, object] = {}  # the oldest first
 _changes = threading.Lock()
@@ -235,8 +237,8 @@ class BackwardPlan(Plan):
         super().__init__(tensors[0].device)
         do, dlse, o, statistics, o_residual, *others = tensors = [_meta(x) for x in tensors]
         inputs = AttentionInputs(*others, *numbers)
-        gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs[:4], wanted)]
-        dq, dk, dv, dbias = gradients
+        gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, wanted)]
+        dq, dk, dv, dbias, dsink = gradients
         self._bias_gradient = _bias_gradient(inputs, dbias)
         delta = empty_statistics(inputs.q)
         self._outputs = Results((*gradients, delta))
@@ -246,7 +248,8 @@ class BackwardPlan(Plan):
         def add(kernel, make_launch, *arguments):
             self._launches.append(PlannedLaunch(kernel, make_launch, inputs, self._device, tensors, arguments))
 
-        if wanted[0] or wanted[1] or self._bias_gradient == "kernel":
+        self._needs_rows, self._score_unit = dsink is not None or self._bias_gradient == "rows", largest_score_unit(inputs)
+        if wanted[0] or wanted[1] or self._bias_gradient == "kernel" or (self._needs_rows and inputs.sink is not None):
             add("delta", launch.delta_launch, o, o_residual, do, dlse, delta)
         if wanted[0]:
             add("dq", launch.dq_launch, inputs, queries, dq)
@@ -256,18 +259,26 @@ class BackwardPlan(Plan):
             add("dbias", launch.dbias_launch, inputs, queries, dbias)
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return dq, dk, dv and dbias; None where not wanted. `tensors` are as in `backward_plan`."""
+        """Return dq, dk, dv, dbias and dsink; None where not wanted. `tensors` are as in `backward_plan`."""
         *gradients, delta = self._outputs.allocate(tensors[0])
         self._launch((*tensors, *gradients, delta))
         if self._bias_gradient == "zero":
-            gradients[3].zero_()
-        elif self._bias_gradient == "rows":
-            _, dlse, _, statistics, *_ = tensors
-            log2_l = statistics[..., 1, :tensors[0].shape[-2]]
-            # the gradient is NaN where a score is, and 0 in a row that attends to no key
-            rows = torch.where(log2_l == torch.inf, 0, log2_l * 0 + (0 if dlse is None else dlse))
-            gradients[3].copy_(rows.unsqueeze(-1).sum_to_size(gradients[3].shape))
+            gradients[BIAS].zero_()
+        if self._needs_rows:
+            self._reduce_rows(tensors, gradients, delta)
         return gradients
+
+    def _reduce_rows(self, tensors, gradients, delta):
+        """Write the gradients that are sums over rows."""
+        (_, dlse, _, statistics, _, *inputs), (*_, dbias, dsink) = tensors, gradients
+        n, ds = inputs[0].shape[-2], None
+        statistics = statistics[..., :n]
+        if inputs[SINK] is not None:
+            ds = row_gradients.sink_ds(inputs[SINK], statistics, delta[..., :n], self._score_unit)
+        if dsink is not None:
+            dsink.copy_(ds.unsqueeze(-1).sum_to_size(dsink.shape))
+        if self._bias_gradient == "rows":
+            dbias.copy_(row_gradients.dbias_of_rows(statistics, dlse, ds).unsqueeze(-1).sum_to_size(dbias.shape))
 
 
 def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
