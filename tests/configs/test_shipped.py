@@ -37,8 +37,8 @@ def test_a_shipped_table_is_complete_and_fits_its_gpu(table):
             assert max(entry.config.block_m, entry.config.block_n) <= 128, "larger than the tiles of a block mask"
             assert entry.config.num_stages > 1 or entry.config.edge_stages is None, "edge_stages without a pipeline"
             assert "race" not in entry.accepted_fault, (row.key, entry)
-            assert not entry.accepted_fault or row.itemsize == 4 or row.width > 128 or row.mask in ("pairs", "window") or (
-                on.shared_memory == 99 << 10), (row.key, entry)
+            excused = row.itemsize == 4 or row.width > 128 or row.mask in ("pairs", "window", "softcap")
+            assert not entry.accepted_fault or excused or on.shared_memory == 99 << 10, (row.key, entry)
 
 
 @TABLES
@@ -48,7 +48,7 @@ def test_the_usual_rows_have_no_fault_but_light_spills_with_99_kib_of_shared_mem
         for fault in filter(None, "; ".join([row.filled.accepted_fault, row.underfilled.accepted_fault]).split("; ")):
             match = re.fullmatch(r"spill: (\d+) in the loop(, with a map|, with whole tiles)?", fault)
             light = match and int(match[1]) <= config_table.LIGHT_SPILLS
-            assert light and (match[2] or row.width == 96 or row.mask == "window"), (row.key, fault)
+            assert light and (match[2] or row.width == 96 or row.mask in ("window", "softcap")), (row.key, fault)
 
 
 def test_no_tile_has_too_few_queries_for_the_tensor_cores():
