@@ -303,7 +303,7 @@ from helpers.cpu_speed import Watch
 from tritonattn import Config, Problem, gpu
 from tritonattn.autotune import prune
 from tritonattn.autotune.worker_pool import Workers
-problem = Problem((4,), 32, 32, 4096, 4096, {d}, {d}, torch.bfloat16)
+problem = Problem((4,), 32, 32, 4096, 4096, {d}, {d}, torch.bfloat16, {window})
 on = gpu.KNOWN[{arch!r}]
 with tempfile.TemporaryDirectory() as cold, Watch() as watch, Workers(2) as workers:
     os.environ["TRITON_CACHE_DIR"] = cold
@@ -316,17 +316,19 @@ print(json.dumps([left, len(found), sum(verdict.report is not None for verdict i
 """
 # (block sizes, warps, stages) that others found fastest by measuring: Tokamax' tables for H100, Inductor's defaults for
 # FlexAttention on H100 and A100; other kernels in the same language, so their order need not be ours to the place
-PUBLISHED = {("sm_90", 128): {"128x128w8s3e1m": 3, "64x64w4s3e1m": 8, "128x64w8s3e1m": 8},
-             ("sm_80", 128): {"128x64w8s3m": 8}, ("sm_90", 64): {"64x64w4s3e1m": 12, "128x64w4s3e1m": 16}}
+FULL, CAUSAL = (None, None), (None, 0)
+PUBLISHED = {("sm_90", 128, FULL): {"128x128w8s3e1m": 3, "64x64w4s3e1m": 8, "128x64w8s3e1m": 8},
+             ("sm_90", 128, CAUSAL): {"128x128w8s3e1m": 3, "64x64w4s3e1m": 8, "128x64w8s3e1m": 8},
+             ("sm_80", 128, FULL): {"128x64w8s3m": 8}, ("sm_90", 64, FULL): {"64x64w4s3e1m": 12, "128x64w4s3e1m": 16}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch, d", PUBLISHED)
-def test_published_fast_configs_rank_high(arch, d):
+@pytest.mark.parametrize("arch, d, window", PUBLISHED, ids=str)
+def test_published_fast_configs_rank_high(arch, d, window):
     if not OWN:
         pytest.skip(f"the places were taken with the tables' own Triton, {versions('triton')}; this is {triton.__version__}")
-    left, tried, compiled_ones, seconds, slowness = compiled(RANKING.format(arch=arch, d=d), fresh=True)
-    for name, place in PUBLISHED[arch, d].items():
+    left, tried, compiled_ones, seconds, slowness = compiled(RANKING.format(arch=arch, d=d, window=window), fresh=True)
+    for name, place in PUBLISHED[arch, d, window].items():
         assert name in left[:place], f"{name} is at {left.index(name) + 1 if name in left else 'none'} of {len(left)}: {left}"
     assert tried == 64 and 10 < len(left) < tried
     pace = f"{compiled_ones} compiled, read and ranked in {seconds:.0f} s; a bare loop takes {slowness:.2f} times its due"

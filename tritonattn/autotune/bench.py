@@ -48,7 +48,7 @@ SUSTAINED = timing.TimingBudget(settle=search.WARM_UP_SECONDS, small=math.inf, s
 MAX_COPIES = 256      # of the tensors: with 60 MB of cache, windows of problems under 0.5 MB find some of their data there
 MAX_CHECKED_SCORES = 2**27  # scores in the definition at the problem's own size; a larger one is not checked at its own size
 DROPOUT_P = 0.5       # as in runtime/launch.py, example_launch
-SOFTCAP = 30.0        # the same
+SOFTCAP = 30.0        # as in example_launch
 ROUNDING = 3e-5       # absolute error that is always allowed: an exact 0 may come from rounded float32 sums
 JSON_INFINITY = 1e30  # stands for infinity, which JSON does not have
 # limits of IsolatedBench in seconds, compiling included; while it times, for each message of the child

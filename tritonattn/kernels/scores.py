@@ -41,7 +41,7 @@ class ScoreParams(NamedTuple):
     exp2_scale: float
     qk_scale: float | None
     ds_scale: float | None  # float16: a power of two near the scale, 1/16 to 1, so that dS rarely overflows. Else None
-    softcap: float | None
+    softcap: float | None   # bound of the scores before bias and masks
     window: Window
     mods: ScoreMods
 
