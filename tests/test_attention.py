@@ -16,7 +16,7 @@ from tests.helpers.cases import COVERING, LARGE_TILES, PAIRWISE, SINGLE, TILES, 
 from tests.helpers.tiers import slow_rows
 from tests.helpers.tolerance import agree
 from tritonattn import Problem, attention, config, gpu, reference, scaled_dot_product_attention
-from tritonattn.runtime import arguments
+from tritonattn.runtime import packed_arguments
 
 
 @pytest.mark.interpreted
@@ -323,7 +323,7 @@ def test_wrong_attention_arguments_raise(changes, error, message, device):
 def test_window_takes_any_integer(device):
     tensors, expected = good(device), Problem((1,), 2, 2, 6, 6, 8, 8, torch.float32, (3, 0))
     for side in (np.int32(3), np.uint8(3), torch.tensor(3), torch.tensor(3, dtype=torch.int8, device=device)):
-        problem = arguments.problem_of(**tensors, window=(side, np.int64(0)))
+        problem = packed_arguments.problem_of(**tensors, window=(side, np.int64(0)))
         assert problem == expected and type(problem.window[0]) is int
 
 

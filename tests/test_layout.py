@@ -16,10 +16,10 @@ FLOORS = {
 }
 # inside a folder, a file imports only files that stand before it
 ORDER = {
-    "kernels": ["tile", "window", "dropout", "scores", "softmax", "forward", "backward"],
+    "kernels": ["packed", "tile", "window", "dropout", "scores", "softmax", "forward", "backward"],
     "measure": ["journal", "accuracy", "device_timer", "timing", "environment"],
     "configs": ["kernel_hash", "shipped", "key", "user_cache", "lookup"],
-    "runtime": ["arguments", "interpreter", "launch", "row_gradients", "plan", "custom_op", "eager"],
+    "runtime": ["arguments", "packed_arguments", "interpreter", "launch", "row_gradients", "plan", "custom_op", "eager"],
     "analysis": ["sass", "races", "compile_report", "cost_model", "explain"],
     "integrations": ["dispatch_log", "torch_private", "support", "aten_overrides", "sdpa_patch", "transformers"],
     "autotune": ["worker_pool", "prune", "trials", "record_problems", "search", "bench", "tune", "first_call", "sweep",

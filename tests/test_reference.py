@@ -27,6 +27,19 @@ def test_matches_torch(causal):
                                F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True))
 
 
+def test_packed_sequences_are_computed_one_by_one():
+    q, k, v = torch.randn(9, 2, 8), torch.randn(8, 1, 8), torch.randn(8, 1, 4)
+    bias = torch.randn(2, 1, 5, 6)
+    q_starts, k_starts = torch.tensor([0, 5, 8]), torch.tensor([0, 2, 8])
+    o, lse = reference.attention_varlen(q, k, v, q_starts, k_starts, bias=bias, return_lse=True)
+    for i, (rows, keys) in enumerate(((slice(0, 5), slice(0, 2)), (slice(5, 8), slice(2, 8)))):
+        part = [x.transpose(0, 1) for x in (q[rows], k[keys], v[keys])]
+        expected = F.scaled_dot_product_attention(*part, bias[i, :, :rows.stop - rows.start, :keys.stop - keys.start],
+                                                  enable_gqa=True)
+        torch.testing.assert_close(o[rows], expected.transpose(0, 1))
+    assert o.shape == (9, 2, 4) and (o[8:] == 0).all() and (lse[:, 8:] == -torch.inf).all()
+
+
 def test_fully_masked_rows_have_finite_gradients():
     q, k, v = (torch.randn(1, 1, n, 4, requires_grad=True) for n in (6, 2, 2))
     o, lse = reference.attention(q, k, v, causal=True, align="bottom_right", return_lse=True)

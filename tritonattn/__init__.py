@@ -6,7 +6,7 @@ import importlib
 import os
 
 from . import config, reference
-from .attention import attention, dropout_mask, scaled_dot_product_attention, warm
+from .attention import attention, attention_varlen, dropout_mask, scaled_dot_product_attention, warm
 from .block_mask import BlockMask, block_mask
 from .config import Config, pinned
 from .integrations.dispatch_log import fallback_report
@@ -17,8 +17,8 @@ from .problem import Problem
 _LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_problems", "tune": ".autotune.tune"}
 
 __all__ = [
-    "BlockMask", "Config", "Problem", "__version__", "attention", "block_mask", "config", "disable", "dropout_mask",
-    "enable", "explain", "fallback_report", "pinned", "record_problems", "reference", "scaled_dot_product_attention",
+    "BlockMask", "Config", "Problem", "__version__", "attention", "attention_varlen", "block_mask", "config", "disable",
+    "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems", "reference", "scaled_dot_product_attention",
     "swapped", "tune", "warm",
 ]
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -32,20 +32,27 @@ class Problem:
     mapped: bool = False             # the mask is a BlockMask
     softcap: bool = False            # scores are bounded by a softcap
     sink: bool = False               # each head has a sink
+    packed: bool = False             # the batch is one of packed sequences; n_q and n_k are the most rows of one
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
-           key_lengths=None, kv_blocks=None, softcap=None, sink=None) -> "Problem":
-        """Return the problem of these tensors. A side of the window that excludes nothing becomes None."""
-        n_q, n_k = q.shape[-2], k.shape[-2]
+           key_lengths=None, kv_blocks=None, softcap=None, sink=None, packed=None) -> "Problem":
+        """Return the problem of these tensors. A side of the window that excludes nothing becomes None.
+
+        packed: the number of packed sequences, and the most queries and keys of one.
+        """
+        batch, n_q, n_k = tuple(q.shape[:-3]), q.shape[-2], k.shape[-2]
+        if packed is not None:
+            (*batch, n_q, n_k) = packed
         shift = n_k - n_q if bottom_right else 0
         left, right = window
         # the first key is n_q - 1 + shift before the last query, the last key n_k - 1 - shift after the first
         left = None if left is None or left >= n_q - 1 + shift else left
         right = None if right is None or right >= n_k - 1 - shift else right
-        return Problem(tuple(q.shape[:-3]), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
+        return Problem(tuple(batch), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
                        (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
-                       dropout_p > 0, key_lengths is not None, kv_blocks is not None, softcap is not None, sink is not None)
+                       dropout_p > 0, key_lengths is not None, kv_blocks is not None, softcap is not None, sink is not None,
+                       packed is not None)
 
     @staticmethod
     def parse(shape: str, dtype: torch.dtype, causal: bool = False) -> "Problem":
@@ -91,11 +98,15 @@ class Problem:
         return 2 * math.prod(self.batch) * self.heads * self.pairs() * per_pair
 
     def tensors(self, device="cpu", seed: int = 0):
-        """Return random normal q, k, v of this problem; on device "meta", tensors without data."""
+        """Return random normal q, k, v of this problem; on device "meta", tensors without data.
+
+        Packed sequences all have the most rows.
+        """
         rng = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
         def draw(heads, n, width):
-            return torch.randn(*self.batch, heads, n, width, dtype=self.dtype, device=device, generator=rng)
+            batch, n = ((1,), self.batch[0] * n) if self.packed else (self.batch, n)
+            return torch.randn(*batch, heads, n, width, dtype=self.dtype, device=device, generator=rng)
 
         return tuple(draw(*size) for size in self._sizes())
 
@@ -106,6 +117,10 @@ class Problem:
         o, rows = q // max(self.d, 1) * self.dv, math.prod(self.batch) * self.heads * self.n_q
         numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + 2 * o}[direction]
         return numbers * self.dtype.itemsize + rows * 4  # lse, in float32
+
+    def padded(self) -> "Problem":
+        """Return the problem of packed sequences as a padded batch with key lengths, and any other problem as it is."""
+        return replace(self, packed=False, lengths=True) if self.packed else self
 
     def _sizes(self):
         """Return heads, length and width of q, k and v."""
@@ -130,7 +145,7 @@ class Problem:
         sizes = (*self.batch, pair(self.heads, self.kv_heads), pair(self.n_q, self.n_k), pair(self.d, self.dv))
         window = "" if self.mask != "window" else f"{self.window[0]},{self.window[1]}"
         shift = f" shift {self.shift}" if self.shift and self.mask != "full" else ""
-        names = ("masked", "mapped", "dropout", "lengths", "softcap", "sink")
+        names = ("masked", "mapped", "dropout", "lengths", "softcap", "sink", "packed")
         extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name in names if getattr(self, name)]
         return " ".join([f"{'x'.join(map(str, sizes))} {_name(self.dtype)} {self.mask}{window}{shift}", *extras])
 

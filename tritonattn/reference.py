@@ -5,6 +5,8 @@
 With a softcap c, S = c tanh(scale Q K^T / c) + bias. A sink is the score of one more key, whose value is 0.
 """
 
+import itertools
+
 import torch
 
 
@@ -42,6 +44,37 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         return o
     lse = s.logsumexp(-1) if s.shape[-1] else s.sum(-1)
     return o, lse.masked_fill(masked_rows.squeeze(-1), -torch.inf)
+
+
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, bias=None, mask=None, key_lengths=None, keep=None,
+                     return_lse=False, **options):
+    """Compute attention as `tritonattn.attention_varlen` defines it, one sequence after the other.
+
+    Shapes: q [total queries, H, D], k [total keys, Hk, D], v [total keys, Hk, DV] -> [total queries, H, DV] and the log-sum-exp
+    [H, total queries]; bias, mask and keep broadcast to [sequences, H, L, S], L and S at least the longest sequence;
+    key_lengths is [sequences]. Other options are those of `attention`. Copies cu_seqlens to the host.
+    """
+    outputs = []
+    starts = [[*x.tolist(), len(rows)] for x, rows in ((cu_seqlens_q, q), (cu_seqlens_k, k))]
+    sequences = list(zip(*(itertools.pairwise(each) for each in starts)))
+    for i, ((q_start, q_stop), (k_start, k_stop)) in enumerate(sequences):
+        # queries after the last sequence attend to no key
+        k_stop = k_stop if i < len(sequences) - 1 else k_start
+
+        def own(x, i=i, n_q=q_stop - q_start, n_k=k_stop - k_start):
+            """Return the part of a pairwise tensor that belongs to this sequence."""
+            if x is None:
+                return None
+            x = x.reshape(*(1,) * (4 - x.dim()), *x.shape)
+            x = x[min(i, len(x) - 1)]
+            return x[:, :n_q if x.shape[-2] > 1 else 1, :n_k if x.shape[-1] > 1 else 1]
+
+        rows = (q[q_start:q_stop], k[k_start:k_stop], v[k_start:k_stop])
+        lengths = None if key_lengths is None else key_lengths.expand(len(sequences) - 1)[min(i, len(sequences) - 2)]
+        outputs.append(attention(*(x.transpose(0, 1) for x in rows), bias=own(bias), mask=own(mask), keep=own(keep),
+                                 key_lengths=lengths, return_lse=True, **options))
+    o, lse = (torch.cat(each, dim) for each, dim in zip(zip(*outputs), (-2, -1)))
+    return (o.transpose(0, 1), lse) if return_lse else o.transpose(0, 1)
 
 
 def by_heads(q, k, v, do=None, *, dtype=torch.float64, scores=2**27, **options):

@@ -16,7 +16,7 @@ from tritonattn.analysis import compile_report, sass
 from tritonattn.configs import lookup
 from tritonattn.kernels import backward, forward, scores, softmax
 from tritonattn.kernels.scores import ScoreMods
-from tritonattn.kernels.tile import Sizes
+from tritonattn.kernels.tile import Sizes, head_view, padded_rows
 from tritonattn.kernels.window import needs_mask, window_bounds, window_mask
 
 
@@ -70,7 +70,47 @@ def bare_apply_keep_scale(tile, scoring):
 
 @triton.jit
 def bare_sizes_of_batch(leading, n_q, n_k, shift, batch):
-    return Sizes(leading.batches, leading.heads, n_q, n_k, shift, leading.key_lengths)
+    return Sizes(leading.batches, leading.heads, n_q, n_k, n_k, shift, leading.key_lengths, ())
+
+
+@triton.jit
+def bare_tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.constexpr):
+    tiles = tl.cdiv(n, BLOCK)
+    tile = tl.program_id(0) % tiles
+    if REVERSE:
+        tile = tiles - 1 - tile
+    head = tl.program_id(0) // tiles
+    return tile * BLOCK, head % heads, head // heads
+
+
+@triton.jit
+def bare_keys_to_attend(sizes, first):
+    return sizes.n_k
+
+
+@triton.jit
+def bare_query_view(x, sizes, batch, head):
+    return head_view(x, sizes.batches, batch, head, sizes.n_q)
+
+
+@triton.jit
+def bare_key_view(x, sizes, batch, head, rows):
+    return head_view(x, sizes.batches, batch, head, rows)
+
+
+@triton.jit
+def bare_lse_view(x, sizes, batch, head):
+    return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.n_q
+
+
+@triton.jit
+def bare_statistics_view(x, sizes, batch, head, COUNT: tl.constexpr):
+    return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * COUNT * padded_rows(sizes.n_q)
+
+
+@triton.jit
+def bare_statistics_of_head(sizes):
+    return padded_rows(sizes.n_q)
 
 
 def binaries() -> dict:

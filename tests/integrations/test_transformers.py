@@ -330,11 +330,36 @@ def test_arguments_that_change_the_result_are_not_ignored(asked, name):
         integration.hf_attention(torch.nn.Identity(), x, x, x, **({"attention_mask": None, "is_causal": True} | asked))
 
 
-def test_packed_sequences_by_their_lengths_are_refused_beside_a_window():
-    model, lengths = decoder("mistral"), torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
-    model.set_attn_implementation("tritonattn")
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: packed"):
-        model(tokens()[0][:1], cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", ["int32", "int64", "without maxima"])
+def test_sequences_packed_by_their_lengths(name, kind, monkeypatch):
+    """As transformers' padding-free collator gives them, but without position_ids, which would add a mask.
+
+    Rotary positions count from the first token, and only their differences within a sequence matter.
+    """
+    model, lengths = decoder(name), torch.tensor([0, 4, 9], dtype=torch.int64 if kind == "int64" else torch.int32, device=DEVICE)
+    packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
+    if kind == "without maxima":
+        packed |= {"max_length_q": torch.tensor(5), "max_length_k": None}
+    seen, original = [], integration.attention_varlen
+    monkeypatch.setattr(integration, "attention_varlen", lambda *given, **options: seen.append(options) or
+                        original(*given, **options))
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=DEVICE)
+    ids = tokens()[0][:1]
+    expected = results(model, "eager", lambda out: out.logits, ids, position_ids=places, use_cache=False)
+    found = results(model, "tritonattn", lambda out: out.logits, ids, use_cache=False, **packed)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert seen and all(call["window"][1] == 0 and (call["window"][0] is None) == (name == "llama") for call in seen)
+
+
+def test_what_packed_sequences_by_their_lengths_do_not_take():
+    x, starts = torch.randn(2, 2, 4, 16, device=DEVICE), torch.tensor([0, 2, 4], dtype=torch.int32, device=DEVICE)
+    packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "is_causal": True}
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected a batch of one .* got a batch of 2$"):
+        integration.hf_attention(torch.nn.Identity(), x, x, x, None, **packed)
+    with pytest.raises(NotImplementedError, match="got a batch of 1 and a position bias"):
+        integration.hf_attention(torch.nn.Identity(), x[:1], x[:1], x[:1], None, position_bias=torch.zeros(1, 2, 4, 4), **packed)
 
 
 def test_fewer_queries_than_keys_need_a_mask():

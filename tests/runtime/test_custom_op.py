@@ -29,13 +29,13 @@ def test_opcheck(form, given, grad, device):
     q, k, v = qkv(device, grad=grad, dtype=torch.float16, **form)
     known = {"bias": torch.randn(1, 2, 1, 20, device=device, requires_grad=grad),
              "sink": torch.randn(1, 2, 1, 1, device=device, requires_grad=grad),
-             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None,
+             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None, "q_starts": None, "k_starts": None,
              "seed": torch.tensor([3], device=device),
              "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
     if "map" in given:
         known |= {name: getattr(block_mask(known["mask"]), name) for name in ("kv_blocks", "q_blocks")}
     extras = [x if name in given or "blocks" in name else None for name, x in known.items()]
-    options = 0.25, None, 0, True, 0.5 * ("seed" in given), 20.0 if "sink" in given else None
+    options = 0.25, None, 0, True, 0.5 * ("seed" in given), 20.0 if "sink" in given else None, None, None
     torch.library.opcheck(custom_op.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
         tensors = [x if x is None else x.detach() for x in (q, k, v, *extras)]

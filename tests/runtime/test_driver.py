@@ -39,7 +39,7 @@ from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
-        torch.ops.tritonattn.forward(q, q, q, *[None] * 7, 1.0, None, None, False, 0.0, None, False)
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 9, 1.0, None, None, False, 0.0, None, None, None, False)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
     print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
@@ -93,6 +93,11 @@ if "passes" in kind:
     pin.__enter__()  # until the process ends
 if "sink" in kind:
     options |= dict(softcap=20.0, sink=torch.zeros(4, requires_grad=True))
+if "packed" in kind:
+    attention = tritonattn.attention_varlen
+    q, k, v, do = (torch.zeros(2 * n, x.shape[1], 64, dtype=torch.bfloat16, requires_grad=True) for x in (q, k, v, do))
+    starts = torch.tensor([0, n, n + 5], dtype=torch.int32)
+    options |= dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=n, max_seqlen_k=n, key_lengths=starts[1:] // 2)
 inputs = [q, k, v, *([options["bias"]] if "bias" in kind else [])]
 tritonattn.warm(q, k, v, **options)
 compiled = {name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in KERNELS.items()}
@@ -166,7 +171,7 @@ def test_oversized_config_raises_before_the_launch():
     assert caused and not launches
 
 
-KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap"
+KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap", "packed causal"
 
 
 @pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])

@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, kernel: str, problem: Problem, device, seed: int = 0,
                  announce: Callable[[str], object] = lambda config: None):
-        self.kernel, self.problem, self.device = kernel, problem, torch.device(device)
+        self.kernel, self.problem, self.device = kernel, problem.padded(), torch.device(device)
         self._timer, self._seed, self._announce = device_timer.timer_of(self.device), seed, announce
 
     def check(self, config: str) -> dict[str, tuple[float, float]] | Failure:
@@ -266,12 +266,12 @@ def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,
     o, lse, statistics, o_residual = forward_op(*inputs, training and problem.dtype.itemsize == 2)
     o_residuals = (o_residual,) if o_residual.numel() else ()
     # the values of delta do not change the time
-    delta = empty_statistics(inputs.q).zero_()
+    delta = empty_statistics(inputs).zero_()
     queries = Queries(inputs.q, do, statistics, delta)
     dq, dk, dv, dbias = (x if x is None else empty_rows(x, x.shape[-1]) for x in inputs[:4])
     return functools.cache({
         "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, statistics, o_residuals)),
-        "delta": lambda config: launch.delta_launch(problem, config, o, *(o_residuals or (None,)), do, None, delta),
+        "delta": lambda config: launch.delta_launch(problem, config, inputs, (o, *(o_residuals or (None,)), do, None), delta),
         "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
         "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),
         "dbias": lambda config: launch.dbias_launch(problem, config, inputs, queries, dbias),
@@ -280,6 +280,7 @@ def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,
 
 def cases_to_compile(problem: Problem) -> list[tuple]:
     """Return (tensors, options), without data, of all that Bench launches kernels with."""
+    problem = problem.padded()
     return [*(case[1:] for case in hard_inputs(problem, "meta", 0)), draw(problem, "meta", 0)]
 
 

@@ -28,7 +28,7 @@ from ..configs.user_cache import Cache, Record
 from ..gpu import Gpu
 from ..measure import environment, journal
 from ..problem import Problem
-from ..runtime.arguments import problem_of
+from ..runtime.packed_arguments import problem_of
 from .bench import IsolatedBench, JointBench
 from .prune import Verdict, candidates, check_report, survey
 from .search import QUICK_CONFIGS, STRATEGIES, Bench, Budget, Search, run_search
@@ -43,7 +43,8 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
          trials: int | None = None, seconds: float = float("inf"), again: bool = False, **options) -> list:
     """Find the best configs for `attention(q, k, v, **options)` on the GPU of the tensors, and use them in later calls.
 
-    Takes the options of `attention` and raises the same errors. Only shapes, dtypes and options matter: the inputs are
+    Takes the options of `attention` and raises the same errors. Packed sequences run with the configs of the same sequences in
+    a padded batch: with cu_seqlens_q (see `attention_varlen`) these are tuned. Only shapes, dtypes and options matter: the inputs are
     drawn. Each kernel takes minutes (less with strategy="table"), most of them to compile, and prints a line. Every config
     is checked against the definition before it is timed, in a child process. The fastest four are then timed under continuous
     load, for about half a minute per problem (not with strategy="table"): the GPU's clock falls more for configs that need more

@@ -41,6 +41,7 @@ def add(commands) -> None:
         command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of q, k and v (default: %(default)s)")
         command.add_argument("--causal", action="store_true", help="mask keys after the query")
         command.add_argument("--softcap", action="store_true", help="bound the scores by a softcap")
+        command.add_argument("--packed", action="store_true", help="the sequences of the batch are packed")
         output.add_argument("--json", action="store_true", help="print a JSON list instead of text")
 
 
@@ -97,7 +98,7 @@ def _jobs(arguments) -> list[tuple]:
     if not 1 <= d <= 512 or n < 1:
         raise CommandError(f"expected a head size from 1 to 512 and a positive length, got {d} and {n}")
     window = (None, 0) if arguments.causal else (None, None)
-    problem = Problem((4,), 32, 32, n, n, d, d, dtype, window, softcap=arguments.softcap)
+    problem = Problem((4,), 32, 32, n, n, d, d, dtype, window, softcap=arguments.softcap, packed=arguments.packed)
     try:
         configs = [Config.parse(text) for text in arguments.compare or [arguments.config] if text]
     except ValueError as error:
@@ -112,7 +113,7 @@ def _explain(arguments) -> int:
 
     try:
         problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
-        problem = replace(problem, softcap=arguments.softcap)
+        problem = replace(problem, softcap=arguments.softcap, packed=arguments.packed)
         explanations = [explain_problem(problem, target) for target in arguments.gpu]
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None

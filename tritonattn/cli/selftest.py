@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .. import reference
-from ..attention import attention
+from ..attention import attention, attention_varlen
 from ..gpu import INTERPRETED
 from ..measure import accuracy
 from ..problem import Window
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     align: str | None = None
     shifted: bool = False
     capped: bool = False    # with a softcap and sinks
+    packed: bool = False    # as `_packed` cuts it into sequences
     repeated: bool = False  # compare two runs instead: the error is the number of bytes that differ
 
 
@@ -48,6 +49,7 @@ CASES = (
     Case("sliding window", (F32, F16), (1, 1, 100, 100, 32, 32), (70, 64)),
     Case("causal, size 128", (F16,), (1, 1, 75, 75, 128, 128), CAUSAL),
     Case("softcap and sinks", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", capped=True),
+    Case("packed sequences", (F32, BF16), (2, 1, 75, 90, 32, 32), CAUSAL, "bottom_right", packed=True),
     Case("repeated, in bytes", (F16,), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", repeated=True),
 )
 
@@ -130,10 +132,19 @@ def _inputs(case: Case, dtype: torch.dtype, device: torch.device) -> list[torch.
     return [x.to(device) for x in (q, k, *others)]
 
 
+def _packed(function, q, k, v, **options):
+    """Return o and lse of the rows as three sequences, the second one empty. The last rows belong to none."""
+    varlen = {attention: attention_varlen, reference.attention: reference.attention_varlen}[function]
+    starts = (torch.tensor((0, n // 3, n // 3, n - 2), dtype=torch.int32, device=q.device) for n in (q.shape[-2], k.shape[-2]))
+    o, lse = varlen(*(x[0].transpose(0, 1) for x in (q, k, v)), *starts, **options)
+    return o.transpose(0, 1)[None], lse[None]
+
+
 def _results(function, case: Case, inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return output, log-sum-exp and gradients of an attention function, by name."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     variant = {"softcap": 5.0, "sink": torch.linspace(-1, 3, q.shape[-3], device=q.device)} if case.capped else {}
-    o, lse = function(q, k, v, window=case.window, align=case.align, return_lse=True, **variant)
+    options = variant | {"window": case.window, "align": case.align, "return_lse": True}
+    o, lse = _packed(function, q, k, v, **options) if case.packed else function(q, k, v, **options)
     do, dlse = (x.to(out.dtype) for x, out in zip(inputs[3:], (o, lse)))
     return dict(zip(TENSORS, (o, lse, *torch.autograd.grad((o, lse), (q, k, v), (do, dlse)))))

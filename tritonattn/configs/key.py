@@ -39,8 +39,9 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
         "mapped": problem.mapped,
         "dropout": problem.dropout,
         "softcap": problem.softcap,
-        "lengths": problem.lengths,
-        "ragged": problem.lengths or loop_length % TILE,
+        # the loops are nearly the same
+        "lengths": problem.lengths or problem.packed,
+        "ragged": problem.lengths or problem.packed or loop_length % TILE,
         f"group {problem.group}": problem.group > 1,
     }
     return " ".join([

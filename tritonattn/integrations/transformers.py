@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.utils import generic
 
-from ..attention import attention
+from ..attention import attention, attention_varlen
 
 UNSUPPORTED = {
     "cache": "a paged cache (continuous batching)", "output_attentions": "attention weights as a result",
@@ -38,8 +38,9 @@ def register(name="tritonattn", *, harmless=()):
     model.set_attn_implementation.
 
     Causal attention and sliding windows take no mask in memory, in training, prefill and decoding with any cache. Padding on
-    the right becomes key lengths, other padding one boolean per key. Grouped heads are not repeated. Packed sequences and
-    masks with a pattern of the model's own are tensors, as for torch's SDPA.
+    the right becomes key lengths, other padding one boolean per key. Grouped heads are not repeated. Sequences that are packed
+    by cu_seq_lens_q and cu_seq_lens_k, in a batch of one and without a mask, take none either. Sequences packed by position_ids
+    and masks with a pattern of the model's own are tensors, as for torch's SDPA.
 
     Args:
         name: any name that transformers gives no meaning to; "flash" and "/" have one.
@@ -191,6 +192,9 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
     if getattr(module, "compressor", None) is not None:
         raise NotImplementedError(f"{type(module).__name__} appends a bias for compressed keys to its mask, which is boolean "
                                   'here; use attn_implementation="eager"')
+    variant = {"scale": scaling, "dropout_p": dropout, "softcap": options.get("softcap"), "sink": options.get("s_aux")}
+    if _is_packed(attention_mask, options):
+        return _packed_attention(module, query, key, value, options, variant), None
     mask, bias, n_q, n_k = attention_mask, options.get("position_bias"), query.shape[-2], key.shape[-2]
     rank, dtype = (mask.dim(), mask.dtype) if isinstance(mask, torch.Tensor) else (0, None)
     if rank == 4 and dtype == torch.bool:
@@ -213,9 +217,19 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
                                   f"lengths [B] for {n_q} queries and {n_k} keys, got {got}")
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.float()
-    variant = {"softcap": options.get("softcap"), "sink": options.get("s_aux")}
-    o = attention(query, key, value, scale=scaling, bias=bias, dropout_p=dropout, **variant, **structure)
-    return o.transpose(1, 2).contiguous(), None
+    return attention(query, key, value, bias=bias, **variant, **structure).transpose(1, 2).contiguous(), None
+
+
+def _packed_attention(module, query, key, value, options, variant):
+    """Return o [1, L, H, D] of sequences that lie one after the other in q [1, H, L, D], k and v [1, Hk, S, D]."""
+    if len(query) != 1 or options.get("position_bias") is not None:
+        raise NotImplementedError("cu_seq_lens_q: expected a batch of one without a position bias, got a batch of "
+                                  f"{len(query)}" + " and a position bias" * (options.get("position_bias") is not None))
+    # the last query of a sequence is at its last key, as in FlashAttention
+    structure = _structure(module, query.shape[-2], key.shape[-2], options) | {"align": "bottom_right"}
+    longest = (n if isinstance(n, int) else None for n in (options.get("max_length_q"), options.get("max_length_k")))
+    return attention_varlen(*(x[0].transpose(0, 1) for x in (query, key, value)), options["cu_seq_lens_q"],
+                            options["cu_seq_lens_k"], *longest, **structure, **variant)[None]
 
 
 def _structure(module, n_q, n_k, options):
@@ -243,6 +257,14 @@ def _check_options(attention_mask, options):
             raise NotImplementedError(f"{name}: unknown argument of an attention function; if it does not change the result, "
                                       f"call register(harmless=[{name!r}])")
         # a mask [B, 1, L, S] separates the sequences, as transformers makes it from position_ids
-        if (name == "seq_idx" or len(value) > 2) and (attention_mask is None or attention_mask.dim() < 4):
-            raise NotImplementedError(f"{name}: packed sequences are not supported through this argument; pass position_ids "
-                                      "that restart for each sequence, and use_cache=False")
+        separated = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
+        by_lengths = name != "seq_idx" and (len(value) <= 2 or _is_packed(attention_mask, options))
+        if not separated and not by_lengths:
+            raise NotImplementedError(f"{name}: packed sequences are not supported through this argument here; pass "
+                                      "cu_seq_lens_q and cu_seq_lens_k without an attention_mask, or position_ids that restart "
+                                      "for each sequence, and use_cache=False")
+
+
+def _is_packed(attention_mask, options):
+    """Return whether a call has packed sequences and no mask."""
+    return attention_mask is None and all(options.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))

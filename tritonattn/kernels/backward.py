@@ -28,12 +28,15 @@ from .tile import (
     dot_acc,
     dot_t,
     head_view,
+    key_view,
+    keys_to_attend,
     load_statistic,
     load_tile,
     nonfinite_rows,
-    padded_rows,
+    query_view,
     scale_tile,
     sizes_of_batch,
+    statistics_of_head,
     statistics_view,
     store_statistic,
     store_tile,
@@ -61,26 +64,23 @@ class Queries(NamedTuple):
 
     q: HeadView
     do: HeadView
-    statistics: object  # address, see forward.Outputs; in a tile (-m, log2 l)
-    delta: object       # address in a dense [batch, head, padded n_q] tensor; in a tile its numbers
+    statistics: object  # address, see forward.Outputs; in a view (address of -m, of log2 l), in a tile (-m, log2 l)
+    delta: object       # address, see tile.statistics_view; in a tile its numbers
 
 
 @triton.jit
 def query_views(queries, sizes, batch, head):
     """Return the views of one query head."""
-    return Queries(
-        head_view(queries.q, sizes.batches, batch, head, sizes.n_q),
-        head_view(queries.do, sizes.batches, batch, head, sizes.n_q),
-        statistics_view(queries.statistics, sizes.heads, sizes.n_q, batch, head, 2),
-        statistics_view(queries.delta, sizes.heads, sizes.n_q, batch, head, 1),
-    )
+    statistics = statistics_view(queries.statistics, sizes, batch, head, 2)
+    return Queries(query_view(queries.q, sizes, batch, head), query_view(queries.do, sizes, batch, head),
+                   (statistics, statistics + statistics_of_head(sizes)),
+                   statistics_view(queries.delta, sizes, batch, head, 1))
 
 
 @triton.jit
 def load_log2_l(queries, first, M: tl.constexpr):
     """Return log2 l of M rows: +inf for rows that attend to no key, so that P is 0."""
-    n = queries.q.rows
-    return load_statistic(queries.statistics + padded_rows(n), first, n, M, float("inf"))
+    return load_statistic(queries.statistics[1], first, queries.q.rows, M, float("inf"))
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def load_queries(queries, first, M: tl.constexpr, static, CHECK: tl.constexpr):
     return Queries(
         load_tile(queries.q, first, M, static.D, CHECK),
         load_tile(queries.do, first, M, static.DV, CHECK),
-        (load_statistic(queries.statistics, first, queries.q.rows, M, 0.0), load_log2_l(queries, first, M)),
+        (load_statistic(queries.statistics[0], first, queries.q.rows, M, 0.0), load_log2_l(queries, first, M)),
         load_statistic(queries.delta, first, queries.q.rows, M, 0.0),
     )
 
@@ -152,19 +152,19 @@ def row_dot(a, b):
 def delta_kernel(o, o_residual, do, dlse, delta, n_q, leading, static):
     """Compute delta = rowsum(dO * (O + o_residual)) - dLSE. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    batches = leading.batches
-    first, head, batch = tile_head_batch(leading.heads, n_q, M, False)
+    first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, False, False)
+    sizes = sizes_of_batch(leading, n_q, 0, 0, batch)
     one = tl.full([], 1.0, static.ACC)
-    o_tile = scale_tile(load_tile(head_view(o, batches, batch, head, n_q), first, M, static.DV, True), one)
-    do_tile = scale_tile(load_tile(head_view(do, batches, batch, head, n_q), first, M, static.DV, True), one)
+    o_tile = scale_tile(load_tile(query_view(o, sizes, batch, head), first, M, static.DV, True), one)
+    do_tile = scale_tile(load_tile(query_view(do, sizes, batch, head), first, M, static.DV, True), one)
     total = row_dot(do_tile, o_tile)
     if o_residual is not None:
-        residual_tile = load_tile(head_view(o_residual, batches, batch, head, n_q), first, M, static.DV, True)
+        residual_tile = load_tile(query_view(o_residual, sizes, batch, head), first, M, static.DV, True)
         total += row_dot(do_tile, scale_tile(residual_tile, one))
     if dlse is not None:
-        view, rows = head_view(dlse, batches, batch, head, n_q), first + tl.arange(0, M)
-        total -= tl.load(view.ptr + tl.cast(rows, tl.int64) * view.row, mask=rows < n_q, other=0.0)
-    store_statistic(statistics_view(delta, leading.heads, n_q, batch, head, 1), first, n_q, total, M)
+        view, rows = query_view(dlse, sizes, batch, head), first + tl.arange(0, M)
+        total -= tl.load(view.ptr + tl.cast(rows, tl.int64) * view.row, mask=rows < sizes.n_q, other=0.0)
+    store_statistic(statistics_view(delta, sizes, batch, head, 1), first, sizes.n_q, total, M)
 
 
 @triton.jit
@@ -190,14 +190,15 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     M: tl.constexpr = static.BLOCK_M
     HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) > 0
     window = scoring.window
-    first, head, batch = tile_head_batch(leading.heads, n_q, M, window.right is not None)
+    first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, False)
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
-    dq = head_view(dq, sizes.batches, batch, head, sizes.n_q)
+    dq = query_view(dq, sizes, batch, head)
     queries = query_views(queries, sizes, batch, head)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
     mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-    bounds = loop_bounds(mods.block_list, window, first + sizes.shift, sizes.n_k, M, static.BLOCK_N)
+    n_k = keys_to_attend(sizes, first)
+    bounds = loop_bounds(mods.block_list, window, first + sizes.shift, n_k, M, static.BLOCK_N)
 
     tile = load_queries(queries, first, M, static, True)
     acc = zero_tile(M, static.D, static.ACC)
@@ -299,18 +300,18 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     """Compute the gradients of this program's tile of keys that static.GRADS selects."""
     N: tl.constexpr = static.BLOCK_N
     window = scoring.window
-    first, head, batch = tile_head_batch(leading.heads // static.GROUP, n_k, N, window.right is not None)
+    first, head, batch = tile_head_batch(leading, leading.heads // static.GROUP, n_k, N, window.right is not None, True)
+    sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     dk, dv = None, None
     # a variable for the record in the record would lose its constants
     if static.GRADS != "dv":
-        dk = head_view(grads.k, leading.batches, batch, head, n_k)
+        dk = key_view(grads.k, sizes, batch, head, sizes.key_rows)
     if static.GRADS != "dk":
-        dv = head_view(grads.v, leading.batches, batch, head, n_k)
-    sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
+        dv = key_view(grads.v, sizes, batch, head, sizes.key_rows)
     keys = key_views(keys, sizes, batch, head)
     tile = Keys(load_tile(keys.k, first, N, static.D, True), load_tile(keys.v, first, N, static.DV, True))
     col, n = first - sizes.shift, sizes.n_q
-    if len(sizes.key_lengths) == 2:
+    if len(sizes.key_lengths) == 2 or len(sizes.packed) == 3:
         # no query attends to keys past the length of the batch
         n = tl.where(first < sizes.n_k, n, 0)
     dk_tile, dv_tile = zero_tile(N, static.D, static.ACC), zero_tile(N, static.DV, static.ACC)
@@ -470,9 +471,9 @@ def dbias_kernel(queries, keys, dbias, n_q, n_k, shift, leading, scoring, static
         sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
         views = key_views(keys, sizes, batch, head // static.GROUP)
         key_tile = Keys(load_tile(views.k, first_col, N, static.D, True), load_tile(views.v, first_col, N, static.DV, True))
-        mods = select_head(scoring.mods, leading.batches, batch, head, first, n_q, sizes.shift)
+        mods = select_head(scoring.mods, leading.batches, batch, head, first, sizes.n_q, sizes.shift)
         # the queries that attend to at least one of these keys; unless GRADS is "keys", only those of this tile
-        bounds = window_bounds(Window(scoring.window.right, scoring.window.left), first_col - sizes.shift, n_q, N, M)
+        bounds = window_bounds(Window(scoring.window.right, scoring.window.left), first_col - sizes.shift, sizes.n_q, N, M)
         start, stop = bounds[0], bounds[3]
         if static.GRADS != "keys":
             start, stop = first, tl.where((start < first + M) & (stop > first), first + 1, first)

@@ -18,12 +18,15 @@ from .tile import (
     Tensor,
     any_row,
     dot_t,
-    head_view,
+    key_view,
+    keys_to_attend,
     load_statistic,
     load_tile,
-    padded_rows,
+    lse_view,
+    query_view,
     rounding_error,
     sizes_of_batch,
+    statistics_of_head,
     statistics_view,
     store_statistic,
     store_tile,
@@ -44,8 +47,8 @@ class Outputs(NamedTuple):
     """Outputs of the forward pass: tensors, or views of one head."""
 
     o: Tensor
-    lse: object             # address in a dense [batch, head, n_q] tensor
-    statistics: object      # address in a dense [batch, head, 2, padded n_q] tensor: -m and log2 l of softmax.py, in its units
+    lse: object             # address, see tile.lse_view
+    statistics: object      # address, see tile.statistics_view: -m and log2 l of softmax.py, in its units
     o_residual: tuple = ()  # or one element, the rounding error of o: o + o_residual has twice the digits of o
 
 
@@ -54,17 +57,15 @@ def output_views(outputs, sizes, batch, head):
     """Return the views of one head."""
     o_residual = outputs.o_residual
     if len(outputs.o_residual) == 1:
-        o_residual = (head_view(outputs.o_residual[0], sizes.batches, batch, head, sizes.n_q),)
-    return Outputs(head_view(outputs.o, sizes.batches, batch, head, sizes.n_q),
-                   outputs.lse + (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.n_q,
-                   statistics_view(outputs.statistics, sizes.heads, sizes.n_q, batch, head, 2), o_residual)
+        o_residual = (query_view(outputs.o_residual[0], sizes, batch, head),)
+    return Outputs(query_view(outputs.o, sizes, batch, head), lse_view(outputs.lse, sizes, batch, head),
+                   statistics_view(outputs.statistics, sizes, batch, head, 2), o_residual)
 
 
 @triton.jit
 def key_views(keys, sizes, batch, head):
     """Return the views of one key head."""
-    return Keys(head_view(keys.k, sizes.batches, batch, head, sizes.n_k),
-                head_view(keys.v, sizes.batches, batch, head, sizes.n_k))
+    return Keys(key_view(keys.k, sizes, batch, head, sizes.n_k), key_view(keys.v, sizes, batch, head, sizes.n_k))
 
 
 @triton.jit
@@ -103,7 +104,7 @@ def store_outputs(state, outputs, first, M: tl.constexpr, sizes, scoring, static
     rows = first + tl.arange(0, M)
     tl.store(outputs.lse + rows, lse, mask=rows < sizes.n_q)
     store_statistic(outputs.statistics, first, sizes.n_q, minus_m, M)
-    store_statistic(outputs.statistics + padded_rows(sizes.n_q), first, sizes.n_q, log2_l, M)
+    store_statistic(outputs.statistics + statistics_of_head(sizes), first, sizes.n_q, log2_l, M)
     if len(outputs.o_residual) == 1:
         store_tile(outputs.o_residual[0], first, rounding_error(o_tile, outputs.o_residual[0].ptr.dtype.element_ty), M,
                    static.DV)
@@ -116,14 +117,15 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) > 0
     window = scoring.window
     # with a bounded right side the last queries attend to the most keys: the longest programs start first
-    first, head, batch = tile_head_batch(leading.heads, n_q, M, window.right is not None)
+    first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, False)
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
-    q = head_view(q, sizes.batches, batch, head, sizes.n_q)
+    q = query_view(q, sizes, batch, head)
     outputs = output_views(outputs, sizes, batch, head)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
     mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-    bounds = loop_bounds(mods.block_list, window, first + sizes.shift, sizes.n_k, M, static.BLOCK_N)
+    n_k = keys_to_attend(sizes, first)
+    bounds = loop_bounds(mods.block_list, window, first + sizes.shift, n_k, M, static.BLOCK_N)
 
     q_tile = load_tile(q, first, M, static.D, True)
     state = softmax_start(M, static)
@@ -135,7 +137,7 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     if window.left is not None or window.right is not None or HAS_MASK:
         # a NaN among its scores makes a row NaN by definition, and its sum too
         has_nan = stored_rows_with_nan(outputs.o, first, M, static.DV, static.ACC)
-        log2_l = load_statistic(outputs.statistics + padded_rows(sizes.n_q), first, sizes.n_q, M, 0.0)
+        log2_l = load_statistic(outputs.statistics + statistics_of_head(sizes), first, sizes.n_q, M, 0.0)
         redo = has_nan & (log2_l == log2_l)
         if any_row(redo, 0, M):
             forward_nan_safe(redo, q, keys, outputs, first, bounds[0], bounds[3], sizes, scoring, static)

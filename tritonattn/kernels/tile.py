@@ -2,6 +2,7 @@
 
     Tensor [batch ..., head, row, col]  ->  HeadView [row, col]  ->  tile: a tuple of parts [N, width]
     grid: program_id(0) = (batch * heads + head) * tiles + tile, decoded by tile_head_batch()
+    packed sequences: the rows of a tensor are those of all sequences; program_id(0) = head * tiles + tile (packed.py)
 
 The width of a part is a power of two: a head of 96 columns is held as parts of 64 and 32 columns, not as one of 128.
 The start of a tile is a 64-bit address. Offsets inside a tile are 32-bit, which saves registers, unless the tensor
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
+
+from .packed import decoded, packed_tile, sequence_rows, statistics_start
 
 
 class Strides(NamedTuple):
@@ -49,6 +52,7 @@ class Leading(NamedTuple):
     batches: tuple           # sizes of the batch dimensions, the innermost first
     heads: int               # query heads
     key_lengths: tuple = ()  # or (pointer to the number of keys of each batch, 1 if the shift depends on that number, else 0)
+    packed: tuple = ()       # or one element, the Packed of sequences that take the place of batches
 
 
 LENGTHS = ("n_q", "n_k", "shift")  # arguments of kernels that are not specialized
@@ -60,9 +64,11 @@ class Sizes(NamedTuple):
     batches: tuple  # sizes of the batch dimensions, the innermost first
     heads: int      # query heads
     n_q: int
-    n_k: int
+    n_k: int        # keys that take part
+    key_rows: int   # keys in memory
     shift: int      # query i is at position i + shift among the keys
     key_lengths: tuple = ()
+    packed: tuple = ()  # or (first query in memory, first key in memory, queries of all sequences)
 
 
 class Constexprs(NamedTuple):
@@ -105,28 +111,76 @@ def has_two_parts(size):
 
 
 @triton.jit
-def tile_head_batch(heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
-    """Return the first row of this program's tile, its head and its batch.
+def tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.constexpr):
+    """Return the first row of this program's tile, its head and its batch. Rows are the n keys if KEYS, else the n queries.
 
     Tiles of one head are neighbours in the grid, so that they share the head's data in L2.
     """
-    tiles = tl.cdiv(n, BLOCK)
-    tile = tl.program_id(0) % tiles
-    if REVERSE:
-        tile = tiles - 1 - tile
-    head = tl.program_id(0) // tiles
-    return tile * BLOCK, head % heads, head // heads
+    if len(leading.packed) == 1:
+        first, head, batch = packed_tile(leading.packed[0], leading.batches[0], BLOCK, REVERSE, KEYS)
+        return first, head, batch
+    else:
+        tiles = tl.cdiv(n, BLOCK)
+        tile = tl.program_id(0) % tiles
+        if REVERSE:
+            tile = tiles - 1 - tile
+        head = tl.program_id(0) // tiles
+        return tile * BLOCK, head % heads, head // heads
 
 
 @triton.jit
 def sizes_of_batch(leading, n_q, n_k, shift, batch):
-    """Return the sizes of one batch, with its own number of keys."""
-    if len(leading.key_lengths) == 2:
+    """Return the sizes of one batch, with its own number of keys, or of one packed sequence."""
+    if len(leading.packed) == 1:
+        packed, sequences, q_total = leading.packed[0], leading.batches[0], decoded(leading.packed[0].q_total)
+        q_start, q_rows = sequence_rows(packed.q_starts, q_total, n_q, batch, sequences)
+        k_start, k_rows = sequence_rows(packed.k_starts, decoded(packed.k_total), n_k, batch, sequences)
+        # the rows after the last sequence attend to no key
+        own = tl.where(batch < sequences, k_rows, 0)
+        if len(leading.key_lengths) == 2:
+            own = tl.minimum(tl.maximum(tl.load(leading.key_lengths[0] + batch, mask=batch < sequences, other=0), 0), own)
+        return Sizes(leading.batches, leading.heads, q_rows, own, k_rows, (own - q_rows) * packed.bottom_right,
+                     leading.key_lengths, (q_start, k_start, q_total))
+    elif len(leading.key_lengths) == 2:
         own = tl.minimum(tl.maximum(tl.load(leading.key_lengths[0] + batch), 0), n_k)
         shift += (own - n_k) * leading.key_lengths[1]
-        return Sizes(leading.batches, leading.heads, n_q, own, shift, leading.key_lengths)
+        return Sizes(leading.batches, leading.heads, n_q, own, n_k, shift, leading.key_lengths, ())
     else:
-        return Sizes(leading.batches, leading.heads, n_q, n_k, shift, leading.key_lengths)
+        return Sizes(leading.batches, leading.heads, n_q, n_k, n_k, shift, leading.key_lengths, ())
+
+
+@triton.jit
+def keys_to_attend(sizes, first):
+    """Return the number of keys of the tile of queries from `first`: 0 if the sequence ends before."""
+    if len(sizes.packed) == 3:
+        return tl.where(first < sizes.n_q, sizes.n_k, 0)
+    else:
+        return sizes.n_k
+
+
+@triton.jit
+def query_view(x, sizes, batch, head):
+    """Return the view of one head of a tensor with a row for each query."""
+    if len(sizes.packed) == 3:
+        return rows_of_sequence(x, sizes.packed[0], head, sizes.n_q)
+    else:
+        return head_view(x, sizes.batches, batch, head, sizes.n_q)
+
+
+@triton.jit
+def key_view(x, sizes, batch, head, rows):
+    """Return the view of one head of a tensor with a row for each key, of which `rows` are read or written."""
+    if len(sizes.packed) == 3:
+        return rows_of_sequence(x, sizes.packed[1], head, rows)
+    else:
+        return head_view(x, sizes.batches, batch, head, rows)
+
+
+@triton.jit
+def rows_of_sequence(x, first, head, rows):
+    """Return the view of the rows from `first` of one head of packed sequences."""
+    view = head_view(x, (), 0, head, rows)
+    return HeadView(view.ptr + tl.cast(first, tl.int64) * view.row, view.row, view.col, rows)
 
 
 @triton.jit
@@ -201,9 +255,30 @@ def padded_rows(n):
 
 
 @triton.jit
-def statistics_view(x, heads, n, batch, head, COUNT: tl.constexpr):
-    """Return the address of a head in a dense [batch, head, COUNT, padded_rows(n)] tensor."""
-    return x + (tl.cast(batch, tl.int64) * heads + head) * COUNT * padded_rows(n)
+def lse_view(x, sizes, batch, head):
+    """Return the address of a head in a dense [batch, head, n_q] tensor; of packed sequences [head, queries]."""
+    if len(sizes.packed) == 3:
+        return x + tl.cast(head, tl.int64) * sizes.packed[2] + sizes.packed[0]
+    else:
+        return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.n_q
+
+
+@triton.jit
+def statistics_view(x, sizes, batch, head, COUNT: tl.constexpr):
+    """Return the address of a head in a dense [batch, head, COUNT, `statistics_of_head`] tensor."""
+    if len(sizes.packed) == 3:
+        return x + tl.cast(head, tl.int64) * COUNT * statistics_of_head(sizes) + statistics_start(sizes.packed[0], batch)
+    else:
+        return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * COUNT * statistics_of_head(sizes)
+
+
+@triton.jit
+def statistics_of_head(sizes):
+    """Return how many numbers of each statistic there are for a head: of all packed sequences."""
+    if len(sizes.packed) == 3:
+        return statistics_start(sizes.packed[2], sizes.batches[0] + 1)
+    else:
+        return padded_rows(sizes.n_q)
 
 
 @triton.jit

@@ -33,7 +33,8 @@ class AttentionInputs(NamedTuple):
     """The checked arguments of one call: tensors, then numbers. The torch ops take the fields in this order.
 
     q [*batch, H, L, D], k [*batch, Hk, S, D] and v [*batch, Hk, S, DV]; bias, sink and mask have as many dimensions as q,
-    each of the size of the scores [*batch, H, L, S] or 1.
+    each of the size of the scores [*batch, H, L, S] or 1. Packed sequences take the place of a batch (packed_arguments.py):
+    q [1, H, queries of all sequences, D] and so on, and scores [sequences, H, longest_q, longest_k].
     """
 
     q: Tensor
@@ -44,6 +45,8 @@ class AttentionInputs(NamedTuple):
     mask: Tensor | None = None         # booleans, True takes part
     kv_blocks: Tensor | None = None    # of a BlockMask, broadcast like the mask: [..., query blocks, 2 + kv blocks], int32
     q_blocks: Tensor | None = None     # [..., kv blocks, 2 + query blocks], int32
+    q_starts: Tensor | None = None     # [sequences + 1] int32, contiguous: the first query of each, and the end of the last
+    k_starts: Tensor | None = None     # the same of keys
     seed: Tensor | None = None         # [1] int64, where dropout_p is not 0
     key_lengths: Tensor | None = None  # [*batch] int32, contiguous
     scale: float = 1.0
@@ -52,12 +55,15 @@ class AttentionInputs(NamedTuple):
     bottom_right: bool = False         # the last query is aligned with the last key of each sequence
     dropout_p: float = 0.0
     softcap: float | None = None
+    longest_q: int | None = None       # of packed sequences
+    longest_k: int | None = None
 
     @property
     def problem(self) -> Problem:
         """The same without the tensors."""
+        packed = None if self.q_starts is None else (self.q_starts.shape[0] - 1, self.longest_q, self.longest_k)
         return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
-                          self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink)
+                          self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink, packed)
 
 
 N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
@@ -71,25 +77,19 @@ def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=Non
     q, k, v = cast_for_autocast(q, k, v)
     check_dtype_and_device(q=q, k=k, v=v)
     check_sizes(("q", "k", "v"), q, k, v)
-    bias, masks = pairwise_argument("bias", bias, q, k, v), mask_argument(mask, q, k, v)
+    shape = scores_shape(q, k, v)
+    bias, masks = pairwise_argument("bias", bias, q, shape), mask_argument(mask, q, shape)
     scale = check_scale(scale, q.shape[-1])
     softcap = check_softcap(softcap, scale)
     left, right = check_window(causal, window)
     bottom_right = check_align(align, q.shape[-2], k.shape[-2], left is not None or right is not None, key_lengths)
-    key_lengths = lengths_argument(key_lengths, q, k, v)
+    key_lengths = lengths_argument(key_lengths, q, batch_shape(q, k, v), k.shape[-2])
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
     sink = sink_argument(sink, q, k, v)
     q, k, v, bias, *masks, scale = with_equal_batches(q, k, v, bias, masks, scale)
-    return AttentionInputs(q, k, v, bias, sink, *masks, seed, key_lengths, scale, left, right, bottom_right, dropout_p, softcap)
-
-
-def problem_of(q, k, v, *, return_lse=False, precise_grad=True, **options) -> Problem:
-    """Return the Problem of `attention` with these arguments. Launches nothing and draws no random number."""
-    check_tensors(q=q, k=k, v=v)
-    if options.get("dropout_p") and options.get("dropout_seed") is None:
-        options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
-    return prepare(q, k, v, **options).problem
+    return AttentionInputs(q, k, v, bias, sink, *masks, None, None, seed, key_lengths, scale, left, right, bottom_right,
+                           dropout_p, softcap)
 
 
 def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> AttentionInputs:
@@ -112,7 +112,7 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
     seed = seed_argument(dropout_p, None, query.device)
     q, k, v, bias, *masks, scale = with_equal_batches(query, key, value, bias, masks, scale)
     right = 0 if causal else None
-    return AttentionInputs(q, k, v, bias, None, *masks, seed, None, scale, None, right, bottom_right, dropout_p)
+    return AttentionInputs(q, k, v, bias, None, *masks, None, None, seed, None, scale, None, right, bottom_right, dropout_p)
 
 
 def prepare_dropout(shape, dropout_p, dropout_seed) -> tuple[float, Tensor]:
@@ -172,15 +172,23 @@ def batch_shape(q, k, v):
     return shapes[0] if equal else torch.broadcast_shapes(*shapes)
 
 
-def empty_statistics(q, count=()):
+def scores_shape(q, k, v) -> tuple:
+    """Return the shape of the scores, [..., H, L, S], or [L, S] without heads."""
+    heads = () if max(q.dim(), k.dim(), v.dim()) == 2 else (q.shape[-3] if q.dim() > 2 else 1,)
+    return *batch_shape(q, k, v), *heads, q.shape[-2], k.shape[-2]
+
+
+def empty_statistics(inputs: AttentionInputs, count=()):
     """Return an empty tensor [..., H, *count, padded L] for numbers of each query, in float32 (or q's dtype, if wider)."""
-    *leading, n = q.shape[:-1]
-    return q.new_empty((*leading, *count, -(-n // 16) * 16), dtype=torch.promote_types(q.dtype, torch.float32))
+    *leading, n = inputs.q.shape[:-1]
+    # packed sequences: see kernels/packed.py
+    padded = -(-n // 16) * 16 if inputs.q_starts is None else (n // 16 + inputs.q_starts.shape[0]) * 16
+    return inputs.q.new_empty((*leading, *count, padded), dtype=torch.promote_types(inputs.q.dtype, torch.float32))
 
 
 def statistics_of_lse(lse, inputs: AttentionInputs):
     """Return statistics (kernels/softmax.py) that give the same weights as lse does: m = lse, log2 l = the rest."""
-    statistics = empty_statistics(inputs.q, (2,)).zero_()
+    statistics = empty_statistics(inputs, (2,)).zero_()
     minus_m, log2_l = statistics[..., :lse.shape[-1]].unbind(-2)
     unit = largest_score_unit(inputs)
     # where the scale is tiny, lse / unit may overflow
@@ -248,8 +256,8 @@ def cast_for_autocast(*tensors):
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def pairwise_argument(name, x, q, k, v):
-    """Return a bias or mask with as many dimensions as the scores, each of their size or 1; None stays None."""
+def pairwise_argument(name, x, q, shape):
+    """Return a bias or mask with as many dimensions as the scores, of this shape, each of their size or 1; None stays None."""
     if x is None:
         return None
     if not isinstance(x, Tensor):
@@ -263,8 +271,6 @@ def pairwise_argument(name, x, q, k, v):
         raise RuntimeError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(dtypes)))}, got {x.dtype}")
     if x.device != q.device:
         raise RuntimeError(f"{name}: expected {q.device}, where the queries are, got {x.device}")
-    heads = () if max(q.dim(), k.dim(), v.dim()) == 2 else (q.shape[-3] if q.dim() > 2 else 1,)
-    shape = (*batch_shape(q, k, v), *heads, q.shape[-2], k.shape[-2])
     try:
         # not by comparing sizes, which may be symbols without a value while a program is exported
         x.expand(shape)
@@ -292,18 +298,18 @@ def with_rank(x, rank):
     return x.reshape(*(1,) * (rank - x.dim()), *x.shape)
 
 
-def mask_argument(mask, q, k, v):
+def mask_argument(mask, q, shape):
     """Return the mask as `pairwise_argument` does, and kv_blocks and q_blocks, which are None without a BlockMask."""
     if not isinstance(mask, BlockMask):
-        return pairwise_argument("mask", mask, q, k, v), None, None
-    sizes = q.shape[-2], k.shape[-2]
+        return pairwise_argument("mask", mask, q, shape), None, None
+    sizes = shape[-2:]
     if mask.mask.shape[-2:] != sizes:
         raise RuntimeError(f"mask: expected a block mask of {sizes[0]} queries and {sizes[1]} keys, got one of shape "
                            f"{tuple(mask.mask.shape)}; its last two dimensions do not broadcast")
     if not mask.is_current():
         raise RuntimeError("mask: expected the mask as it was when block_mask() read it, got one that was changed since; "
                            "call block_mask() again")
-    pairwise = pairwise_argument("mask", mask.mask, q, k, v)
+    pairwise = pairwise_argument("mask", mask.mask, q, shape)
     return pairwise, *(with_rank(x, pairwise.dim()) for x in (mask.kv_blocks, mask.q_blocks))
 
 
@@ -333,8 +339,8 @@ def sink_column(sink, rank):
     return with_rank(sink.reshape(-1, 1, 1), rank)
 
 
-def lengths_argument(lengths, q, k, v):
-    """Return one int32 for each batch, contiguous; None stays None."""
+def lengths_argument(lengths, q, batch, n_k):
+    """Return one int32 for each batch, contiguous, at most n_k; None stays None."""
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
@@ -342,14 +348,13 @@ def lengths_argument(lengths, q, k, v):
         raise TypeError(f"key_lengths: expected a tensor of int32 or int64, got {got}")
     if lengths.device != q.device:
         raise RuntimeError(f"key_lengths: expected {q.device}, where the queries are, got {lengths.device}")
-    batch = batch_shape(q, k, v)
     try:
         lengths = lengths.expand(batch)
     except RuntimeError:
         shapes = f"{tuple(batch)}, got {tuple(lengths.shape)}"
         raise RuntimeError(f"key_lengths: expected a shape that broadcasts to {shapes}") from None
     # clamp before the cast: a length beyond 32 bits still means all keys
-    return lengths.clamp(0, k.shape[-2]).to(torch.int32).contiguous()
+    return lengths.clamp(0, n_k).to(torch.int32).contiguous()
 
 
 def torch_mask_argument(attn_mask, is_causal, query, key, value):
@@ -369,7 +374,7 @@ def torch_mask_argument(attn_mask, is_causal, query, key, value):
         # some of torch's backends accept both
         raise RuntimeError("_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True\n"
                            "attn_mask: expected None where is_causal=True, got a mask")
-    pairwise = pairwise_argument("attn_mask", attn_mask, query, key, value)
+    pairwise = pairwise_argument("attn_mask", attn_mask, query, scores_shape(query, key, value))
     if pairwise.dtype == torch.bool:
         return None, (pairwise, None, None), False, False
     return pairwise, NO_MASK, False, False

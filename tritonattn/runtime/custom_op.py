@@ -66,8 +66,8 @@ def _(sizes, dropout_p, seed):
 
 
 @torch.library.register_fake("tritonattn::forward")
-def _(q, k, v, *others):
-    return _without_none(q, plan.empty_outputs(q, v, keep_residual=others[-1]))
+def _(q, *others):
+    return _without_none(q, plan.empty_outputs(AttentionInputs(q, *others[:-1]), keep_residual=others[-1]))
 
 
 @torch.library.register_fake("tritonattn::backward")
@@ -150,6 +150,7 @@ def _vmap(function, op, info, in_dims, inputs):
     """Run a function with the mapped dimension as one more batch dimension, the first. None and empty tensors stay as they are.
 
     With dropout, loop over the mapped dimension instead: the dropped weights depend on the batch index in the mapped function.
+    So with packed sequences, which take the place of batches.
     """
     names = [argument.name for argument in op._schema.arguments]
 
@@ -160,7 +161,7 @@ def _vmap(function, op, info, in_dims, inputs):
         # these are read as dense
         return x.contiguous() if name in ("key_lengths", "statistics") else x
 
-    if inputs[names.index("seed")] is None:
+    if inputs[names.index("seed")] is None and inputs[names.index("q_starts")] is None:
         out = function.apply(*map(lead, inputs, in_dims, names))
         return out, tuple(0 if x.dim() > 1 else None for x in out)
     results = [function.apply(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims)))
@@ -190,21 +191,28 @@ def attention_op(*inputs, precise_grad):
 
 
 def _register_flop_formulas():
-    """Count FLOPs as torch does for its own attention: of every (query, key) pair, masked or not."""
+    """Count FLOPs as torch does for its own attention: of every (query, key) pair, masked or not.
+
+    Packed sequences count as if all were as long as the longest, since their lengths are on the device.
+    """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    def products(q_shape, k_shape, v_shape, n_d, n_dv):
-        *batch_heads, n_q, d = q_shape
-        pairs = n_q * k_shape[-2]
-        for size in batch_heads:
+    def products(fields, n_d, n_dv):
+        shapes = AttentionInputs(*fields)
+        *batch, heads, n_q, d = shapes.q
+        n_k = shapes.k[-2]
+        if shapes.q_starts is not None:
+            batch, n_q, n_k = [shapes.q_starts[0] - 1], shapes.longest_q, shapes.longest_k
+        pairs = heads * n_q * n_k
+        for size in batch:
             pairs *= size
-        return 2 * pairs * (n_d * d + n_dv * v_shape[-1])
+        return 2 * pairs * (n_d * d + n_dv * shapes.v[-1])
 
     forward, backward = torch.ops.tritonattn.forward, torch.ops.tritonattn.backward
     if forward not in flop_registry:
-        register_flop_formula(forward)(lambda q, k, v, *_, **__: products(q, k, v, 1, 1))
+        register_flop_formula(forward)(lambda *shapes, **_: products(shapes[:-1], 1, 1))
         # after do, dlse and three outputs
-        register_flop_formula(backward)(lambda *shapes, **_: products(*shapes[5:8], 3, 2))
+        register_flop_formula(backward)(lambda *shapes, **_: products(shapes[5:-1], 3, 2))
 
 
 _register_flop_formulas()

@@ -33,7 +33,8 @@ COPIED_TYPES = PLAIN_TYPES | {type(None)}
 OPTION_TYPES = frozenset((type(None), bool, int, float, str))
 SETTINGS = 0  # index of the settings of the process in a key
 SINK = AttentionInputs._fields.index("sink")
-DROPOUT_P = AttentionInputs._fields.index("dropout_p") - N_TENSORS  # in the numbers of AttentionInputs
+# in the numbers of AttentionInputs
+DROPOUT_P, LONGEST_K = (AttentionInputs._fields.index(name) - N_TENSORS for name in ("dropout_p", "longest_k"))
 
 
 class Call(NamedTuple):
@@ -44,18 +45,18 @@ class Call(NamedTuple):
     differentiable: bool
 
 
-def call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed) -> tuple:
+def call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed, starts=(None, None)) -> tuple:
     """Return the tensor arguments of a call in the order of AttentionInputs. A BlockMask stays whole if it was changed."""
     if type(mask) is BlockMask and mask.is_current():
-        return q, k, v, bias, sink, mask.mask, mask.kv_blocks, mask.q_blocks, dropout_seed, key_lengths
-    return q, k, v, bias, sink, mask, None, None, dropout_seed, key_lengths
+        return q, k, v, bias, sink, mask.mask, mask.kv_blocks, mask.q_blocks, *starts, dropout_seed, key_lengths
+    return q, k, v, bias, sink, mask, None, None, *starts, dropout_seed, key_lengths
 
 
 def sdpa_tensors(query, key, value, attn_mask) -> tuple:
     """Return the same for the arguments of torch's function."""
     additive = isinstance(attn_mask, Tensor) and attn_mask.dtype != torch.bool
     bias, mask = (attn_mask, None) if additive else (None, attn_mask)
-    return query, key, value, bias, None, mask, None, None, None, None
+    return query, key, value, bias, None, mask, *(None,) * (N_TENSORS - 6)
 
 
 def call_key(tensors: tuple, options: tuple) -> tuple | None:
@@ -110,13 +111,17 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
     """Return o and lse of a call like an earlier one, or None."""
     if key is None or (call := plan.find(key)) is None:
         return None
-    q, k, v, bias, sink, *masks, seed, key_lengths = tensors
+    q, k, v, bias, sink, *masks, q_starts, k_starts, seed, key_lengths = tensors
     # every call has its own seed and lengths, to be checked and copied
     seed = seed_argument(call.numbers[DROPOUT_P], seed, q.device)
     if key_lengths is not None:
-        key_lengths = lengths_argument(key_lengths, q, k, v)
+        batch, n_k = q.shape[:-3], k.shape[-2]
+        if q_starts is not None:
+            batch, n_k = (q_starts.shape[0] - 1,), call.numbers[LONGEST_K]
+        key_lengths = lengths_argument(key_lengths, q, batch, n_k)
     bias, *masks = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in (bias, *masks)]
-    inputs = q, k, v, bias, None if sink is None else sink_column(sink, q.dim()), *masks, seed, key_lengths
+    sink = None if sink is None else sink_column(sink, q.dim())
+    inputs = q, k, v, bias, sink, *masks, q_starts, k_starts, seed, key_lengths
     if call.differentiable:
         return PlannedAttention.apply(call, *inputs)
     if torch.autograd._profiler_enabled():

@@ -14,6 +14,7 @@ from ..kernels import backward, forward
 from ..kernels.backward import AxisSizes, BiasGrad, Queries
 from ..kernels.dropout import Dropout, keep_kernel
 from ..kernels.forward import Keys, Outputs
+from ..kernels.packed import Packed, encoded
 from ..kernels.scores import LOG2E, ScoreMods, ScoreParams
 from ..kernels.tile import Constexprs, Leading, Strides, Tensor
 from ..kernels.window import Window, transpose_window
@@ -65,26 +66,25 @@ def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, re
     q, keys, outputs, sink, *others = kernel_arguments(problem, config, inputs.q, Keys(inputs.k, inputs.v), strided, sink,
                                                        _score_mods(problem, inputs))
     records = q, keys, outputs._replace(lse=results.lse, statistics=results.statistics), *others
-    programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
+    programs = _tiles_of_queries(problem, config, inputs)
     *others, scoring, static = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
     arguments = *others, scoring._replace(mods=scoring.mods._replace(sink=sink)), static
     return KernelLaunch(forward.forward_kernel, programs, arguments, config)
 
 
-def delta_launch(problem: Problem, config: Config, o, o_residual, do, dlse, delta) -> KernelLaunch:
-    """Return the launch that writes delta. `o_residual` and `dlse` may be None."""
-    *records, leading = kernel_arguments(problem, config, o, o_residual, do, dlse)
-    programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
+def delta_launch(problem: Problem, config: Config, inputs: AttentionInputs, outputs: tuple, delta) -> KernelLaunch:
+    """Return the launch that writes delta. `outputs` are o, o_residual, do and dlse; o_residual and dlse may be None."""
+    *records, leading = kernel_arguments(problem, config, *outputs)
+    leading = leading._replace(packed=_packed(inputs))
     arguments = (*records, delta, problem.n_q, leading, _constexprs(problem, config))
-    return KernelLaunch(backward.delta_kernel, programs, arguments, config)
+    return KernelLaunch(backward.delta_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
 
 
 def dq_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dq) -> KernelLaunch:
     """Return the launch that writes dq. `queries` holds tensors."""
     records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), dq, _score_mods(problem, inputs))
-    programs = _grid(problem, problem.heads, problem.n_q, config.block_m)
     arguments = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
-    return KernelLaunch(backward.dq_kernel, programs, arguments, config)
+    return KernelLaunch(backward.dq_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
 
 
 def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dk, dv) -> KernelLaunch:
@@ -100,7 +100,7 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
     else:
         passes = PASSES if config.two_passes else ("both",)
     static, *static_dk = (static._replace(GRADS=tl.constexpr(grads)) for grads in passes)
-    programs = _grid(problem, problem.kv_heads, problem.n_k, config.block_n)
+    programs = _grid(problem, problem.kv_heads, problem.n_k, inputs.k, config.block_n)
     *others, static = _arguments(problem, inputs, records, transpose_window(Window(*problem.window)), static)
     arguments = *others, len(passes), static_dk[0] if static_dk else None, static
     return KernelLaunch(backward.dkdv_kernel, programs, arguments, config, len(passes))
@@ -133,19 +133,28 @@ def _arguments(problem: Problem, inputs: AttentionInputs, records, window: tuple
     *records, mods, leading = records
     if inputs.key_lengths is not None:
         leading = leading._replace(key_lengths=(inputs.key_lengths, int(inputs.bottom_right)))
+    leading = leading._replace(packed=_packed(inputs))
     scoring = _score_params(inputs, Window(*window), mods)
     return *records, problem.n_q, problem.n_k, problem.shift, leading, scoring, static
 
 
+def _packed(inputs: AttentionInputs) -> tuple:
+    """Return the packed sequences as Leading holds them."""
+    if inputs.q_starts is None:
+        return ()
+    totals = encoded(inputs.q.shape[-2]), encoded(inputs.k.shape[-2])
+    return (Packed(inputs.q_starts, totals[0], inputs.k_starts, totals[1], int(inputs.bottom_right)),)
+
+
 def _over_keys(problem: Problem, config: Config) -> Constexprs:
     """Return the constants of a loop over keys. With key lengths, any tile may be the last one, and partial."""
-    ragged = problem.lengths or problem.n_k % _loop_granularity(problem, config, config.block_n) != 0
+    ragged = problem.lengths or problem.packed or problem.n_k % _loop_granularity(problem, config, config.block_n) != 0
     return _constexprs(problem, config, ragged, loop_modes(problem, config, problem.window, ragged))
 
 
 def _over_queries(problem: Problem, config: Config) -> Constexprs:
     """Return the constants of a loop over queries, whose window is the transposed one."""
-    ragged = problem.n_q % _loop_granularity(problem, config, config.block_m) != 0
+    ragged = problem.packed or problem.n_q % _loop_granularity(problem, config, config.block_m) != 0
     return _constexprs(problem, config, ragged, loop_modes(problem, config, transpose_window(Window(*problem.window)), ragged))
 
 
@@ -193,7 +202,8 @@ def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
     rank, present = len(problem.batch), list(flatten(tensors))
     merged = []
     for i in reversed(range(rank)):
-        size, strides = problem.batch[i], [x.stride(i) for x in present]
+        # packed sequences share their tensors, which have a batch of one
+        size, strides = problem.batch[i], [x.stride(i) if x.shape[i] > 1 else 0 for x in present]
         if size == 1:
             continue
         if merged and all(outer == inner * merged[-1][0] for outer, inner in zip(strides, merged[-1][1])):
@@ -267,7 +277,15 @@ def keep_launch(keep: torch.Tensor, dropout: Dropout) -> KernelLaunch:
     return KernelLaunch(keep_kernel, programs, (keep, dropout, heads, n_q, n_k, config.block_m, config.block_n), config)
 
 
-def _grid(problem: Problem, heads: int, rows: int, block: int) -> int:
+def _tiles_of_queries(problem: Problem, config: Config, inputs: AttentionInputs) -> int:
+    """Return the number of programs of a kernel with one for each tile of queries."""
+    return _grid(problem, problem.heads, problem.n_q, inputs.q, config.block_m)
+
+
+def _grid(problem: Problem, heads: int, rows: int, x, block: int) -> int:
+    """Return the number of programs with one for each tile of rows; x holds the rows of packed sequences."""
+    if problem.packed:
+        return heads * (x.shape[-2] // block + problem.batch[0] + 1)
     return math.prod(problem.batch) * heads * -(-rows // block)
 
 
@@ -275,21 +293,22 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     """Return a launch of this kernel on meta tensors, for `inspect` to compile with the arguments of a real launch."""
     q, k, v = problem.tensors("meta")
     o = q.new_empty(*q.shape[:-1], problem.dv)
-    lse, statistics, delta = o[..., 0].float(), empty_statistics(q, (2,)), empty_statistics(q)
     kept = torch.empty_like(o) if o_residual and problem.dtype.itemsize == 2 else None
-    mods = q.new_empty(*q.shape[:-1], problem.n_k, dtype=problem.bias or torch.bool)
+    mods = q.new_empty(*problem.batch, problem.heads, problem.n_q, problem.n_k, dtype=problem.bias or torch.bool)
     lengths = q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None
     tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
     sink = q.new_empty(problem.heads, 1, 1) if problem.sink else None
+    starts = [q.new_empty(problem.batch[0] + 1, dtype=torch.int32) if problem.packed else None for _ in "qk"]
     inputs = AttentionInputs(q, k, v, mods if problem.bias else None, sink, mods.to(torch.bool) if problem.masked else None,
-                             *lists if problem.mapped else (None, None), q.new_empty(1, dtype=torch.int64), lengths,
+                             *lists if problem.mapped else (None, None), *starts, q.new_empty(1, dtype=torch.int64), lengths,
                              dropout_p=0.5 * problem.dropout, softcap=30.0 if problem.softcap else None)
+    lse, statistics, delta = o[..., 0].float(), empty_statistics(inputs, (2,)), empty_statistics(inputs)
     queries = Queries(q, o, statistics, delta)
     return {
         "forward": lambda: forward_launch(problem, config, inputs,
                                           Outputs(o, lse, statistics, () if kept is None else (kept,))),
-        "delta": lambda: delta_launch(problem, config, o, kept, o, None, delta),
+        "delta": lambda: delta_launch(problem, config, inputs, (o, kept, o, None), delta),
         "dq": lambda: dq_launch(problem, config, inputs, queries, q),
         "dkdv": lambda: dkdv_launch(problem, config, inputs, queries, k, v),
         "dbias": lambda: dbias_launch(problem, config, inputs, queries, mods),

@@ -26,7 +26,7 @@ if TRITON:
 
     from . import launch
 
-BIAS, SINK = map(AttentionInputs._fields.index, ("bias", "sink"))
+BIAS, SINK, Q_STARTS = map(AttentionInputs._fields.index, ("bias", "sink", "q_starts"))
 LARGEST_CACHE = 4096  # entries: plans, and known calls of eager.py
 _entries: dict[tuple, object] = {}  # the oldest first
 _changes = threading.Lock()
@@ -216,7 +216,7 @@ class ForwardPlan(Plan):
     def __init__(self, inputs: AttentionInputs, keep_residual: bool):
         super().__init__(inputs.q.device)
         inputs = AttentionInputs(*map(_meta, inputs[:N_TENSORS]), *inputs[N_TENSORS:])
-        outputs = empty_outputs(inputs.q, inputs.v, keep_residual)
+        outputs = empty_outputs(inputs, keep_residual)
         self._outputs = Results(outputs)
         *others, o_residual = outputs
         record = launch.Outputs(*others, () if o_residual is None else (o_residual,))
@@ -226,6 +226,9 @@ class ForwardPlan(Plan):
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return o, lse, statistics and o_residual. `tensors` are those of the AttentionInputs, in their order."""
         outputs = self._outputs.allocate(tensors[0])
+        if tensors[Q_STARTS] is not None:
+            # between the statistics of packed sequences are numbers that no kernel writes
+            outputs[2].zero_()
         self._launch((*tensors, *outputs))
         return outputs
 
@@ -239,8 +242,8 @@ class BackwardPlan(Plan):
         inputs = AttentionInputs(*others, *numbers)
         gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, wanted)]
         dq, dk, dv, dbias, dsink = gradients
-        self._bias_gradient = _bias_gradient(inputs, dbias)
-        delta = empty_statistics(inputs.q)
+        self._bias_gradient, self._problem, self._packed = _bias_gradient(inputs, dbias), inputs.problem, inputs.problem.packed
+        delta = empty_statistics(inputs)
         self._outputs = Results((*gradients, delta))
         tensors += [*gradients, delta]
         queries = launch.Queries(inputs.q, do, statistics, delta)
@@ -250,7 +253,7 @@ class BackwardPlan(Plan):
 
         self._needs_rows, self._score_unit = dsink is not None or self._bias_gradient == "rows", largest_score_unit(inputs)
         if wanted[0] or wanted[1] or self._bias_gradient == "kernel" or (self._needs_rows and inputs.sink is not None):
-            add("delta", launch.delta_launch, o, o_residual, do, dlse, delta)
+            add("delta", launch.delta_launch, inputs, (o, o_residual, do, dlse), delta)
         if wanted[0]:
             add("dq", launch.dq_launch, inputs, queries, dq)
         if wanted[1] or wanted[2]:
@@ -261,6 +264,9 @@ class BackwardPlan(Plan):
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return dq, dk, dv, dbias and dsink; None where not wanted. `tensors` are as in `backward_plan`."""
         *gradients, delta = self._outputs.allocate(tensors[0])
+        if self._needs_rows and self._packed:
+            # see ForwardPlan.run
+            delta.zero_()
         self._launch((*tensors, *gradients, delta))
         if self._bias_gradient == "zero":
             gradients[BIAS].zero_()
@@ -271,14 +277,20 @@ class BackwardPlan(Plan):
     def _reduce_rows(self, tensors, gradients, delta):
         """Write the gradients that are sums over rows."""
         (_, dlse, _, statistics, _, *inputs), (*_, dbias, dsink) = tensors, gradients
-        n, ds = inputs[0].shape[-2], None
-        statistics = statistics[..., :n]
+        ds = None
+        if not self._packed:
+            n = inputs[0].shape[-2]
+            statistics, delta = statistics[..., :n], delta[..., :n]
         if inputs[SINK] is not None:
-            ds = row_gradients.sink_ds(inputs[SINK], statistics, delta[..., :n], self._score_unit)
+            ds = row_gradients.sink_ds(inputs[SINK], statistics, delta, self._score_unit)
+            ds = torch.where(delta == 0, 0, ds) if self._packed else ds
         if dsink is not None:
             dsink.copy_(ds.unsqueeze(-1).sum_to_size(dsink.shape))
         if self._bias_gradient == "rows":
-            dbias.copy_(row_gradients.dbias_of_rows(statistics, dlse, ds).unsqueeze(-1).sum_to_size(dbias.shape))
+            rows = statistics[..., 1, :], dlse, ds
+            if self._packed:
+                rows = row_gradients.by_sequence(*rows, inputs[Q_STARTS], self._problem.n_q)
+            dbias.copy_(row_gradients.dbias_of_rows(*rows).unsqueeze(-1).sum_to_size(dbias.shape))
 
 
 def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
@@ -307,7 +319,8 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
     return like.new_empty_strided((*like.shape[:-1], width), (*strides, 1))
 
 
-def empty_outputs(q: Tensor, v: Tensor, keep_residual: bool):
+def empty_outputs(inputs: AttentionInputs, keep_residual: bool):
     """Return empty o [..., H, L, DV], lse [..., H, L], statistics [..., H, 2, padded L] and o_residual, None if not kept."""
-    o, statistics = empty_rows(q, v.shape[-1]), empty_statistics(q, (2,))
-    return o, q.new_empty(q.shape[:-1], dtype=statistics.dtype), statistics, torch.empty_like(o) if keep_residual else None
+    o, statistics = empty_rows(inputs.q, inputs.v.shape[-1]), empty_statistics(inputs, (2,))
+    lse = inputs.q.new_empty(inputs.q.shape[:-1], dtype=statistics.dtype)
+    return o, lse, statistics, torch.empty_like(o) if keep_residual else None

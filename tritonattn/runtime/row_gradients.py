@@ -23,9 +23,27 @@ def sink_ds(sink: Tensor, statistics: Tensor, delta: Tensor, unit: float) -> Ten
     return -weight * delta
 
 
-def dbias_of_rows(statistics: Tensor, dlse: Tensor | None, ds: Tensor | None) -> Tensor:
+def dbias_of_rows(log2_l: Tensor, dlse: Tensor | None, ds: Tensor | None) -> Tensor:
     """Return dbias [..., H, L], before the sum over axes of size 1, from the cotangent of lse and `sink_ds`, or None."""
-    log2_l = statistics[..., 1, :]
     # NaN where a score is, and 0 in a row that attends to no key
     rows = log2_l * 0 + (0 if dlse is None else dlse) - (0 if ds is None else ds)
     return torch.where(log2_l == torch.inf, 0, rows)
+
+
+def by_sequence(log2_l: Tensor, dlse: Tensor | None, ds: Tensor | None, starts: Tensor, longest: int) -> list[Tensor | None]:
+    """Return the arguments of `dbias_of_rows` as [sequences, H, longest], from those of packed sequences [1, H, ...].
+
+    log2_l and ds lie as kernels/packed.py describes, dlse row by row. Rows past the end of a sequence attend to no key.
+    """
+    first, rows = starts[:-1].long(), torch.arange(longest, device=starts.device)
+    inside = rows < starts.diff()[:, None]
+    padded = (first // 16 + torch.arange(len(first), device=starts.device)) * 16
+
+    def gather(x, begin, outside):
+        if x is None:
+            return None
+        # starts that are wrong must not lead out of the tensor
+        index = (begin[:, None] + rows).clamp(0, x.shape[-1] - 1)
+        return torch.where(inside, x[0][:, index], outside).movedim(1, 0)
+
+    return [gather(log2_l, padded, torch.inf), gather(dlse, first, 0.0), gather(ds, padded, 0.0)]

@@ -1,0 +1,130 @@
+"""The argument checks of packed sequences. What they have in common with other calls is in arguments.py."""
+
+import torch
+from torch import Tensor
+
+from ..block_mask import BlockMask
+from ..problem import Problem
+from .arguments import (
+    AttentionInputs,
+    cast_for_autocast,
+    check_align,
+    check_dtype_and_device,
+    check_probability,
+    check_scale,
+    check_sizes,
+    check_softcap,
+    check_tensors,
+    check_window,
+    describe,
+    lengths_argument,
+    pairwise_argument,
+    prepare,
+    seed_argument,
+    sink_argument,
+    with_equal_batches,
+)
+
+MOST_ROWS = 2**30 - 2  # of all sequences: kernels/packed.py encodes the number in 32 bits
+
+
+def one_batch(x, name):
+    """Return the rows of all sequences, [total, heads, size], as [1, heads, total, size], a view."""
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        raise RuntimeError(f"{name}: expected the rows of all sequences, [total, heads, size], got {describe(x)}")
+    return x.unsqueeze(0).transpose(1, 2)
+
+
+def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
+                   key_lengths=None, softcap=None, sink=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
+    """Check the arguments of `attention_varlen` and return them as the kernels take them.
+
+    q, k and v are those of `one_batch`; starts and longest hold the cu_seqlens and max_seqlen of queries and of keys.
+    """
+    check_tensors(q=q, k=k, v=v)
+    q, k, v = cast_for_autocast(q, k, v)
+    check_dtype_and_device(q=q, k=k, v=v)
+    check_sizes(("q", "k", "v"), q, k, v)
+    totals, shared = (q.shape[-2], k.shape[-2]), starts[0] is starts[1]
+    longest_q, longest_k = (longest_argument(f"max_seqlen_{x}", n, total) for x, n, total in zip("qk", longest, totals))
+    q_starts, k_starts = (starts_argument(f"cu_seqlens_{x}", each, total, q.device) for x, each, total in
+                          zip("qk", starts, totals))
+    if q_starts.shape != k_starts.shape:
+        raise RuntimeError(f"cu_seqlens_k: expected as many numbers as in cu_seqlens_q, {len(q_starts)}, got {len(k_starts)}")
+    batch = (q_starts.shape[0] - 1,)
+    if isinstance(mask, BlockMask):
+        raise RuntimeError("mask: expected booleans with packed sequences (cu_seqlens_q), whose empty blocks are skipped anyway; "
+                           "got a block_mask")
+    shape = (*batch, q.shape[-3], longest_q, longest_k)
+    bias, mask = pairwise_argument("bias", bias, q, shape), pairwise_argument("mask", mask, q, shape)
+    scale = check_scale(scale, q.shape[-1])
+    softcap = check_softcap(softcap, scale)
+    left, right = check_window(causal, window)
+    bounded = left is not None or right is not None
+    if align is None and bounded and not shared:
+        raise ValueError("align: expected 'top_left' or 'bottom_right', since cu_seqlens_q and cu_seqlens_k are two tensors and "
+                         "sequences of different lengths can be aligned both ways, got None")
+    bottom_right = check_align(align, 0, 0, bounded, key_lengths)
+    key_lengths = lengths_argument(key_lengths, q, batch, longest_k)
+    dropout_p = check_probability(dropout_p)
+    seed = seed_argument(dropout_p, dropout_seed, q.device)
+    sink = sink_argument(sink, q, k, v)
+    q, k, v, _, scale = with_equal_batches(q, k, v, None, (), scale)
+    return AttentionInputs(q, k, v, bias, sink, mask, None, None, q_starts, k_starts, seed, key_lengths, scale, left, right,
+                           bottom_right, dropout_p, softcap, longest_q, longest_k)
+
+
+def longest_argument(name, n, total) -> int:
+    """Return the most rows of one sequence; `total`, which is never too few, for None."""
+    if total > MOST_ROWS:
+        raise RuntimeError(f"{name}: expected at most {MOST_ROWS} rows in all sequences, got {total}")
+    if n is None:
+        return total
+    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
+        raise TypeError(f"{name}: expected an integer or None, got {describe(n)}")
+    if n < 0:
+        raise ValueError(f"{name}: expected at least 0, got {n}")
+    return n
+
+
+def starts_argument(name, starts, total, device) -> Tensor:
+    """Return the first rows of the sequences and the end of the last as contiguous int32."""
+    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
+        got = starts.dtype if isinstance(starts, Tensor) else describe(starts)
+        raise TypeError(f"{name}: expected a tensor of int32 or int64, got {got}")
+    if starts.dim() != 1 or starts.shape[0] < 2:
+        raise RuntimeError(f"{name}: expected the first row of each sequence and the end of the last one, [sequences + 1], got "
+                           f"shape {tuple(starts.shape)}")
+    if starts.device != device:
+        raise RuntimeError(f"{name}: expected {device}, where the queries are, got {starts.device}")
+    # clamp before the cast: a number beyond 32 bits must not become a small one
+    starts = starts if starts.dtype == torch.int32 else starts.clamp(0, total).to(torch.int32)
+    return starts.contiguous()
+
+
+def check_starts(name, starts, total, longest):
+    """Raise RuntimeError unless the sequences follow one another in the tensor, if that can be seen without waiting for a GPU."""
+    if type(starts) is not Tensor or starts.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = starts.tolist() if starts.dim() == 1 and not starts.is_floating_point() else []
+    if len(values) > 1 and (values[0] != 0 or values != sorted(values) or values[-1] > total):
+        raise RuntimeError(f"{name}: expected numbers that begin with 0, do not fall, and end with at most {total}, the number of "
+                           f"rows, got {describe(values)}")
+    lengths = [b - a for a, b in zip(values, values[1:])]
+    if type(longest) is int and longest >= 0 and lengths and max(lengths) > longest:
+        raise RuntimeError(f"max_seqlen_{name[-1]}: expected at least {max(lengths)}, the longest of {name}, got {longest}")
+
+
+def problem_of(q, k, v, *, return_lse=False, precise_grad=True, **options) -> Problem:
+    """Return the Problem of `attention` with these arguments, or with cu_seqlens_q of `attention_varlen`.
+
+    Launches nothing and draws no random number.
+    """
+    check_tensors(q=q, k=k, v=v)
+    if options.get("dropout_p") and options.get("dropout_seed") is None:
+        options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
+    if "cu_seqlens_q" not in options:
+        return prepare(q, k, v, **options).problem
+    starts, longest = ([options.pop(f"{name}_{x}", None) for x in "qk"] for name in ("cu_seqlens", "max_seqlen"))
+    rows = (one_batch(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    return prepare_packed(*rows, starts, longest, **options).problem
