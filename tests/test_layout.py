@@ -21,7 +21,7 @@ ORDER = {
     "configs": ["kernel_hash", "shipped", "key", "user_cache", "lookup"],
     "runtime": ["arguments", "packed_arguments", "interpreter", "launch", "row_gradients", "plan", "custom_op", "eager"],
     "analysis": ["sass", "races", "compile_report", "cost_model", "explain"],
-    "integrations": ["dispatch_log", "torch_private", "support", "aten_overrides", "sdpa_patch", "transformers"],
+    "integrations": ["dispatch_log", "torch_private", "support", "jagged", "aten_overrides", "sdpa_patch", "transformers"],
     "autotune": ["worker_pool", "prune", "trials", "record_problems", "search", "bench", "tune", "first_call", "sweep",
                  "replay", "sweep_report"],
     "cli": ["format", "reports", "doctor", "selftest", "demo", "tuning", "inspection", "main"],

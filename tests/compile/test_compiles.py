@@ -291,6 +291,32 @@ def test_a_softcap_hardly_spills(arch):
         assert row["spills"] <= (most if OWN else LIGHT_SPILLS), row
 
 
+ROWS_OF_ALL = """
+import json, torch
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
+from tritonattn.analysis import compile_report
+on, found = gpu.KNOWN[{arch!r}], []
+for kernel in ("forward", "dq", "dkdv"):
+    for d in (64, 128):
+        problem = Problem((8,), 32, 8, 4088, 4088, d, d, torch.bfloat16, (None, 0), packed=True)
+        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, on), on)
+        found.append(dict(cell=[kernel, d, str(report.config)], fits=report.fits, spills=report.loop_spills,
+                          work=report.duplicated, race=report.race))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
+def test_packed_sequences_hardly_spill(arch):
+    """They are served by the rows with edges. No row was checked with packed sequences and grouped heads."""
+    for row in compiled(ROWS_OF_ALL.format(arch=arch)):
+        assert row["fits"] and row["work"] == 1 and row["race"] is None, row
+        grouped = row["cell"][:2] == ["dkdv", 128] and arch in ("sm_80", "sm_90")
+        assert row["spills"] <= (9 if grouped else 0 if OWN else LIGHT_SPILLS), row
+
+
 SUNK = """
 import json, torch
 from dataclasses import replace

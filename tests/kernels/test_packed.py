@@ -18,6 +18,7 @@ from tests.helpers.cases import COVERING, LARGE_TILES, SINGLE, TILES, result_nam
 from tests.helpers.tiers import slow
 from tests.helpers.tolerance import agree
 from tritonattn import Config, Problem, attention, attention_varlen, block_mask, config, dropout_mask, explain, gpu, reference, warm
+from tritonattn.configs import lookup
 from tritonattn.configs.key import key_of
 from tritonattn.kernels import packed
 from tritonattn.runtime import custom_op, launch, packed_arguments, plan
@@ -323,14 +324,14 @@ def test_explain_and_warm_take_packed_sequences(device):
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
-def test_packed_sequences_share_the_configs_of_a_padded_batch(kernel):
-    problem = Problem((4,), 8, 2, 1000, 1000, 64, 64, torch.bfloat16, (None, 0), packed=True)
+def test_packed_sequences_share_the_tuned_configs_of_a_padded_batch(kernel):
+    problem = Problem((4,), 8, 2, 1024, 1024, 64, 64, torch.bfloat16, packed=True)
     padded = problem.padded()
     assert padded == dataclasses.replace(problem, packed=False, lengths=True) and padded.padded() is padded
     on = gpu.KNOWN["sm_90"]
     assert key_of(kernel, problem, on) == key_of(kernel, padded, on)
-    from tritonattn.configs import lookup
-    assert list(lookup.row_keys(kernel, problem)) == list(lookup.row_keys(kernel, padded))
+    # any tile may be the last one, and partial
+    assert lookup.mask_class(kernel, problem) == "edges"
 
 
 ROWS, STARTS = torch.zeros(20, 2, 16), starts_of((12, 8))

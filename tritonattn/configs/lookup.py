@@ -138,14 +138,13 @@ def mask_class(kernel: str, problem: Problem) -> str:
     """Return the class of a problem's mask, one of shipped.MASKS."""
     # a block mask leaves most tiles unmasked; at small head sizes the registers of "edges" configs suffice for the others
     light_mask = problem.mapped and max(problem.d, problem.dv) <= 64 and not problem.lengths
-    uneven = problem.lengths or problem.packed
     pairwise = kernel == "dbias" or problem.bias is not None or problem.dropout or (problem.masked and not light_mask)
-    if pairwise or (kernel == "dkdv" and uneven):
+    if pairwise or (kernel == "dkdv" and problem.lengths):
         return "pairs"
     if problem.window[0] is not None:
         return "window"
     loop_length = problem.n_q if kernel == "dkdv" else problem.n_k
-    edges = problem.window != (None, None) or uneven or problem.mapped or loop_length % TILE
+    edges = problem.window != (None, None) or problem.lengths or problem.packed or problem.mapped or loop_length % TILE
     return "edges" if edges else "full"
 
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode, get_overridable_functions
 from ..attention import scaled_dot_product_attention as tritonattn_sdpa
 from ..runtime import eager
 from ..runtime.arguments import as_torch_lays_out
-from . import aten_overrides, torch_private
+from . import aten_overrides, jagged, torch_private
 from .dispatch_log import LOCK, raise_if_strict, record_call
 from .support import fused_kernels_allowed, unsupported_reason
 from .torch_private import TORCH_SDPA
@@ -116,9 +116,12 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
             return as_torch_lays_out(outputs[0], query, key, value)
     if not torch_private.only_device_modes():
         return _under_modes(arguments, options)
-    reason = unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa)
+    reason, ours = unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa), tritonattn_sdpa
+    if reason == jagged.NOT_SUPPORTED:
+        reason = jagged.unsupported_reason(*arguments, scale, enable_gqa)
+        ours = jagged.attention
     raise_if_strict(reason, call)
-    out = (tritonattn_sdpa if reason is None else torch_attention)(*arguments, **options)
+    out = (ours if reason is None else torch_attention)(*arguments, **options)
     # a call that raises counts neither way; with a CausalBias, torch's own attention calls this function again, which counts
     if reason is None or torch_attention is TORCH_SDPA:
         record_call(reason, None if torch.compiler.is_compiling() or reason == "torch.jit.trace" else call)
