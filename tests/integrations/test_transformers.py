@@ -191,9 +191,45 @@ def test_t5_passes_a_position_bias(calls):
     assert len(calls) == 3 and all(call["bias"] is not None for call in calls)
 
 
-def test_packed_sequences_do_not_attend_to_each_other():
+@pytest.fixture
+def packed_calls(monkeypatch):
+    """The starts and options of every call of attention_varlen."""
+    made, original = [], integration.attention_varlen
+
+    def seen(q, k, v, starts, *others, **options):
+        made.append({"starts": starts.tolist()} | options)
+        return original(q, k, v, starts, *others, **options)
+
+    monkeypatch.setattr(integration, "attention_varlen", seen)
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_packed_sequences_do_not_attend_to_each_other(name, packed_calls, calls):
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=DEVICE)
-    assert_same(decoder("mistral"), lambda out: out.logits, tokens()[0][:1], position_ids=places, use_cache=False)
+    assert_same(decoder(name), lambda out: out.logits, tokens()[0][:1], position_ids=places, use_cache=False)
+    if not packed_calls:
+        # an older transformers composes the mask of other functions
+        assert calls and all(call["mask"].dim() == 4 for call in calls)
+        pytest.skip(f"transformers {transformers.__version__} gives packed sequences as a mask")
+    assert not calls and all(call["starts"] == [0, 4, 9] for call in packed_calls)
+    assert {call["window"] for call in packed_calls} == {(None if name == "llama" else 3, 0)}
+
+
+def test_packed_sequences_in_other_batches_are_a_mask(packed_calls, calls):
+    """Two rows; queries after cached keys; a mask of the user's beside position_ids; compiled code."""
+    model, (ids, seen) = decoder("llama"), tokens([-6, 9])
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=DEVICE)
+    assert_same(model, lambda out: out.logits, ids, position_ids=places.expand(2, -1), use_cache=False)
+    assert not packed_calls and calls
+    compiled, lengths = torch.compile(model, backend="eager"), torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    model.set_attn_implementation("tritonattn")
+    with torch.no_grad():
+        expected = model(ids[:1], position_ids=places, use_cache=False).logits
+        torch.testing.assert_close(compiled(ids[:1], position_ids=places, use_cache=False).logits, expected)
+        # the collator gives both; the mask function has seen the same sequences
+        both = model(ids[:1], position_ids=places, use_cache=False, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=5)
+        torch.testing.assert_close(both.logits, expected)
 
 
 def test_a_4d_mask_of_the_user():
@@ -332,7 +368,7 @@ def test_arguments_that_change_the_result_are_not_ignored(asked, name):
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("kind", ["int32", "int64", "without maxima"])
-def test_sequences_packed_by_their_lengths(name, kind, monkeypatch):
+def test_sequences_packed_by_their_lengths(name, kind, packed_calls):
     """As transformers' padding-free collator gives them, but without position_ids, which would add a mask.
 
     Rotary positions count from the first token, and only their differences within a sequence matter.
@@ -341,16 +377,13 @@ def test_sequences_packed_by_their_lengths(name, kind, monkeypatch):
     packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
     if kind == "without maxima":
         packed |= {"max_length_q": torch.tensor(5), "max_length_k": None}
-    seen, original = [], integration.attention_varlen
-    monkeypatch.setattr(integration, "attention_varlen", lambda *given, **options: seen.append(options) or
-                        original(*given, **options))
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=DEVICE)
     ids = tokens()[0][:1]
     expected = results(model, "eager", lambda out: out.logits, ids, position_ids=places, use_cache=False)
     found = results(model, "tritonattn", lambda out: out.logits, ids, use_cache=False, **packed)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    assert seen and all(call["window"][1] == 0 and (call["window"][0] is None) == (name == "llama") for call in seen)
+    assert {call["window"] for call in packed_calls} == {(None if name == "llama" else 3, 0)}
 
 
 def test_what_packed_sequences_by_their_lengths_do_not_take():

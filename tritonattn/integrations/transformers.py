@@ -9,6 +9,7 @@ the mask holds the padding alone. Models that do not follow that contract, and m
 """
 
 import functools
+import inspect
 import sys
 
 import torch
@@ -39,8 +40,8 @@ def register(name="tritonattn", *, harmless=()):
 
     Causal attention and sliding windows take no mask in memory, in training, prefill and decoding with any cache. Padding on
     the right becomes key lengths, other padding one boolean per key. Grouped heads are not repeated. Sequences that are packed
-    by cu_seq_lens_q and cu_seq_lens_k, in a batch of one and without a mask, take none either. Sequences packed by position_ids
-    and masks with a pattern of the model's own are tensors, as for torch's SDPA.
+    in a batch of one, by position_ids or by cu_seq_lens_q and cu_seq_lens_k, take no mask either (in compiled code, those with
+    position_ids do). Masks with a pattern of the model's own are tensors, as for torch's SDPA.
 
     Args:
         name: any name that transformers gives no meaning to; "flash" and "/" have one.
@@ -125,7 +126,8 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     """transformers' mask function: the padding alone if the model follows FlashAttention's contract, else the mask for SDPA.
 
     Returns None (no padding; the last query is at the last key), lengths [B] (further keys are padding, or unused slots of
-    a static cache), keep [B, S'] of booleans (S' <= S: keys from S' on are unused slots), or a boolean mask [B, 1, L, S].
+    a static cache), keep [B, S'] of booleans (S' <= S: keys from S' on are unused slots), starts [1, sequences + 1] of packed
+    sequences, or a boolean mask [B, 1, L, S].
     """
     if attention_mask is not None and attention_mask.dim() == 1:
         return attention_mask  # generate() has called this function already
@@ -137,6 +139,10 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
         bidirectional = options.get("allow_is_bidirectional_skip", False)
         plain = bidirectional or options.get("allow_is_causal_skip", True)
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
+    if attention_mask is None and config is not None and _takes_padding_only(type(config)):
+        starts = _packed_starts(sizes, mask_function)
+        if starts is not None:
+            return starts
     if plain and config is not None and _takes_padding_only(type(config)):
         padding = _padding(sizes, attention_mask, not bidirectional, options.get("device", "cpu"))
         if padding is not NotImplemented:
@@ -180,6 +186,33 @@ def _padding(sizes, attention_mask, causal, device):
     return None if end == n_k and n_q in (1, n_k) else torch.full((batch_size,), end, device=device)
 
 
+def _packed_starts(sizes, mask_function):
+    """Return [1, sequences + 1] int32 if this mask separates sequences packed by position_ids, each causal or with a window.
+
+    transformers composes such a mask of functions, which are recognized by their names; of others the mask is made.
+    """
+    batch_size, n_q, n_k, *offsets = sizes
+    if batch_size != 1 or n_q != n_k or any(isinstance(x, torch.Tensor) or x for x in offsets) or _host_cannot_read():
+        return None
+    remapped, separated = _parts(mask_function, "and_masks", "mask_functions") or (None, None)
+    inner, sequence = (_parts(remapped, "remap_positions_for_packed_sequence", "mask_function"),
+                       _parts(separated, "packed_sequence_mask_function", "packed_sequence_mask"))
+    window, causal = _parts(inner, "and_masks", "mask_functions") or (None, inner)
+    if causal is not masking_utils.causal_mask_function or sequence is None:
+        return None
+    if window is not None and _parts(window, "sliding_window_overlay", "sliding_window") is None:
+        return None
+    changes = torch.nonzero(sequence[0].diff()).flatten() + 1
+    return torch.cat((changes.new_zeros(1), changes, changes.new_full((1,), n_q))).to(torch.int32)[None]
+
+
+def _parts(function, maker, variable):
+    """Return a variable of the function of transformers that made this mask function, or None if another one did."""
+    if getattr(function, "__qualname__", "").split(".")[0] != maker or function.__module__ != masking_utils.__name__:
+        return None
+    return inspect.getclosurevars(function).nonlocals.get(variable)
+
+
 def _host_cannot_read():
     """Return whether the values of tensors are unknown now: in a trace, and in the capture of a CUDA graph."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -194,7 +227,8 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
                                   'here; use attn_implementation="eager"')
     variant = {"scale": scaling, "dropout_p": dropout, "softcap": options.get("softcap"), "sink": options.get("s_aux")}
     if _is_packed(attention_mask, options):
-        return _packed_attention(module, query, key, value, options, variant), None
+        starts = (options["cu_seq_lens_q"], options["cu_seq_lens_k"]) if attention_mask is None else (attention_mask[0],) * 2
+        return _packed_attention(module, query, key, value, starts, options, variant), None
     mask, bias, n_q, n_k = attention_mask, options.get("position_bias"), query.shape[-2], key.shape[-2]
     rank, dtype = (mask.dim(), mask.dtype) if isinstance(mask, torch.Tensor) else (0, None)
     if rank == 4 and dtype == torch.bool:
@@ -220,7 +254,7 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
     return attention(query, key, value, bias=bias, **variant, **structure).transpose(1, 2).contiguous(), None
 
 
-def _packed_attention(module, query, key, value, options, variant):
+def _packed_attention(module, query, key, value, starts, options, variant):
     """Return o [1, L, H, D] of sequences that lie one after the other in q [1, H, L, D], k and v [1, Hk, S, D]."""
     if len(query) != 1 or options.get("position_bias") is not None:
         raise NotImplementedError("cu_seq_lens_q: expected a batch of one without a position bias, got a batch of "
@@ -228,8 +262,8 @@ def _packed_attention(module, query, key, value, options, variant):
     # the last query of a sequence is at its last key, as in FlashAttention
     structure = _structure(module, query.shape[-2], key.shape[-2], options) | {"align": "bottom_right"}
     longest = (n if isinstance(n, int) else None for n in (options.get("max_length_q"), options.get("max_length_k")))
-    return attention_varlen(*(x[0].transpose(0, 1) for x in (query, key, value)), options["cu_seq_lens_q"],
-                            options["cu_seq_lens_k"], *longest, **structure, **variant)[None]
+    return attention_varlen(*(x[0].transpose(0, 1) for x in (query, key, value)), *starts, *longest, **structure,
+                            **variant)[None]
 
 
 def _structure(module, n_q, n_k, options):
@@ -257,7 +291,7 @@ def _check_options(attention_mask, options):
             raise NotImplementedError(f"{name}: unknown argument of an attention function; if it does not change the result, "
                                       f"call register(harmless=[{name!r}])")
         # a mask [B, 1, L, S] separates the sequences, as transformers makes it from position_ids
-        separated = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4
+        separated = isinstance(attention_mask, torch.Tensor) and (attention_mask.dim() == 4 or _has_starts(attention_mask))
         by_lengths = name != "seq_idx" and (len(value) <= 2 or _is_packed(attention_mask, options))
         if not separated and not by_lengths:
             raise NotImplementedError(f"{name}: packed sequences are not supported through this argument here; pass "
@@ -266,5 +300,10 @@ def _check_options(attention_mask, options):
 
 
 def _is_packed(attention_mask, options):
-    """Return whether a call has packed sequences and no mask."""
-    return attention_mask is None and all(options.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    """Return whether a call has packed sequences and no other mask."""
+    return _has_starts(attention_mask) if attention_mask is not None else all(options.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+
+
+def _has_starts(attention_mask):
+    """Return whether this is the result of `_packed_starts`."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.dtype == torch.int32
