@@ -16,7 +16,7 @@ from tests.helpers.cases import COVERING, LARGE_TILES, PAIRWISE, SINGLE, TILES, 
 from tests.helpers.tiers import slow_rows
 from tests.helpers.tolerance import agree
 from tritonattn import Problem, attention, config, gpu, reference, scaled_dot_product_attention
-from tritonattn.runtime import packed_arguments
+from tritonattn.runtime import arguments, packed_arguments
 
 
 @pytest.mark.interpreted

@@ -18,8 +18,8 @@ _LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_pr
 
 __all__ = [
     "BlockMask", "Config", "Problem", "__version__", "attention", "attention_varlen", "block_mask", "config", "disable",
-    "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems", "reference", "scaled_dot_product_attention",
-    "swapped", "tune", "warm",
+    "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems", "reference",
+    "scaled_dot_product_attention", "swapped", "tune", "warm",
 ]
 
 

@@ -82,14 +82,14 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     Args:
         q: queries of all sequences, [total queries, H, D].
         k, v: keys and values of all sequences, [total keys, Hk, D] and [total keys, Hk, DV].
-        cu_seqlens_q: the first query of each sequence and the end of the last one, [sequences + 1], int32 (or int64, which is
-            copied). Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] - 1; it may be empty. Queries after
-            the last sequence attend to no key.
+        cu_seqlens_q: the first query of each sequence and the end of the last one, [sequences + 1], int32 (or int64, which
+            every call copies). Sequence i has the queries cu_seqlens_q[i] to cu_seqlens_q[i + 1] - 1; it may be empty. Queries
+            after the last sequence attend to no key.
         cu_seqlens_k: the same of the keys.
-        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. They choose the block sizes and are the size of
-            bias and mask; if None, the number of all queries and keys.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence. They choose the block sizes and are the size
+            of bias and mask; None, the number of all queries or keys, may choose slower ones.
         window, causal, align: positions are counted within each sequence. A causal mask or a window needs `align`, unless the
-            two cu_seqlens are the same tensor.
+            two cu_seqlens are the same tensor. flash_attn_varlen_func's causal is align="bottom_right".
         bias, mask: broadcast to [sequences, H, max_seqlen_q, max_seqlen_k], indexed by the positions in a sequence. No
             `block_mask`.
         key_lengths: [sequences], if not all keys of a sequence take part: the others, at its end, are padding.
@@ -103,20 +103,19 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
         sizes.
 
     Raises:
-        The errors of `attention`. On the CPU also RuntimeError where cu_seqlens fall, exceed the tensors or a sequence is longer
-        than max_seqlen. On a GPU, that would need a copy to the host: the results are then undefined, but nothing outside of
-        the tensors is read or written.
+        The errors of `attention`. On the CPU also RuntimeError where cu_seqlens fall or exceed the tensors, or a sequence is
+        longer than max_seqlen. On a GPU, that would need a copy to the host: the results are then undefined, but nothing
+        outside of the tensors is read or written.
 
     Source: cu_seqlens as in FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
     """
     q, k, v = (packed_arguments.one_batch(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
-    for x, starts, rows, longest in (("q", cu_seqlens_q, q, max_seqlen_q), ("k", cu_seqlens_k, k, max_seqlen_k)):
-        packed_arguments.check_starts(f"cu_seqlens_{x}", starts, rows.shape[-2], longest)
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
+    packed_arguments.check_starts(starts, (q.shape[-2], k.shape[-2]), longest)
     tensors = eager.call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed, starts)
     sides = window if type(window) is tuple else (window,)
-    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, dropout_p, precise_grad, starts[0] is starts[1],
-                                   *longest, *sides))
+    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, dropout_p, precise_grad,
+                                   packed_arguments.are_same(*starts), *longest, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = packed_arguments.prepare_packed(
@@ -154,11 +153,12 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 def warm(q, k, v, *, backward=True, **options) -> None:
     """Compile and load the kernels of `attention(q, k, v, **options)` now, so that the first call does not wait for them.
 
-    With cu_seqlens_q and the other arguments of `attention_varlen`, those of that function. Runs the call once, and with `backward` its backward pass where a tensor requires a gradient. No gradient is accumulated
-    and no random number drawn. Shapes, strides, dtypes, alignment, options, grad mode, and which tensors require a gradient
-    must be those of the later calls; the data does not matter. With return_lse=True the backward pass differentiates both
-    results. A kernel is compiled for whether each length is 1, a multiple of 16, or a multiple of the block size: warm one
-    length of each kind that will occur.
+    Runs the call once, and with `backward` its backward pass where a tensor requires a gradient. With cu_seqlens_q and the
+    other arguments of `attention_varlen`, it calls that function. No gradient is accumulated and no random number drawn.
+    Shapes, strides, dtypes, alignment, options, grad mode, and which tensors require a gradient must be those of the later
+    calls; the data does not matter, nor do the numbers of packed rows and sequences. With return_lse=True the backward pass
+    differentiates both results. A kernel is compiled for whether each length is 1, a multiple of 16, or a multiple of the
+    block size: warm one length of each kind that will occur.
 
     Raises the errors of `attention`.
     """
@@ -170,7 +170,7 @@ def warm(q, k, v, *, backward=True, **options) -> None:
             leaves.append(options[name])
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
-    outputs = (attention_varlen if "cu_seqlens_q" in options else attention)(*leaves[:3], **options)
+    outputs = (attention_varlen if packed_arguments.is_packed(options) else attention)(*leaves[:3], **options)
     outputs = outputs if options.get("return_lse") else (outputs,)
     inputs = [x for x in leaves if x.requires_grad]
     if backward and outputs[0].requires_grad:

@@ -32,7 +32,8 @@ class Problem:
     mapped: bool = False             # the mask is a BlockMask
     softcap: bool = False            # scores are bounded by a softcap
     sink: bool = False               # each head has a sink
-    packed: bool = False             # the batch is one of packed sequences; n_q and n_k are the most rows of one
+    # queries and keys of all sequences, if these are packed; then n_q and n_k are the most rows of one, or an upper bound
+    packed: tuple[int, int] | None = None
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
@@ -52,7 +53,7 @@ class Problem:
         return Problem(tuple(batch), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
                        (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
                        dropout_p > 0, key_lengths is not None, kv_blocks is not None, softcap is not None, sink is not None,
-                       packed is not None)
+                       packed and (q.shape[-2], k.shape[-2]))
 
     @staticmethod
     def parse(shape: str, dtype: torch.dtype, causal: bool = False) -> "Problem":
@@ -93,38 +94,48 @@ class Problem:
         return pairs if left is None else pairs - keys_up_to(-left - 1)
 
     def flops(self, direction: str = "forward") -> int:
-        """Return the floating-point operations of the pairs in the window: two products forward, five backward."""
+        """Return the floating-point operations of the pairs in the window: two products forward, five backward.
+
+        Of packed sequences it is an upper bound.
+        """
+        if self.packed is not None:
+            return self.padded().flops(direction)
         per_pair = {"forward": self.d + self.dv, "backward": 3 * self.d + 2 * self.dv}[direction]
         return 2 * math.prod(self.batch) * self.heads * self.pairs() * per_pair
 
     def tensors(self, device="cpu", seed: int = 0):
-        """Return random normal q, k, v of this problem; on device "meta", tensors without data.
-
-        Packed sequences all have the most rows.
-        """
+        """Return random normal q, k, v of this problem; on device "meta", tensors without data."""
         rng = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
         def draw(heads, n, width):
-            batch, n = ((1,), self.batch[0] * n) if self.packed else (self.batch, n)
-            return torch.randn(*batch, heads, n, width, dtype=self.dtype, device=device, generator=rng)
+            return torch.randn(*self._batch(), heads, n, width, dtype=self.dtype, device=device, generator=rng)
 
         return tuple(draw(*size) for size in self._sizes())
 
     def bytes(self, direction: str = "forward") -> int:
         """Return the least memory traffic: inputs read once, results written once. Without biases and masks, whose shapes
         are not part of a Problem."""
-        q, k, v = (math.prod(self.batch) * heads * n * width for heads, n, width in self._sizes())
-        o, rows = q // max(self.d, 1) * self.dv, math.prod(self.batch) * self.heads * self.n_q
+        batch, sizes = math.prod(self._batch()), self._sizes()
+        q, k, v = (batch * heads * n * width for heads, n, width in sizes)
+        o, rows = q // max(self.d, 1) * self.dv, batch * self.heads * sizes[0][1]
         numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + 2 * o}[direction]
         return numbers * self.dtype.itemsize + rows * 4  # lse, in float32
 
     def padded(self) -> "Problem":
-        """Return the problem of packed sequences as a padded batch with key lengths, and any other problem as it is."""
-        return replace(self, packed=False, lengths=True) if self.packed else self
+        """Return a padded batch with key lengths and about as many rows as packed sequences; any other problem as it is."""
+        if self.packed is None:
+            return self
+        batch = max(1, *(-(-total // max(1, n)) for total, n in zip(self.packed, (self.n_q, self.n_k))))
+        return replace(self, packed=None, lengths=True, batch=(batch,))
+
+    def _batch(self):
+        """Return the batch dimensions of q, k and v."""
+        return self.batch if self.packed is None else (1,)
 
     def _sizes(self):
         """Return heads, length and width of q, k and v."""
-        return (self.heads, self.n_q, self.d), (self.kv_heads, self.n_k, self.d), (self.kv_heads, self.n_k, self.dv)
+        n_q, n_k = self.packed or (self.n_q, self.n_k)
+        return (self.heads, n_q, self.d), (self.kv_heads, n_k, self.d), (self.kv_heads, n_k, self.dv)
 
     def as_json(self) -> dict:
         """Return the fields in JSON's types. `from_json` is the inverse."""
@@ -133,7 +144,7 @@ class Problem:
     @staticmethod
     def from_json(fields: dict) -> "Problem":
         """Return the problem with this `as_json`."""
-        lists = {name: tuple(fields[name]) for name in ("batch", "window")}
+        lists = {name: tuple(fields[name]) for name in ("batch", "window", "packed") if fields.get(name) is not None}
         # records from before biases existed have no such key
         dtypes = {name: fields.get(name) and getattr(torch, fields[name]) for name in ("dtype", "bias")}
         return Problem(**fields | lists | dtypes)
@@ -145,8 +156,9 @@ class Problem:
         sizes = (*self.batch, pair(self.heads, self.kv_heads), pair(self.n_q, self.n_k), pair(self.d, self.dv))
         window = "" if self.mask != "window" else f"{self.window[0]},{self.window[1]}"
         shift = f" shift {self.shift}" if self.shift and self.mask != "full" else ""
-        names = ("masked", "mapped", "dropout", "lengths", "softcap", "sink", "packed")
+        names = ("masked", "mapped", "dropout", "lengths", "softcap", "sink")
         extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name in names if getattr(self, name)]
+        extras += [] if self.packed is None else [f"packed {pair(*self.packed)}"]
         return " ".join([f"{'x'.join(map(str, sizes))} {_name(self.dtype)} {self.mask}{window}{shift}", *extras])
 
 

@@ -46,13 +46,14 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     return o, lse.masked_fill(masked_rows.squeeze(-1), -torch.inf)
 
 
-def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, bias=None, mask=None, key_lengths=None, keep=None,
-                     return_lse=False, **options):
+def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, bias=None, mask=None,
+                     key_lengths=None, keep=None, return_lse=False, **options):
     """Compute attention as `tritonattn.attention_varlen` defines it, one sequence after the other.
 
     Shapes: q [total queries, H, D], k [total keys, Hk, D], v [total keys, Hk, DV] -> [total queries, H, DV] and the log-sum-exp
     [H, total queries]; bias, mask and keep broadcast to [sequences, H, L, S], L and S at least the longest sequence;
-    key_lengths is [sequences]. Other options are those of `attention`. Copies cu_seqlens to the host.
+    key_lengths is [sequences]. Other options are those of `attention`; max_seqlen_q and max_seqlen_k are not needed. Copies
+    cu_seqlens to the host.
     """
     outputs = []
     starts = [[*x.tolist(), len(rows)] for x, rows in ((cu_seqlens_q, q), (cu_seqlens_k, k))]
@@ -67,7 +68,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *, bias=None, mask=Non
                 return None
             x = x.reshape(*(1,) * (4 - x.dim()), *x.shape)
             x = x[min(i, len(x) - 1)]
-            return x[:, :n_q if x.shape[-2] > 1 else 1, :n_k if x.shape[-1] > 1 else 1]
+            return x[:, :n_q if x.shape[-2] > 1 and n_k else 1, :n_k if x.shape[-1] > 1 else 1]
 
         rows = (q[q_start:q_stop], k[k_start:k_stop], v[k_start:k_stop])
         lengths = None if key_lengths is None else key_lengths.expand(len(sequences) - 1)[min(i, len(sequences) - 2)]

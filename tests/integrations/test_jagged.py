@@ -47,8 +47,9 @@ def alone(tensors, **options):
     return [*(x.transpose(0, 1) for x in outs), *rows]
 
 
-@pytest.mark.parametrize("options, kv_heads", [({}, 2), ({"scale": -0.3}, 2), ({"is_causal": True}, 2), ({"enable_gqa": True}, 1)],
-                         ids=["plain", "scale", "causal", "grouped"])
+@pytest.mark.parametrize("options, kv_heads", [
+    ({}, 2), ({"scale": -0.3}, 2), ({"is_causal": True}, 2), ({"enable_gqa": True}, 1),
+], ids=["plain", "scale", "causal", "grouped"])
 def test_each_sequence_by_itself(options, kv_heads, device):
     q = base(device)
     tensors = q, like(q, kv_heads, 8, 1), like(q, kv_heads, 4, 2)
@@ -66,7 +67,8 @@ def test_queries_and_keys_of_other_lengths(device):
         ours = outcome(F.scaled_dot_product_attention, tensors)
         assert tritonattn.fallback_report().handled == 1
         # aligned in which way?
-        assert jagged.unsupported_reason(*(x.transpose(1, 2) for x in tensors), None, 0.0, True, None, False) == "type NestedTensor"
+        reason = jagged.unsupported_reason(*(x.transpose(1, 2) for x in tensors), None, 0.0, True, None, False)
+        assert reason == "type NestedTensor"
     torch.testing.assert_close(ours, alone(tensors), atol=1e-5, rtol=1e-4)
 
 

@@ -216,9 +216,8 @@ def test_packed_sequences_do_not_attend_to_each_other(name, packed_calls, calls)
     assert {call["window"] for call in packed_calls} == {(None if name == "llama" else 3, 0)}
 
 
-def test_packed_sequences_in_other_batches_are_a_mask(packed_calls, calls):
-    """Two rows; queries after cached keys; a mask of the user's beside position_ids; compiled code."""
-    model, (ids, seen) = decoder("llama"), tokens([-6, 9])
+def test_packed_sequences_in_larger_batches_and_compiled_code_are_a_mask(packed_calls, calls):
+    model, (ids, _) = decoder("llama"), tokens([-6, 9])
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=DEVICE)
     assert_same(model, lambda out: out.logits, ids, position_ids=places.expand(2, -1), use_cache=False)
     assert not packed_calls and calls
@@ -228,8 +227,22 @@ def test_packed_sequences_in_other_batches_are_a_mask(packed_calls, calls):
         expected = model(ids[:1], position_ids=places, use_cache=False).logits
         torch.testing.assert_close(compiled(ids[:1], position_ids=places, use_cache=False).logits, expected)
         # the collator gives both; the mask function has seen the same sequences
-        both = model(ids[:1], position_ids=places, use_cache=False, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=5)
+        by_lengths = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5}
+        both = model(ids[:1], position_ids=places, use_cache=False, **by_lengths)
         torch.testing.assert_close(both.logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["booleans", "numbers"])
+def test_lengths_beside_a_mask_separate_the_sequences(kind):
+    """The mask of a chunked model does not, if only the lengths are given."""
+    x, starts = torch.randn(1, 2, 9, 16, device=DEVICE), torch.tensor([0, 4, 9], dtype=torch.int32, device=DEVICE)
+    keep = torch.ones(1, 1, 9, 9, dtype=torch.bool, device=DEVICE).tril()
+    mask = keep if kind == "booleans" else torch.where(keep, 0.0, -torch.inf)
+    o, _ = integration.hf_attention(torch.nn.Identity(), x, x, x, mask, is_causal=True,
+                                    cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+    for part in (slice(0, 4), slice(4, 9)):
+        alone = tritonattn.reference.attention(*(x[:, :, part] for _ in range(3)), causal=True)
+        torch.testing.assert_close(o[:, part], alone.transpose(1, 2))
 
 
 def test_a_4d_mask_of_the_user():
@@ -373,7 +386,8 @@ def test_sequences_packed_by_their_lengths(name, kind, packed_calls):
 
     Rotary positions count from the first token, and only their differences within a sequence matter.
     """
-    model, lengths = decoder(name), torch.tensor([0, 4, 9], dtype=torch.int64 if kind == "int64" else torch.int32, device=DEVICE)
+    dtype = torch.int64 if kind == "int64" else torch.int32
+    model, lengths = decoder(name), torch.tensor([0, 4, 9], dtype=dtype, device=DEVICE)
     packed = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5, "max_length_k": 5}
     if kind == "without maxima":
         packed |= {"max_length_q": torch.tensor(5), "max_length_k": None}
@@ -392,7 +406,7 @@ def test_what_packed_sequences_by_their_lengths_do_not_take():
     with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected a batch of one .* got a batch of 2$"):
         integration.hf_attention(torch.nn.Identity(), x, x, x, None, **packed)
     with pytest.raises(NotImplementedError, match="got a batch of 1 and a position bias"):
-        integration.hf_attention(torch.nn.Identity(), x[:1], x[:1], x[:1], None, position_bias=torch.zeros(1, 2, 4, 4), **packed)
+        integration.hf_attention(torch.nn.Identity(), *[x[:1]] * 3, None, position_bias=torch.zeros(1, 2, 4, 4), **packed)
 
 
 def test_fewer_queries_than_keys_need_a_mask():

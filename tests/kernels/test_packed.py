@@ -6,18 +6,34 @@ Every load and store of these tests is checked to lie inside a tensor (helpers/m
 import dataclasses
 import functools
 import itertools
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import memory_guard
 from tests.helpers.cases import COVERING, LARGE_TILES, SINGLE, TILES, result_names, results
 from tests.helpers.tiers import slow
 from tests.helpers.tolerance import agree
-from tritonattn import Config, Problem, attention, attention_varlen, block_mask, config, dropout_mask, explain, gpu, reference, warm
+from tritonattn import (
+    Config,
+    Problem,
+    attention,
+    attention_varlen,
+    block_mask,
+    config,
+    dropout_mask,
+    explain,
+    gpu,
+    reference,
+    warm,
+)
 from tritonattn.configs import lookup
 from tritonattn.configs.key import key_of
 from tritonattn.kernels import packed
@@ -36,26 +52,22 @@ class Sequences:
     def __init__(self, case, dtype, device, queries, keys, spare=SPARE):
         self.starts = starts_of(queries, device), starts_of(keys, device)
         self.longest = max(queries), max(keys)
-        sizes = dict(n_q=sum(queries) + spare, n_k=sum(keys) + spare)
+        sizes = {"n_q": sum(queries) + spare, "n_k": sum(keys) + spare}
         *qkv, do, self.dlse = dataclasses.replace(case, batch=(1,), **sizes).tensors(dtype, device)
         self.qkv, self.do = [x[0].transpose(0, 1) for x in qkv], do[0].transpose(0, 1)
         self.dlse = self.dlse[0]
-        sizes = dict(n_q=self.longest[0], n_k=self.longest[1])
+        sizes = {"n_q": self.longest[0], "n_k": self.longest[1]}
         self.given = dataclasses.replace(case, batch=(len(queries),), **sizes).given(dtype, device)
 
     def results(self, dtype=None, **options):
         """Return the results of the kernels; in this dtype those of the definition."""
-        if dtype is None:
-            function = functools.partial(self._call, attention_varlen, *self.longest)
-        else:
-            function = functools.partial(self._call, reference.attention_varlen)
+        function = functools.partial(self._call, attention_varlen if dtype is None else reference.attention_varlen)
         tensors = [x.to(dtype or x.dtype) for x in (*self.qkv, self.do, self.dlse)]
         given = {name: x if dtype is None or x.dtype == torch.bool else x.to(dtype) for name, x in self.given.items()}
         return results(function, *tensors, **options | given)
 
-    def _call(self, function, *longest_and_tensors, **options):
-        *longest, q, k, v = longest_and_tensors
-        return function(q, k, v, *self.starts, *longest, **options)
+    def _call(self, function, q, k, v, **options):
+        return function(q, k, v, *self.starts, *self.longest, **options)
 
 
 def of_case(case, dtype, device):
@@ -97,7 +109,8 @@ def test_each_dtype_by_the_accuracy_rule(name, dtype, device):
     agree("lse", ours[1], wide, exact[1], torch.float32)
 
 
-@pytest.mark.parametrize("options", [{"key_lengths": torch.tensor([20, 99, 3, -1])}, {"dropout_p": 0.4}], ids=["lengths", "dropout"])
+@pytest.mark.parametrize("options", [{"key_lengths": torch.tensor([20, 99, 3, -1])}, {"dropout_p": 0.4}],
+                         ids=["lengths", "dropout"])
 def test_key_lengths_and_dropout(options, device):
     case = SINGLE["two-heads"]
     sequences = Sequences(case, torch.float32, device, (40, 0, 5, 18), (33, 9, 7, 21))
@@ -111,13 +124,15 @@ def test_key_lengths_and_dropout(options, device):
     ours = sequences.results(**options, **ours_only)
     exact = sequences.results(torch.float64, **options, **exact_only)
     for name, *pair in zip(result_names({}), ours, exact, strict=True):
-        torch.testing.assert_close(*pair, check_dtype=False, atol=2e-5, rtol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(*pair, check_dtype=False, atol=2e-5, rtol=2e-5,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.interpreted
 def test_a_bias_of_rows_beside_a_sink(device):
-    """Its gradient is a sum over rows that no kernel computes."""
-    sequences = Sequences(SINGLE["sink"], torch.float64, device, (20, 0, 37, 5), (33, 7, 0, 40))
-    for shape in ((37, 1), (4, 1, 37, 1), (1,)):
+    """Its gradient is a sum over rows that no kernel computes. More rows are spare than a bias has."""
+    sequences = Sequences(SINGLE["sink"], torch.float64, device, (20, 0, 37, 5), (33, 7, 0, 40), spare=50)
+    for shape in ((37, 1), (4, 1, 37, 1), (4, 1, 1, 1), (1, 1, 1, 1), (1,)):
         sequences.given["bias"] = torch.randn(shape, dtype=torch.float64, device=device)
         ours, exact = sequences.results(), sequences.results(torch.float64)
         torch.testing.assert_close(ours, exact, atol=1e-9, rtol=1e-9)
@@ -136,12 +151,11 @@ def test_many_short_sequences(count, monkeypatch, device):
 
 
 def test_a_sequence_has_the_same_bits_wherever_it_lies(device):
-    """And those that it has alone, in a batch."""
     lengths, tiles = (5, 33, 0, 64, 17), Config(32, 32)
     rng = torch.Generator().manual_seed(0)
     parts = [[torch.randn(n, 2, 16, generator=rng).to(device) for n in (n, n, n, n)] for n in lengths]
 
-    def packed(order):
+    def in_order(order):
         q, k, v, do = (torch.cat([parts[i][j] for i in order]).requires_grad_() for j in range(4))
         starts = starts_of([lengths[i] for i in order], device)
         with config.pinned(tiles):
@@ -149,14 +163,24 @@ def test_a_sequence_has_the_same_bits_wherever_it_lies(device):
             each = o, *torch.autograd.grad(o, (q, k, v), do)
         return {i: [x[start:stop] for x in each] for i, (start, stop) in zip(order, itertools.pairwise(starts.tolist()))}
 
-    first, second = packed((0, 1, 2, 3, 4)), packed((3, 0, 4, 2, 1))
-    for i, part in enumerate(parts):
-        q, k, v, do = (x.transpose(0, 1)[None].requires_grad_() for x in part)
-        with config.pinned(tiles):
+    first, second = in_order((0, 1, 2, 3, 4)), in_order((3, 0, 4, 2, 1))
+    for i in range(len(lengths)):
+        assert all(torch.equal(one, other) for one, other in zip(first[i], second[i], strict=True))
+
+
+@pytest.mark.interpreted  # a compiler makes other code of a loop that never ends within a tile
+def test_a_sequence_has_the_bits_of_a_batch(device):
+    rng = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(64, 2, 16, generator=rng).to(device).requires_grad_() for _ in range(4)]
+    starts = starts_of((40, 24), device)
+    with config.pinned(Config(32, 32)):
+        o = attention_varlen(*tensors[:3], starts, starts, causal=True)
+        packed_results = [o, *torch.autograd.grad(o, tensors[:3], tensors[3])]
+        for rows in (slice(0, 40), slice(40, 64)):
+            q, k, v, do = (x.detach()[rows].transpose(0, 1)[None].requires_grad_() for x in tensors)
             o = attention(q, k, v, causal=True)
-            alone = [x[0].transpose(0, 1) for x in (o, *torch.autograd.grad(o, (q, k, v), do))]
-        for one, other, by_itself in zip(first[i], second[i], alone, strict=True):
-            assert torch.equal(one, other) and (gpu.INTERPRETED is False or torch.equal(one, by_itself))
+            for one, other in zip(packed_results, (o, *torch.autograd.grad(o, (q, k, v), do)), strict=True):
+                assert torch.equal(one[rows], other[0].transpose(0, 1))
 
 
 @pytest.mark.parametrize("sink", [None, 0.5])
@@ -177,28 +201,30 @@ def test_rows_after_the_last_sequence_attend_to_nothing(sink, device):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("starts", [(0, 30, 20, 40), (0, -5, 99, 40), (7, 7, 7, 7), (40, 30, 20, 0), (0, 2**31 - 1, -2**31, 5)], ids=str)
-def test_wrong_starts_lead_to_no_access_outside(starts, device):
+@pytest.mark.parametrize("starts", [
+    (0, 30, 20, 40), (0, -5, 99, 40), (7, 7, 7, 7), (40, 30, 20, 0), (0, 2**31 - 1, -2**31, 5),
+], ids=str)
+@pytest.mark.parametrize("bias", [(3, 1, 25, 1), (1, 1, 25, 25)], ids=["of rows", "of pairs"])
+def test_wrong_starts_lead_to_no_access_outside(starts, bias, monkeypatch, device):
     """On a GPU nobody sees them in time. Two sequences may then share rows, which the guard would call a race."""
     starts = torch.tensor(starts, dtype=torch.int32, device=device)
     q = torch.randn(1, 1, 40, 16, device=device)
-    inputs = launch.AttentionInputs(q, q, q, mask=torch.ones(1, 1, 25, 25, dtype=torch.bool, device=device), q_starts=starts,
-                                    k_starts=starts.flip(0).contiguous(), longest_q=25, longest_k=25, right=0, bottom_right=True)
-    from tests.helpers import memory_guard
-    races, memory_guard.find_race = memory_guard.find_race, lambda: None
-    try:
-        with config.pinned(TILES):
-            o, _, statistics, residual = custom_op.forward_op(*inputs, False)
-            gradients = custom_op.backward_op(q, None, o, statistics, residual, *inputs, [True, True, True, False, False])
-    finally:
-        memory_guard.find_race = races
-    assert o.shape == q.shape and all(x.shape == q.shape for x in gradients[:3])
+    mask, lengths = (torch.ones(shape, dtype=dtype, device=device)
+                     for shape, dtype in (((1, 1, 25, 25), torch.bool), ((3,), torch.int32)))
+    inputs = launch.AttentionInputs(q, q, q, torch.zeros(bias, device=device), torch.zeros(1, 1, 1, 1, device=device), mask,
+                                    q_starts=starts, k_starts=starts.flip(0).contiguous(), longest_q=25, longest_k=25, right=0,
+                                    bottom_right=True, key_lengths=50 * lengths)
+    monkeypatch.setattr(memory_guard, "find_race", lambda: None)
+    with config.pinned(TILES):
+        o, _, statistics, residual = custom_op.forward_op(*inputs, False)
+        gradients = custom_op.backward_op(q, None, o, statistics, residual, *inputs, [True] * 5)
+    assert [x.shape for x in (o, *gradients)] == [q.shape] * 4 + [torch.Size(bias), (1, 1, 1, 1)]
 
 
 def test_no_program_for_padding():
     """One long sequence among many short ones: the number of programs follows the rows, not sequences times the longest."""
-    problem = Problem((256,), 4, 2, 8192, 8192, 64, 64, torch.bfloat16, packed=True)
     rows = 8192 + 255 * 10
+    problem = Problem((256,), 4, 2, 8192, 8192, 64, 64, torch.bfloat16, packed=(rows, rows))
     q, k = (torch.empty(1, heads, rows, 64, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
     starts = torch.empty(257, dtype=torch.int32, device="meta")
     inputs = launch.AttentionInputs(q, k, k, q_starts=starts, k_starts=starts, longest_q=8192, longest_k=8192)
@@ -250,23 +276,46 @@ def test_int64_starts_and_one_tensor_for_both(device):
     assert torch.equal(attention_varlen(q, q, q, starts, starts, causal=True), expected)
     wide = starts.long()
     assert torch.equal(attention_varlen(q, q, q, wide, wide, 12, 12, causal=True), expected)
-    assert torch.equal(attention_varlen(q, q, q, wide.repeat_interleave(2)[::2], wide, 12, 12), attention_varlen(q, q, q, starts, starts))
+    spread = wide.repeat_interleave(2)[::2]
+    assert torch.equal(attention_varlen(q, q, q, spread, wide), attention_varlen(q, q, q, starts, starts))
+    # the same memory, as after detach()
+    assert torch.equal(attention_varlen(q, q, q, starts.view(3), starts.detach(), causal=True), expected)
+    x = q.clone().requires_grad_()
+    dx, = torch.autograd.grad(attention_varlen(x, x, x, wide, wide).sum(), x)
+    assert torch.equal(dx, torch.autograd.grad(attention_varlen(x, x, x, starts, starts).sum(), x)[0])
 
 
+@pytest.mark.parametrize("most", ["a number", "other numbers", "none"])
 @pytest.mark.parametrize("backend", ["aot_eager", *slow("inductor")])
-def test_compile_in_one_graph(backend, device):
+def test_compile_in_few_graphs(backend, most, device):
+    """One graph, or two where a number of rows or sequences varies, which the second call shows."""
     torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
 
-    def step(q, k, v, starts):
-        o, lse = attention_varlen(q * 2, k, v, starts, starts, 12, 12, causal=True, return_lse=True)
-        return o.sum() + lse.sum()
+    def step(q, k, v, starts, longest):
+        o, lse = attention_varlen(q * 2, k, v, starts, starts, longest, longest, causal=True, return_lse=True)
+        return o.sum() + torch.where(lse.isfinite(), lse, 0).sum()
 
-    compiled = torch.compile(step, backend=backend, fullgraph=True)
-    for lengths in ((12, 8), (3, 11)):
-        given = [torch.randn(20, 2, 16, device=device, requires_grad=True) for _ in range(3)]
-        totals = [function(*given, starts_of(lengths, device)) for function in (step, compiled)]
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for lengths in ((12, 8), (3, 11, 9), (17, 1, 5, 4), (2, 2)):
+        longest = {"a number": 17, "other numbers": max(lengths), "none": None}[most]
+        given = [torch.randn(sum(lengths), 2, 16, device=device, requires_grad=True) for _ in range(3)]
+        totals = [function(*given, starts_of(lengths, device), longest) for function in (step, compiled)]
         expected, ours = (torch.autograd.grad(total, given) for total in totals)
         torch.testing.assert_close(ours, expected)
+    assert counter.frame_count == 2
+
+
+def test_export_with_any_number_of_rows(device):
+    class Layer(torch.nn.Module):
+        def forward(self, q, starts):
+            return attention_varlen(q, q, q, starts, starts, causal=True)
+
+    rows, count = torch.export.Dim("rows", min=2, max=4096), torch.export.Dim("count", min=3, max=64)
+    given = torch.randn(20, 2, 16, device=device), starts_of((12, 8), device)
+    program = torch.export.export(Layer(), given, dynamic_shapes=({0: rows}, {0: count})).module()
+    q, starts = torch.randn(31, 2, 16, device=device), starts_of((3, 20, 5), device)
+    torch.testing.assert_close(program(q, starts), Layer()(q, starts))
 
 
 def test_opcheck(device):
@@ -289,8 +338,25 @@ def test_vmap_and_checkpoint(device):
     torch.testing.assert_close(ours, torch.stack([call(x, x, x) for x in stacked]))
     q = stacked[0].requires_grad_()
     plain, = torch.autograd.grad(call(q, q, q).sum(), q)
-    again, = torch.autograd.grad(checkpoint(lambda x: call(x, x, x), q, use_reentrant=False).sum(), q)
-    assert torch.equal(plain, again)
+    for reentrant in (True, False):
+        def again(x, first, second):
+            return attention_varlen(x, x, x, first, second, causal=True)
+
+        out = checkpoint(again, q, starts, starts, use_reentrant=reentrant)
+        q.grad = None
+        out.sum().backward()
+        assert torch.equal(plain, q.grad)
+    given = torch.stack((starts, starts_of((3, 17), device)))
+    ours = torch.vmap(lambda starts: attention_varlen(q, q, q, starts, starts, causal=True))(given)
+    torch.testing.assert_close(ours, torch.stack([attention_varlen(q, q, q, x, x, causal=True) for x in given]))
+
+
+def test_autocast(device):
+    q, starts = torch.randn(20, 2, 16, device=device), starts_of((12, 8), device)
+    with torch.autocast(device.type, torch.bfloat16):
+        o = attention_varlen(q, q, q, starts, starts)
+    half = q.bfloat16()
+    assert torch.equal(o, attention_varlen(half, half, half, starts, starts))
 
 
 def test_empty_tensors(device):
@@ -298,36 +364,44 @@ def test_empty_tensors(device):
     for rows, d, dv in ((0, 16, 16), (5, 0, 16), (5, 16, 0)):
         q, v = torch.randn(rows, 2, d, device=device, requires_grad=True), torch.randn(rows, 2, dv, device=device)
         starts = starts_of((0, rows, 0), device)
-        o, lse = attention_varlen(q, q, v, starts, starts, return_lse=True)
+        o, lse = attention_varlen(q, q, v, starts, starts, scale=1.0, return_lse=True)
         dq, = torch.autograd.grad(o.sum() + lse.sum(), q)
         expected, exact_lse = reference.attention_varlen(q, q, v, starts, starts, scale=1.0, return_lse=True)
-        assert o.shape == (rows, 2, dv) and lse.shape == (2, rows) and dq.shape == q.shape
-        if d == 0:
-            torch.testing.assert_close((o, lse), (expected, exact_lse))
+        exact_dq, = torch.autograd.grad(expected.sum() + exact_lse.sum(), q)
+        assert o.shape == (rows, 2, dv) and lse.shape == (2, rows)
+        torch.testing.assert_close((o, lse, dq), (expected, exact_lse, exact_dq))
 
 
-def test_flops_count_every_sequence_as_the_longest(device):
+def test_flops_count_the_most_keys_for_each_query(device):
     sequences = Sequences(SINGLE["gqa"], torch.float32, device, (12, 3), (9, 20))
     with FlopCounterMode(display=False) as counter:
         sequences.results()
-    assert counter.get_total_flops() == 7 * 2 * (2 * 4 * 12 * 20) * 16  # two products forward, five backward
+    assert counter.get_total_flops() == 7 * 2 * (4 * (15 + SPARE) * 20) * 16  # two products forward, five backward
 
 
 def test_explain_and_warm_take_packed_sequences(device):
     q, starts = torch.randn(20, 2, 16, device=device, requires_grad=True), starts_of((12, 8), device)
     options = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 12, "max_seqlen_k": 12, "causal": True}
     problem = explain(q, q, q, **options).problem
-    assert problem == Problem((2,), 2, 2, 12, 12, 16, 16, torch.float32, (None, 0), packed=True)
-    assert str(problem).endswith("float32 causal packed") and Problem.from_json(problem.as_json()) == problem
+    assert problem == Problem((2,), 2, 2, 12, 12, 16, 16, torch.float32, (None, 0), packed=(20, 20))
+    assert str(problem).endswith("float32 causal packed 20")
+    assert Problem.from_json(json.loads(json.dumps(problem.as_json()))) == problem
+    if device.type == "cpu":
+        with pytest.raises(RuntimeError, match="max_seqlen_q: expected at least 12"):
+            explain(q, q, q, **options | {"max_seqlen_q": 11})
+    with pytest.raises(TypeError, match="cu_seqlens_q"):
+        warm(q, q, q, cu_seqlens_k=starts)
     warm(q, q, q, **options)
     assert q.grad is None
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 def test_packed_sequences_share_the_tuned_configs_of_a_padded_batch(kernel):
-    problem = Problem((4,), 8, 2, 1024, 1024, 64, 64, torch.bfloat16, packed=True)
+    problem = Problem((256,), 8, 2, 1024, 1024, 64, 64, torch.bfloat16, packed=(5000, 4000))
     padded = problem.padded()
-    assert padded == dataclasses.replace(problem, packed=False, lengths=True) and padded.padded() is padded
+    assert padded == dataclasses.replace(problem, packed=None, lengths=True, batch=(5,)) and padded.padded() is padded
+    assert problem.flops() == padded.flops() and problem.bytes() == 2 * 64 * (8 * 5000 * 2 + 2 * 4000 * 2) + 4 * 8 * 5000
+    assert [x.shape for x in problem.tensors("meta")] == [(1, 8, 5000, 64), (1, 2, 4000, 64), (1, 2, 4000, 64)]
     on = gpu.KNOWN["sm_90"]
     assert key_of(kernel, problem, on) == key_of(kernel, padded, on)
     # any tile may be the last one, and partial
@@ -341,8 +415,10 @@ GOOD = {"q": ROWS, "k": ROWS, "v": ROWS, "cu_seqlens_q": STARTS, "cu_seqlens_k":
 @pytest.mark.parametrize("changes, error, message", [
     ({"q": ROWS[None]}, RuntimeError, r"q: expected the rows of all sequences, \[total, heads, size\], got .*\(1, 20, 2, 16\)"),
     ({"k": None}, RuntimeError, "k: expected the rows of all sequences"),
+    ({"v": ROWS.to_sparse()}, RuntimeError, "v: expected a dense .* got layout torch.sparse_coo"),
     ({"cu_seqlens_q": [0, 20]}, TypeError, r"cu_seqlens_q: expected a tensor of int32 or int64, got \[0, 20\]"),
     ({"cu_seqlens_k": STARTS.float()}, TypeError, "cu_seqlens_k: .*got torch.float32"),
+    ({"cu_seqlens_k": STARTS.to(torch.complex64)}, TypeError, "cu_seqlens_k: .*got torch.complex64"),
     ({"cu_seqlens_q": STARTS[:1]}, RuntimeError, r"cu_seqlens_q: .*\[sequences \+ 1\], got shape \(1,\)"),
     ({"cu_seqlens_q": STARTS[None]}, RuntimeError, r"cu_seqlens_q: .*got shape \(1, 3\)"),
     ({"cu_seqlens_k": STARTS[:2]}, RuntimeError, "cu_seqlens_k: expected as many numbers as in cu_seqlens_q, 3, got 2"),
@@ -353,6 +429,7 @@ GOOD = {"q": ROWS, "k": ROWS, "v": ROWS, "cu_seqlens_q": STARTS, "cu_seqlens_k":
     ({"max_seqlen_q": 11}, RuntimeError, "max_seqlen_q: expected at least 12, the longest of cu_seqlens_q, got 11"),
     ({"max_seqlen_k": 12.0}, TypeError, "max_seqlen_k: expected an integer or None, got 12.0"),
     ({"max_seqlen_k": True}, TypeError, "max_seqlen_k: expected an integer or None, got True"),
+    ({"max_seqlen_k": torch.tensor(12)}, TypeError, "max_seqlen_k: expected an integer or None, got a tensor"),
     ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q: expected at least 0, got -1"),
     ({"causal": True, "cu_seqlens_k": STARTS.clone()}, ValueError, "align: .*two tensors.*got None"),
     ({"causal": True, "key_lengths": torch.tensor([3, 4])}, ValueError, "align: .*key_lengths"),
@@ -369,7 +446,7 @@ GOOD = {"q": ROWS, "k": ROWS, "v": ROWS, "cu_seqlens_q": STARTS, "cu_seqlens_k":
 def test_errors(changes, error, message, device):
     if device.type != "cpu":
         pytest.skip("the values of the tensors are checked on the CPU only")
-    attention_varlen(**GOOD)
+    attention_varlen(**GOOD | {"max_seqlen_q": np.int64(12)})
     with pytest.raises(error, match=message):
         attention_varlen(**GOOD | changes)
 

@@ -29,7 +29,8 @@ def test_opcheck(form, given, grad, device):
     q, k, v = qkv(device, grad=grad, dtype=torch.float16, **form)
     known = {"bias": torch.randn(1, 2, 1, 20, device=device, requires_grad=grad),
              "sink": torch.randn(1, 2, 1, 1, device=device, requires_grad=grad),
-             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None, "q_starts": None, "k_starts": None,
+             "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None,
+             "q_starts": None, "k_starts": None,
              "seed": torch.tensor([3], device=device),
              "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
     if "map" in given:

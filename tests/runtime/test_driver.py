@@ -153,6 +153,24 @@ with config.pinned(Config(32, 32)):
 print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
 """
 
+PACKED = START + """
+import itertools, random
+from tritonattn import attention_varlen
+from tritonattn.kernels import backward, forward
+KERNELS = [kernel for module in (forward, backward) for name, kernel in vars(module).items() if name.endswith("_kernel")]
+random.seed(0)
+with config.pinned(Config(32, 32)):
+    for i in range(40):
+        lengths = [random.randint(0, 50) for _ in range(random.choice((1, 2, 15, 16, 17)))]
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        rows = random.choice((starts[-1].item(), 16 * (starts[-1].item() // 16 + 1)))
+        q, k, v = (torch.zeros(rows, 2, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        o = attention_varlen(q, k, v, starts, starts, max(lengths), max(lengths), causal=True, align="bottom_right")
+        if rows:
+            torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
+print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
+"""
+
 
 @pytest.mark.slow  # compiles nine kernels twice
 def test_launched_binaries_are_the_inspected_ones():
@@ -199,3 +217,10 @@ def test_new_lengths_need_no_new_binary():
     """Two binaries serve all lengths: one for a loop whose last tile is partial, one for a loop whose is not."""
     assert compiled(LENGTHS, fresh=True) == {"forward_kernel": 2, "delta_kernel": 1, "dq_kernel": 2, "dkdv_kernel": 2,
                                              "dbias_kernel": 0}
+
+
+@pytest.mark.slow  # compiles four kernels
+def test_packed_sequences_need_one_binary():
+    """Whatever the numbers of rows and sequences are: 1, multiples of 16, or others."""
+    assert compiled(PACKED, fresh=True) == {"forward_kernel": 1, "delta_kernel": 1, "dq_kernel": 1, "dkdv_kernel": 1,
+                                            "dbias_kernel": 0}

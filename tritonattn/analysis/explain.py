@@ -75,8 +75,9 @@ def _describe_figures(figures: dict) -> list[str]:
 def explain(q, k, v, **options) -> Explanation:
     """Return the configs that `attention(q, k, v, **options)` would use, without running it.
 
-    The arguments and errors are those of `attention`; with cu_seqlens_q, of `attention_varlen`. Printing the result shows, for each kernel, the config, its origin,
-    the registers and memory of its binary, and the configs that were rejected, with a reason.
+    The arguments and errors are those of `attention`; with cu_seqlens_q, of `attention_varlen`. Printing the result shows, for
+    each kernel, the config, its origin, the registers and memory of its binary, and the configs that were rejected, with a
+    reason.
     """
     return explain_problem(problem_of(q, k, v, **options), gpu.gpu_of(q.device))
 

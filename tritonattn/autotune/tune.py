@@ -43,12 +43,11 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
          trials: int | None = None, seconds: float = float("inf"), again: bool = False, **options) -> list:
     """Find the best configs for `attention(q, k, v, **options)` on the GPU of the tensors, and use them in later calls.
 
-    Takes the options of `attention` and raises the same errors. Packed sequences run with the configs of the same sequences in
-    a padded batch: with cu_seqlens_q (see `attention_varlen`) these are tuned. Only shapes, dtypes and options matter: the inputs are
-    drawn. Each kernel takes minutes (less with strategy="table"), most of them to compile, and prints a line. Every config
-    is checked against the definition before it is timed, in a child process. The fastest four are then timed under continuous
-    load, for about half a minute per problem (not with strategy="table"): the GPU's clock falls more for configs that need more
-    power.
+    Takes the options of `attention` and raises the same errors. With cu_seqlens_q, the options are those of `attention_varlen`;
+    its calls use the configs of a padded batch, which is tuned. Only shapes, dtypes and options matter: the inputs are drawn.
+    Each kernel takes minutes (less with strategy="table"), most of them to compile, and prints a line. Every config is checked
+    against the definition before it is timed, in a child process. The fastest four are then timed under continuous load, for
+    about half a minute per problem (not with strategy="table"): the GPU's clock falls more for configs that need more power.
     The best config goes to the user cache (`python -m tritonattn cache path`), which every call looks at first.
 
     Under torch.distributed every process must call this: rank 0 tunes, and all ranks get the same configs.

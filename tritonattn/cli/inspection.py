@@ -98,7 +98,8 @@ def _jobs(arguments) -> list[tuple]:
     if not 1 <= d <= 512 or n < 1:
         raise CommandError(f"expected a head size from 1 to 512 and a positive length, got {d} and {n}")
     window = (None, 0) if arguments.causal else (None, None)
-    problem = Problem((4,), 32, 32, n, n, d, d, dtype, window, softcap=arguments.softcap, packed=arguments.packed)
+    problem = Problem((4,), 32, 32, n, n, d, d, dtype, window, softcap=arguments.softcap)
+    problem = replace(problem, packed=(4 * n, 4 * n)) if arguments.packed else problem
     try:
         configs = [Config.parse(text) for text in arguments.compare or [arguments.config] if text]
     except ValueError as error:
@@ -113,7 +114,8 @@ def _explain(arguments) -> int:
 
     try:
         problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
-        problem = replace(problem, softcap=arguments.softcap, packed=arguments.packed)
+        packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
+        problem = replace(problem, softcap=arguments.softcap, packed=packed)
         explanations = [explain_problem(problem, target) for target in arguments.gpu]
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None

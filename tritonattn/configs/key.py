@@ -25,6 +25,8 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
     TF32 is named, since its products need other amounts of shared memory. A problem is ragged if the loop over its keys (dK/dV:
     over its queries) ends within a tile.
     """
+    # the loops of packed sequences are nearly those of a padded batch
+    problem = problem.padded()
     loop_length = problem.n_q if kernel == "dkdv" else problem.n_k
     sides = ",".join(str(side if side in (None, 0) else _key_bucket(side)) for side in problem.window)
     queries = bisect.bisect_left(QUERY_BUCKETS, problem.n_q)
@@ -39,9 +41,8 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
         "mapped": problem.mapped,
         "dropout": problem.dropout,
         "softcap": problem.softcap,
-        # the loops are nearly the same
-        "lengths": problem.lengths or problem.packed,
-        "ragged": problem.lengths or problem.packed or loop_length % TILE,
+        "lengths": problem.lengths,
+        "ragged": problem.lengths or loop_length % TILE,
         f"group {problem.group}": problem.group > 1,
     }
     return " ".join([
@@ -59,6 +60,7 @@ def precision(problem: Problem) -> str | None:
 
 def waves(kernel: str, problem: Problem, gpu: Gpu) -> float:
     """Return the number of blocks of TILE queries (of TILE keys for dK/dV) per SM."""
+    problem = problem.padded()
     heads, rows = (problem.kv_heads, problem.n_k) if kernel == "dkdv" else (problem.heads, problem.n_q)
     return math.prod(problem.batch) * heads * -(-rows // TILE) / gpu.sms
 

@@ -144,7 +144,8 @@ def mask_class(kernel: str, problem: Problem) -> str:
     if problem.window[0] is not None:
         return "window"
     loop_length = problem.n_q if kernel == "dkdv" else problem.n_k
-    edges = problem.window != (None, None) or problem.lengths or problem.packed or problem.mapped or loop_length % TILE
+    ragged = problem.lengths or problem.packed is not None or loop_length % TILE
+    edges = problem.window != (None, None) or problem.mapped or ragged
     return "edges" if edges else "full"
 
 

@@ -251,6 +251,10 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
                                   f"lengths [B] for {n_q} queries and {n_k} keys, got {got}")
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.float()
+    if rank == 4 and _has_lengths(options):
+        # the mask need not separate the sequences: transformers separates those that position_ids show
+        same = _same_sequence(options["cu_seq_lens_q"], n_q)[:, None] == _same_sequence(options["cu_seq_lens_k"], n_k)
+        structure["mask"] = structure["mask"] & same if "mask" in structure else same
     return attention(query, key, value, bias=bias, **variant, **structure).transpose(1, 2).contiguous(), None
 
 
@@ -291,9 +295,10 @@ def _check_options(attention_mask, options):
             raise NotImplementedError(f"{name}: unknown argument of an attention function; if it does not change the result, "
                                       f"call register(harmless=[{name!r}])")
         # a mask [B, 1, L, S] separates the sequences, as transformers makes it from position_ids
-        separated = isinstance(attention_mask, torch.Tensor) and (attention_mask.dim() == 4 or _has_starts(attention_mask))
-        by_lengths = name != "seq_idx" and (len(value) <= 2 or _is_packed(attention_mask, options))
-        if not separated and not by_lengths:
+        masked = isinstance(attention_mask, torch.Tensor) and (attention_mask.dim() == 4 or _has_starts(attention_mask))
+        # one sequence, or both arguments where they are used
+        by_lengths = len(value) <= 2 or (_has_lengths(options) and (masked or attention_mask is None))
+        if not (masked if name == "seq_idx" else by_lengths or _has_starts(attention_mask)):
             raise NotImplementedError(f"{name}: packed sequences are not supported through this argument here; pass "
                                       "cu_seq_lens_q and cu_seq_lens_k without an attention_mask, or position_ids that restart "
                                       "for each sequence, and use_cache=False")
@@ -301,7 +306,17 @@ def _check_options(attention_mask, options):
 
 def _is_packed(attention_mask, options):
     """Return whether a call has packed sequences and no other mask."""
-    return _has_starts(attention_mask) if attention_mask is not None else all(options.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+    return _has_lengths(options) if attention_mask is None else _has_starts(attention_mask)
+
+
+def _has_lengths(options):
+    """Return whether the sequences of queries and of keys are given by their lengths."""
+    return all(options.get(name) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k"))
+
+
+def _same_sequence(starts, n):
+    """Return [n]: the number of the sequence that each of n rows belongs to."""
+    return torch.searchsorted(starts[1:].contiguous(), torch.arange(n, device=starts.device), right=True)
 
 
 def _has_starts(attention_mask):

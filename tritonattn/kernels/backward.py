@@ -311,7 +311,7 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     keys = key_views(keys, sizes, batch, head)
     tile = Keys(load_tile(keys.k, first, N, static.D, True), load_tile(keys.v, first, N, static.DV, True))
     col, n = first - sizes.shift, sizes.n_q
-    if len(sizes.key_lengths) == 2 or len(sizes.packed) == 3:
+    if len(sizes.key_lengths) == 2 or len(sizes.packed) == 4:
         # no query attends to keys past the length of the batch
         n = tl.where(first < sizes.n_k, n, 0)
     dk_tile, dv_tile = zero_tile(N, static.D, static.ACC), zero_tile(N, static.DV, static.ACC)

@@ -27,6 +27,7 @@ class Packed(NamedTuple):
     q_total: int       # `encoded` number of queries in memory
     k_starts: object   # the same for keys
     k_total: int
+    sequences: int     # `encoded`
     bottom_right: int  # 1: the last query of a sequence is aligned with its last key; 0: the first with the first
 
 
@@ -48,12 +49,13 @@ def clamped(start, total):
 
 
 @triton.jit
-def packed_tile(packed, sequences, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.constexpr):
+def packed_tile(packed, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.constexpr):
     """Return the first row of this program's tile in its sequence, its head and its sequence."""
     if KEYS:
         starts, total = packed.k_starts, decoded(packed.k_total)
     else:
         starts, total = packed.q_starts, decoded(packed.q_total)
+    sequences = decoded(packed.sequences)
     tiles = total // BLOCK + sequences + 1
     tile = tl.program_id(0) % tiles
     if REVERSE:

@@ -68,7 +68,7 @@ class Sizes(NamedTuple):
     key_rows: int   # keys in memory
     shift: int      # query i is at position i + shift among the keys
     key_lengths: tuple = ()
-    packed: tuple = ()  # or (first query in memory, first key in memory, queries of all sequences)
+    packed: tuple = ()  # or (first query in memory, first key in memory, queries of all sequences, number of sequences)
 
 
 class Constexprs(NamedTuple):
@@ -117,7 +117,7 @@ def tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexp
     Tiles of one head are neighbours in the grid, so that they share the head's data in L2.
     """
     if len(leading.packed) == 1:
-        first, head, batch = packed_tile(leading.packed[0], leading.batches[0], BLOCK, REVERSE, KEYS)
+        first, head, batch = packed_tile(leading.packed[0], BLOCK, REVERSE, KEYS)
         return first, head, batch
     else:
         tiles = tl.cdiv(n, BLOCK)
@@ -132,7 +132,8 @@ def tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexp
 def sizes_of_batch(leading, n_q, n_k, shift, batch):
     """Return the sizes of one batch, with its own number of keys, or of one packed sequence."""
     if len(leading.packed) == 1:
-        packed, sequences, q_total = leading.packed[0], leading.batches[0], decoded(leading.packed[0].q_total)
+        packed = leading.packed[0]
+        sequences, q_total = decoded(packed.sequences), decoded(packed.q_total)
         q_start, q_rows = sequence_rows(packed.q_starts, q_total, n_q, batch, sequences)
         k_start, k_rows = sequence_rows(packed.k_starts, decoded(packed.k_total), n_k, batch, sequences)
         # the rows after the last sequence attend to no key
@@ -140,7 +141,7 @@ def sizes_of_batch(leading, n_q, n_k, shift, batch):
         if len(leading.key_lengths) == 2:
             own = tl.minimum(tl.maximum(tl.load(leading.key_lengths[0] + batch, mask=batch < sequences, other=0), 0), own)
         return Sizes(leading.batches, leading.heads, q_rows, own, k_rows, (own - q_rows) * packed.bottom_right,
-                     leading.key_lengths, (q_start, k_start, q_total))
+                     leading.key_lengths, (q_start, k_start, q_total, sequences))
     elif len(leading.key_lengths) == 2:
         own = tl.minimum(tl.maximum(tl.load(leading.key_lengths[0] + batch), 0), n_k)
         shift += (own - n_k) * leading.key_lengths[1]
@@ -152,7 +153,7 @@ def sizes_of_batch(leading, n_q, n_k, shift, batch):
 @triton.jit
 def keys_to_attend(sizes, first):
     """Return the number of keys of the tile of queries from `first`: 0 if the sequence ends before."""
-    if len(sizes.packed) == 3:
+    if len(sizes.packed) == 4:
         return tl.where(first < sizes.n_q, sizes.n_k, 0)
     else:
         return sizes.n_k
@@ -161,7 +162,7 @@ def keys_to_attend(sizes, first):
 @triton.jit
 def query_view(x, sizes, batch, head):
     """Return the view of one head of a tensor with a row for each query."""
-    if len(sizes.packed) == 3:
+    if len(sizes.packed) == 4:
         return rows_of_sequence(x, sizes.packed[0], head, sizes.n_q)
     else:
         return head_view(x, sizes.batches, batch, head, sizes.n_q)
@@ -170,7 +171,7 @@ def query_view(x, sizes, batch, head):
 @triton.jit
 def key_view(x, sizes, batch, head, rows):
     """Return the view of one head of a tensor with a row for each key, of which `rows` are read or written."""
-    if len(sizes.packed) == 3:
+    if len(sizes.packed) == 4:
         return rows_of_sequence(x, sizes.packed[1], head, rows)
     else:
         return head_view(x, sizes.batches, batch, head, rows)
@@ -257,7 +258,7 @@ def padded_rows(n):
 @triton.jit
 def lse_view(x, sizes, batch, head):
     """Return the address of a head in a dense [batch, head, n_q] tensor; of packed sequences [head, queries]."""
-    if len(sizes.packed) == 3:
+    if len(sizes.packed) == 4:
         return x + tl.cast(head, tl.int64) * sizes.packed[2] + sizes.packed[0]
     else:
         return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.n_q
@@ -266,7 +267,7 @@ def lse_view(x, sizes, batch, head):
 @triton.jit
 def statistics_view(x, sizes, batch, head, COUNT: tl.constexpr):
     """Return the address of a head in a dense [batch, head, COUNT, `statistics_of_head`] tensor."""
-    if len(sizes.packed) == 3:
+    if len(sizes.packed) == 4:
         return x + tl.cast(head, tl.int64) * COUNT * statistics_of_head(sizes) + statistics_start(sizes.packed[0], batch)
     else:
         return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * COUNT * statistics_of_head(sizes)
@@ -275,8 +276,8 @@ def statistics_view(x, sizes, batch, head, COUNT: tl.constexpr):
 @triton.jit
 def statistics_of_head(sizes):
     """Return how many numbers of each statistic there are for a head: of all packed sequences."""
-    if len(sizes.packed) == 3:
-        return statistics_start(sizes.packed[2], sizes.batches[0] + 1)
+    if len(sizes.packed) == 4:
+        return statistics_start(sizes.packed[2], sizes.packed[3] + 1)
     else:
         return padded_rows(sizes.n_q)
 

@@ -13,7 +13,7 @@ import reprlib
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..block_mask import BlockMask
@@ -55,8 +55,8 @@ class AttentionInputs(NamedTuple):
     bottom_right: bool = False         # the last query is aligned with the last key of each sequence
     dropout_p: float = 0.0
     softcap: float | None = None
-    longest_q: int | None = None       # of packed sequences
-    longest_k: int | None = None
+    longest_q: SymInt | None = None    # of packed sequences; in compiled code they may be symbols
+    longest_k: SymInt | None = None
 
     @property
     def problem(self) -> Problem:

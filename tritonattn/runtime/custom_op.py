@@ -8,7 +8,7 @@ checked: see arguments.py.
 """
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from ..gpu import TRITON
 from . import plan
@@ -18,7 +18,7 @@ if TRITON:
     from . import launch
 
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", int | None: "int?",
-                bool: "bool"}
+                SymInt | None: "SymInt?", bool: "bool"}
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
 OUTPUTS = "Tensor o, Tensor statistics, Tensor o_residual"  # those that the backward pass reads
@@ -193,7 +193,7 @@ def attention_op(*inputs, precise_grad):
 def _register_flop_formulas():
     """Count FLOPs as torch does for its own attention: of every (query, key) pair, masked or not.
 
-    Packed sequences count as if all were as long as the longest, since their lengths are on the device.
+    Packed queries count as if their sequences all had the most keys, since the lengths are on the device.
     """
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -202,7 +202,7 @@ def _register_flop_formulas():
         *batch, heads, n_q, d = shapes.q
         n_k = shapes.k[-2]
         if shapes.q_starts is not None:
-            batch, n_q, n_k = [shapes.q_starts[0] - 1], shapes.longest_q, shapes.longest_k
+            n_k = shapes.longest_k
         pairs = heads * n_q * n_k
         for size in batch:
             pairs *= size

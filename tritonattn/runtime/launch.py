@@ -25,6 +25,7 @@ if INTERPRETED:
     from . import interpreter
 
 PASSES = ("dv", "dk")  # of dK/dV in two passes, in the order of the grid
+ANY_BATCH = 2**30 + 1  # larger than any number of batches
 ACC = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -75,7 +76,7 @@ def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, re
 def delta_launch(problem: Problem, config: Config, inputs: AttentionInputs, outputs: tuple, delta) -> KernelLaunch:
     """Return the launch that writes delta. `outputs` are o, o_residual, do and dlse; o_residual and dlse may be None."""
     *records, leading = kernel_arguments(problem, config, *outputs)
-    leading = leading._replace(packed=_packed(inputs))
+    leading = _with_packed(leading, inputs)
     arguments = (*records, delta, problem.n_q, leading, _constexprs(problem, config))
     return KernelLaunch(backward.delta_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
 
@@ -133,28 +134,32 @@ def _arguments(problem: Problem, inputs: AttentionInputs, records, window: tuple
     *records, mods, leading = records
     if inputs.key_lengths is not None:
         leading = leading._replace(key_lengths=(inputs.key_lengths, int(inputs.bottom_right)))
-    leading = leading._replace(packed=_packed(inputs))
+    leading = _with_packed(leading, inputs)
     scoring = _score_params(inputs, Window(*window), mods)
     return *records, problem.n_q, problem.n_k, problem.shift, leading, scoring, static
 
 
-def _packed(inputs: AttentionInputs) -> tuple:
-    """Return the packed sequences as Leading holds them."""
+def _with_packed(leading: Leading, inputs: AttentionInputs) -> Leading:
+    """Return a Leading with the packed sequences of these inputs, if there are any."""
     if inputs.q_starts is None:
-        return ()
+        return leading
     totals = encoded(inputs.q.shape[-2]), encoded(inputs.k.shape[-2])
-    return (Packed(inputs.q_starts, totals[0], inputs.k_starts, totals[1], int(inputs.bottom_right)),)
+    packed = Packed(inputs.q_starts, totals[0], inputs.k_starts, totals[1], encoded(inputs.q_starts.shape[0] - 1),
+                    int(inputs.bottom_right))
+    # the index of a sequence is the index of its bias and mask; as a size, the number of sequences would be specialized
+    return leading._replace(batches=(ANY_BATCH,), packed=(packed,))
 
 
 def _over_keys(problem: Problem, config: Config) -> Constexprs:
     """Return the constants of a loop over keys. With key lengths, any tile may be the last one, and partial."""
-    ragged = problem.lengths or problem.packed or problem.n_k % _loop_granularity(problem, config, config.block_n) != 0
+    ragged = (problem.lengths or problem.packed is not None
+              or problem.n_k % _loop_granularity(problem, config, config.block_n) != 0)
     return _constexprs(problem, config, ragged, loop_modes(problem, config, problem.window, ragged))
 
 
 def _over_queries(problem: Problem, config: Config) -> Constexprs:
     """Return the constants of a loop over queries, whose window is the transposed one."""
-    ragged = problem.packed or problem.n_q % _loop_granularity(problem, config, config.block_m) != 0
+    ragged = problem.packed is not None or problem.n_q % _loop_granularity(problem, config, config.block_m) != 0
     return _constexprs(problem, config, ragged, loop_modes(problem, config, transpose_window(Window(*problem.window)), ragged))
 
 
@@ -284,7 +289,7 @@ def _tiles_of_queries(problem: Problem, config: Config, inputs: AttentionInputs)
 
 def _grid(problem: Problem, heads: int, rows: int, x, block: int) -> int:
     """Return the number of programs with one for each tile of rows; x holds the rows of packed sequences."""
-    if problem.packed:
+    if problem.packed is not None:
         return heads * (x.shape[-2] // block + problem.batch[0] + 1)
     return math.prod(problem.batch) * heads * -(-rows // block)
 
@@ -299,7 +304,7 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
     sink = q.new_empty(problem.heads, 1, 1) if problem.sink else None
-    starts = [q.new_empty(problem.batch[0] + 1, dtype=torch.int32) if problem.packed else None for _ in "qk"]
+    starts = [None if problem.packed is None else q.new_empty(problem.batch[0] + 1, dtype=torch.int32) for _ in "qk"]
     inputs = AttentionInputs(q, k, v, mods if problem.bias else None, sink, mods.to(torch.bool) if problem.masked else None,
                              *lists if problem.mapped else (None, None), *starts, q.new_empty(1, dtype=torch.int64), lengths,
                              dropout_p=0.5 * problem.dropout, softcap=30.0 if problem.softcap else None)

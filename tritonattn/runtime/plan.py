@@ -242,7 +242,7 @@ class BackwardPlan(Plan):
         inputs = AttentionInputs(*others, *numbers)
         gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, wanted)]
         dq, dk, dv, dbias, dsink = gradients
-        self._bias_gradient, self._problem, self._packed = _bias_gradient(inputs, dbias), inputs.problem, inputs.problem.packed
+        self._bias_gradient, self._problem = _bias_gradient(inputs, dbias), inputs.problem
         delta = empty_statistics(inputs)
         self._outputs = Results((*gradients, delta))
         tensors += [*gradients, delta]
@@ -264,7 +264,7 @@ class BackwardPlan(Plan):
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return dq, dk, dv, dbias and dsink; None where not wanted. `tensors` are as in `backward_plan`."""
         *gradients, delta = self._outputs.allocate(tensors[0])
-        if self._needs_rows and self._packed:
+        if self._needs_rows and self._problem.packed is not None:
             # see ForwardPlan.run
             delta.zero_()
         self._launch((*tensors, *gradients, delta))
@@ -278,19 +278,22 @@ class BackwardPlan(Plan):
         """Write the gradients that are sums over rows."""
         (_, dlse, _, statistics, _, *inputs), (*_, dbias, dsink) = tensors, gradients
         ds = None
-        if not self._packed:
+        if self._problem.packed is None:
             n = inputs[0].shape[-2]
             statistics, delta = statistics[..., :n], delta[..., :n]
         if inputs[SINK] is not None:
             ds = row_gradients.sink_ds(inputs[SINK], statistics, delta, self._score_unit)
-            ds = torch.where(delta == 0, 0, ds) if self._packed else ds
+            ds = ds if self._problem.packed is None else torch.where(delta == 0, 0, ds)
         if dsink is not None:
             dsink.copy_(ds.unsqueeze(-1).sum_to_size(dsink.shape))
         if self._bias_gradient == "rows":
             rows = statistics[..., 1, :], dlse, ds
-            if self._packed:
-                rows = row_gradients.by_sequence(*rows, inputs[Q_STARTS], self._problem.n_q)
-            dbias.copy_(row_gradients.dbias_of_rows(*rows).unsqueeze(-1).sum_to_size(dbias.shape))
+            if self._problem.packed is None:
+                total = row_gradients.dbias_of_rows(*rows).unsqueeze(-1).sum_to_size(dbias.shape)
+            else:
+                sizes = inputs[0].shape[-2], self._problem.n_q
+                total = row_gradients.sum_of_packed(*rows, inputs[Q_STARTS], *sizes, dbias.shape)
+            dbias.copy_(total)
 
 
 def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:

@@ -30,20 +30,25 @@ def dbias_of_rows(log2_l: Tensor, dlse: Tensor | None, ds: Tensor | None) -> Ten
     return torch.where(log2_l == torch.inf, 0, rows)
 
 
-def by_sequence(log2_l: Tensor, dlse: Tensor | None, ds: Tensor | None, starts: Tensor, longest: int) -> list[Tensor | None]:
-    """Return the arguments of `dbias_of_rows` as [sequences, H, longest], from those of packed sequences [1, H, ...].
+def sum_of_packed(log2_l: Tensor, dlse: Tensor | None, ds: Tensor | None, starts: Tensor, total: int, longest: int,
+                  shape: tuple) -> Tensor:
+    """Return the sum of `dbias_of_rows` of packed sequences with `total` rows to the scores [sequences, H, longest, 1].
 
-    log2_l and ds lie as kernels/packed.py describes, dlse row by row. Rows past the end of a sequence attend to no key.
+    shape: that of the bias, in which the sequences, H and longest may be 1. log2_l and ds [1, H, ...] lie as kernels/packed.py
+    describes, dlse [1, H, total] row by row. If one of the sequences and longest is 1 in it, and not both, all pairs of them
+    are formed, since a sum in the order of the rows would need atomics.
     """
-    first, rows = starts[:-1].long(), torch.arange(longest, device=starts.device)
-    inside = rows < starts.diff()[:, None]
-    padded = (first // 16 + torch.arange(len(first), device=starts.device)) * 16
-
-    def gather(x, begin, outside):
-        if x is None:
-            return None
-        # starts that are wrong must not lead out of the tensor
-        index = (begin[:, None] + rows).clamp(0, x.shape[-1] - 1)
-        return torch.where(inside, x[0][:, index], outside).movedim(1, 0)
-
-    return [gather(log2_l, padded, torch.inf), gather(dlse, first, 0.0), gather(ds, padded, 0.0)]
+    rows, n = torch.arange(total, device=starts.device), starts.shape[0] - 1
+    # n for the rows after the last sequence
+    sequence = torch.searchsorted(starts[1:], rows, right=True)
+    first = starts.index_select(0, sequence)
+    # starts that are wrong must not lead out of a tensor
+    slots = ((first // 16 + sequence) * 16 + rows - first).clamp(0, log2_l.shape[-1] - 1)
+    gradient = dbias_of_rows(log2_l[..., slots], dlse, None if ds is None else ds[..., slots])
+    if shape[1] == 1:
+        gradient = gradient.sum(-2, keepdim=True)
+    if shape[0] == shape[2] == 1:
+        return gradient.sum(-1).view(1, -1, 1, 1)
+    pairs = gradient.new_zeros(n + 1, gradient.shape[-2], longest)
+    pairs[sequence, :, (rows - first).clamp(0, longest - 1)] = gradient[0].mT
+    return pairs[:n].unsqueeze(-1).sum_to_size(shape)
