@@ -1,6 +1,7 @@
 """Implementations of attention to benchmark: tritonattn and its baselines.
 
-Inputs are contiguous [batch, heads, length, head size]. An implementation with another layout gets a transposed view.
+Inputs are contiguous [batch, heads, length, head size]. An implementation with another layout gets a transposed view. Packed
+sequences are [1, heads, all rows, head size], a view of rows of all heads.
 Masks are built before timing, in the form that costs each call least.
 """
 
@@ -64,8 +65,41 @@ def variants(problem: Problem, heads: int, device) -> dict:
 
 def ours(problem, device, **options):
     """Return tritonattn.attention for this problem, with the config that the library chooses."""
-    options |= variants(problem, problem.heads, device)
-    return functools.partial(tritonattn.attention, window=problem.window, align=align(problem), **options)
+    options |= variants(problem, problem.heads, device) | {"window": problem.window, "align": align(problem)}
+    if problem.packed:
+        return packed(problem, device, tritonattn.attention_varlen, **options)
+    return functools.partial(tritonattn.attention, **options)
+
+
+def packed(problem, device, function, names=("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), **options):
+    """Return a function of packed sequences, all of which are as long as the longest, for tensors [1, heads, rows, size]."""
+    starts = (torch.arange(problem.batch[0] + 1, dtype=torch.int32, device=device) * n for n in (problem.n_q, problem.n_k))
+    options |= dict(zip(names, (*starts, problem.n_q, problem.n_k)))
+
+    def attention(q, k, v):
+        o = function(*(x[0].transpose(0, 1) for x in (q, k, v)), **options)
+        return (o[0] if isinstance(o, tuple) else o).transpose(0, 1)[None]
+
+    return attention
+
+
+def varlen(problem, device):
+    """Return torch's varlen_attn."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not problem.packed:
+        raise Unsupported("varlen_attn takes packed sequences only")
+    if problem.softcap or problem.sink:
+        raise Unsupported("varlen_attn has no softcap and no sinks")
+    window = tuple(-1 if side is None else side for side in problem.window)
+    return packed(problem, device, varlen_attn, ("cu_seq_q", "cu_seq_k", "max_q", "max_k"), window_size=window,
+                  enable_gqa=problem.group > 1)
+
+
+def refuse_packed(problem):
+    """Raise Unsupported for packed sequences."""
+    if problem.packed:
+        raise Unsupported("takes no packed sequences, or only as nested tensors or masks")
 
 
 def sdpa_mask(problem, device, backend=None):
@@ -82,6 +116,7 @@ def sdpa_mask(problem, device, backend=None):
 
 def sdpa(problem, device, backend=None):
     """Return torch's SDPA. `backend` names the backend that the caller's context forces, if any."""
+    refuse_packed(problem)
     if problem.softcap or problem.sink:
         raise Unsupported("torch's SDPA has no softcap and no sinks")
     causal, mask = sdpa_mask(problem, device, backend)
@@ -110,6 +145,7 @@ def flex(problem, device):
     torch._dynamo.reset()
     # the backward pass alone is timed by running it many times on one graph
     functorch.donated_buffer = False
+    refuse_packed(problem)
     if problem.sink:
         raise Unsupported("a score function of FlexAttention adds no key")
     compiled, block_mask = torch.compile(flex_attention, dynamic=False), None
@@ -132,6 +168,7 @@ def flex(problem, device):
 
 def eager(problem, device):
     """Return softmax(Q K^T) V as separate torch operations."""
+    refuse_packed(problem)
     hidden = None if problem.mask == "full" else ~boolean_mask(problem, device)
     scale, group = problem.d**-0.5, problem.group
 
@@ -156,6 +193,8 @@ def flash_attn(problem, device, module):
     options = {"causal": problem.mask == "causal"} | variants(problem, problem.heads, device)
     if problem.mask == "window":
         options["window_size"] = tuple(-1 if side is None else side for side in problem.window)
+    if problem.packed:
+        return packed(problem, device, importlib.import_module(module).flash_attn_varlen_func, **options)
     function = importlib.import_module(module).flash_attn_func
 
     def attention(q, k, v):
@@ -191,6 +230,7 @@ def implementations(device_type: str) -> dict[str, Implementation]:
         Implementation("torch", sdpa),
         *(Implementation(name, functools.partial(sdpa, backend=name), no_gpu if name != "math" else None,
                          context=functools.partial(sdpa_kernel, backend)) for name, backend in BACKENDS.items()),
+        Implementation("varlen", varlen, no_gpu),
         Implementation("flex", flex, no_gpu),
         Implementation("eager", eager),
         *(Implementation(name, functools.partial(flash_attn, module=module), no_gpu or import_error(module),

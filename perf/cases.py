@@ -6,6 +6,7 @@
     short    a selection for a few minutes       tiny     seconds in Triton's interpreter
     cudnn    the shapes of cudnn-frontend's benchmark of training: grouped heads, wide heads, windows, few queries
     variants softcap and sinks
+    packed   sequences of one length, packed
 """
 
 import math
@@ -39,6 +40,11 @@ def problem(batch, heads, lengths, d, window=FULL, *, dtype=torch.bfloat16, bott
     return Problem.of(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes), window, bottom_right)
 
 
+def packed(problem: Problem) -> Problem:
+    """Return the problem of the same sequences, packed."""
+    return replace(problem, packed=(problem.batch[0] * problem.n_q, problem.batch[0] * problem.n_k))
+
+
 def of_paper(d: int, mask: str, n: int, directions=TRAINING) -> Case:
     """Return a case of the grid of arXiv 2307.08691 and 2407.08608: batch x length = 16,384, heads x head size = 2048."""
     return Case(f"d{d} {mask} {n}", problem(16384 // n, 2048 // d, n, d, MASKS[mask]), directions)
@@ -48,7 +54,7 @@ def in_paper_grid(problem: Problem) -> bool:
     """Return whether a problem has the sizes and the mask of a case of `of_paper`, in any dtype, and no variant."""
     square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
     sizes = math.prod(problem.batch) * problem.n_q, problem.heads * problem.d
-    plain = problem.mask in MASKS and not (problem.softcap or problem.sink)
+    plain = problem.mask in MASKS and not (problem.softcap or problem.sink or problem.packed)
     return square and sizes == (16384, 2048) and plain
 
 
@@ -136,9 +142,16 @@ VARIANTS = (
     *(Case(f"softcap d{d} causal 4k", replace(of_paper(d, "causal", 4096).problem, softcap=True), TRAINING) for d in (64, 128)),
 )
 
+# of one length, so that the numbers of operations are exact and a padded batch would do the same work
+PACKED = (
+    *(Case(f"d{d} {mask} {16384 // n} of {n}", packed(of_paper(d, mask, n).problem), TRAINING)
+      for d in (64, 128) for mask in MASKS for n in (512, 2048)),
+    Case("llama-3-8b causal 8 of 4k", packed(problem(8, (32, 8), 4096, 128, CAUSAL)), TRAINING),
+)
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "paper": PAPER, "models": MODELS, "decode": DECODE, "odd": ODD, "small": SMALL, "short": SHORT, "tiny": TINY,
-    "cudnn": CUDNN, "variants": VARIANTS,
+    "cudnn": CUDNN, "variants": VARIANTS, "packed": PACKED,
 }
 
 

@@ -91,7 +91,8 @@ def copies_needed(problem: Problem, cache_bytes: int) -> int:
 
 def draw_inputs(problem: Problem, device, copies: int) -> list[tuple]:
     """Return copies of (q, k, v, do) with different random normal values. Constant inputs would draw less power."""
-    like_o = Problem(problem.batch, problem.heads, problem.heads, problem.n_q, 1, problem.dv, 1, problem.dtype)
+    rows = problem.packed and (problem.packed[0], 1)
+    like_o = Problem(problem.batch, problem.heads, problem.heads, problem.n_q, 1, problem.dv, 1, problem.dtype, packed=rows)
     return [(*problem.tensors(device, seed=2 * i), like_o.tensors(device, seed=2 * i + 1)[0]) for i in range(copies)]
 
 
@@ -106,9 +107,15 @@ def expected_tensors(case: Case, inputs) -> Expected:
     names, do = (TENSORS["forward"], None) if case.directions == ("forward",) else (TENSORS["both"], do)
 
     def tensors_by_name(dtype):
-        tensors = reference.by_heads(q, k, v, do, dtype=dtype, window=problem.window, align=align(problem),
+        if problem.packed:
+            # all sequences are as long as the longest
+            tensors = [x if x is None else x[0].unflatten(1, (problem.batch[0], -1)).transpose(0, 1) for x in (q, k, v, do)]
+        else:
+            tensors = q, k, v, do
+        tensors = reference.by_heads(*tensors, dtype=dtype, window=problem.window, align=align(problem),
                                      **variants(problem, 1, q.device))
-        return dict(zip(names, (tensors,) if do is None else tensors))
+        tensors = (tensors,) if do is None else tensors
+        return dict(zip(names, (x.transpose(0, 1).flatten(1, 2)[None] for x in tensors) if problem.packed else tensors))
 
     exact, rounded = tensors_by_name(wide), tensors_by_name(problem.dtype)
     expected = {name: (exact[name], accuracy.tolerance(rounded[name], exact[name], problem.dtype)) for name in names}

@@ -108,14 +108,16 @@ class Problem:
         rng = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
         def draw(heads, n, width):
-            return torch.randn(*self._batch(), heads, n, width, dtype=self.dtype, device=device, generator=rng)
+            if self.packed is not None:
+                return torch.randn(n, heads, width, dtype=self.dtype, device=device, generator=rng).transpose(0, 1)[None]
+            return torch.randn(*self.batch, heads, n, width, dtype=self.dtype, device=device, generator=rng)
 
         return tuple(draw(*size) for size in self._sizes())
 
     def bytes(self, direction: str = "forward") -> int:
         """Return the least memory traffic: inputs read once, results written once. Without biases and masks, whose shapes
         are not part of a Problem."""
-        batch, sizes = math.prod(self._batch()), self._sizes()
+        batch, sizes = 1 if self.packed else math.prod(self.batch), self._sizes()
         q, k, v = (batch * heads * n * width for heads, n, width in sizes)
         o, rows = q // max(self.d, 1) * self.dv, batch * self.heads * sizes[0][1]
         numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + 2 * o}[direction]
@@ -127,10 +129,6 @@ class Problem:
             return self
         batch = max(1, *(-(-total // max(1, n)) for total, n in zip(self.packed, (self.n_q, self.n_k))))
         return replace(self, packed=None, lengths=True, batch=(batch,))
-
-    def _batch(self):
-        """Return the batch dimensions of q, k and v."""
-        return self.batch if self.packed is None else (1,)
 
     def _sizes(self):
         """Return heads, length and width of q, k and v."""

@@ -1,6 +1,7 @@
 """Baselines compute the problem or raise Unsupported. Packages that are not installed are replaced by fakes."""
 
 import contextlib
+import functools
 import sys
 import types
 from dataclasses import replace
@@ -14,9 +15,9 @@ from torch.nn.attention.bias import CausalBias
 import tritonattn
 from perf import baselines
 from perf.baselines import Unsupported
-from perf.cases import CAUSAL
+from perf.cases import CAUSAL, Case, packed
 from perf.cases import problem as make_problem
-from perf.measure import draw_inputs
+from perf.measure import call_of, draw_inputs, expected_tensors
 from tritonattn import reference
 
 CPU = torch.device("cpu")
@@ -129,6 +130,42 @@ def test_flash_attn_does_not_support_top_left_masks(monkeypatch):
     fake_module(monkeypatch, "flash_attn", flash_attn_func=flash_attn_func)
     with pytest.raises(Unsupported, match="bottom-right"):
         baselines.flash_attn(PROBLEMS["causal, more keys"], CPU, "flash_attn")
+
+
+def varlen_of_flash_attn(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, window_size=(-1, -1)):
+    left, right = (None if side < 0 else side for side in window_size)
+    assert (max_seqlen_q, max_seqlen_k) == (24, 24)
+    return reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, window=(left, right),
+                                      align="bottom_right"), None
+
+
+def varlen_of_torch(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    assert enable_gqa == (query.shape[1] > key.shape[1])
+    return varlen_of_flash_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)[0]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("of_batch", [PROBLEMS["full"], make_problem(3, (4, 2), 24, 16, CAUSAL, dtype=F32),
+                                      make_problem(2, 2, 24, 16, (5, 0), dtype=F32)], ids=["full", "grouped", "window"])
+def test_packed_sequences(of_batch, monkeypatch):
+    from torch.nn.attention import varlen
+
+    fake_module(monkeypatch, "flash_attn", flash_attn_varlen_func=varlen_of_flash_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_of_torch)
+    problem = packed(of_batch)
+    q, k, v, do = draw_inputs(problem, CPU, 1)[0]
+    expected = expected_tensors(Case("packed", problem, ("both",)), (q, k, v, do))
+    for build in (baselines.ours, baselines.varlen, functools.partial(baselines.flash_attn, module="flash_attn")):
+        results = call_of("both", build(problem, CPU), q, k, v, do)()
+        for (name, (exact, allowed)), x in zip(expected.items(), results, strict=True):
+            assert x.shape == exact.shape and (x - exact).abs().max() <= allowed, name
+    for refused in (baselines.sdpa, baselines.flex, baselines.eager):
+        with pytest.raises(Unsupported, match="no packed sequences"):
+            refused(problem, CPU)
+    with pytest.raises(Unsupported, match="packed sequences only"):
+        baselines.varlen(of_batch, CPU)
+    with pytest.raises(Unsupported, match="no softcap"):
+        baselines.varlen(replace(problem, softcap=True), CPU)
 
 
 def test_missing_implementations_have_a_reason():

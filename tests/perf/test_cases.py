@@ -22,8 +22,14 @@ def test_names_are_unique_and_problems_match_their_tensors(suite):
         assert problem.heads % problem.kv_heads == 0 and set(case.directions) <= set(cases.DIRECTIONS) and case.directions
         q, k, v = problem.tensors("meta")
         plain = Problem.of(q, k, v, problem.window, bottom_right=problem.shift != 0)
-        assert replace(plain, softcap=problem.softcap, sink=problem.sink) == problem, case.name
+        if problem.packed:
+            assert problem.packed == (q.shape[-2], k.shape[-2]) == tuple(problem.batch[0] * n for n in (problem.n_q, problem.n_k))
+            assert replace(problem.padded(), lengths=False, packed=problem.packed) == problem
+            assert q.transpose(1, 2).is_contiguous()
+        else:
+            assert replace(plain, softcap=problem.softcap, sink=problem.sink) == problem, case.name
         assert (suite == "variants") == (problem.softcap or problem.sink)
+        assert (suite == "packed") == (problem.packed is not None)
         assert "/".join((suite, case.name)).count("/") <= 2 and problem.pairs() > 0
 
 
@@ -35,7 +41,7 @@ def test_paper_grid():
         assert problem.batch[0] * problem.n_q == 16384 and problem.heads * problem.d == 2048
         assert case.name == f"d{problem.d} {problem.mask} {problem.n_k}" and case.directions == ("forward", "backward")
         assert cases.in_paper_grid(problem)
-    others = (case for suite in ("models", "decode", "odd", "small", "variants") for case in cases.SUITES[suite])
+    others = (case for suite in ("models", "decode", "odd", "small", "variants", "packed") for case in cases.SUITES[suite])
     assert not any(cases.in_paper_grid(case.problem) for case in others)
 
 
