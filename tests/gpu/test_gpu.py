@@ -6,9 +6,10 @@ On a machine with a GPU: `python -m pytest -m gpu -n 0`. The cases of test_atten
 import pytest
 import torch
 
-from tests.helpers.cases import Case, check, results
+from tests.helpers.cases import Case, check, result_names, results
+from tests.helpers.sequences import Sequences, starts_of
 from tests.helpers.tolerance import agree
-from tritonattn import Problem, attention, config, gpu, reference
+from tritonattn import Problem, attention, attention_varlen, config, gpu, reference
 from tritonattn.analysis import compile_report
 from tritonattn.configs import lookup, shipped
 from tritonattn.runtime import launch
@@ -142,6 +143,36 @@ def test_side_stream_and_cuda_graph_give_the_same_bits(device):
         captured = attention(q, k, v, causal=True)
     graph.replay()
     assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama-8b", "sliding", "vit", "mla"])
+def test_packed_sequences_at_real_sizes(name, dtype, device):
+    """Lengths that no tile divides, an empty sequence, and spare rows; twice, with the same bits."""
+    case = REAL[name]
+    sequences = Sequences(case, dtype, device, (1000, 0, 17, case.n_q), (1000, 5, 33, case.n_k), spare=100)
+    options = case.options | {"align": "bottom_right"}
+    ours, again = sequences.results(**options), sequences.results(**options)
+    exact, torchs = sequences.results(torch.float64, **options), sequences.results(dtype, **options)
+    agree("lse", ours[1], sequences.results(torch.float32, **options)[1], exact[1], torch.float32)
+    for tensor, *values, repeated in zip(result_names({}), ours, torchs, exact, again, strict=True):
+        assert torch.equal(values[0], repeated), tensor
+        if tensor != "lse":
+            agree(tensor, *values, dtype)
+
+
+def test_a_cuda_graph_reads_other_starts(device):
+    q = torch.randn(300, 4, 64, device=device, dtype=torch.bfloat16)
+    starts, others = (starts_of(lengths, device) for lengths in ((100, 150, 50), (0, 290, 10)))
+    expected = [attention_varlen(q, q, q, x, x, causal=True) for x in (starts, others)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention_varlen(q, q, q, starts, starts, causal=True)
+    graph.replay()
+    assert torch.equal(captured, expected[0])
+    starts.copy_(others)
+    graph.replay()
+    assert torch.equal(captured, expected[1])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers import memory_guard
-from tests.helpers.cases import COVERING, LARGE_TILES, SINGLE, TILES, result_names, results
+from tests.helpers.cases import COVERING, LARGE_TILES, SINGLE, TILES, result_names
+from tests.helpers.sequences import SPARE, Sequences, starts_of
 from tests.helpers.tiers import slow
 from tests.helpers.tolerance import agree
 from tritonattn import (
@@ -38,36 +39,6 @@ from tritonattn.configs import lookup
 from tritonattn.configs.key import key_of
 from tritonattn.kernels import packed
 from tritonattn.runtime import custom_op, launch, packed_arguments, plan
-
-SPARE = 3  # rows after the last sequence
-
-
-def starts_of(lengths, device="cpu", dtype=torch.int32):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
-
-
-class Sequences:
-    """Tensors of packed sequences of these lengths, with the sizes of a case, and both functions as `results` calls them."""
-
-    def __init__(self, case, dtype, device, queries, keys, spare=SPARE):
-        self.starts = starts_of(queries, device), starts_of(keys, device)
-        self.longest = max(queries), max(keys)
-        sizes = {"n_q": sum(queries) + spare, "n_k": sum(keys) + spare}
-        *qkv, do, self.dlse = dataclasses.replace(case, batch=(1,), **sizes).tensors(dtype, device)
-        self.qkv, self.do = [x[0].transpose(0, 1) for x in qkv], do[0].transpose(0, 1)
-        self.dlse = self.dlse[0]
-        sizes = {"n_q": self.longest[0], "n_k": self.longest[1]}
-        self.given = dataclasses.replace(case, batch=(len(queries),), **sizes).given(dtype, device)
-
-    def results(self, dtype=None, **options):
-        """Return the results of the kernels; in this dtype those of the definition."""
-        function = functools.partial(self._call, attention_varlen if dtype is None else reference.attention_varlen)
-        tensors = [x.to(dtype or x.dtype) for x in (*self.qkv, self.do, self.dlse)]
-        given = {name: x if dtype is None or x.dtype == torch.bool else x.to(dtype) for name, x in self.given.items()}
-        return results(function, *tensors, **options | given)
-
-    def _call(self, function, q, k, v, **options):
-        return function(q, k, v, *self.starts, *self.longest, **options)
 
 
 def of_case(case, dtype, device):

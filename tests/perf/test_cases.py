@@ -23,7 +23,8 @@ def test_names_are_unique_and_problems_match_their_tensors(suite):
         q, k, v = problem.tensors("meta")
         plain = Problem.of(q, k, v, problem.window, bottom_right=problem.shift != 0)
         if problem.packed:
-            assert problem.packed == (q.shape[-2], k.shape[-2]) == tuple(problem.batch[0] * n for n in (problem.n_q, problem.n_k))
+            assert problem.packed == (q.shape[-2], k.shape[-2])
+            assert problem.packed == (problem.batch[0] * problem.n_q, problem.batch[0] * problem.n_k)
             assert replace(problem.padded(), lengths=False, packed=problem.packed) == problem
             assert q.transpose(1, 2).is_contiguous()
         else:
