@@ -91,6 +91,8 @@ def varlen(problem, device):
         raise Unsupported("varlen_attn takes packed sequences only")
     if problem.softcap or problem.sink:
         raise Unsupported("varlen_attn has no softcap and no sinks")
+    if problem.mask != "full" and problem.shift != problem.n_k - problem.n_q:
+        raise Unsupported("varlen_attn aligns masks bottom-right, the problem is top-left")
     window = tuple(-1 if side is None else side for side in problem.window)
     return packed(problem, device, varlen_attn, ("cu_seq_q", "cu_seq_k", "max_q", "max_k"), window_size=window,
                   enable_gqa=problem.group > 1)

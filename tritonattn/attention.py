@@ -91,7 +91,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
         window, causal, align: positions are counted within each sequence. A causal mask or a window needs `align`, unless the
             two cu_seqlens are the same tensor. flash_attn_varlen_func's causal is align="bottom_right".
         bias, mask: broadcast to [sequences, H, max_seqlen_q, max_seqlen_k], indexed by the positions in a sequence. No
-            `block_mask`.
+            `block_mask`. The gradient of a bias that is the same for all keys takes memory for [sequences, H, max_seqlen_q].
         key_lengths: [sequences], if not all keys of a sequence take part: the others, at its end, are padding.
         dropout_seed: as in `attention`; `dropout_mask` with the shape (sequences, H, max_seqlen_q, max_seqlen_k) tells which
             weights are dropped.

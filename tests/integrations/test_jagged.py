@@ -1,8 +1,11 @@
 """Nested tensors of layout torch.jagged at torch's attention function while the patch is on."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tritonattn
 from tritonattn.integrations import jagged
@@ -68,7 +71,7 @@ def test_queries_and_keys_of_other_lengths(device):
         assert tritonattn.fallback_report().handled == 1
         # aligned in which way?
         reason = jagged.unsupported_reason(*(x.transpose(1, 2) for x in tensors), None, 0.0, True, None, False)
-        assert reason == "type NestedTensor"
+        assert reason == "nested"
     torch.testing.assert_close(ours, alone(tensors), atol=1e-5, rtol=1e-4)
 
 
@@ -93,11 +96,12 @@ def test_dropout(device):
     assert torch.equal(first.values(), second.values()) and not torch.equal(first.values(), none.values())
 
 
-@pytest.mark.parametrize("change", ["mask", "heads", "other offsets", "ragged heads", "narrowed", "three dimensions", "dtype"])
+@pytest.mark.parametrize("change", ["mask", "heads", "other offsets", "ragged heads", "narrowed", "three dimensions", "dtype",
+                                    "a dense tensor", "setting"])
 def test_what_stays_with_torch(change, device):
     q = base(device)
     rows = [x.transpose(1, 2) for x in (q, like(q, 2, 8, 1), like(q, 2, 8, 2))]
-    mask, expected = None, "type NestedTensor"
+    mask, expected = None, "nested"
     if change == "mask":
         mask = rows[0]
     elif change == "heads":
@@ -111,6 +115,18 @@ def test_what_stays_with_torch(change, device):
                                     layout=torch.jagged).transpose(1, 2)] * 3
     elif change == "three dimensions":
         rows = [torch.nested.nested_tensor([torch.randn(n, 8) for n in LENGTHS], layout=torch.jagged)] * 3
+    elif change == "a dense tensor":
+        rows[1] = torch.randn(3, 2, 5, 8, device=device)
+    elif change == "setting":
+        expected = "sdpa_kernel"
     else:
         rows, expected = [x.to(torch.int32) for x in rows], "dtype torch.int32"
-    assert jagged.unsupported_reason(*rows, mask, 0.0, False, None, False) == expected
+    with sdpa_kernel(SDPBackend.MATH) if change == "setting" else contextlib.nullcontext():
+        assert jagged.unsupported_reason(*rows, mask, 0.0, False, None, False) == expected
+
+
+def test_a_fallback_says_what_would_be_supported(device, monkeypatch):
+    monkeypatch.setenv("TRITONATTN_STRICT", "1")
+    rows = [base(device).transpose(1, 2) for _ in range(3)]
+    with tritonattn.swapped(), pytest.raises(RuntimeError, match="nested: jagged keys and values must share their offsets"):
+        F.scaled_dot_product_attention(*rows)

@@ -230,6 +230,12 @@ def test_packed_sequences_in_larger_batches_and_compiled_code_are_a_mask(packed_
         by_lengths = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 5}
         both = model(ids[:1], position_ids=places, use_cache=False, **by_lengths)
         torch.testing.assert_close(both.logits, expected)
+    x, finer = torch.randn(1, 2, 9, 16, device=DEVICE), torch.tensor([0, 2, 4, 9], dtype=torch.int32, device=DEVICE)
+    o, _ = integration.hf_attention(torch.nn.Identity(), x, x, x, lengths.view(1, 1, -1), is_causal=True,
+                                    cu_seq_lens_q=finer, cu_seq_lens_k=finer)
+    alone, _ = integration.hf_attention(torch.nn.Identity(), x, x, x, None, is_causal=True, cu_seq_lens_q=finer,
+                                        cu_seq_lens_k=finer)
+    assert torch.equal(o, alone), "the lengths count if they and position_ids differ"
 
 
 @pytest.mark.parametrize("kind", ["booleans", "numbers"])
@@ -382,7 +388,7 @@ def test_arguments_that_change_the_result_are_not_ignored(asked, name):
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize("kind", ["int32", "int64", "without maxima"])
 def test_sequences_packed_by_their_lengths(name, kind, packed_calls):
-    """As transformers' padding-free collator gives them, but without position_ids, which would add a mask.
+    """As transformers' padding-free collator gives them, but without position_ids.
 
     Rotary positions count from the first token, and only their differences within a sequence matter.
     """
@@ -403,9 +409,14 @@ def test_sequences_packed_by_their_lengths(name, kind, packed_calls):
 def test_what_packed_sequences_by_their_lengths_do_not_take():
     x, starts = torch.randn(2, 2, 4, 16, device=DEVICE), torch.tensor([0, 2, 4], dtype=torch.int32, device=DEVICE)
     packed = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "is_causal": True}
-    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected a batch of one .* got a batch of 2$"):
-        integration.hf_attention(torch.nn.Identity(), x, x, x, None, **packed)
-    with pytest.raises(NotImplementedError, match="got a batch of 1 and a position bias"):
+    for mask in (None, torch.ones(2, 1, 4, 4, dtype=torch.bool, device=DEVICE)):
+        with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected a batch of one, got a batch of 2$"):
+            integration.hf_attention(torch.nn.Identity(), x, x, x, mask, **packed)
+    # not starts, although of their dtype
+    padding = torch.tensor([[0, 1, 1, 1]], dtype=torch.int32, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="attention_mask: expected"):
+        integration.hf_attention(torch.nn.Identity(), *[x[:1]] * 3, padding, is_causal=True)
+    with pytest.raises(NotImplementedError, match="position_bias: expected None with packed sequences"):
         integration.hf_attention(torch.nn.Identity(), *[x[:1]] * 3, None, position_bias=torch.zeros(1, 2, 4, 4), **packed)
 
 

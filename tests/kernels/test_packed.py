@@ -343,6 +343,14 @@ def test_empty_tensors(device):
         torch.testing.assert_close((o, lse, dq), (expected, exact_lse, exact_dq))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1), (1, 1), (1,)], ids=str)
+def test_a_bias_without_pairs_has_a_gradient_of_zero(shape, device):
+    q, starts = torch.randn(4, 2, 16, device=device), starts_of((0, 0), device)
+    bias = torch.zeros(shape, device=device, requires_grad=True)
+    o, lse = attention_varlen(q, q, q, starts, starts, 0, 0, bias=bias, return_lse=True)
+    assert (torch.autograd.grad(o.sum() + lse.sum(), bias)[0] == 0).all()
+
+
 def test_flops_count_the_most_keys_for_each_query(device):
     sequences = Sequences(SINGLE["gqa"], torch.float32, device, (12, 3), (9, 20))
     with FlopCounterMode(display=False) as counter:

@@ -56,7 +56,7 @@ def fallback_report(clear: bool = False) -> FallbackReport:
 
 _FIXES = {
     "type": "only plain tensors are supported, not subclasses",
-    "nested": "only dense tensors are supported: pass the rows of all sequences to tritonattn.attention_varlen",
+    "nested": "jagged keys and values must share their offsets; or pass the rows of all sequences to attention_varlen",
     "layout": "only dense tensors are supported",
     "device": "the kernels run on a GPU; to try them on the CPU, set TRITON_INTERPRET=1 before Python starts",
     "dtype": "float16, bfloat16 and float32 are supported; cast the inputs, or use torch.autocast",

@@ -37,7 +37,8 @@ _open = {}             # {name of a patch that is on: the ExitStack that ends it
 def enable(route: str = "python") -> None:
     """Replace torch's scaled_dot_product_attention by tritonattn's, in every thread of this process.
 
-    Calls that `tritonattn.scaled_dot_product_attention` does not support go to torch's own function unchanged. They are
+    Calls that neither `tritonattn.scaled_dot_product_attention` nor, for jagged nested tensors, `attention_varlen` supports go
+    to torch's own function unchanged. They are
     counted by reason (`fallback_report`), and the first one of each reason warns; TRITONATTN_STRICT=1 makes them a
     RuntimeError. TORCH_LOGS="+tritonattn" logs each call. No argument is ignored. Enabling twice equals enabling once. A
     forked child inherits the state of the patch, a spawned process starts with the patch off.
@@ -117,9 +118,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if not torch_private.only_device_modes():
         return _under_modes(arguments, options)
     reason, ours = unsupported_reason(query, key, value, attn_mask, dropout_p, scale, enable_gqa), tritonattn_sdpa
-    if reason == jagged.NOT_SUPPORTED:
-        reason = jagged.unsupported_reason(*arguments, scale, enable_gqa)
-        ours = jagged.attention
+    if reason == "nested":
+        reason, ours = jagged.unsupported_reason(*arguments, scale, enable_gqa), jagged.attention
     raise_if_strict(reason, call)
     out = (ours if reason is None else torch_attention)(*arguments, **options)
     # a call that raises counts neither way; with a CausalBias, torch's own attention calls this function again, which counts

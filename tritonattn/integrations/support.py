@@ -30,7 +30,7 @@ def _unsupported_tensors(query, key, value, attn_mask):
     causal_bias = isinstance(attn_mask, CausalBias)
     for x in (query, key, value) if attn_mask is None or causal_bias else (query, key, value, attn_mask):
         if type(x) not in torch_private.PLAIN_TYPES:
-            return f"type {type(x).__name__}"
+            return "nested" if isinstance(x, torch.Tensor) and x.is_nested else f"type {type(x).__name__}"
         if x.is_nested or x.layout != torch.strided:
             return "nested" if x.is_nested else f"layout {x.layout}"
         if x.device.type not in SUPPORTED_DEVICES:

@@ -17,6 +17,16 @@ CAUSAL_BIAS_SDPA = CausalBias._dispatch
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
+def ragged_dimension(x):
+    """Return the dimension of a nested tensor of layout torch.jagged in which its sequences differ; None for other tensors."""
+    return getattr(x, "_ragged_idx", None) if x.is_nested and x.layout == torch.jagged else None
+
+
+def known_lengths(x):
+    """Return the least and the largest length of a nested tensor of layout torch.jagged, None where it does not know them."""
+    return x._maybe_min_seqlen, x._maybe_max_seqlen
+
+
 def forward_mode_is_on():
     """Return whether a forward-mode derivative is being taken."""
     return forward_ad._current_level >= 0

@@ -41,7 +41,8 @@ def register(name="tritonattn", *, harmless=()):
     Causal attention and sliding windows take no mask in memory, in training, prefill and decoding with any cache. Padding on
     the right becomes key lengths, other padding one boolean per key. Grouped heads are not repeated. Sequences that are packed
     in a batch of one, by position_ids or by cu_seq_lens_q and cu_seq_lens_k, take no mask either (in compiled code, those with
-    position_ids do). Masks with a pattern of the model's own are tensors, as for torch's SDPA.
+    position_ids do); position_ids separate them with use_cache=False only. Masks with a pattern of the model's own are
+    tensors, as for torch's SDPA.
 
     Args:
         name: any name that transformers gives no meaning to; "flash" and "/" have one.
@@ -126,8 +127,8 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     """transformers' mask function: the padding alone if the model follows FlashAttention's contract, else the mask for SDPA.
 
     Returns None (no padding; the last query is at the last key), lengths [B] (further keys are padding, or unused slots of
-    a static cache), keep [B, S'] of booleans (S' <= S: keys from S' on are unused slots), starts [1, sequences + 1] of packed
-    sequences, or a boolean mask [B, 1, L, S].
+    a static cache), keep [B, S'] of booleans (S' <= S: keys from S' on are unused slots), starts [1, 1, sequences + 1] of
+    packed sequences, or a boolean mask [B, 1, L, S].
     """
     if attention_mask is not None and attention_mask.dim() == 1:
         return attention_mask  # generate() has called this function already
@@ -139,11 +140,10 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
         bidirectional = options.get("allow_is_bidirectional_skip", False)
         plain = bidirectional or options.get("allow_is_causal_skip", True)
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset
-    if attention_mask is None and config is not None and _takes_padding_only(type(config)):
-        starts = _packed_starts(sizes, mask_function)
-        if starts is not None:
-            return starts
-    if plain and config is not None and _takes_padding_only(type(config)):
+    padding_only = config is not None and _takes_padding_only(type(config))
+    if padding_only and attention_mask is None and (starts := _packed_starts(sizes, mask_function)) is not None:
+        return starts
+    if plain and padding_only:
         padding = _padding(sizes, attention_mask, not bidirectional, options.get("device", "cpu"))
         if padding is not NotImplemented:
             return padding
@@ -187,26 +187,32 @@ def _padding(sizes, attention_mask, causal, device):
 
 
 def _packed_starts(sizes, mask_function):
-    """Return [1, sequences + 1] int32 if this mask separates sequences packed by position_ids, each causal or with a window.
+    """Return [1, 1, sequences + 1] int32 if this mask separates sequences packed by position_ids, each causal or with a window.
 
     transformers composes such a mask of functions, which are recognized by their names; of others the mask is made.
     """
     batch_size, n_q, n_k, *offsets = sizes
     if batch_size != 1 or n_q != n_k or any(isinstance(x, torch.Tensor) or x for x in offsets) or _host_cannot_read():
         return None
-    remapped, separated = _parts(mask_function, "and_masks", "mask_functions") or (None, None)
-    inner, sequence = (_parts(remapped, "remap_positions_for_packed_sequence", "mask_function"),
-                       _parts(separated, "packed_sequence_mask_function", "packed_sequence_mask"))
-    window, causal = _parts(inner, "and_masks", "mask_functions") or (None, inner)
+    remapped, separated = _both(mask_function) or (None, None)
+    inner = _made_with(remapped, "remap_positions_for_packed_sequence", "mask_function")
+    sequence = _made_with(separated, "packed_sequence_mask_function", "packed_sequence_mask")
+    window, causal = _both(inner) or (None, inner)
     if causal is not masking_utils.causal_mask_function or sequence is None:
         return None
-    if window is not None and _parts(window, "sliding_window_overlay", "sliding_window") is None:
+    if window is not None and _made_with(window, "sliding_window_overlay", "sliding_window") is None:
         return None
     changes = torch.nonzero(sequence[0].diff()).flatten() + 1
-    return torch.cat((changes.new_zeros(1), changes, changes.new_full((1,), n_q))).to(torch.int32)[None]
+    return torch.cat((changes.new_zeros(1), changes, changes.new_full((1,), n_q))).to(torch.int32).view(1, 1, -1)
 
 
-def _parts(function, maker, variable):
+def _both(function):
+    """Return the two mask functions whose conjunction this is, or None."""
+    parts = _made_with(function, "and_masks", "mask_functions")
+    return parts if parts is not None and len(parts) == 2 else None
+
+
+def _made_with(function, maker, variable):
     """Return a variable of the function of transformers that made this mask function, or None if another one did."""
     if getattr(function, "__qualname__", "").split(".")[0] != maker or function.__module__ != masking_utils.__name__:
         return None
@@ -227,8 +233,11 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
                                   'here; use attn_implementation="eager"')
     variant = {"scale": scaling, "dropout_p": dropout, "softcap": options.get("softcap"), "sink": options.get("s_aux")}
     if _is_packed(attention_mask, options):
-        starts = (options["cu_seq_lens_q"], options["cu_seq_lens_k"]) if attention_mask is None else (attention_mask[0],) * 2
-        return _packed_attention(module, query, key, value, starts, options, variant), None
+        # the lengths count if both are given, as in transformers' FlashAttention
+        if not _has_lengths(options):
+            starts = attention_mask[0, 0]
+            options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": None, "max_length_k": None}
+        return _packed_attention(module, query, key, value, options, variant), None
     mask, bias, n_q, n_k = attention_mask, options.get("position_bias"), query.shape[-2], key.shape[-2]
     rank, dtype = (mask.dim(), mask.dtype) if isinstance(mask, torch.Tensor) else (0, None)
     if rank == 4 and dtype == torch.bool:
@@ -252,22 +261,29 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
     if bias is not None and bias.dtype != query.dtype:
         bias = bias.float()
     if rank == 4 and _has_lengths(options):
+        _check_batch_of_one(query)
         # the mask need not separate the sequences: transformers separates those that position_ids show
         same = _same_sequence(options["cu_seq_lens_q"], n_q)[:, None] == _same_sequence(options["cu_seq_lens_k"], n_k)
         structure["mask"] = structure["mask"] & same if "mask" in structure else same
     return attention(query, key, value, bias=bias, **variant, **structure).transpose(1, 2).contiguous(), None
 
 
-def _packed_attention(module, query, key, value, starts, options, variant):
+def _packed_attention(module, query, key, value, options, variant):
     """Return o [1, L, H, D] of sequences that lie one after the other in q [1, H, L, D], k and v [1, Hk, S, D]."""
-    if len(query) != 1 or options.get("position_bias") is not None:
-        raise NotImplementedError("cu_seq_lens_q: expected a batch of one without a position bias, got a batch of "
-                                  f"{len(query)}" + " and a position bias" * (options.get("position_bias") is not None))
+    _check_batch_of_one(query)
+    if options.get("position_bias") is not None:
+        raise NotImplementedError("position_bias: expected None with packed sequences (cu_seq_lens_q), got a bias")
     # the last query of a sequence is at its last key, as in FlashAttention
     structure = _structure(module, query.shape[-2], key.shape[-2], options) | {"align": "bottom_right"}
     longest = (n if isinstance(n, int) else None for n in (options.get("max_length_q"), options.get("max_length_k")))
-    return attention_varlen(*(x[0].transpose(0, 1) for x in (query, key, value)), *starts, *longest, **structure,
-                            **variant)[None]
+    return attention_varlen(*(x[0].transpose(0, 1) for x in (query, key, value)), options["cu_seq_lens_q"],
+                            options["cu_seq_lens_k"], *longest, **structure, **variant)[None].contiguous()
+
+
+def _check_batch_of_one(query):
+    """Raise NotImplementedError if the rows of several batches would be numbered one after the other."""
+    if len(query) != 1:
+        raise NotImplementedError(f"cu_seq_lens_q: expected a batch of one, got a batch of {len(query)}")
 
 
 def _structure(module, n_q, n_k, options):
@@ -298,7 +314,7 @@ def _check_options(attention_mask, options):
         masked = isinstance(attention_mask, torch.Tensor) and (attention_mask.dim() == 4 or _has_starts(attention_mask))
         # one sequence, or both arguments where they are used
         by_lengths = len(value) <= 2 or (_has_lengths(options) and (masked or attention_mask is None))
-        if not (masked if name == "seq_idx" else by_lengths or _has_starts(attention_mask)):
+        if not (masked if name == "seq_idx" else by_lengths):
             raise NotImplementedError(f"{name}: packed sequences are not supported through this argument here; pass "
                                       "cu_seq_lens_q and cu_seq_lens_k without an attention_mask, or position_ids that restart "
                                       "for each sequence, and use_cache=False")
@@ -321,4 +337,4 @@ def _same_sequence(starts, n):
 
 def _has_starts(attention_mask):
     """Return whether this is the result of `_packed_starts`."""
-    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and attention_mask.dtype == torch.int32
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 3 and attention_mask.dtype == torch.int32

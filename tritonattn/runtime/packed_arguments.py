@@ -54,8 +54,8 @@ def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window
     check_sizes(("q", "k", "v"), q, k, v)
     totals, shared = (q.shape[-2], k.shape[-2]), are_same(*starts)
     longest_q, longest_k = (longest_argument(f"max_seqlen_{x}", n, total) for x, n, total in zip("qk", longest, totals))
-    q_starts, k_starts = (starts_argument(f"cu_seqlens_{x}", each, total, q.device)
-                          for x, each, total in zip("qk", starts, totals))
+    q_starts = starts_argument("cu_seqlens_q", starts[0], q.device)
+    k_starts = q_starts if shared else starts_argument("cu_seqlens_k", starts[1], q.device)
     if q_starts.shape != k_starts.shape:
         raise RuntimeError(f"cu_seqlens_k: expected as many numbers as in cu_seqlens_q, {len(q_starts)}, got {len(k_starts)}")
     batch = (q_starts.shape[0] - 1,)
@@ -100,7 +100,7 @@ def longest_argument(name, n, total) -> int:
     return n
 
 
-def starts_argument(name, starts, total, device) -> Tensor:
+def starts_argument(name, starts, device) -> Tensor:
     """Return the first rows of the sequences and the end of the last as contiguous int32."""
     if not isinstance(starts, Tensor) or starts.dtype not in INTEGERS:
         got = starts.dtype if isinstance(starts, Tensor) else describe(starts)
@@ -111,7 +111,7 @@ def starts_argument(name, starts, total, device) -> Tensor:
     if starts.device != device:
         raise RuntimeError(f"{name}: expected {device}, where the queries are, got {starts.device}")
     # clamp before the cast: a number beyond 32 bits must not become a small one
-    starts = starts if starts.dtype == torch.int32 else starts.clamp(0, total).to(torch.int32)
+    starts = starts if starts.dtype == torch.int32 else starts.clamp(0, MOST_ROWS).to(torch.int32)
     return starts.contiguous()
 
 

@@ -300,7 +300,7 @@ def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
     """Return how the gradient of a bias is computed."""
     if dbias is None:
         return None
-    if 0 in (*inputs.q.shape[:-1], inputs.k.shape[-2]):
+    if 0 in (*inputs.q.shape[:-1], inputs.k.shape[-2], inputs.longest_q, inputs.longest_k):
         return "zero"
     # a constant added to all scores of a row changes only its lse
     return "rows" if dbias.shape[-1] == 1 else "kernel"
