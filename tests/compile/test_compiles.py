@@ -299,7 +299,7 @@ from tritonattn.analysis import compile_report
 on, found = gpu.KNOWN[{arch!r}], []
 for kernel in ("forward", "dq", "dkdv"):
     for d in (64, 128):
-        problem = Problem((8,), 32, 8, 4088, 4088, d, d, torch.bfloat16, (None, 0), packed=True)
+        problem = Problem((8,), 32, 8, 4088, 4088, d, d, torch.bfloat16, (None, 0), packed=(8 * 4088,) * 2)
         report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, on), on)
         found.append(dict(cell=[kernel, d, str(report.config)], fits=report.fits, spills=report.loop_spills,
                           work=report.duplicated, race=report.race))

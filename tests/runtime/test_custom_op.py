@@ -273,14 +273,14 @@ def test_memory_is_linear(device, monkeypatch):
     n, d, dv = 64, 16, 8
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
-    options = 0.25, None, 0, False, 0.0, None
-    o, _, *left = custom_op._forward(q, k, v, *(None,) * 7, *options, True)
+    options = 0.25, None, 0, False, 0.0, None, None, None
+    o, _, *left = custom_op._forward(q, k, v, *(None,) * 9, *options, True)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n, 2 * n * dv])
     taken.clear()
-    custom_op._forward(q, k, v, *(None,) * 7, *options, False)
+    custom_op._forward(q, k, v, *(None,) * 9, *options, False)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n])
     taken.clear()
-    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 7, *options, [True, True, False, False, False])
+    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 9, *options, [True, True, False, False, False])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 
