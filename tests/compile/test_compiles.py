@@ -265,7 +265,7 @@ def test_score_mods_fit_hardly_spill_and_duplicate_no_work(arch):
         assert row["fits"], row
 
 
-CAPPED = """
+VARIANT = """
 import json, torch
 from tritonattn import Problem, gpu
 from tritonattn.configs import lookup
@@ -273,7 +273,7 @@ from tritonattn.analysis import compile_report
 on, found = gpu.KNOWN[{arch!r}], []
 for kernel in ("forward", "dq", "dkdv"):
     for d in (64, 128):
-        problem = Problem((4,), 32, 32, 4088, 4088, d, d, torch.bfloat16, (None, 0), softcap=True)
+        problem = Problem(({batch},), 32, {kv_heads}, 4088, 4088, d, d, torch.bfloat16, (None, 0), {variant})
         report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, on), on)
         found.append(dict(cell=[kernel, d, str(report.config)], fits=report.fits, spills=report.loop_spills,
                           work=report.duplicated, race=report.race))
@@ -285,33 +285,17 @@ print(json.dumps(found))
 @pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
 def test_a_softcap_hardly_spills(arch):
     """It is served by the rows of plain attention, but for dK/dV of wide heads on Hopper."""
-    for row in compiled(CAPPED.format(arch=arch)):
+    for row in compiled(VARIANT.format(arch=arch, batch=4, kv_heads=32, variant="softcap=True")):
         assert row["fits"] and row["work"] == 1 and row["race"] is None, row
         most = 1 if (arch, *row["cell"][:2]) == ("sm_90", "dkdv", 128) else 0
         assert row["spills"] <= (most if OWN else LIGHT_SPILLS), row
-
-
-ROWS_OF_ALL = """
-import json, torch
-from tritonattn import Problem, gpu
-from tritonattn.configs import lookup
-from tritonattn.analysis import compile_report
-on, found = gpu.KNOWN[{arch!r}], []
-for kernel in ("forward", "dq", "dkdv"):
-    for d in (64, 128):
-        problem = Problem((8,), 32, 8, 4088, 4088, d, d, torch.bfloat16, (None, 0), packed=(8 * 4088,) * 2)
-        report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, on), on)
-        found.append(dict(cell=[kernel, d, str(report.config)], fits=report.fits, spills=report.loop_spills,
-                          work=report.duplicated, race=report.race))
-print(json.dumps(found))
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
 def test_packed_sequences_hardly_spill(arch):
     """They are served by the rows with edges. No row was checked with packed sequences and grouped heads."""
-    for row in compiled(ROWS_OF_ALL.format(arch=arch)):
+    for row in compiled(VARIANT.format(arch=arch, batch=8, kv_heads=8, variant="packed=(8 * 4088,) * 2")):
         assert row["fits"] and row["work"] == 1 and row["race"] is None, row
         grouped = row["cell"][:2] == ["dkdv", 128] and arch in ("sm_80", "sm_90")
         assert row["spills"] <= (9 if grouped else 0 if OWN else LIGHT_SPILLS), row

@@ -35,6 +35,7 @@ from tritonattn import (
     reference,
     warm,
 )
+from tritonattn.autotune import bench
 from tritonattn.configs import lookup
 from tritonattn.configs.key import key_of
 from tritonattn.kernels import packed
@@ -385,6 +386,10 @@ def test_packed_sequences_share_the_tuned_configs_of_a_padded_batch(kernel):
     assert key_of(kernel, problem, on) == key_of(kernel, padded, on)
     # any tile may be the last one, and partial
     assert lookup.mask_class(kernel, problem) == "edges"
+    assert bench.Bench(kernel, problem, "cpu").problem == padded
+    few, alike = (bench.cases_to_compile(dataclasses.replace(each, n_q=64, n_k=64)) for each in (problem, padded))
+    assert [x.shape for x in few[-1][0][:4]] == [(79, 8, 64, 64), *[(79, 2, 64, 64)] * 2, (79, 8, 64, 64)]
+    assert len(few) == len(alike) and all("key_lengths" in options for _, options in few)
 
 
 ROWS, STARTS = torch.zeros(20, 2, 16), starts_of((12, 8))

@@ -332,7 +332,7 @@ def _has_lengths(options):
 
 def _same_sequence(starts, n):
     """Return [n]: the number of the sequence that each of n rows belongs to."""
-    return torch.searchsorted(starts[1:].contiguous(), torch.arange(n, device=starts.device), right=True)
+    return torch.searchsorted(starts[1:].contiguous(), torch.arange(n, dtype=starts.dtype, device=starts.device), right=True)
 
 
 def _has_starts(attention_mask):

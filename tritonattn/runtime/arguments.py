@@ -525,15 +525,21 @@ def check_window(causal, window):
     return left, 0 if causal else right
 
 
+def integer(value):
+    """Return any kind of integer, but no bool, as an int or a symbol. Raises TypeError for other values."""
+    if isinstance(value, bool):
+        raise TypeError
+    return value if isinstance(value, (int, SymInt)) else operator.index(value)
+
+
 def check_side(name, side):
     """Return one side of a window as an integer."""
-    if not isinstance(side, (int, torch.SymInt)) or isinstance(side, bool):
-        try:
-            if isinstance(side, bool) or (isinstance(side, Tensor) and (side.dim() or side.dtype == torch.bool)):
-                raise TypeError
-            side = operator.index(side)
-        except TypeError:
-            raise TypeError(f"window: expected {name} to be an integer or None, got {describe(side)}") from None
+    try:
+        if isinstance(side, Tensor) and (side.dim() or side.dtype == torch.bool):
+            raise TypeError
+        side = integer(side)
+    except TypeError:
+        raise TypeError(f"window: expected {name} to be an integer or None, got {describe(side)}") from None
     if side < 0:
         raise ValueError(f"window: expected {name} to be at least 0, got {side}; None is unbounded (FlashAttention's -1)")
     return side

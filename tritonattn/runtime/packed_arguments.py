@@ -1,7 +1,6 @@
 """The argument checks of packed sequences. What they have in common with other calls is in arguments.py."""
 
 import itertools
-import operator
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from .arguments import (
     check_tensors,
     check_window,
     describe,
+    integer,
     layout_message,
     lengths_argument,
     pairwise_argument,
@@ -87,14 +87,13 @@ def longest_argument(name, n, total) -> int:
         raise RuntimeError(f"{name}: expected at most {MOST_ROWS} rows in all sequences, got {total}")
     if n is None:
         return total
-    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
-        try:
-            if isinstance(n, (bool, Tensor)):
-                # reading a tensor would wait for the device
-                raise TypeError
-            n = operator.index(n)
-        except TypeError:
-            raise TypeError(f"{name}: expected an integer or None, got {describe(n)}") from None
+    try:
+        if isinstance(n, Tensor):
+            # reading it would wait for the device
+            raise TypeError
+        n = integer(n)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer or None, got {describe(n)}") from None
     if n < 0:
         raise ValueError(f"{name}: expected at least 0, got {n}")
     return n

@@ -38,7 +38,7 @@ def sum_of_packed(log2_l: Tensor, dlse: Tensor | None, ds: Tensor | None, starts
     describes, dlse [1, H, total] row by row. If one of the sequences and longest is 1 in it, and not both, all pairs of them
     are formed, since a sum in the order of the rows would need atomics.
     """
-    rows, n = torch.arange(total, device=starts.device), starts.shape[0] - 1
+    starts, rows, n = starts.long(), torch.arange(total, device=starts.device), starts.shape[0] - 1
     # n for the rows after the last sequence
     sequence = torch.searchsorted(starts[1:], rows, right=True)
     first = starts.index_select(0, sequence)
