@@ -25,6 +25,8 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
 SOFTCAP = 50.0
+SLOPE = 2.0**-4
+RELATIVE_ENTRIES = 257  # of T5
 FLASH_ATTN = {"flash_attn": "flash_attn", "flash_attn_3": "flash_attn_interface", "flash_attn_4": "flash_attn.cute"}  # modules
 
 
@@ -58,9 +60,28 @@ def boolean_mask(problem: Problem, device) -> torch.Tensor:
 
 
 def variants(problem: Problem, heads: int, device) -> dict:
-    """Return the options of `tritonattn.attention` for the softcap and the sinks of a problem, the same for every head."""
-    softcap = {"softcap": SOFTCAP} if problem.softcap else {}
-    return softcap | ({"sink": torch.zeros(heads, device=device)} if problem.sink else {})
+    """Return the options of `tritonattn.attention` for the variants of a problem, the same for every head."""
+    options = {"softcap": SOFTCAP} if problem.softcap else {}
+    if problem.sink:
+        options["sink"] = torch.zeros(heads, device=device)
+    if problem.alibi:
+        options["alibi"] = torch.full((heads,), SLOPE, device=device)
+    if problem.relative:
+        options["relative"] = torch.linspace(-1, 1, RELATIVE_ENTRIES, device=device).repeat(heads, 1)
+    return options
+
+
+def formed_bias(problem: Problem, device) -> torch.Tensor | None:
+    """Return the bias [heads, n_q, n_k] that slopes and table stand for, in the problem's dtype; None without them."""
+    if not (problem.alibi or problem.relative):
+        return None
+    offsets = reference.offsets(problem.n_q, problem.n_k, align=align(problem), device=device)
+    bias = -SLOPE * offsets.abs() if problem.alibi else torch.zeros(offsets.shape, device=device)
+    if problem.relative:
+        table, radius = variants(problem, 1, device)["relative"][0], RELATIVE_ENTRIES // 2
+        bias = bias + table[offsets.clamp(-radius, radius) + radius]
+    # models have another one for each head
+    return bias.to(problem.dtype).repeat(problem.heads, 1, 1)
 
 
 def ours(problem, device, **options):
@@ -89,8 +110,8 @@ def varlen(problem, device):
 
     if not problem.packed:
         raise Unsupported("varlen_attn takes packed sequences only")
-    if problem.softcap or problem.sink:
-        raise Unsupported("varlen_attn has no softcap and no sinks")
+    if problem.softcap or problem.sink or problem.alibi or problem.relative:
+        raise Unsupported("varlen_attn has no softcap, no sinks and no biases")
     if problem.mask != "full" and problem.shift != problem.n_k - problem.n_q:
         raise Unsupported("varlen_attn aligns masks bottom-right, the problem is top-left")
     window = tuple(-1 if side is None else side for side in problem.window)
@@ -106,6 +127,8 @@ def refuse_packed(problem):
 
 def sdpa_mask(problem, device, backend=None):
     """Return (is_causal, attn_mask) for torch's SDPA: its own flag or CausalBias where there is one, else an additive mask."""
+    if (bias := formed_bias(problem, device)) is not None:
+        return False, bias.masked_fill_(~boolean_mask(problem, device), -torch.inf)
     if problem.mask == "full" or (problem.mask == "causal" and problem.shift == 0):
         return problem.mask == "causal", None
     if problem.mask == "causal" and problem.shift > 0 and backend in (None, "flash", "efficient"):
@@ -151,9 +174,17 @@ def flex(problem, device):
     if problem.sink:
         raise Unsupported("a score function of FlexAttention adds no key")
     compiled, block_mask = torch.compile(flex_attention, dynamic=False), None
+    options, radius = variants(problem, problem.heads, device), RELATIVE_ENTRIES // 2
 
     def score_mod(score, batch, head, query, key):
-        return SOFTCAP * torch.tanh(score / SOFTCAP)
+        if problem.softcap:
+            score = SOFTCAP * torch.tanh(score / SOFTCAP)
+        offset = key - query - problem.shift
+        if problem.alibi:
+            score = score - options["alibi"][head] * offset.abs()
+        if problem.relative:
+            score = score + options["relative"][head, offset.clamp(-radius, radius) + radius]
+        return score
 
     if problem.mask != "full":
         (left, right), shift = problem.window, problem.shift
@@ -164,7 +195,7 @@ def flex(problem, device):
             return inside & (distance >= -left) if left is not None else inside
 
         block_mask = create_block_mask(mask_mod, None, None, problem.n_q, problem.n_k, device=device)
-    return functools.partial(compiled, score_mod=score_mod if problem.softcap else None, block_mask=block_mask,
+    return functools.partial(compiled, score_mod=score_mod if options else None, block_mask=block_mask,
                              enable_gqa=problem.group > 1)
 
 
@@ -172,12 +203,14 @@ def eager(problem, device):
     """Return softmax(Q K^T) V as separate torch operations."""
     refuse_packed(problem)
     hidden = None if problem.mask == "full" else ~boolean_mask(problem, device)
+    bias = formed_bias(problem, device)
     scale, group = problem.d**-0.5, problem.group
 
     def attention(q, k, v):
         k, v = (x.repeat_interleave(group, -3) if group > 1 else x for x in (k, v))
         s = q @ k.mT * scale
         s = SOFTCAP * torch.tanh(s / SOFTCAP) if problem.softcap else s
+        s = s if bias is None else s + bias
         s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
         # a sink of 0 is one more score
         p = F.pad(s, (0, 1)).softmax(-1)[..., :-1] if problem.sink else s.softmax(-1)
@@ -188,11 +221,15 @@ def eager(problem, device):
 
 def flash_attn(problem, device, module):
     """Return the function of a flash-attn package; versions 2, 3 and 4 share the signature."""
-    if problem.mask != "full" and problem.shift != problem.n_k - problem.n_q:
+    if (problem.mask != "full" or problem.alibi) and problem.shift != problem.n_k - problem.n_q:
         raise Unsupported("flash-attn aligns masks bottom-right, the problem is top-left")
     if problem.sink:
         raise Unsupported("flash-attn has sinks in few of its versions")
+    if problem.relative or (problem.alibi and module != "flash_attn"):
+        raise Unsupported("flash-attn has ALiBi in version 2 alone, and no table of relative positions")
     options = {"causal": problem.mask == "causal"} | variants(problem, problem.heads, device)
+    if problem.alibi:
+        options["alibi_slopes"] = options.pop("alibi")
     if problem.mask == "window":
         options["window_size"] = tuple(-1 if side is None else side for side in problem.window)
     if problem.packed:

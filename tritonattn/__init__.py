@@ -12,14 +12,15 @@ from .config import Config, pinned
 from .integrations.dispatch_log import fallback_report
 from .integrations.sdpa_patch import disable, enable, swapped
 from .problem import Problem
+from .relative import alibi_slopes, t5_table
 
 # imported on first use, so that `import tritonattn` loads no tuning and no inspection
 _LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_problems", "tune": ".autotune.tune"}
 
 __all__ = [
-    "BlockMask", "Config", "Problem", "__version__", "attention", "attention_varlen", "block_mask", "config", "disable",
-    "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems", "reference",
-    "scaled_dot_product_attention", "swapped", "tune", "warm",
+    "BlockMask", "Config", "Problem", "__version__", "alibi_slopes", "attention", "attention_varlen", "block_mask", "config",
+    "disable", "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems", "reference",
+    "scaled_dot_product_attention", "swapped", "t5_table", "tune", "warm",
 ]
 
 

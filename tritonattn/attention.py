@@ -6,7 +6,8 @@ from .runtime import arguments, custom_op, eager, packed_arguments
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-              key_lengths=None, softcap=None, sink=None, dropout_p=0.0, dropout_seed=None, return_lse=False, precise_grad=True):
+              key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0, dropout_seed=None,
+              return_lse=False, precise_grad=True):
     """Compute O = softmax(scale Q K^T + bias) V over the keys that each query attends to, exactly, in O(L) memory.
 
     Args:
@@ -17,9 +18,9 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         scale: factor of QK^T, any finite number; 1/sqrt(D) if None.
         causal: a query attends to no later key. The same as window=(None, 0).
         window: (left, right), how many keys before and after its own position a query attends to; None is unbounded.
-        align: required where L and S differ (or key_lengths are given) and a side is bounded: "top_left" puts the first
-            query at the first key (torch's is_causal), "bottom_right" the last query at the last key (FlashAttention's
-            causal).
+        align: required where a side is bounded, or alibi or relative is given, unless L equals S and there are no key_lengths.
+            "top_left" puts the first query at the first key (torch's is_causal), "bottom_right" the last query at the last key
+            (FlashAttention's causal).
 
                 causal, L=2, S=4      top_left  1 0 0 0     bottom_right  1 1 1 0
                                                 1 1 0 0                   1 1 1 1
@@ -47,11 +48,17 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         sink: one score for each head, [H], or several, [H, n], in any dtype that q may have. They take part in the softmax as
             further keys with values of 0 (OpenAI, 2025, arXiv 2508.10925) and count in lse; scale, softcap and masks do not
             apply to them. The gradient has the shape of the sink and is summed in a fixed order.
+        alibi: a slope for each head, [H], finite, in any dtype that q may have: slope |key position - query position| is
+            subtracted from the scores, after the softcap (Press et al., 2022, arXiv 2108.12409). See `alibi_slopes`.
+        relative: a table of biases for each head, [H, 2 R + 1], in any dtype that q may have: entry R + d is added to the
+            scores of the keys d positions after the query, the first or last entry to those farther away. -inf masks a pair.
+            With R of at least L and S no pair is farther away. `t5_table` makes T5's. The gradients of alibi and relative have
+            their shapes, are summed in a fixed order and take memory for a few times [..., H, L + S] numbers.
 
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural logarithm,
         float32. Both have first derivatives. A row that attends to no key gives o = 0, lse = -inf (that of the sinks, if there
-        are any) and zero gradients for q, k, v and bias.
+        are any) and zero gradients for q, k, v and biases.
         Masked keys and values do not affect a row, not even by a NaN. The same call gives the same bits,
         on sm_100 from Triton 3.7.1 on.
 
@@ -61,14 +68,14 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
-    tensors = eager.call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed)
+    tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed)
     sides = window if type(window) is tuple else (window,)
     key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, dropout_p, precise_grad, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
-                                   key_lengths=key_lengths, softcap=softcap, sink=sink, dropout_p=dropout_p,
-                                   dropout_seed=dropout_seed)
+                                   key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative,
+                                   dropout_p=dropout_p, dropout_seed=dropout_seed)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
     o, lse = outputs
     return (o, lse) if return_lse else o
@@ -76,7 +83,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, scale=None, causal=False,
                      window=(None, None), align=None, bias=None, mask=None, key_lengths=None, softcap=None, sink=None,
-                     dropout_p=0.0, dropout_seed=None, return_lse=False, precise_grad=True):
+                     alibi=None, relative=None, dropout_p=0.0, dropout_seed=None, return_lse=False, precise_grad=True):
     """Compute `attention` of each of several sequences that lie one after the other in memory, without padding.
 
     Args:
@@ -95,6 +102,8 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
         key_lengths: [sequences], if not all keys of a sequence take part: the others, at its end, are padding.
         dropout_seed: as in `attention`; `dropout_mask` with the shape (sequences, H, max_seqlen_q, max_seqlen_k) tells which
             weights are dropped.
+        alibi, relative: by positions within each sequence. Like a window, they need `align` unless the two cu_seqlens are the
+            same tensor.
         scale, softcap, sink, dropout_p, return_lse, precise_grad: see `attention`.
 
     Returns:
@@ -112,7 +121,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     q, k, v = (packed_arguments.one_batch(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     packed_arguments.check_starts(starts, (q.shape[-2], k.shape[-2]), longest)
-    tensors = eager.call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed, starts)
+    tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed, starts)
     sides = window if type(window) is tuple else (window,)
     key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, dropout_p, precise_grad,
                                    packed_arguments.are_same(*starts), *longest, *sides))
@@ -120,7 +129,8 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     if outputs is None:
         inputs = packed_arguments.prepare_packed(
             q, k, v, starts, longest, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
-            key_lengths=key_lengths, softcap=softcap, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed)
+            key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative, dropout_p=dropout_p,
+            dropout_seed=dropout_seed)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
     o, lse = outputs
     o, lse = o.transpose(1, 2).squeeze(0), lse.squeeze(0)
@@ -164,7 +174,7 @@ def warm(q, k, v, *, backward=True, **options) -> None:
     """
     arguments.check_tensors(q=q, k=k, v=v)
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in (q, k, v)]
-    for name in ("bias", "sink"):
+    for name in ("bias", "sink", "alibi", "relative"):
         if isinstance(given := options.get(name), torch.Tensor):
             options[name] = given.detach().requires_grad_(given.requires_grad)
             leaves.append(options[name])

@@ -5,7 +5,7 @@ import re
 import threading
 from dataclasses import dataclass
 
-KERNELS = ("forward", "delta", "dq", "dkdv", "dbias")
+KERNELS = ("forward", "delta", "dq", "dkdv", "dbias", "diagonals")
 
 
 @dataclass(frozen=True)

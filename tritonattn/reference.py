@@ -2,7 +2,8 @@
 
     S = scale Q K^T + bias          P = softmax of S over the keys that a query attends to          O = P V
 
-With a softcap c, S = c tanh(scale Q K^T / c) + bias. A sink is the score of one more key, whose value is 0.
+With a softcap c, S = c tanh(scale Q K^T / c) + bias. ALiBi and a table of relative positions are biases that depend on
+key position - query position. A sink is the score of one more key, whose value is 0.
 """
 
 import itertools
@@ -11,14 +12,14 @@ import torch
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-              softcap=None, sink=None, keep=None, dropout_p=0.0, return_lse=False):
+              softcap=None, sink=None, alibi=None, relative=None, keep=None, dropout_p=0.0, return_lse=False):
     """Compute attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
     the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False masks a pair) broadcast to
-    [..., H, L, S]; key_lengths has the batch's shape; sink is [H], or [H, n] for n sinks of each head. With dropout_p,
-    `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to keep. Takes O(L S) memory. Inputs are not
-    checked; they must be finite, but for -inf in the bias and the sinks.
+    [..., H, L, S]; key_lengths has the batch's shape; sink is [H], or [H, n] for n sinks of each head; alibi is [H], relative
+    [H, 2 R + 1]. With dropout_p, `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to keep. Takes
+    O(L S) memory. Inputs are not checked; they must be finite, but for -inf in bias, table and sinks.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:
@@ -28,6 +29,15 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = q @ k.mT * scale
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    if alibi is not None or relative is not None:
+        offset = offsets(q.shape[-2], k.shape[-2], align=align, key_lengths=key_lengths, device=q.device)
+        s = s if alibi is None else s - alibi.to(s.dtype)[:, None, None] * offset.abs().to(s.dtype)
+        if relative is not None:
+            radius = relative.shape[-1] // 2
+            index = offset.clamp(-radius, radius) + radius
+            # [..., 1, L, S] for the entries of every head
+            index = index if index.dim() > 2 else index[None]
+            s = s + relative.to(s.dtype)[:, index].movedim(0, -4).squeeze(-3)
     s = s if bias is None else s + bias
     s = s.masked_fill(~(inside if mask is None else inside & mask), -torch.inf)
     if sink is not None:
@@ -114,12 +124,20 @@ def visible(n_q, n_k, *, causal=False, window=(None, None), align=None, key_leng
     if causal:
         right = 0 if right is None else min(right, 0)
     n = n_k if key_lengths is None else key_lengths.clamp(0, n_k)[..., None, None, None]
-    shift = n - n_q if align == "bottom_right" else 0
-    cols = torch.arange(n_k, device=device)
-    distance = cols - torch.arange(n_q, device=device)[:, None] - shift
-    inside = torch.ones_like(distance, dtype=torch.bool) & (cols < n)
+    distance = offsets(n_q, n_k, align=align, key_lengths=key_lengths, device=device)
+    inside = torch.ones_like(distance, dtype=torch.bool) & (torch.arange(n_k, device=device) < n)
     if left is not None:
         inside &= distance >= -left
     if right is not None:
         inside &= distance <= right
     return inside
+
+
+def offsets(n_q, n_k, *, align=None, key_lengths=None, device=None):
+    """Return [n_q, n_k] integers: the position of key j minus that of query i, j - (i + shift), with the shift of `visible`.
+
+    With key_lengths [...] the result is [..., 1, n_q, n_k].
+    """
+    n = n_k if key_lengths is None else key_lengths.clamp(0, n_k)[..., None, None, None]
+    shift = n - n_q if align == "bottom_right" else 0
+    return torch.arange(n_k, device=device) - torch.arange(n_q, device=device)[:, None] - shift

@@ -200,6 +200,24 @@ def test_a_tile_of_a_bias_is_visited_by_its_own_block():
     assert cost_model.visits("dbias", causal, 64, 128) == (16 * 4 * 2, 16 * 2, 16 * 4)  # unmasked: rows 128 and 192
 
 
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("window, shift, sizes", list(itertools.product(
+    WINDOWS, (0, 7, -6), ((20, 20), (16, 33), (40, 9)))), ids=str)
+def test_visited_diagonals_match_a_dense_mask(window, shift, sizes, dropout):
+    """Every pair of a tile of 8 diagonals lies between the first and the last query that the tile visits."""
+    n_q, n_k = sizes
+    problem = Problem((3,), 4, 2, n_q, n_k, 16, 16, torch.float16, window, shift, alibi=True, dropout=dropout)
+    blocks, unmasked, masked = cost_model.visits("diagonals", problem, 16, 16)
+    assert (blocks, unmasked) == (12 * -(-(n_q + n_k) // 8), 0)
+    steps, (left, right) = 0, window
+    for first in range(0, n_q + n_k, 8):
+        offsets = [d - (n_q - 1 + shift) for d in range(first, first + 8)]
+        queries = {i for i in range(n_q) for offset in offsets if 0 <= i + shift + offset < n_k}
+        seen = (left is None or offsets[-1] >= -left) and (right is None or offsets[0] <= right)
+        steps += -(-(max(queries) + 1 - min(queries)) // (5 if dropout else 8)) if queries and seen else 0
+    assert masked == 12 * steps
+
+
 def test_an_unknown_gpu_counts_as_its_architecture():
     known = H200.peaks
     assert cost_model.peaks_of(dataclasses.replace(H200, name="H20", sms=78)) == known

@@ -28,6 +28,8 @@ CALLS = {
     "map": ([(2, 2, 5, 8)] * 3, {"mask": block_mask(torch.ones(5, 5, dtype=torch.bool))}),
     "lengths": ([(2, 2, 5, 8)] * 3, {"key_lengths": torch.tensor([3, 5])}),
     "dropout": ([(2, 2, 5, 8)] * 3, {"dropout_p": 0.5}),
+    "alibi": ([(2, 2, 5, 8)] * 3, {"alibi": torch.ones(2)}),
+    "relative": ([(2, 2, 5, 8)] * 3, {"relative": torch.ones(2, 3)}),
     "no columns": ([(2, 2, 5, 0), (2, 2, 5, 0), (2, 2, 5, 3)], {}),
 }
 
@@ -70,6 +72,14 @@ def test_explanation_has_config_origin_figures_and_rejected_configs():
         assert word in text
     plain = json.loads(json.dumps(found.as_json()))
     assert plain["kernels"][0]["entry"]["config"] == line.config and plain["arch"] == "sm_90"
+
+
+def test_the_sums_of_diagonals_have_a_line_of_their_own():
+    problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, True)
+    for name in ("alibi", "relative"):
+        found = explain.explain_problem(dataclasses.replace(problem, **{name: True}), H200)
+        assert [line.kernel for line in found.lines] == ["forward", "delta", "dq", "dkdv", "diagonals"]
+        assert "diagonals 32x64w4s1 " in str(found) and name in str(found).splitlines()[0]
 
 
 def test_pinned_config_exception_and_another_gpu():

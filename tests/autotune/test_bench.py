@@ -62,8 +62,9 @@ def test_a_wrong_kernel_does_not_pass(fault, reason, device, monkeypatch):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kernel", ["forward", "dkdv"])
-def test_softcap_and_sink_are_checked_against_the_definition(kernel, device, monkeypatch):
-    problem, tensors = dataclasses.replace(TINY, softcap=True, sink=True), {"forward": {"o", "lse"}, "dkdv": {"dk", "dv"}}
+def test_variants_are_checked_against_the_definition(kernel, device, monkeypatch):
+    problem = dataclasses.replace(TINY, softcap=True, sink=True, alibi=True, relative=True)
+    tensors = {"forward": {"o", "lse"}, "dkdv": {"dk", "dv"}}
     assert set(Bench(kernel, problem, device).check("32x64w4s2")) == tensors[kernel]
     bench = Bench(kernel, problem, device)
     # the kernel gets another one than the definition
@@ -222,7 +223,7 @@ print(json.dumps(dict(checked=sorted(errors), hits=hits, launches=null.launches)
 @pytest.mark.parametrize("kernel, options", [
     ("forward", {}), ("forward", {"window": (None, 0), "lengths": True}), ("dq", {"window": (9, 0)}),
     ("dkdv", {"masked": True, "mapped": True}), ("dkdv", {"masked": True, "window": (None, 0)}),
-    ("dbias", {"bias": torch.float32}), ("forward", {"softcap": True, "sink": True}),
+    ("dbias", {"bias": torch.float32}), ("forward", {"softcap": True, "sink": True, "alibi": True, "relative": True}),
 ], ids=str)
 def test_a_check_compiles_nothing_that_was_compiled_ahead(kernel, options):
     """Slow: compiles up to six binaries of each kernel of a call, in a new process."""

@@ -168,6 +168,10 @@ def test_explain_on_the_command_line(capsys):
     assert "on H200 (sm_90)" in out and "on A100 (sm_80)" in out and out.count("forward") == 2
     assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["kernels"][0]["origin"] == "table"
+    for flag in ("--alibi", "--relative", "--softcap"):
+        assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", flag]) == 0
+        output = capsys.readouterr().out
+        assert flag[2:] in output.splitlines()[0] and ("\ndiagonals " in output) == (flag != "--softcap")
     assert main.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
     assert capsys.readouterr().err.startswith("shape: expected")
 

@@ -271,7 +271,7 @@ from tritonattn import Problem, gpu
 from tritonattn.configs import lookup
 from tritonattn.analysis import compile_report
 on, found = gpu.KNOWN[{arch!r}], []
-for kernel in ("forward", "dq", "dkdv"):
+for kernel in {kernels}:
     for d in (64, 128):
         problem = Problem(({batch},), 32, {kv_heads}, 4088, 4088, d, d, torch.bfloat16, (None, 0), {variant})
         report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, on), on)
@@ -285,7 +285,7 @@ print(json.dumps(found))
 @pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
 def test_a_softcap_hardly_spills(arch):
     """It is served by the rows of plain attention, but for dK/dV of wide heads on Hopper."""
-    for row in compiled(VARIANT.format(arch=arch, batch=4, kv_heads=32, variant="softcap=True")):
+    for row in compiled(VARIANT.format(kernels=KERNELS, arch=arch, batch=4, kv_heads=32, variant="softcap=True")):
         assert row["fits"] and row["work"] == 1 and row["race"] is None, row
         most = 1 if (arch, *row["cell"][:2]) == ("sm_90", "dkdv", 128) else 0
         assert row["spills"] <= (most if OWN else LIGHT_SPILLS), row
@@ -295,10 +295,51 @@ def test_a_softcap_hardly_spills(arch):
 @pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
 def test_packed_sequences_hardly_spill(arch):
     """They are served by the rows with edges. No row was checked with packed sequences and grouped heads."""
-    for row in compiled(VARIANT.format(arch=arch, batch=8, kv_heads=8, variant="packed=(8 * 4088,) * 2")):
+    for row in compiled(VARIANT.format(kernels=KERNELS, arch=arch, batch=8, kv_heads=8, variant="packed=(8 * 4088,) * 2")):
         assert row["fits"] and row["work"] == 1 and row["race"] is None, row
         grouped = row["cell"][:2] == ["dkdv", 128] and arch in ("sm_80", "sm_90")
         assert row["spills"] <= (9 if grouped else 0 if OWN else LIGHT_SPILLS), row
+
+
+# spills in the loop of kernels with slopes or a table; the rows that serve them were checked with no variant, or with a bias
+SPILLS = {("alibi", "sm_80", "dq", 128): 7, ("alibi", "sm_90", "dkdv", 128): 6, ("relative", "sm_90", "dkdv", 128): 30}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["alibi", "relative"])
+def test_biases_by_offset_hardly_spill(name, arch):
+    """ALiBi is served by the rows of plain attention, a table by those of a bias; the sums of diagonals by a formula."""
+    kernels = *KERNELS, "diagonals"
+    for row in compiled(VARIANT.format(kernels=kernels, arch=arch, batch=4, kv_heads=32, variant=f"{name}=True")):
+        assert row["fits"] and row["work"] == 1 and row["race"] is None, row
+        assert row["spills"] <= max(SPILLS.get((name, arch, *row["cell"][:2]), 0), 0 if OWN else LIGHT_SPILLS), row
+
+
+@pytest.mark.slow
+def test_the_diagonals_of_every_dtype_and_size_fit():
+    """Their config comes from a formula of the head size."""
+    reports = compiled(DIAGONALS)
+    assert len(reports) == 2 * 2 * 5 and all(report["fits"] for report in reports)
+    for report in reports:
+        assert report["spills"] <= (160 if report["arch"] == "gfx942" else 0), report
+
+
+DIAGONALS = """
+import json, torch
+from tritonattn import Problem, gpu
+from tritonattn.configs import lookup
+from tritonattn.analysis import compile_report
+found = []
+for on in (gpu.KNOWN["sm_86"], gpu.KNOWN["gfx942"]):
+    for dtype in (torch.bfloat16, torch.float32):
+        for d in (16, 64, 128, 256, on.largest_head(dtype)):
+            problem = Problem((4,), 32, 32, 4088, 4088, d, d, dtype, (None, 0), relative=True)
+            report = compile_report.inspect_kernel("diagonals", problem, lookup.get_config("diagonals", problem, on), on)
+            found.append(dict(arch=on.arch, cell=[str(dtype), d, str(report.config)], fits=report.fits,
+                              spills=report.loop_spills))
+print(json.dumps(found))
+"""
 
 
 SUNK = """

@@ -75,7 +75,7 @@ def test_invalid_pins_are_rejected(arguments, message):
 VARIANTS = {
     "full": {"n_q": 1024, "n_k": 1024}, "ragged": {}, "causal": {"window": (None, 0)}, "window": {"window": (9, 3)},
     "bias": {"bias": torch.float32}, "mask": {"masked": True}, "map": {"masked": True, "mapped": True},
-    "dropout": {"dropout": True}, "lengths": {"lengths": True},
+    "dropout": {"dropout": True}, "lengths": {"lengths": True}, "alibi": {"alibi": True}, "relative": {"relative": True},
 }
 
 
@@ -89,7 +89,7 @@ def test_every_problem_has_a_config_in_the_table_of_its_gpu(arch, kernel):
         problem = dataclasses.replace(PROBLEM, d=d, dtype=dtype, batch=batch, **variant)
         choice = lookup.lookup_config(kernel, problem, on)
         assert choice == lookup.lookup_config(kernel, dataclasses.replace(problem, dv=1), on)
-        if kernel == "delta":
+        if kernel in ("delta", "diagonals"):
             assert choice.origin == "formula"
             continue
         assert choice.origin == "table" and choice.config == getattr(choice.row, choice.fill).config
@@ -115,6 +115,7 @@ def test_float32_heads_of_512_have_rows_where_they_fit(arch):
     ("full", "forward", "full"), ("ragged", "forward", "edges"), ("causal", "dq", "edges"), ("window", "dkdv", "window"),
     ("bias", "forward", "pairs"), ("mask", "dq", "pairs"), ("map", "forward", "edges"), ("dropout", "dkdv", "pairs"),
     ("lengths", "forward", "edges"), ("lengths", "dkdv", "pairs"), ("full", "dbias", "pairs"),
+    ("alibi", "dq", "edges"), ("relative", "forward", "pairs"),
 ])
 def test_mask_class(name, kernel, mask):
     assert lookup.mask_class(kernel, dataclasses.replace(PROBLEM, **VARIANTS[name])) == mask
@@ -147,7 +148,7 @@ def test_every_returned_config_fits(arch, shared_memory, tensor_memory, sms, ker
     if choice.row is not None:
         entry = getattr(choice.row, choice.fill)
         assert entry.shared_memory <= shared_memory and entry.tensor_memory <= tensor_memory
-    elif kernel != "delta":
+    elif kernel not in ("delta", "diagonals"):
         assert choice.origin == "smallest" and choice.config == Config(16, 16, 4, 1)
 
 

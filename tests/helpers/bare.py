@@ -22,7 +22,7 @@ from tritonattn.kernels.window import needs_mask, window_bounds, window_mask
 
 @triton.jit
 def bare_load_modifiers(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring, MODE: tl.constexpr):
-    return (), ()
+    return (), (), ()
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def bare_exponent(s, minus_m, scoring, dtype: tl.constexpr):
 
 @triton.jit
 def bare_select_head(mods, batches, batch, head, first, rows, shift):
-    return ScoreMods((), (), (), (), ())
+    return ScoreMods((), (), (), (), (), (), ())
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def bare_sizes_of_batch(leading, n_q, n_k, shift, batch):
 
 
 @triton.jit
-def bare_tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.constexpr):
+def bare_tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr):
     tiles = tl.cdiv(n, BLOCK)
     tile = tl.program_id(0) % tiles
     if REVERSE:

@@ -33,13 +33,15 @@ class Case:
     pairs: tuple = ()  # keys of PAIRS
     softcap: float | None = None
     sinks: int = 0     # for each head
+    alibi: bool = False
+    radius: int | None = None  # of a table of relative positions
 
     @property
     def options(self):
         return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale, "softcap": self.softcap}
 
     def given(self, dtype, device, seed=1):
-        """Return bias, mask and sink, as arguments of attention."""
+        """Return biases, mask and sink, as arguments of attention."""
         rng = torch.Generator().manual_seed(seed)
         sizes = {"batch": self.batch, "heads": (self.heads,), "n_q": (self.n_q,), "n_k": (self.n_k,)}
         arguments = {}
@@ -50,6 +52,10 @@ class Case:
         if self.sinks:
             shape = (self.heads,) if self.sinks == 1 else (self.heads, self.sinks)
             arguments["sink"] = (2 + torch.randn(shape, generator=rng)).to(device, dtype)
+        if self.alibi:
+            arguments["alibi"] = torch.rand(self.heads, generator=rng).to(device, dtype)
+        if self.radius is not None:
+            arguments["relative"] = torch.randn(self.heads, 2 * self.radius + 1, generator=rng).to(device, dtype)
         return arguments
 
     def tensors(self, dtype, device, seed=0, family="randn"):
@@ -89,7 +95,7 @@ LAYOUT = {
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2].repeat_interleave(2, -2)[..., ::2, :],
 }
 
-LEARNED = ("bias", "sink")  # arguments with a gradient, beside q, k and v
+LEARNED = ("bias", "sink", "alibi", "relative")  # arguments with a gradient, beside q, k and v
 
 # shapes of biases and masks
 PAIRS = {"bias": ("batch", "heads", "n_q", "n_k"), "key-bias": ("n_k",), "head-bias": ("heads", "n_q", "n_k"),
@@ -123,6 +129,8 @@ FEATURES = {
     "batch": {"two-batches": {"batch": (2,)}, "batch-of-batches": {"batch": (2, 1, 2)}},
     "softcap": {"softcap": {"softcap": 2.0}},
     "sink": {"sink": {"sinks": 1}, "sinks": {"sinks": 3}},
+    "alibi": {"alibi": {"alibi": True}},
+    "relative": {"relative": {"radius": 6}, "relative-unclipped": {"radius": 64}},
 }
 
 

@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers", minversion="5.17", reason="tr
 from transformers import masking_utils  # noqa: E402
 
 import tritonattn  # noqa: E402
+from tests.helpers.tiers import slow  # noqa: E402
 from tritonattn.integrations import transformers as integration  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")
@@ -181,14 +182,79 @@ def test_whisper():
     assert torch.equal(*found)
 
 
-def test_t5_passes_a_position_bias(calls):
-    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2,
-             "decoder_start_token_id": 0, "pad_token_id": 0}
-    model, (ids, seen) = build("T5ForConditionalGeneration", sizes), tokens([6, 9])
+T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2,
+      "decoder_start_token_id": 0, "pad_token_id": 0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 6}
+
+
+@pytest.mark.parametrize("kind", ["T5", *slow("MT5", "UMT5", "SwitchTransformers")])
+def test_t5_forms_no_position_bias(kind, calls):
+    """Nine tokens are more than the six that its buckets tell apart."""
+    model, (ids, seen) = with_strong_biases(build(f"{kind}ForConditionalGeneration", T5)), tokens([6, 9])
     assert_same(model, lambda out: out.logits, ids, attention_mask=seen, decoder_input_ids=ids)
-    if not calls:
-        pytest.skip(f"T5 of transformers {transformers.__version__} asks no attention function")
-    assert len(calls) == 3 and all(call["bias"] is not None for call in calls)
+    tables = [call["relative"].shape for call in calls if call.get("relative") is not None]
+    # the other calls are cross attention, for which the models make zeros
+    assert len(calls) == 6 and tables == [(2, 13)] * 4
+    assert all((call["bias"] == 0).all() for call in calls if call.get("relative") is None)
+
+
+def with_strong_biases(model):
+    """Enlarge the position biases, so that a wrong one changes the result."""
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            parameter.data.mul_(30)
+    return model
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_t5_decodes_with_the_same_scores(cache, calls):
+    """Queries after cached keys are placed at the end. With a static cache positions are tensors, and the bias is formed."""
+    model, (ids, seen) = with_strong_biases(build("T5ForConditionalGeneration", T5)), tokens([6, 9])
+    found = []
+    for name in ("eager", "tritonattn"):
+        model.set_attn_implementation(name)
+        found.append(model.generate(ids, attention_mask=seen, max_new_tokens=9, do_sample=False, cache_implementation=cache,
+                                    eos_token_id=None, output_logits=True, return_dict_in_generate=True, disable_compile=True))
+    assert torch.equal(found[0].sequences, found[1].sequences) and len(found[0].logits) == 9
+    torch.testing.assert_close(found[1].logits, found[0].logits, atol=1e-4, rtol=1e-4)
+    assert (found[0].logits[-1] - found[0].logits[0]).abs().max() > 0.01
+    decoding = [call for call in calls if call["q"][-2] == 1 and call.get("relative") is not None]
+    assert bool(decoding) == (cache == "dynamic")
+
+
+@pytest.mark.parametrize("buckets, distance", [(32, 6), (16, 2), (32, 16), (8, 5)])
+def test_t5_forms_a_bias_that_no_table_gives(buckets, distance, calls):
+    """Where distances up to the largest have a bucket each, farther keys are not in the last bucket."""
+    sizes = T5 | {"relative_attention_num_buckets": buckets, "relative_attention_max_distance": distance}
+    model, (ids, seen) = with_strong_biases(build("T5ForConditionalGeneration", sizes)), tokens([6, 9])
+    assert_same(model, lambda out: out.logits, ids, attention_mask=seen, decoder_input_ids=ids)
+    tables = [call for call in calls if call.get("relative") is not None]
+    assert len(tables) == (4 if buckets == 8 else 0)
+
+
+@pytest.mark.parametrize("buckets, distance", [(8, 6), (32, 128), (32, 100), (5, 3)])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_t5_table_is_that_of_the_models(buckets, distance, bidirectional):
+    weight = torch.randn(buckets, 3, device=DEVICE, requires_grad=True)
+    table = tritonattn.t5_table(weight, bidirectional=bidirectional, max_distance=distance)
+    offsets = torch.arange(-2 * distance, 2 * distance + 1, device=DEVICE)
+    bucket = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket(offsets, bidirectional, buckets, distance)
+    clipped = table[:, offsets.clamp(-distance, distance) + distance]
+    assert torch.equal(clipped, weight[bucket].T) and table.shape == (3, 2 * distance + 1)
+    given = torch.randn_like(clipped)
+    gradients = (torch.autograd.grad(x, weight, given)[0] for x in (clipped, weight[bucket].T))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6, 12])
+def test_alibi_gives_what_bloom_and_mpt_compute(heads):
+    """Their bias is slope * key position, which differs by a constant in each row: only under a causal mask is that ALiBi."""
+    q, k, v = torch.randn(3, 1, heads, 9, 8, device=DEVICE)
+    slopes = tritonattn.alibi_slopes(heads, DEVICE)
+    bloom = transformers.models.bloom.modeling_bloom.build_alibi_tensor(torch.ones(1, 9, device=DEVICE), heads, torch.float32)
+    mpt = transformers.models.mpt.modeling_mpt.build_mpt_alibi_tensor(heads, 9, device=DEVICE)
+    ours = tritonattn.attention(q, k, v, causal=True, alibi=slopes)
+    for bias in (bloom.view(1, heads, 1, 9), mpt[None]):
+        torch.testing.assert_close(ours, tritonattn.reference.attention(q, k, v, causal=True, bias=bias), atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture

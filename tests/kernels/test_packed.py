@@ -183,14 +183,15 @@ def test_wrong_starts_lead_to_no_access_outside(starts, bias, monkeypatch, devic
     q = torch.randn(1, 1, 40, 16, device=device)
     mask, lengths = (torch.ones(shape, dtype=dtype, device=device)
                      for shape, dtype in (((1, 1, 25, 25), torch.bool), ((3,), torch.int32)))
-    inputs = launch.AttentionInputs(q, q, q, torch.zeros(bias, device=device), torch.zeros(1, 1, 1, 1, device=device), mask,
+    inputs = launch.AttentionInputs(q, q, q, torch.zeros(bias, device=device), *torch.zeros(2, 1, 1, 1, 1, device=device),
+                                    torch.zeros(1, 1, 1, 9, device=device), mask,
                                     q_starts=starts, k_starts=starts.flip(0).contiguous(), longest_q=25, longest_k=25, right=0,
                                     bottom_right=True, key_lengths=50 * lengths)
     monkeypatch.setattr(memory_guard, "find_race", lambda: None)
     with config.pinned(TILES):
         o, _, statistics, residual = custom_op.forward_op(*inputs, False)
-        gradients = custom_op.backward_op(q, None, o, statistics, residual, *inputs, [True] * 5)
-    assert [x.shape for x in (o, *gradients)] == [q.shape] * 4 + [torch.Size(bias), (1, 1, 1, 1)]
+        gradients = custom_op.backward_op(q, None, o, statistics, residual, *inputs, [True] * 7)
+    assert [x.shape for x in (o, *gradients)] == [q.shape] * 4 + [torch.Size(bias), *[(1, 1, 1, 1)] * 2, (1, 1, 1, 9)]
 
 
 def test_no_program_for_padding():
@@ -299,7 +300,7 @@ def test_opcheck(device):
         plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
         o, lse, *left = custom_op.forward_op(*plain, True)
     torch.library.opcheck(custom_op.backward_op, (torch.randn_like(o), torch.randn_like(lse), o, *left, *plain,
-                                                  [True, True, True, False, False]))
+                                                  [True, True, True, *[False] * 4]))
 
 
 def test_vmap_and_checkpoint(device):

@@ -44,8 +44,8 @@ USUAL = 6  # tests that run first because they killed other mutants of the funct
 UNCHANGED = "unchanged"  # the key of the package without a mutation
 # in the order in which they run: cheap and sensitive ones first
 TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py", "tests/test_block_mask.py",
-         "tests/kernels/test_softcap_and_sink.py", "tests/kernels/test_softmax.py", "tests/kernels/test_window.py",
-         "tests/runtime/test_launch.py", "tests/kernels/test_packed.py")
+         "tests/kernels/test_softcap_and_sink.py", "tests/kernels/test_relative.py", "tests/kernels/test_softmax.py",
+         "tests/kernels/test_window.py", "tests/runtime/test_launch.py", "tests/kernels/test_packed.py")
 # tests of those files that are about torch, not about kernels
 DESELECT = ("not (jacrev or vmap or functional or rejects or raise or autocast or compile or checkpointing or attn_mask or "
             "causal_bias or generator "
@@ -54,6 +54,9 @@ DESELECT = ("not (jacrev or vmap or functional or rejects or raise or autocast o
 FIRST = {
     "dropout.py": ("tests/kernels/test_score_mods.py::test_dropped_weights_are_those_of_philox",
                    "tests/kernels/test_score_mods.py::test_dropout_is_exact_for_its_keep_mask"),
+    "diagonals.py": ("tests/kernels/test_relative.py::test_tables_of_any_radius[16]",
+                     "tests/kernels/test_relative.py::test_dropped_weights_have_no_gradient[9-50-bottom_right]",
+                     "tests/kernels/test_packed.py::test_each_feature[relative]"),
     "packed.py": ("tests/kernels/test_packed.py::test_many_short_sequences[11]",
                   "tests/kernels/test_packed.py::test_each_feature[bottom-right]",
                   "tests/kernels/test_packed.py::test_rows_after_the_last_sequence_attend_to_nothing[None]"),

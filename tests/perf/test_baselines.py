@@ -31,6 +31,8 @@ PROBLEMS = {
     "two-sided window": make_problem(1, 2, (20, 24), 16, (5, 3), dtype=F32, bottom_right=True),
 }
 VARIANTS = {name: replace(PROBLEMS["grouped, bottom right"], **{name: True}) for name in ("softcap", "sink")}
+OFFSETS = {name: replace(PROBLEMS["grouped, bottom right"], **dict.fromkeys(name.split(" and "), True))
+           for name in ("alibi", "relative", "alibi and relative")}
 
 
 def expected(problem, q, k, v):
@@ -57,6 +59,23 @@ def test_softcap_and_sink(name):
         assert_correct(baselines.implementations("cpu")[baseline].build(VARIANTS[name], CPU), VARIANTS[name])
     with pytest.raises(Unsupported, match="no softcap and no sinks"):
         baselines.implementations("cpu")["torch"].build(VARIANTS[name], CPU)
+
+
+@pytest.mark.parametrize("problem", OFFSETS.values(), ids=OFFSETS)
+def test_biases_by_offset(problem, monkeypatch):
+    """torch's SDPA takes them formed; FlexAttention, here uncompiled, as a score function."""
+    for baseline in ("tritonattn", "torch", "eager"):
+        assert_correct(baselines.implementations("cpu")[baseline].build(problem, CPU), problem)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for each in (problem, replace(problem, window=(None, None))):
+        for build in (baselines.flex, baselines.sdpa, baselines.eager):
+            assert_correct(build(each, CPU), each)
+    with pytest.raises(Unsupported, match="no biases"):
+        baselines.varlen(packed(replace(problem, shift=0, n_q=problem.n_k)), CPU)
+    with pytest.raises(Unsupported, match="aligns masks bottom-right"):
+        baselines.flash_attn(replace(OFFSETS["alibi"], window=(None, None), shift=0), CPU, "flash_attn")
+    with pytest.raises(Unsupported, match="ALiBi in version 2 alone"):
+        baselines.flash_attn(problem, CPU, "flash_attn_interface")
 
 
 def test_backend_is_forced_by_the_context_not_by_each_call(monkeypatch):

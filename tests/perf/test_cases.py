@@ -13,6 +13,9 @@ def by_name(suite):
     return {case.name: case for case in cases.SUITES[suite]}
 
 
+VARIANTS = "softcap", "sink", "alibi", "relative"
+
+
 @pytest.mark.parametrize("suite", cases.SUITES)
 def test_names_are_unique_and_problems_match_their_tensors(suite):
     members = cases.SUITES[suite]
@@ -28,8 +31,9 @@ def test_names_are_unique_and_problems_match_their_tensors(suite):
             assert replace(problem.padded(), lengths=False, packed=problem.packed) == problem
             assert q.transpose(1, 2).is_contiguous()
         else:
-            assert replace(plain, softcap=problem.softcap, sink=problem.sink) == problem, case.name
-        assert (suite == "variants") == (problem.softcap or problem.sink)
+            given = {name: getattr(problem, name) for name in VARIANTS}
+            assert replace(plain, **given) == problem, case.name
+        assert (suite == "variants") == any(getattr(problem, name) for name in VARIANTS)
         assert (suite == "packed") == (problem.packed is not None)
         assert "/".join((suite, case.name)).count("/") <= 2 and problem.pairs() > 0
 

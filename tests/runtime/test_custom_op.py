@@ -22,13 +22,15 @@ def qkv(device, *, heads=2, kv_heads=2, n_q=20, n_k=20, d=16, dv=16, dtype=torch
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
 @pytest.mark.parametrize("form, given", [
-    ({}, "bias sink mask seed lengths"), ({}, "mask map"),
+    ({}, "bias sink alibi relative mask seed lengths"), ({}, "mask map"),
     *slow_rows(({}, ""), ({"layout": "transposed"}, "mask seed"), ({"kv_heads": 1, "dv": 8}, "bias")),
 ], ids=str)
 def test_opcheck(form, given, grad, device):
     q, k, v = qkv(device, grad=grad, dtype=torch.float16, **form)
     known = {"bias": torch.randn(1, 2, 1, 20, device=device, requires_grad=grad),
              "sink": torch.randn(1, 2, 1, 1, device=device, requires_grad=grad),
+             "alibi": torch.rand(1, 2, 1, 1, device=device, requires_grad=grad),
+             "relative": torch.randn(1, 2, 1, 9, device=device, requires_grad=grad),
              "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None,
              "q_starts": None, "k_starts": None,
              "seed": torch.tensor([3], device=device),
@@ -41,7 +43,7 @@ def test_opcheck(form, given, grad, device):
     with torch.no_grad():
         tensors = [x if x is None else x.detach() for x in (q, k, v, *extras)]
         o, lse, *left = custom_op.forward_op(*tensors, *options, True)
-    wanted = [True, False, True, "bias" in given, "sink" in given]
+    wanted = [True, False, True, *(name in given for name in ("bias", "sink", "alibi", "relative"))]
     cotangents = torch.randn_like(o), torch.randn_like(lse)
     torch.library.opcheck(custom_op.backward_op, (*cotangents, o, *left, *tensors, *options, wanted))
 
@@ -274,13 +276,13 @@ def test_memory_is_linear(device, monkeypatch):
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
     options = 0.25, None, 0, False, 0.0, None, None, None
-    o, _, *left = custom_op._forward(q, k, v, *(None,) * 9, *options, True)
+    o, _, *left = custom_op._forward(q, k, v, *(None,) * 11, *options, True)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n, 2 * n * dv])
     taken.clear()
-    custom_op._forward(q, k, v, *(None,) * 9, *options, False)
+    custom_op._forward(q, k, v, *(None,) * 11, *options, False)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n])
     taken.clear()
-    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 9, *options, [True, True, False, False, False])
+    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 11, *options, [True, True, *[False] * 5])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 
@@ -297,6 +299,22 @@ def test_a_bias_takes_no_memory_of_the_size_of_the_scores(device, monkeypatch):
             monkeypatch.setattr(home, name, noted(getattr(home, name), taken))
     gradients = torch.autograd.grad(attention(q, k, v, bias=bias, mask=mask), (q, k, v, bias), do)
     assert gradients[3].shape == bias.shape and max(taken) <= 2 * n * 16 < n * n and n in taken
+
+
+def test_relative_positions_take_no_memory_of_the_size_of_the_scores(device, monkeypatch):
+    """The sums of diagonals are [..., H, L + S]; the sum to the table takes as much."""
+    n_q, n_k = 64, 96
+    q, k, v = qkv(device, n_q=n_q, n_k=n_k, dtype=torch.float32, grad=True)
+    learned = [torch.randn(shape, device=device, requires_grad=True) for shape in ((2,), (2, 9))]
+    taken, do = [], torch.randn(1, 2, n_q, 16, device=device)
+    for home, names in ((torch, ("empty", "empty_like", "empty_strided", "zeros_like", "where", "arange", "cat")),
+                        (torch.Tensor, ("new_empty", "new_empty_strided", "new_zeros", "contiguous", "clone", "to", "sum"))):
+        for name in names:
+            monkeypatch.setattr(home, name, noted(getattr(home, name), taken))
+    o = attention(q, k, v, align="top_left", alibi=learned[0], relative=learned[1])
+    gradients = torch.autograd.grad(o, (q, k, v, *learned), do)
+    assert [x.shape for x in gradients[3:]] == [(2,), (2, 9)]
+    assert max(taken) <= 2 * n_k * 16 < n_q * n_k and 2 * (n_q + n_k) in taken
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

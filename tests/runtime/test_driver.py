@@ -39,7 +39,7 @@ from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
-        torch.ops.tritonattn.forward(q, q, q, *[None] * 9, 1.0, None, None, False, 0.0, None, None, None, False)
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 11, 1.0, None, None, False, 0.0, None, None, None, False)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
     print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
@@ -48,8 +48,9 @@ REPEATED = START + """
 from triton.backends.nvidia.driver import CudaLauncher
 from triton import knobs
 import tritonattn
-from tritonattn.kernels import backward, forward
-KERNELS = {name: kernel for module in (forward, backward) for name, kernel in vars(module).items() if name.endswith("_kernel")}
+from tritonattn.kernels import backward, diagonals, forward
+KERNELS = {name: kernel for module in (forward, backward, diagonals) for name, kernel in vars(module).items()
+           if name.endswith("_kernel")}
 
 calls, through_triton, original, run = [], [], CudaLauncher.__call__, launch.run
 
@@ -73,7 +74,7 @@ def seen(call, device):
 
 CudaLauncher.__call__, launch.run = record, seen
 torch.manual_seed(0)
-n, options = 128, {}
+n, options, learned = 128, {}, []
 q, k, v = (torch.zeros(2, heads, n, 64, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
 do = torch.zeros_like(q)
 kind = KIND
@@ -93,6 +94,9 @@ if "passes" in kind:
     pin.__enter__()  # until the process ends
 if "sink" in kind:
     options |= dict(softcap=20.0, sink=torch.zeros(4, requires_grad=True))
+if "relative" in kind:
+    learned = [torch.zeros(4, requires_grad=True), torch.zeros(4, 9, requires_grad=True)]
+    options |= dict(zip(("alibi", "relative"), learned)) | dict(align="top_left")
 if "packed" in kind:
     attention = tritonattn.attention_varlen
     q, k, v, do = (torch.zeros(2 * n, x.shape[1], 64, dtype=torch.bfloat16, requires_grad=True) for x in (q, k, v, do))
@@ -109,7 +113,7 @@ for i in range(4):
     if i == 3:  # a hook of a profiler
         knobs.runtime.launch_enter_hook.add(lambda metadata: None)
     o = attention(q, k, v, **options)
-    kept += [o, *torch.autograd.grad(o, inputs, do)]
+    kept += [o, *torch.autograd.grad(o, [*inputs, *learned], do)[:len(inputs)]]
     pointers = {x for each in calls for x in each[2]}
     written.append(all(x.data_ptr() in pointers for x in kept[-len(inputs) - 1:]))
     rounds.append([[each[:2] + [[x for x in each[2] if not isinstance(x, int) or x < 2**32]] for each in calls],
@@ -141,33 +145,57 @@ print(json.dumps([[binary() is not None for binary in binaries], len(forward_ker
 
 LENGTHS = START + """
 import random
-from tritonattn.kernels import backward, forward
-KERNELS = [kernel for module in (forward, backward) for name, kernel in vars(module).items() if name.endswith("_kernel")]
+from tritonattn.kernels import backward, diagonals, forward
+KERNELS = [kernel for module in (forward, backward, diagonals) for name, kernel in vars(module).items()
+           if name.endswith("_kernel")]
 random.seed(0)
+radii = random.Random(1)  # of its own, so that the lengths are those of the plain calls
+
+
+def by_offset():
+    # slopes and a table of any radius from 1, if asked for
+    if not BY_OFFSET:
+        return {}
+    return dict(alibi=torch.zeros(2), relative=torch.zeros(2, 2 * radii.randint(1, 40) + 1, requires_grad=True))
+
+
 with config.pinned(Config(32, 32)):
     for _ in range(100):
         n_q, n_k = (random.choice((random.randint(1, 200), 32 * random.randint(1, 6))) for _ in range(2))
         q, k, v = (torch.zeros(2, 2, n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (n_q, n_k, n_k))
-        o = attention(q, k, v, causal=True, align="bottom_right")
-        torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
+        options = by_offset()
+        o = attention(q, k, v, causal=True, align="bottom_right", **options)
+        torch.autograd.grad(o, (q, k, v, *(x for x in options.values() if x.requires_grad)), torch.zeros_like(o))
 print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
 """
 
 PACKED = START + """
 import itertools, random
 from tritonattn import attention_varlen
-from tritonattn.kernels import backward, forward
-KERNELS = [kernel for module in (forward, backward) for name, kernel in vars(module).items() if name.endswith("_kernel")]
+from tritonattn.kernels import backward, diagonals, forward
+KERNELS = [kernel for module in (forward, backward, diagonals) for name, kernel in vars(module).items()
+           if name.endswith("_kernel")]
 random.seed(0)
+radii = random.Random(1)  # of its own, so that the lengths are those of the plain calls
+
+
+def by_offset():
+    # slopes and a table of any radius from 1, if asked for
+    if not BY_OFFSET:
+        return {}
+    return dict(alibi=torch.zeros(2), relative=torch.zeros(2, 2 * radii.randint(1, 40) + 1, requires_grad=True))
+
+
 with config.pinned(Config(32, 32)):
     for i in range(40):
         lengths = [random.randint(0, 50) for _ in range(random.choice((1, 2, 15, 16, 17)))]
         starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         rows = random.choice((starts[-1].item(), 16 * (starts[-1].item() // 16 + 1)))
         q, k, v = (torch.zeros(rows, 2, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        o = attention_varlen(q, k, v, starts, starts, max(lengths), max(lengths), causal=True, align="bottom_right")
+        options = by_offset()
+        o = attention_varlen(q, k, v, starts, starts, max(lengths), max(lengths), causal=True, align="bottom_right", **options)
         if rows:
-            torch.autograd.grad(o, (q, k, v), torch.zeros_like(o))
+            torch.autograd.grad(o, (q, k, v, *(x for x in options.values() if x.requires_grad)), torch.zeros_like(o))
 print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
 """
 
@@ -190,6 +218,7 @@ def test_oversized_config_raises_before_the_launch():
 
 
 KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap", "packed causal"
+KINDS += "relative", "relative packed"
 
 
 @pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])
@@ -197,6 +226,7 @@ def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
     """After `warm`, numbers, grids and kinds of pointers are those that Triton gets when a profiler's hook sees the launch."""
     result = compiled(REPEATED.replace("KIND", repr(kind)), fresh=True)
     kernels = ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"] + ["dbias_kernel"] * ("bias" in kind)
+    kernels += ["diagonals_kernel"] * ("relative" in kind)
     assert result["direct"] == [[], [], []] and result["hooked"] == kernels and result["compiled_by_warm"]
     assert result["same"] == [True] * 3
     first, *others = result["pointers"]
@@ -212,15 +242,19 @@ def test_plan_keeps_its_kernel_loaded():
     assert compiled(CLEARED, fresh=True) == [[True], 0, 4]
 
 
-@pytest.mark.slow  # compiles seven kernels
-def test_new_lengths_need_no_new_binary():
+@pytest.mark.slow  # compiles seven kernels and eight
+@pytest.mark.parametrize("by_offset", [False, True], ids=["plain", "relative"])
+def test_new_lengths_need_no_new_binary(by_offset):
     """Two binaries serve all lengths: one for a loop whose last tile is partial, one for a loop whose is not."""
-    assert compiled(LENGTHS, fresh=True) == {"forward_kernel": 2, "delta_kernel": 1, "dq_kernel": 2, "dkdv_kernel": 2,
-                                             "dbias_kernel": 0}
+    counts = compiled(LENGTHS.replace("BY_OFFSET", str(by_offset)), fresh=True)
+    assert counts == {"forward_kernel": 2, "delta_kernel": 1, "dq_kernel": 2, "dkdv_kernel": 2, "dbias_kernel": 0,
+                      "diagonals_kernel": int(by_offset)}
 
 
-@pytest.mark.slow  # compiles four kernels
-def test_packed_sequences_need_one_binary():
+@pytest.mark.slow  # compiles four kernels and five
+@pytest.mark.parametrize("by_offset", [False, True], ids=["plain", "relative"])
+def test_packed_sequences_need_one_binary(by_offset):
     """Whatever the numbers of rows and sequences are: 1, multiples of 16, or others."""
-    assert compiled(PACKED, fresh=True) == {"forward_kernel": 1, "delta_kernel": 1, "dq_kernel": 1, "dkdv_kernel": 1,
-                                            "dbias_kernel": 0}
+    counts = compiled(PACKED.replace("BY_OFFSET", str(by_offset)), fresh=True)
+    assert counts == {"forward_kernel": 1, "delta_kernel": 1, "dq_kernel": 1, "dkdv_kernel": 1, "dbias_kernel": 0,
+                      "diagonals_kernel": int(by_offset)}

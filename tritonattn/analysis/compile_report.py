@@ -176,6 +176,7 @@ class KernelReport:
             "dv": (*((n, m, d) for d in ds), *((n, d, m) for d in dvs)),
             "dk": (*((n, m, d) for d in ds + dvs), *((n, d, m) for d in ds)),
             "dbias": (*scores, *((m, n, dv) for dv in dvs)),
+            "diagonals": tuple((n // 2, n, d) for d in ds + dvs),
             "delta": (),
         }[self.part or self.kernel]
 
@@ -197,7 +198,7 @@ class KernelReport:
 
 
 def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> KernelReport:
-    """Compile one kernel ("forward", "delta", "dq", "dkdv", "dbias") for a GPU and read its binary.
+    """Compile one kernel (one of config.KERNELS) for a GPU and read its binary.
 
     Raises ValueError for a binary that cannot be read, RuntimeError if the kernels are interpreted, and Triton's own errors
     if it cannot compile the kernel.

@@ -102,7 +102,7 @@ def _estimate(report: KernelReport, passes: int) -> Estimate:
     of_units = [units(report, loop, peaks) for loop in loops]
     iteration = tuple(_iteration(cycles, loop, config, resident) for cycles, loop in zip(of_units, loops))
     width = {"forward": problem.dv, "dq": problem.d, "dkdv": problem.d + problem.dv, "dk": problem.d, "dv": problem.dv,
-             "dbias": config.block_n}[report.part or report.kernel]
+             "dbias": config.block_n, "diagonals": 0}[report.part or report.kernel]
     rows = config.block_n if report.kernel == "dkdv" else config.block_m
     outside = START + REFILL * (_loops_of_a_block(report, iterations) - 1) + rows * width / 8
     block = sum(n * cycles for n, cycles in zip(iterations, iteration)) * resident + outside
@@ -211,6 +211,8 @@ def _iteration(cycles: dict, loop: Loop, config: Config, resident: int) -> float
 @functools.lru_cache(maxsize=4096)
 def visits(kernel: str, problem: Problem, block_m: int, block_n: int) -> tuple[int, int, int]:
     """Return the blocks of a kernel, and the tiles that all of them visit without and with a mask."""
+    if kernel == "diagonals":
+        return _visits_of_diagonals(problem, block_n // 2)
     transposed = kernel == "dkdv"
     rows, cols, row, col = ((problem.n_k, problem.n_q, block_n, block_m) if transposed else
                             (problem.n_q, problem.n_k, block_m, block_n))
@@ -234,6 +236,20 @@ def visits(kernel: str, problem: Problem, block_m: int, block_n: int) -> tuple[i
     # dbias has one block per tile of the bias
     blocks = math.ceil(rows / row) * (math.ceil(cols / col) if kernel == "dbias" else 1)
     return heads * blocks, heads * repeated * unmasked, heads * repeated * masked
+
+
+def _visits_of_diagonals(problem: Problem, width: int) -> tuple[int, int, int]:
+    """Return `visits` for tiles of `width` diagonals and queries, all of which are masked."""
+    left, right = problem.window
+    # kernels/diagonals.py takes fewer queries at a time with dropout
+    tiles, step, steps = math.ceil((problem.n_q + problem.n_k) / width), width - 3 * problem.dropout, 0
+    for tile in range(tiles):
+        offset = tile * width - (problem.n_q - 1 + problem.shift)
+        inside = (left is None or offset + width > -left) and (right is None or offset <= right)
+        start, stop = max(1 - width - offset - problem.shift, 0), min(problem.n_q, problem.n_k - offset - problem.shift)
+        steps += math.ceil(max(stop - start, 0) / step) if inside else 0
+    heads = math.prod(problem.batch) * problem.heads
+    return heads * tiles, 0, heads * steps
 
 
 def peaks_of(gpu: Gpu) -> Peaks:

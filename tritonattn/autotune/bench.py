@@ -213,6 +213,10 @@ def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[lis
         options["softcap"] = SOFTCAP
     if problem.sink:
         options["sink"] = torch.randn(problem.heads, device=device, generator=rng)
+    if problem.alibi:
+        options["alibi"] = torch.rand(problem.heads, device=device, generator=rng)
+    if problem.relative:
+        options["relative"] = torch.randn(problem.heads, launch.RELATIVE_ENTRIES, device=device, generator=rng)
     if problem.dropout:
         options |= {"dropout_p": DROPOUT_P, "dropout_seed": torch.tensor([seed], dtype=torch.int64, device=device)}
     return [q, k, v, do, bias], options

@@ -41,6 +41,8 @@ def add(commands) -> None:
         command.add_argument("--dtype", choices=DTYPES, default="bf16", help="of q, k and v (default: %(default)s)")
         command.add_argument("--causal", action="store_true", help="mask keys after the query")
         command.add_argument("--softcap", action="store_true", help="bound the scores by a softcap")
+        command.add_argument("--alibi", action="store_true", help="a slope for each head")
+        command.add_argument("--relative", action="store_true", help="a table of relative positions for each head")
         command.add_argument("--packed", action="store_true", help="the sequences of the batch are packed")
         output.add_argument("--json", action="store_true", help="print a JSON list instead of text")
 
@@ -98,15 +100,22 @@ def _jobs(arguments) -> list[tuple]:
     if not 1 <= d <= 512 or n < 1:
         raise CommandError(f"expected a head size from 1 to 512 and a positive length, got {d} and {n}")
     window = (None, 0) if arguments.causal else (None, None)
-    problem = Problem((4,), 32, 32, n, n, d, d, dtype, window, softcap=arguments.softcap)
-    problem = replace(problem, packed=(4 * n, 4 * n)) if arguments.packed else problem
+    problem = _variant(Problem((4,), 32, 32, n, n, d, d, dtype, window), arguments)
     try:
         configs = [Config.parse(text) for text in arguments.compare or [arguments.config] if text]
     except ValueError as error:
         raise CommandError(str(error)) from None
     kernels = DIRECTIONS[arguments.direction] if arguments.direction else KERNELS[:4]
+    if (arguments.alibi or arguments.relative) and arguments.direction != "forward":
+        kernels = *kernels, "diagonals"
     return [(kernel, problem, config, target) for target in arguments.target for kernel in kernels
             for config in configs or [lookup.get_config(kernel, problem, target)]]
+
+
+def _variant(problem: Problem, arguments) -> Problem:
+    """Return a problem with the features that the arguments name."""
+    packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
+    return replace(problem, softcap=arguments.softcap, packed=packed, alibi=arguments.alibi, relative=arguments.relative)
 
 
 def _explain(arguments) -> int:
@@ -114,8 +123,7 @@ def _explain(arguments) -> int:
 
     try:
         problem = Problem.parse(arguments.shape, getattr(torch, DTYPES[arguments.dtype]), arguments.causal)
-        packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
-        problem = replace(problem, softcap=arguments.softcap, packed=packed)
+        problem = _variant(problem, arguments)
         explanations = [explain_problem(problem, target) for target in arguments.gpu]
     except (ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from None

@@ -19,7 +19,7 @@ from ..measure import accuracy
 from ..problem import Window
 from .format import columns
 
-TENSORS = ("o", "lse", "dq", "dk", "dv")
+TENSORS = ("o", "lse", "dq", "dk", "dv", "drelative")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CAUSAL = (None, 0)
 LENGTH_FACTOR = 5  # of the lengths on a GPU, whose tiles are larger, so that its loops take several steps too
@@ -35,6 +35,7 @@ class Case(NamedTuple):
     align: str | None = None
     shifted: bool = False
     capped: bool = False    # with a softcap and sinks
+    placed: bool = False    # with ALiBi and a table of relative positions
     packed: bool = False    # as `_packed` cuts it into sequences
     repeated: bool = False  # compare two runs instead: the error is the number of bytes that differ
 
@@ -49,6 +50,7 @@ CASES = (
     Case("sliding window", (F32, F16), (1, 1, 100, 100, 32, 32), (70, 64)),
     Case("causal, size 128", (F16,), (1, 1, 75, 75, 128, 128), CAUSAL),
     Case("softcap and sinks", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", capped=True),
+    Case("relative positions", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", placed=True),
     Case("packed sequences", (F32, BF16), (2, 1, 75, 90, 32, 32), CAUSAL, "bottom_right", packed=True),
     Case("repeated, in bytes", (F16,), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", repeated=True),
 )
@@ -144,7 +146,12 @@ def _results(function, case: Case, inputs: list[torch.Tensor]) -> dict[str, torc
     """Return output, log-sum-exp and gradients of an attention function, by name."""
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     variant = {"softcap": 5.0, "sink": torch.linspace(-1, 3, q.shape[-3], device=q.device)} if case.capped else {}
+    if case.placed:
+        variant = {"alibi": torch.linspace(0, 0.5, q.shape[-3], device=q.device),
+                   "relative": (torch.arange(-6, 7, device=q.device) / 8).repeat(q.shape[-3], 1).to(q.dtype)}
+    # not the slopes: the error of so few numbers is often small by chance, and torch's would be no measure
+    learned = [variant["relative"].requires_grad_()] if case.placed else []
     options = variant | {"window": case.window, "align": case.align, "return_lse": True}
     o, lse = _packed(function, q, k, v, **options) if case.packed else function(q, k, v, **options)
     do, dlse = (x.to(out.dtype) for x, out in zip(inputs[3:], (o, lse)))
-    return dict(zip(TENSORS, (o, lse, *torch.autograd.grad((o, lse), (q, k, v), (do, dlse)))))
+    return dict(zip(TENSORS, (o, lse, *torch.autograd.grad((o, lse), (q, k, v, *learned), (do, dlse)))))

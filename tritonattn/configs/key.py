@@ -41,6 +41,8 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
         "mapped": problem.mapped,
         "dropout": problem.dropout,
         "softcap": problem.softcap,
+        "alibi": problem.alibi,
+        "relative": problem.relative,
         "lengths": problem.lengths,
         "ragged": problem.lengths or loop_length % TILE,
         f"group {problem.group}": problem.group > 1,

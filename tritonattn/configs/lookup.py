@@ -70,6 +70,7 @@ class ConfigChoice:
     record: Record | None = None  # of the user cache
 
 
+BY_FORMULA = ("delta", "diagonals")  # kernels that no table holds and nobody tunes
 ORIGINS = {
     "cache": "tuned on this machine (user cache)",
     "table": "the shipped table of this GPU",
@@ -97,6 +98,12 @@ def _lookup_config(kernel, problem, gpu, _precision):
     if kernel == "delta":
         width = max(problem.d, problem.dv)
         return ConfigChoice(Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1), "formula")
+    if kernel == "diagonals":
+        # as many keys per tile as fit without spills in the binaries; on AMD smaller tiles would compute products twice
+        row = problem.dtype.itemsize * max(problem.d, problem.dv)
+        keys = 16 if row > 1024 else 32 if row > 512 or problem.dtype.itemsize > 2 else 64
+        config = Config(64, 128, 8, 1) if gpu.is_amd and row <= 512 else Config(max(16, keys // 2), keys, 4, 1)
+        return ConfigChoice(config, "formula")
     if (record := user_cache.current_cache().get(key_of(kernel, problem, gpu), gpu)) is not None:
         return ConfigChoice(record.config, "cache", record=record)
     return lookup_shipped(kernel, problem, gpu)
@@ -109,7 +116,7 @@ def clear_lookup_cache() -> None:
 
 
 def lookup_shipped(kernel: str, problem: Problem, gpu: Gpu) -> ConfigChoice:
-    """Return the config that the shipped tables have for a kernel other than delta.
+    """Return the config that the shipped tables have for a kernel that is not BY_FORMULA.
 
     Tries the tables and the row keys in order of preference, and in each row the entry of the other fill last.
     """
@@ -138,7 +145,8 @@ def mask_class(kernel: str, problem: Problem) -> str:
     """Return the class of a problem's mask, one of shipped.MASKS."""
     # a block mask leaves most tiles unmasked; at small head sizes the registers of "edges" configs suffice for the others
     light_mask = problem.mapped and max(problem.d, problem.dv) <= 64 and not problem.lengths
-    pairwise = kernel == "dbias" or problem.bias is not None or problem.dropout or (problem.masked and not light_mask)
+    biased = kernel == "dbias" or problem.bias is not None or problem.relative
+    pairwise = biased or problem.dropout or (problem.masked and not light_mask)
     if pairwise or (kernel == "dkdv" and problem.lengths):
         return "pairs"
     if problem.window[0] is not None:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attention import scaled_dot_product_attention as tritonattn_sdpa
-from ..runtime.arguments import AttentionInputs, statistics_of_lse
+from ..runtime.arguments import N_WITH_GRADIENTS, AttentionInputs, statistics_of_lse
 from ..runtime.custom_op import backward_op, forward_op
 from . import torch_private
 from .support import SUPPORTED_DEVICES, accept, supports
@@ -145,7 +145,7 @@ def _backward(operator, original, call):
     wanted = [want and x is not None for want, x in zip(call.grad_input_mask or (True, True, True, False), tensors)]
     inputs = _inputs(operator, call)
     gradients = backward_op(call.grad_out, None, call.out, statistics_of_lse(lse, inputs), call.query.new_empty(0), *inputs,
-                            [*wanted, False])
+                            wanted + [False] * (N_WITH_GRADIENTS - len(wanted)))
     dq, dk, dv, dbias = (x if want else None for x, want in zip(gradients, wanted))
     if operator.rows_first:
         dq, dk, dv = map(_rows_first, (dq, dk, dv))

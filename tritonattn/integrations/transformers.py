@@ -6,6 +6,9 @@
 As in the FlashAttention integration, causal attention and sliding windows come from the arguments of the attention call, and
 the mask holds the padding alone. Models that do not follow that contract, and masks with patterns of their own, get the
 [B, 1, L, S] mask that they get for torch's SDPA.
+
+T5 and its relatives add a bias [1, H, L, S] that depends on key position - query position alone. `hf_attention` gets a table
+of it instead.
 """
 
 import functools
@@ -31,6 +34,7 @@ _harmless = {
     "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "use_cache",
 }
 _names = set()      # names under which tritonattn is registered
+_tables = set()     # the functions that `_with_table` returned
 _padding_only = {}  # configuration class -> whether its models take causality and windows from the attention call
 
 
@@ -41,8 +45,8 @@ def register(name="tritonattn", *, harmless=()):
     Causal attention and sliding windows take no mask in memory, in training, prefill and decoding with any cache. Padding on
     the right becomes key lengths, other padding one boolean per key. Grouped heads are not repeated. Sequences that are packed
     in a batch of one, by position_ids or by cu_seq_lens_q and cu_seq_lens_k, take no mask either (in compiled code, those with
-    position_ids do); position_ids separate them with use_cache=False only. Masks with a pattern of the model's own are
-    tensors, as for torch's SDPA.
+    position_ids do); position_ids separate them with use_cache=False only. T5's position bias is a table of offsets, but for a
+    static cache. Masks with a pattern of the model's own are tensors, as for torch's SDPA.
 
     Args:
         name: any name that transformers gives no meaning to; "flash" and "/" have one.
@@ -95,8 +99,40 @@ def _check_model(model, requested_attention, *_, **__):
     # a model that checks for flash attention by name computes with the mask under any other name
     by_name = any(value is generic.is_flash_attention_requested
                   for c in classes for value in vars(sys.modules[c.__module__]).values())
+    _replace_position_biases(classes)
     config = type(model.config)
     _padding_only[config] = _padding_only.get(config, True) and type(model)._supports_flash_attn and not by_name
+
+
+def _replace_position_biases(classes):
+    """Replace T5's `compute_bias` in all attention classes of the modules that define these classes, once."""
+    for value in [value for c in classes for value in vars(sys.modules[c.__module__]).values() if isinstance(value, type)]:
+        compute_bias = getattr(value, "compute_bias", None)
+        if not hasattr(value, "_relative_position_bucket") or compute_bias is None or compute_bias in _tables:
+            continue
+        # LongT5's local attention has another one
+        names = list(inspect.signature(compute_bias).parameters)
+        if names == ["self", "query_length", "key_length", "device", "past_seen_tokens"]:
+            value.compute_bias = _with_table(compute_bias)
+
+
+def _with_table(compute_bias):
+    """Return a `compute_bias` that gives tritonattn a table of offsets [1, H, 1, 1, 2 R + 1], and others what this one gives.
+
+    The model passes the result on to `hf_attention`.
+    """
+
+    def table(self, query_length, key_length, device=None, past_seen_tokens=0):
+        aligned = not isinstance(past_seen_tokens, torch.Tensor) and past_seen_tokens == key_length - query_length
+        # farther keys share the bucket of this distance, unless it is among those that have a bucket each
+        radius = self.relative_attention_max_distance
+        is_last = radius > self.relative_attention_num_buckets // 2
+        if self.config._attn_implementation not in _names or not aligned or not is_last:
+            return compute_bias(self, query_length, key_length, device=device, past_seen_tokens=past_seen_tokens)
+        return compute_bias(self, 1, 2 * radius + 1, device=device, past_seen_tokens=radius).unsqueeze(2)
+
+    _tables.add(table)
+    return table
 
 
 def _check_submodels(model, attn_implementation, *_, **__):
@@ -239,11 +275,15 @@ def hf_attention(module, query, key, value, attention_mask, dropout=0.0, scaling
             options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": None, "max_length_k": None}
         return _packed_attention(module, query, key, value, options, variant), None
     mask, bias, n_q, n_k = attention_mask, options.get("position_bias"), query.shape[-2], key.shape[-2]
+    if bias is not None and bias.dim() == 5 and bias.shape[2:4] == (1, 1):
+        # a table of offsets, see _with_table
+        variant["relative"], bias = bias[0, :, 0, 0], None
     rank, dtype = (mask.dim(), mask.dtype) if isinstance(mask, torch.Tensor) else (0, None)
+    align = {"align": "top_left" if n_q == n_k else "bottom_right"}
     if rank == 4 and dtype == torch.bool:
-        structure = {"mask": mask}
+        structure = align | {"mask": mask}
     elif rank == 4 and dtype.is_floating_point:
-        structure, bias = {}, mask if bias is None else mask + bias
+        structure, bias = align, mask if bias is None else mask + bias
     elif rank == 2 and dtype == torch.bool and mask.shape[1] <= n_k and (mask.shape[1] >= n_q or n_q == 1):
         key, value = (x[..., :mask.shape[1], :] for x in (key, value))
         structure = _structure(module, n_q, mask.shape[1], options) | {"mask": mask[:, None, None, :]}

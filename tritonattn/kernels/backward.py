@@ -152,7 +152,7 @@ def row_dot(a, b):
 def delta_kernel(o, o_residual, do, dlse, delta, n_q, leading, static):
     """Compute delta = rowsum(dO * (O + o_residual)) - dLSE. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, False, False)
+    first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, False, "q")
     sizes = sizes_of_batch(leading, n_q, 0, 0, batch)
     one = tl.full([], 1.0, static.ACC)
     o_tile = scale_tile(load_tile(query_view(o, sizes, batch, head), first, M, static.DV, True), one)
@@ -188,9 +188,9 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
 def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     """Compute one tile of dQ. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) > 0
+    HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative) > 0
     window = scoring.window
-    first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, False)
+    first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     dq = query_view(dq, sizes, batch, head)
     queries = query_views(queries, sizes, batch, head)
@@ -299,8 +299,9 @@ def dkdv_kernel(queries, keys, grads, n_q, n_k, shift, leading, scoring, PASSES:
 def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     """Compute the gradients of this program's tile of keys that static.GRADS selects."""
     N: tl.constexpr = static.BLOCK_N
+    HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative) > 0
     window = scoring.window
-    first, head, batch = tile_head_batch(leading, leading.heads // static.GROUP, n_k, N, window.right is not None, True)
+    first, head, batch = tile_head_batch(leading, leading.heads // static.GROUP, n_k, N, window.right is not None, "k")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     dk, dv = None, None
     # a variable for the record in the record would lose its constants
@@ -330,7 +331,7 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
             dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head), col, n,
                                                head_params, static)
     store_dkdv(dk, dv, dk_tile, dv_tile, first, N, sizes, scoring, static)
-    if window.left is not None or window.right is not None or len(scoring.mods.bias) + len(scoring.mods.mask) > 0:
+    if window.left is not None or window.right is not None or HAS_MASK:
         nan_dk, nan_dv = tl.zeros([N], tl.int1), tl.zeros([N], tl.int1)
         if static.GRADS != "dv":
             nan_dk = stored_rows_with_nan(dk, first, N, static.D, static.ACC)

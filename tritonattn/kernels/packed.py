@@ -49,13 +49,31 @@ def clamped(start, total):
 
 
 @triton.jit
-def packed_tile(packed, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.constexpr):
-    """Return the first row of this program's tile in its sequence, its head and its sequence."""
-    if KEYS:
-        starts, total = packed.k_starts, decoded(packed.k_total)
+def total_rows(packed, ROWS: tl.constexpr):
+    """Return the number of rows of all sequences: ROWS "q" are queries, "k" keys, "qk" both, one after the other."""
+    if ROWS == "q":
+        return decoded(packed.q_total)
+    elif ROWS == "k":
+        return decoded(packed.k_total)
     else:
-        starts, total = packed.q_starts, decoded(packed.q_total)
-    sequences = decoded(packed.sequences)
+        return decoded(packed.q_total) + decoded(packed.k_total)
+
+
+@triton.jit
+def load_starts(packed, index, inside, ROWS: tl.constexpr):
+    """Load the first rows of sequences, 0 where not `inside`."""
+    start = index * 0
+    if ROWS != "k":
+        start += clamped(tl.load(packed.q_starts + index, mask=inside, other=0), decoded(packed.q_total))
+    if ROWS != "q":
+        start += clamped(tl.load(packed.k_starts + index, mask=inside, other=0), decoded(packed.k_total))
+    return start
+
+
+@triton.jit
+def packed_tile(packed, BLOCK: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr):
+    """Return the first row of this program's tile in its sequence, its head and its sequence."""
+    total, sequences = total_rows(packed, ROWS), decoded(packed.sequences)
     tiles = total // BLOCK + sequences + 1
     tile = tl.program_id(0) % tiles
     if REVERSE:
@@ -64,11 +82,11 @@ def packed_tile(packed, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.con
     for i in tl.range(0, sequences + 1, SEARCH, num_stages=1):
         index = i + tl.arange(0, SEARCH)
         inside = index <= sequences
-        first_tile = clamped(tl.load(starts + index, mask=inside, other=0), total) // BLOCK + index
+        first_tile = load_starts(packed, index, inside, ROWS) // BLOCK + index
         begun += tl.sum((inside & (first_tile <= tile)).to(tl.int32), 0)
     sequence = tl.maximum(begun - 1, 0)
     # not negative, whatever the starts are
-    first = tl.maximum(tile - clamped(tl.load(starts + sequence), total) // BLOCK - sequence, 0) * BLOCK
+    first = tl.maximum(tile - load_starts(packed, sequence, True, ROWS) // BLOCK - sequence, 0) * BLOCK
     return first, tl.program_id(0) // tiles, sequence
 
 

@@ -2,6 +2,10 @@
 
     P = e^(scale Q K^T + bias - LSE) = 2^(exp2_scale S - LSE log2(e))      S = qk_scale Q K^T + bias
     with a softcap c, of c tanh(scale Q K^T / c) + bias:                   S = c tanh(qk_scale Q K^T) + bias
+
+ALiBi and a table of relative positions are biases that depend on the offset alone, key position - query position:
+
+    bias = -slope |offset| + table[offset]          beyond the ends of the table its first and last entry
 """
 
 from typing import NamedTuple
@@ -10,11 +14,20 @@ import triton
 import triton.language as tl
 
 from .dropout import dropout_of_head, keep_mask
+from .packed import decoded
 from .tile import HeadView, dot_t, head_view, load_pairwise, pairwise_view, scale_tile
 from .window import TILE, Window, needs_mask, window_mask
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Relative(NamedTuple):
+    """A table with one entry for each offset from -radius to radius."""
+
+    table: object  # Tensor with one row; in a view of one head, the address of the entry of offset 0
+    step: int      # 1, or -1 where rows are keys; in a view, from the entry of one offset to that of the next
+    radius: int    # `packed.encoded`; in a view, the number itself
 
 
 class ScoreMods(NamedTuple):
@@ -28,12 +41,14 @@ class ScoreMods(NamedTuple):
     dropout: tuple = ()     # a Dropout
     block_list: tuple = ()  # full and partial blocks of the mask; in a view, the list of one block of rows
     sink: tuple = ()        # forward only: the score of one more key, without a value, of each head; in a view, the number
+    alibi: tuple = ()       # slope of each head; in a view, the number
+    relative: tuple = ()    # a Relative
 
 
 class ScoreParams(NamedTuple):
     """Parameters of the scores.
 
-    Without bias and softcap the scale is applied together with the exponential: exp2_scale is |scale| log2(e), which is
+    Without biases and softcap the scale is applied together with the exponential: exp2_scale is |scale| log2(e), which is
     positive, so that max S is the largest exponent, and qk_scale the sign of the scale, None where it is positive. Else
     exp2_scale is log2(e), and qk_scale the scale, divided by the softcap if there is one.
     """
@@ -53,6 +68,7 @@ def select_head(mods, batches, batch, head, first, rows, shift):
     `first` is the index, not the position, of the first row of this program's tile.
     """
     bias, mask, dropout, block_list, sink = mods.bias, mods.mask, mods.dropout, mods.block_list, mods.sink
+    alibi, relative = mods.alibi, mods.relative
     if len(mods.bias) == 1:
         bias = (pairwise_view(mods.bias[0], batches, batch, head, rows, shift),)
     if len(mods.mask) == 1:
@@ -64,7 +80,12 @@ def select_head(mods, batches, batch, head, first, rows, shift):
         block_list = (HeadView(lists.ptr + tl.cast(first // TILE, tl.int64) * lists.row, lists.row, lists.col, lists.rows),)
     if len(mods.sink) == 1:
         sink = (tl.load(head_view(mods.sink[0], batches, batch, head, 1).ptr),)
-    return ScoreMods(bias, mask, dropout, block_list, sink)
+    if len(mods.alibi) == 1:
+        alibi = (tl.load(head_view(mods.alibi[0], batches, batch, head, 1).ptr),)
+    if len(mods.relative) == 1:
+        view, radius = head_view(mods.relative[0].table, batches, batch, head, 1), decoded(mods.relative[0].radius)
+        relative = (Relative(view.ptr + radius * view.col, view.col * mods.relative[0].step, radius),)
+    return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative)
 
 
 @triton.jit
@@ -91,13 +112,29 @@ def loads_mask(masks, block_lists, mode):
 
 @triton.jit
 def load_modifiers(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring, MODE: tl.constexpr):
-    """Return bias and mask of a tile that starts at positions (row, col), as `modify` takes them in this mode."""
-    bias, mask = scoring.mods.bias, scoring.mods.mask
+    """Return bias, mask and table entries of a tile from positions (row, col), as `modify` takes them in this mode."""
+    bias, mask, relative = scoring.mods.bias, scoring.mods.mask, scoring.mods.relative
     if len(scoring.mods.bias) == 1:
         bias = (load_pairwise(scoring.mods.bias[0], row, col, n, M, N, needs_mask(MODE)),)
     if loads_mask(len(scoring.mods.mask), len(scoring.mods.block_list), MODE):
         mask = (load_pairwise(scoring.mods.mask[0], row, col, n, M, N, needs_mask(MODE)),)
-    return bias, mask
+    if len(scoring.mods.relative) == 1:
+        relative = (load_relative(scoring.mods.relative[0], row, col, M, N),)
+    return bias, mask, relative
+
+
+@triton.jit
+def load_relative(view, row, col, M: tl.constexpr, N: tl.constexpr):
+    """Load the entries of the offsets of a tile [M, N] that starts at positions (row, col). None is outside of the table."""
+    offsets = (col - row + tl.arange(0, N))[None, :] - tl.arange(0, M)[:, None]
+    return tl.load(view.table + tl.minimum(tl.maximum(offsets, -view.radius), view.radius) * view.step)
+
+
+@triton.jit
+def distances(row, col, M: tl.constexpr, N: tl.constexpr, dtype: tl.constexpr):
+    """Return |offset| of a tile [M, N] that starts at positions (row, col): exact in float32 up to 2^24."""
+    rows = (col - row).to(dtype) - tl.arange(0, M).to(dtype)
+    return tl.abs(rows[:, None] + tl.arange(0, N).to(dtype)[None, :])
 
 
 @triton.jit
@@ -126,17 +163,25 @@ def scale_and_cap(product, scoring, dtype: tl.constexpr):
 
 @triton.jit
 def modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
-    """Return S, not yet times exp2_scale, from `scale_and_cap`: with the bias, and -inf at masked pairs."""
+    """Return S, not yet times exp2_scale, from `scale_and_cap`: with the biases, and -inf at masked pairs."""
+    if len(scoring.mods.alibi) == 1:
+        s -= scoring.mods.alibi[0].to(static.ACC) * distances(row, col, s.shape[0], s.shape[1], static.ACC)
+    if len(scoring.mods.relative) == 1:
+        s = add_bias(s, modifiers[2][0].to(static.ACC))
     if len(scoring.mods.bias) == 1:
-        bias = modifiers[0][0].to(static.ACC)
-        # select instead of adding: the score of a masked pair may be NaN
-        s = tl.where(bias == float("-inf"), bias, s + bias)
+        s = add_bias(s, modifiers[0][0].to(static.ACC))
     if loads_mask(len(scoring.mods.mask), len(scoring.mods.block_list), MODE):
         s = tl.where(modifiers[1][0] != 0, s, float("-inf"))
     if needs_mask(MODE):
         rows, cols = row + tl.arange(0, s.shape[0]), col + tl.arange(0, s.shape[1])
         s = tl.where(window_mask(scoring.window, rows, cols, n), s, float("-inf"))
     return s
+
+
+@triton.jit
+def add_bias(s, bias):
+    """Return S + bias. Select instead of adding -inf: the score of a masked pair may be NaN."""
+    return tl.where(bias == float("-inf"), bias, s + bias)
 
 
 @triton.jit
@@ -159,6 +204,8 @@ def attended(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring):
     pairs = window_mask(scoring.window, row + tl.arange(0, M), col + tl.arange(0, N), n)
     if len(scoring.mods.bias) == 1:
         pairs = pairs & (load_pairwise(scoring.mods.bias[0], row, col, n, M, N, True) != float("-inf"))
+    if len(scoring.mods.relative) == 1:
+        pairs = pairs & (load_relative(scoring.mods.relative[0], row, col, M, N) != float("-inf"))
     if len(scoring.mods.mask) == 1:
         pairs = pairs & (load_pairwise(scoring.mods.mask[0], row, col, n, M, N, True) != 0)
     return pairs

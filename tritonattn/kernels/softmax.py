@@ -63,13 +63,13 @@ def subtracts_first(biases, dtype):
     without a bias one fused multiply-add does both: the rounding error of m, half a unit in its last place, is an exponent that
     all weights of a row have in common. It leaves the range of float16 only where |m| exceeds about 2^28.
     """
-    return biases == 1 or dtype == tl.float32 or dtype == tl.float64
+    return biases > 0 or dtype == tl.float32 or dtype == tl.float64
 
 
 @triton.jit
 def exponent(s, minus_m, scoring, dtype: tl.constexpr):
     """Return x - m for scores of queries of this dtype."""
-    if subtracts_first(len(scoring.mods.bias), dtype):
+    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), dtype):
         return (s + minus_m) * scoring.exp2_scale
     else:
         return tl.fma(s, scoring.exp2_scale, minus_m)
@@ -82,7 +82,7 @@ def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
     Dropout applies to the weights of acc only: l sums all weights.
     """
     # the maximum of a row is -inf before its first unmasked key: avoid -inf - (-inf)
-    if subtracts_first(len(scoring.mods.bias), v[0].dtype):
+    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), v[0].dtype):
         m = tl.maximum(state.m, tl.max(s, 1))
         pivot = tl.where(m == float("-inf"), 0.0, m)
         alpha = tl.exp2((state.m - pivot) * scoring.exp2_scale)
@@ -108,7 +108,7 @@ def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
 @triton.jit
 def add_sink(m, l, sink, scoring, dtype: tl.constexpr):
     """Return m and l with one more key, whose score is `sink`, and the part of the other keys in this l."""
-    if subtracts_first(len(scoring.mods.bias), dtype):
+    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), dtype):
         sink = sink * (LOG2E / scoring.exp2_scale)
         largest = tl.maximum(m, sink)
         factor, weight = tl.exp2((m - largest) * scoring.exp2_scale), tl.exp2((sink - largest) * scoring.exp2_scale)
@@ -140,7 +140,7 @@ def softmax_finish(state, scoring, static, dtype: tl.constexpr):
         factor *= of_keys / tl.where(empty, 1.0, l)
     o = apply_keep_scale(scale_tile(state.acc, factor[:, None]), scoring)
     log2_l = tl.log2(tl.where(empty, 1.0, l))
-    if len(scoring.mods.bias) == 1:
+    if len(scoring.mods.bias) + len(scoring.mods.relative) > 0:
         lse = m + log2_l * LN2
     elif subtracts_first(0, dtype):
         lse = (m * scoring.exp2_scale + log2_l) * LN2

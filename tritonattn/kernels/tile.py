@@ -111,13 +111,14 @@ def has_two_parts(size):
 
 
 @triton.jit
-def tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr, KEYS: tl.constexpr):
-    """Return the first row of this program's tile, its head and its batch. Rows are the n keys if KEYS, else the n queries.
+def tile_head_batch(leading, heads, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr, ROWS: tl.constexpr):
+    """Return the first row of this program's tile, its head and its batch. There are n rows; of packed sequences, ROWS "q"
+    are the queries, "k" the keys, "qk" both, one after the other.
 
     Tiles of one head are neighbours in the grid, so that they share the head's data in L2.
     """
     if len(leading.packed) == 1:
-        first, head, batch = packed_tile(leading.packed[0], BLOCK, REVERSE, KEYS)
+        first, head, batch = packed_tile(leading.packed[0], BLOCK, REVERSE, ROWS)
         return first, head, batch
     else:
         tiles = tl.cdiv(n, BLOCK)

@@ -32,9 +32,10 @@ AUTOCAST_DEVICES = [device for device in ("cpu", "cuda") if torch.amp.is_autocas
 class AttentionInputs(NamedTuple):
     """The checked arguments of one call: tensors, then numbers. The torch ops take the fields in this order.
 
-    q [*batch, H, L, D], k [*batch, Hk, S, D] and v [*batch, Hk, S, DV]; bias, sink and mask have as many dimensions as q,
-    each of the size of the scores [*batch, H, L, S] or 1. Packed sequences take the place of a batch (packed_arguments.py):
-    q [1, H, queries of all sequences, D] and so on, and scores [sequences, H, longest_q, longest_k].
+    q [*batch, H, L, D], k [*batch, Hk, S, D] and v [*batch, Hk, S, DV]; bias, sink, slopes, table and mask have as many
+    dimensions as q, each of the size of the scores [*batch, H, L, S] or 1, but for the last one of the table. Packed sequences
+    take the place of a batch (packed_arguments.py): q [1, H, queries of all sequences, D] and so on, and scores
+    [sequences, H, longest_q, longest_k].
     """
 
     q: Tensor
@@ -42,6 +43,8 @@ class AttentionInputs(NamedTuple):
     v: Tensor
     bias: Tensor | None = None         # q's dtype or float32
     sink: Tensor | None = None         # any floating dtype; [..., H, 1, 1]
+    alibi: Tensor | None = None        # the same: a slope of each head
+    relative: Tensor | None = None     # any floating dtype; [..., H, 1, 2 R + 1], entry R + d for keys d after the query
     mask: Tensor | None = None         # booleans, True takes part
     kv_blocks: Tensor | None = None    # of a BlockMask, broadcast like the mask: [..., query blocks, 2 + kv blocks], int32
     q_blocks: Tensor | None = None     # [..., kv blocks, 2 + query blocks], int32
@@ -63,15 +66,16 @@ class AttentionInputs(NamedTuple):
         """The same without the tensors."""
         packed = None if self.q_starts is None else (self.q_starts.shape[0] - 1, self.longest_q, self.longest_k)
         return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
-                          self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink, packed)
+                          self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink, packed, self.alibi,
+                          self.relative)
 
 
 N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
-N_WITH_GRADIENTS = AttentionInputs._fields.index("sink") + 1             # the first of them
+N_WITH_GRADIENTS = AttentionInputs._fields.index("relative") + 1         # the first of them
 
 
 def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-            softcap=None, sink=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
+            softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
     """Check the arguments of `attention` and return them as the kernels take them. Draws the seed of dropout if it is None."""
     check_tensors(q=q, k=k, v=v)
     q, k, v = cast_for_autocast(q, k, v)
@@ -82,13 +86,14 @@ def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=Non
     scale = check_scale(scale, q.shape[-1])
     softcap = check_softcap(softcap, scale)
     left, right = check_window(causal, window)
-    bottom_right = check_align(align, q.shape[-2], k.shape[-2], left is not None or right is not None, key_lengths)
+    positional = needing_positions(left, right, alibi, relative)
+    bottom_right = check_align(align, q.shape[-2], k.shape[-2], positional, key_lengths)
     key_lengths = lengths_argument(key_lengths, q, batch_shape(q, k, v), k.shape[-2])
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
-    sink = sink_argument(sink, q, k, v)
+    of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     q, k, v, bias, *masks, scale = with_equal_batches(q, k, v, bias, masks, scale)
-    return AttentionInputs(q, k, v, bias, sink, *masks, None, None, seed, key_lengths, scale, left, right, bottom_right,
+    return AttentionInputs(q, k, v, bias, *of_heads, *masks, None, None, seed, key_lengths, scale, left, right, bottom_right,
                            dropout_p, softcap)
 
 
@@ -112,7 +117,8 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
     seed = seed_argument(dropout_p, None, query.device)
     q, k, v, bias, *masks, scale = with_equal_batches(query, key, value, bias, masks, scale)
     right = 0 if causal else None
-    return AttentionInputs(q, k, v, bias, None, *masks, None, None, seed, None, scale, None, right, bottom_right, dropout_p)
+    return AttentionInputs(q, k, v, bias, None, None, None, *masks, None, None, seed, None, scale, None, right, bottom_right,
+                           dropout_p)
 
 
 def prepare_dropout(shape, dropout_p, dropout_seed) -> tuple[float, Tensor]:
@@ -199,7 +205,9 @@ def statistics_of_lse(lse, inputs: AttentionInputs):
 
 def largest_score_unit(inputs: AttentionInputs) -> float:
     """Return the unit of m (kernels/softmax.py), in natural units: of scores; of Q K^T; of exponents."""
-    if inputs.bias is not None or (inputs.softcap is not None and inputs.q.dtype.itemsize > 2):
+    if inputs.bias is not None or inputs.relative is not None:
+        return 1.0
+    if (inputs.softcap is not None or inputs.alibi is not None) and inputs.q.dtype.itemsize > 2:
         return 1.0
     return abs(score_scale(inputs.scale)) or 1.0 if inputs.q.dtype.itemsize > 2 else math.log(2)
 
@@ -317,19 +325,52 @@ def sink_argument(sink, q, k, v):
     """Return the sink as a column of scores, [..., H, 1, 1] with as many dimensions as they have; None stays None."""
     if sink is None:
         return None
-    if not isinstance(sink, Tensor):
-        raise TypeError(f"sink: expected a tensor or None, got {describe(sink)}")
-    if sink.layout != torch.strided or sink.is_nested:
-        raise RuntimeError(layout_message("sink", sink))
+    check_of_heads("sink", sink, q)
     heads = q.shape[-3] if q.dim() > 2 else 1
     if sink.dim() not in (1, 2) or sink.shape[0] != heads or 0 in sink.shape[1:]:
         raise RuntimeError(f"sink: expected one score for each of {heads} heads, [{heads}], or several, [{heads}, n], got a "
                            f"tensor of shape {tuple(sink.shape)}")
-    if sink.dtype not in (*DTYPES, q.dtype):
-        raise RuntimeError(f"sink: expected {', '.join(map(str, DTYPES))}, got {sink.dtype}")
-    if sink.device != q.device:
-        raise RuntimeError(f"sink: expected {q.device}, where the queries are, got {sink.device}")
     return sink_column(sink, len(batch_shape(q, k, v)) + 3)
+
+
+def check_of_heads(name, x, q):
+    """Raise TypeError or RuntimeError unless x is a dense floating-point tensor on the device of q."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {describe(x)}")
+    if x.layout != torch.strided or x.is_nested:
+        raise RuntimeError(layout_message(name, x))
+    if x.dtype not in (*DTYPES, q.dtype):
+        raise RuntimeError(f"{name}: expected {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    if x.device != q.device:
+        raise RuntimeError(f"{name}: expected {q.device}, where the queries are, got {x.device}")
+
+
+def positions_arguments(alibi, relative, q, k, v):
+    """Return the slopes as [..., H, 1, 1] and the table as [..., H, 1, 2 R + 1], with as many dimensions as the scores."""
+    heads, rank = q.shape[-3] if q.dim() > 2 else 1, len(batch_shape(q, k, v)) + 3
+    if alibi is not None:
+        check_of_heads("alibi", alibi, q)
+        if alibi.dim() != 1 or alibi.shape[0] != heads:
+            raise RuntimeError(f"alibi: expected one slope for each of {heads} heads, [{heads}], got a tensor of shape "
+                               f"{tuple(alibi.shape)}")
+    if relative is not None:
+        check_of_heads("relative", relative, q)
+        if relative.dim() != 2 or relative.shape[0] != heads or relative.shape[1] % 2 == 0:
+            raise RuntimeError(f"relative: expected a table with an entry for each of {heads} heads and each offset from -R to "
+                               f"R, [{heads}, 2 R + 1], got a tensor of shape {tuple(relative.shape)}")
+    return tuple(None if x is None else row_of_heads(x, rank) for x in (alibi, relative))
+
+
+def row_of_heads(x, rank):
+    """Return slopes [H] or a table [H, n] as [..., H, 1, n] of this rank."""
+    return with_rank(x.view(-1, 1, 1) if x.dim() == 1 else x.unsqueeze(1), rank)
+
+
+def needing_positions(left, right, alibi, relative) -> str | None:
+    """Return the argument that needs the positions of the queries among the keys, in words; None without one."""
+    if left is not None or right is not None:
+        return "a causal mask or window"
+    return "alibi" if alibi is not None else "relative" if relative is not None else None
 
 
 def sink_column(sink, rank):
@@ -545,14 +586,17 @@ def check_side(name, side):
     return side
 
 
-def check_align(align, n_q, n_k, bounded, key_lengths) -> bool:
-    """Return whether the last query is aligned with the last key. Raises ValueError where `align` must be given."""
+def check_align(align, n_q, n_k, positional, key_lengths) -> bool:
+    """Return whether the last query is aligned with the last key. Raises ValueError where `align` must be given.
+
+    positional: what `needing_positions` returns.
+    """
     if align not in (None, "top_left", "bottom_right"):
         raise ValueError(f"align: expected 'top_left' or 'bottom_right', got {align!r}")
-    if align is None and bounded and key_lengths is not None:
-        raise ValueError("align: expected 'top_left' or 'bottom_right', since a causal mask or window with key_lengths can be "
-                         "aligned both ways, got None")
-    if align is None and bounded and n_q != n_k:
+    if align is None and positional and key_lengths is not None:
+        raise ValueError(f"align: expected 'top_left' or 'bottom_right', since {positional} with key_lengths can be aligned "
+                         "both ways, got None")
+    if align is None and positional and n_q != n_k:
         raise ValueError(f"align: expected 'top_left' or 'bottom_right', since {n_q} queries and {n_k} keys can be aligned "
                          "both ways, got None")
     return align == "bottom_right"

@@ -1,7 +1,8 @@
 """Attention as torch ops, and its autograd.
 
     tritonattn::forward    AttentionInputs, keep_residual                                   -> o, lse, statistics, o_residual
-    tritonattn::backward   do, dlse, o, statistics, o_residual, AttentionInputs, wanted        -> dq, dk, dv, dbias, dsink
+    tritonattn::backward   do, dlse, o, statistics, o_residual, AttentionInputs, wanted        -> dq, dk, dv, dbias, dsink,
+                                                                                               dalibi, drelative
 
 torch.compile, export and the FLOP counter handle the ops; Problem and Config exist only inside them. The arguments are
 checked: see arguments.py.
@@ -23,9 +24,9 @@ INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInp
 N_FIELDS = len(AttentionInputs._fields)
 OUTPUTS = "Tensor o, Tensor statistics, Tensor o_residual"  # those that the backward pass reads
 FOUR_TENSORS = "(Tensor, Tensor, Tensor, Tensor)"
-FIVE_TENSORS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+GRADIENTS = f"({', '.join(['Tensor'] * N_WITH_GRADIENTS)})"
 torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR_TENSORS}")
-torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {FIVE_TENSORS}")
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {GRADIENTS}")
 torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
 
 
@@ -86,7 +87,7 @@ def zeros_unless_given(do, o):
 
 
 class Attention(torch.autograd.Function):
-    """o and lse, with gradients of both for q, k, v, bias and sink."""
+    """o and lse, with gradients of both for q, k, v, biases and sink."""
 
     @staticmethod
     def forward(*inputs):

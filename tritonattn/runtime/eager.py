@@ -21,6 +21,7 @@ from .arguments import (
     AttentionInputs,
     lengths_argument,
     restore_shape,
+    row_of_heads,
     seed_argument,
     sink_column,
     with_rank,
@@ -45,18 +46,21 @@ class Call(NamedTuple):
     differentiable: bool
 
 
-def call_tensors(q, k, v, bias, sink, mask, key_lengths, dropout_seed, starts=(None, None)) -> tuple:
-    """Return the tensor arguments of a call in the order of AttentionInputs. A BlockMask stays whole if it was changed."""
+def call_tensors(q, k, v, bias, of_heads, mask, key_lengths, dropout_seed, starts=(None, None)) -> tuple:
+    """Return the tensor arguments of a call in the order of AttentionInputs; `of_heads` are sink, alibi and relative.
+
+    A BlockMask stays whole if it was changed.
+    """
     if type(mask) is BlockMask and mask.is_current():
-        return q, k, v, bias, sink, mask.mask, mask.kv_blocks, mask.q_blocks, *starts, dropout_seed, key_lengths
-    return q, k, v, bias, sink, mask, None, None, *starts, dropout_seed, key_lengths
+        return q, k, v, bias, *of_heads, mask.mask, mask.kv_blocks, mask.q_blocks, *starts, dropout_seed, key_lengths
+    return q, k, v, bias, *of_heads, mask, None, None, *starts, dropout_seed, key_lengths
 
 
 def sdpa_tensors(query, key, value, attn_mask) -> tuple:
     """Return the same for the arguments of torch's function."""
     additive = isinstance(attn_mask, Tensor) and attn_mask.dtype != torch.bool
     bias, mask = (attn_mask, None) if additive else (None, attn_mask)
-    return query, key, value, bias, None, mask, *(None,) * (N_TENSORS - 6)
+    return query, key, value, bias, None, None, None, mask, *(None,) * (N_TENSORS - 8)
 
 
 def call_key(tensors: tuple, options: tuple) -> tuple | None:
@@ -111,7 +115,7 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
     """Return o and lse of a call like an earlier one, or None."""
     if key is None or (call := plan.find(key)) is None:
         return None
-    q, k, v, bias, sink, *masks, q_starts, k_starts, seed, key_lengths = tensors
+    q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, seed, key_lengths = tensors
     # every call has its own seed and lengths, to be checked and copied
     seed = seed_argument(call.numbers[DROPOUT_P], seed, q.device)
     if key_lengths is not None:
@@ -121,7 +125,8 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
         key_lengths = lengths_argument(key_lengths, q, batch, n_k)
     bias, *masks = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in (bias, *masks)]
     sink = None if sink is None else sink_column(sink, q.dim())
-    inputs = q, k, v, bias, sink, *masks, q_starts, k_starts, seed, key_lengths
+    alibi, relative = (None if x is None else row_of_heads(x, q.dim()) for x in (alibi, relative))
+    inputs = q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, seed, key_lengths
     if call.differentiable:
         return PlannedAttention.apply(call, *inputs)
     if torch.autograd._profiler_enabled():

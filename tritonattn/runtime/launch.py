@@ -10,12 +10,12 @@ import triton.language as tl
 from ..block_mask import TILE
 from ..config import Config
 from ..gpu import INTERPRETED
-from ..kernels import backward, forward
+from ..kernels import backward, diagonals, forward
 from ..kernels.backward import AxisSizes, BiasGrad, Queries
 from ..kernels.dropout import Dropout, keep_kernel
 from ..kernels.forward import Keys, Outputs
 from ..kernels.packed import Packed, encoded
-from ..kernels.scores import LOG2E, ScoreMods, ScoreParams
+from ..kernels.scores import LOG2E, Relative, ScoreMods, ScoreParams
 from ..kernels.tile import Constexprs, Leading, Strides, Tensor
 from ..kernels.window import Window, transpose_window
 from ..problem import Problem
@@ -25,6 +25,7 @@ if INTERPRETED:
     from . import interpreter
 
 PASSES = ("dv", "dk")  # of dK/dV in two passes, in the order of the grid
+RELATIVE_ENTRIES = 257  # of the table of relative positions in an example: those of T5
 ANY_BATCH = 2**30 + 1  # larger than any number of batches
 ACC = {torch.float16: tl.float32, torch.bfloat16: tl.float32, torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -63,12 +64,12 @@ def device_guard(device: torch.device):
 def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, results: Outputs) -> KernelLaunch:
     """Return the launch that writes `results`, the tensors in the kernel's record; an empty o_residual is not written."""
     strided = results._replace(lse=None, statistics=None)
-    sink = () if inputs.sink is None else (inputs.sink.expand(*problem.batch, -1, -1, -1),)
+    sink = _of_heads(problem, inputs.sink)
     q, keys, outputs, sink, *others = kernel_arguments(problem, config, inputs.q, Keys(inputs.k, inputs.v), strided, sink,
                                                        _score_mods(problem, inputs))
     records = q, keys, outputs._replace(lse=results.lse, statistics=results.statistics), *others
     programs = _tiles_of_queries(problem, config, inputs)
-    *others, scoring, static = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
+    *others, scoring, static = _arguments(problem, inputs, records, _over_keys(problem, config))
     arguments = *others, scoring._replace(mods=scoring.mods._replace(sink=sink)), static
     return KernelLaunch(forward.forward_kernel, programs, arguments, config)
 
@@ -84,7 +85,7 @@ def delta_launch(problem: Problem, config: Config, inputs: AttentionInputs, outp
 def dq_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dq) -> KernelLaunch:
     """Return the launch that writes dq. `queries` holds tensors."""
     records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), dq, _score_mods(problem, inputs))
-    arguments = _arguments(problem, inputs, records, problem.window, _over_keys(problem, config))
+    arguments = _arguments(problem, inputs, records, _over_keys(problem, config))
     return KernelLaunch(backward.dq_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
 
 
@@ -93,7 +94,7 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
     # the loop is over queries, so bias and mask are transposed
     mods = _score_mods(problem, inputs)
     bias, mask = (tuple(x.mT for x in each) for each in mods[:2])
-    mods = ScoreMods(bias, mask, (), _block_lists(problem, inputs.q_blocks))
+    mods = mods._replace(bias=bias, mask=mask, block_list=_block_lists(problem, inputs.q_blocks))
     records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), Keys(dk, dv), mods)
     static = _over_queries(problem, config)
     if dk is None or dv is None:
@@ -101,8 +102,8 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
     else:
         passes = PASSES if config.two_passes else ("both",)
     static, *static_dk = (static._replace(GRADS=tl.constexpr(grads)) for grads in passes)
-    programs = _grid(problem, problem.kv_heads, problem.n_k, inputs.k, config.block_n)
-    *others, static = _arguments(problem, inputs, records, transpose_window(Window(*problem.window)), static)
+    programs = _grid(problem, problem.kv_heads, problem.n_k, inputs.k.shape[-2], config.block_n)
+    *others, static = _arguments(problem, inputs, records, static, transposed=True)
     arguments = *others, len(passes), static_dk[0] if static_dk else None, static
     return KernelLaunch(backward.dkdv_kernel, programs, arguments, config, len(passes))
 
@@ -118,9 +119,26 @@ def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, quer
     static = _constexprs(problem, config)._replace(GRADS=tl.constexpr("keys" if rows == 1 else "pairs"))
     programs = math.prod(own) * own_axes.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
     records += BiasGrad(target, own_axes, reduced_axes), mods, leading
-    *others, scoring, static = _arguments(problem, inputs, records, problem.window, static)
+    *others, scoring, static = _arguments(problem, inputs, records, static)
     arguments = (*others, scoring._replace(ds_scale=None), static)  # dbias is dS itself
     return KernelLaunch(backward.dbias_kernel, programs, arguments, config)
+
+
+def diagonals_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, sums) -> KernelLaunch:
+    """Return the launch that writes the sums of dS along its diagonals (kernels/diagonals.py), [..., H, n_q + n_k].
+
+    Raises RuntimeError for as many queries and keys as 32 bits do not number.
+    """
+    if sums.shape[-1] >= 2**31 - config.block_n:
+        raise RuntimeError(f"alibi, relative: expected at most {2**31 - config.block_n - 1} queries and keys together where a "
+                           f"gradient is needed, got {sums.shape[-1]}")
+    mods = _score_mods(problem, inputs)._replace(block_list=())
+    *records, mods, leading = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), mods)
+    records = *records, sums, mods, leading
+    *others, scoring, static = _arguments(problem, inputs, records, _constexprs(problem, config))
+    arguments = (*others, scoring._replace(ds_scale=None), static)  # as in dbias
+    programs = _grid(problem, problem.heads, sums.shape[-1], sums.shape[-1], config.block_n // 2)
+    return KernelLaunch(diagonals.diagonals_kernel, programs, arguments, config)
 
 
 def _backward_arguments(problem: Problem, config: Config, queries: Queries, *tensors) -> tuple:
@@ -129,13 +147,20 @@ def _backward_arguments(problem: Problem, config: Config, queries: Queries, *ten
     return records._replace(statistics=queries.statistics, delta=queries.delta), *others
 
 
-def _arguments(problem: Problem, inputs: AttentionInputs, records, window: tuple, static: Constexprs) -> tuple:
-    """Return the arguments of a kernel that computes scores, from those of `kernel_arguments`, the last of which are mods."""
+def _arguments(problem: Problem, inputs: AttentionInputs, records, static: Constexprs, transposed: bool = False) -> tuple:
+    """Return the arguments of a kernel that computes scores, from those of `kernel_arguments`, the last of which are mods.
+
+    transposed: rows of the scores are keys.
+    """
     *records, mods, leading = records
     if inputs.key_lengths is not None:
         leading = leading._replace(key_lengths=(inputs.key_lengths, int(inputs.bottom_right)))
     leading = _with_packed(leading, inputs)
-    scoring = _score_params(inputs, Window(*window), mods)
+    if mods.relative:
+        radius = encoded(inputs.relative.shape[-1] // 2)
+        mods = mods._replace(relative=(Relative(mods.relative[0], -1 if transposed else 1, radius),))
+    window = Window(*problem.window)
+    scoring = _score_params(inputs, transpose_window(window) if transposed else window, mods)
     return *records, problem.n_q, problem.n_k, problem.shift, leading, scoring, static
 
 
@@ -176,10 +201,16 @@ def loop_modes(problem: Problem, config: Config, window, ragged: bool) -> tuple:
     last = "masked_tail" if config.edge_stages == 1 else "masked"
     if problem.mapped:
         # a full block may still reach out of the window, or past the keys of its batch
-        middle = "masked" if left or right or problem.lengths else "neg_inf" if problem.bias else "unmasked"
+        biased = problem.bias or problem.relative
+        middle = "masked" if left or right or problem.lengths else "neg_inf" if biased else "unmasked"
         return None, middle, last
-    middle = "neg_inf" if problem.bias or problem.masked else "unmasked"
+    middle = "neg_inf" if problem.bias or problem.masked or problem.relative else "unmasked"
     return "masked" if left else None, middle, last if right or ragged else None
+
+
+def _of_heads(problem: Problem, x) -> tuple:
+    """Return a tensor [..., H, 1, n] with the batch of the problem, in a tuple; an empty one for None."""
+    return () if x is None else (x.expand(*problem.batch, -1, -1, -1),)
 
 
 def _expanded(problem: Problem, x):
@@ -188,10 +219,11 @@ def _expanded(problem: Problem, x):
 
 
 def _score_mods(problem: Problem, inputs: AttentionInputs) -> ScoreMods:
-    """Return bias and mask, expanded, and the block lists; the mask as bytes, which all versions of Triton load alike."""
+    """Return biases and mask, expanded, and the block lists; the mask as bytes, which all versions of Triton load alike."""
     mask = () if inputs.mask is None else (_expanded(problem, inputs.mask.view(torch.uint8)),)
     bias = () if inputs.bias is None else (_expanded(problem, inputs.bias),)
-    return ScoreMods(bias, mask, (), _block_lists(problem, inputs.kv_blocks))
+    return ScoreMods(bias, mask, (), _block_lists(problem, inputs.kv_blocks), (), _of_heads(problem, inputs.alibi),
+                     _of_heads(problem, inputs.relative))
 
 
 def _block_lists(problem: Problem, lists) -> tuple:
@@ -218,7 +250,7 @@ def kernel_arguments(problem: Problem, config: Config, *tensors) -> tuple:
     merged = merged or [(1, [0] * len(present))]
     block = max(config.block_m, config.block_n)
     # a kernel loads bias and mask block by block, other tensors in whole rows
-    in_blocks = {id(x) for mods in tensors if isinstance(mods, ScoreMods) for x in flatten(mods)}
+    in_blocks = {id(x) for mods in tensors if isinstance(mods, ScoreMods) for x in flatten(mods[:2])}
     records = iter([_record(x, rank, [strides[i] for _, strides in merged], block, block if id(x) in in_blocks else x.shape[-1])
                     for i, x in enumerate(present)])
     return *_map_nested(tensors, records), Leading(tuple(size for size, _ in merged), problem.heads)
@@ -262,7 +294,7 @@ def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> S
         ds_scale = 2.0 ** min(0, max(-4, round(math.log2(abs(scale or 1.0)))))
     if inputs.softcap is not None:
         return ScoreParams(LOG2E.value, scale / inputs.softcap, ds_scale, inputs.softcap, window, mods)
-    if mods.bias:
+    if mods.bias or mods.alibi or mods.relative:
         return ScoreParams(LOG2E.value, scale, ds_scale, None, window, mods)
     sign = (None if scale > 0 else -1.0) if scale else 0.0
     return ScoreParams((abs(scale) or 1.0) * LOG2E.value, sign, ds_scale, None, window, mods)
@@ -284,13 +316,13 @@ def keep_launch(keep: torch.Tensor, dropout: Dropout) -> KernelLaunch:
 
 def _tiles_of_queries(problem: Problem, config: Config, inputs: AttentionInputs) -> int:
     """Return the number of programs of a kernel with one for each tile of queries."""
-    return _grid(problem, problem.heads, problem.n_q, inputs.q, config.block_m)
+    return _grid(problem, problem.heads, problem.n_q, inputs.q.shape[-2], config.block_m)
 
 
-def _grid(problem: Problem, heads: int, rows: int, x, block: int) -> int:
-    """Return the number of programs with one for each tile of rows; x holds the rows of packed sequences."""
+def _grid(problem: Problem, heads: int, rows: int, packed_rows: int, block: int) -> int:
+    """Return the number of programs with one for each tile of rows; of packed sequences `packed_rows` is their number."""
     if problem.packed is not None:
-        return heads * (x.shape[-2] // block + problem.batch[0] + 1)
+        return heads * (packed_rows // block + problem.batch[0] + 1)
     return math.prod(problem.batch) * heads * -(-rows // block)
 
 
@@ -303,11 +335,13 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     lengths = q.new_empty(problem.batch, dtype=torch.int32) if problem.lengths else None
     tiles = [-(-n // TILE) for n in (problem.n_q, problem.n_k)]
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
-    sink = q.new_empty(problem.heads, 1, 1) if problem.sink else None
+    of_heads = [q.new_empty(problem.heads, 1, n) if given else None
+                for n, given in ((1, problem.sink), (1, problem.alibi), (RELATIVE_ENTRIES, problem.relative))]
     starts = [None if problem.packed is None else q.new_empty(problem.batch[0] + 1, dtype=torch.int32) for _ in "qk"]
-    inputs = AttentionInputs(q, k, v, mods if problem.bias else None, sink, mods.to(torch.bool) if problem.masked else None,
-                             *lists if problem.mapped else (None, None), *starts, q.new_empty(1, dtype=torch.int64), lengths,
-                             dropout_p=0.5 * problem.dropout, softcap=30.0 if problem.softcap else None)
+    inputs = AttentionInputs(q, k, v, mods if problem.bias else None, *of_heads,
+                             mods.to(torch.bool) if problem.masked else None, *lists if problem.mapped else (None, None),
+                             *starts, q.new_empty(1, dtype=torch.int64), lengths, dropout_p=0.5 * problem.dropout,
+                             softcap=30.0 if problem.softcap else None)
     lse, statistics, delta = o[..., 0].float(), empty_statistics(inputs, (2,)), empty_statistics(inputs)
     queries = Queries(q, o, statistics, delta)
     return {
@@ -317,4 +351,6 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
         "dq": lambda: dq_launch(problem, config, inputs, queries, q),
         "dkdv": lambda: dkdv_launch(problem, config, inputs, queries, k, v),
         "dbias": lambda: dbias_launch(problem, config, inputs, queries, mods),
+        "diagonals": lambda: diagonals_launch(problem, config, inputs, queries,
+                                              lse.new_empty(*q.shape[:-2], q.shape[-2] + k.shape[-2])),
     }[kernel]()

@@ -22,7 +22,9 @@ from .arguments import (
     integer,
     layout_message,
     lengths_argument,
+    needing_positions,
     pairwise_argument,
+    positions_arguments,
     prepare,
     seed_argument,
     sink_argument,
@@ -43,7 +45,8 @@ def one_batch(x, name):
 
 
 def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-                   key_lengths=None, softcap=None, sink=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
+                   key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0,
+                   dropout_seed=None) -> AttentionInputs:
     """Check the arguments of `attention_varlen` and return them as the kernels take them.
 
     q, k and v are those of `one_batch`; starts and longest hold the cu_seqlens and max_seqlen of queries and of keys.
@@ -67,18 +70,18 @@ def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window
     scale = check_scale(scale, q.shape[-1])
     softcap = check_softcap(softcap, scale)
     left, right = check_window(causal, window)
-    bounded = left is not None or right is not None
-    if align is None and bounded and not shared:
+    positional = needing_positions(left, right, alibi, relative)
+    if align is None and positional and not shared:
         raise ValueError("align: expected 'top_left' or 'bottom_right', since cu_seqlens_q and cu_seqlens_k are two tensors, "
                          "and sequences of different lengths can be aligned both ways, got None")
-    bottom_right = check_align(align, 0, 0, bounded, key_lengths)
+    bottom_right = check_align(align, 0, 0, positional, key_lengths)
     key_lengths = lengths_argument(key_lengths, q, batch, longest_k)
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
-    sink = sink_argument(sink, q, k, v)
+    of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     q, k, v, _, scale = with_equal_batches(q, k, v, None, (), scale)
-    return AttentionInputs(q, k, v, bias, sink, mask, None, None, q_starts, k_starts, seed, key_lengths, scale, left, right,
-                           bottom_right, dropout_p, softcap, longest_q, longest_k)
+    return AttentionInputs(q, k, v, bias, *of_heads, mask, None, None, q_starts, k_starts, seed, key_lengths, scale, left,
+                           right, bottom_right, dropout_p, softcap, longest_q, longest_k)
 
 
 def longest_argument(name, n, total) -> int:

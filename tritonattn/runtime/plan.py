@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..configs import lookup
 from ..gpu import INTERPRETED, TRITON, gpu_of
-from . import row_gradients
+from . import diagonal_gradients, row_gradients
 from .arguments import N_TENSORS, AttentionInputs, empty_statistics, largest_score_unit
 
 if TRITON:
@@ -26,7 +26,7 @@ if TRITON:
 
     from . import launch
 
-BIAS, SINK, Q_STARTS = map(AttentionInputs._fields.index, ("bias", "sink", "q_starts"))
+BIAS, SINK, ALIBI, RELATIVE, Q_STARTS = map(AttentionInputs._fields.index, ("bias", "sink", "alibi", "relative", "q_starts"))
 LARGEST_CACHE = 4096  # entries: plans, and known calls of eager.py
 _entries: dict[tuple, object] = {}  # the oldest first
 _changes = threading.Lock()
@@ -241,18 +241,23 @@ class BackwardPlan(Plan):
         do, dlse, o, statistics, o_residual, *others = tensors = [_meta(x) for x in tensors]
         inputs = AttentionInputs(*others, *numbers)
         gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, wanted)]
-        dq, dk, dv, dbias, dsink = gradients
+        dq, dk, dv, dbias, dsink, dalibi, drelative = gradients
         self._bias_gradient, self._problem = _bias_gradient(inputs, dbias), inputs.problem
-        delta = empty_statistics(inputs)
-        self._outputs = Results((*gradients, delta))
-        tensors += [*gradients, delta]
+        delta, sums = empty_statistics(inputs), None
+        self._needs_diagonals = (dalibi is not None or drelative is not None) and not _no_pairs(inputs)
+        self._numbers = numbers
+        if self._needs_diagonals:
+            sums = delta.new_empty(*inputs.q.shape[:-2], inputs.q.shape[-2] + inputs.k.shape[-2])
+        self._outputs = Results((*gradients, delta, sums))
+        tensors += [*gradients, delta, sums]
         queries = launch.Queries(inputs.q, do, statistics, delta)
 
         def add(kernel, make_launch, *arguments):
             self._launches.append(PlannedLaunch(kernel, make_launch, inputs, self._device, tensors, arguments))
 
         self._needs_rows, self._score_unit = dsink is not None or self._bias_gradient == "rows", largest_score_unit(inputs)
-        if wanted[0] or wanted[1] or self._bias_gradient == "kernel" or (self._needs_rows and inputs.sink is not None):
+        needs_ds = wanted[0] or wanted[1] or self._bias_gradient == "kernel" or self._needs_diagonals
+        if needs_ds or (self._needs_rows and inputs.sink is not None):
             add("delta", launch.delta_launch, inputs, (o, o_residual, do, dlse), delta)
         if wanted[0]:
             add("dq", launch.dq_launch, inputs, queries, dq)
@@ -260,23 +265,29 @@ class BackwardPlan(Plan):
             add("dkdv", launch.dkdv_launch, inputs, queries, dk, dv)
         if self._bias_gradient == "kernel":
             add("dbias", launch.dbias_launch, inputs, queries, dbias)
+        if self._needs_diagonals:
+            add("diagonals", launch.diagonals_launch, inputs, queries, sums)
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return dq, dk, dv, dbias and dsink; None where not wanted. `tensors` are as in `backward_plan`."""
-        *gradients, delta = self._outputs.allocate(tensors[0])
+        """Return the gradients of q, k, v, biases and sink, in the order of AttentionInputs; None where not wanted.
+
+        `tensors` are as in `backward_plan`.
+        """
+        *gradients, delta, sums = self._outputs.allocate(tensors[0])
         if self._needs_rows and self._problem.packed is not None:
             # see ForwardPlan.run
             delta.zero_()
-        self._launch((*tensors, *gradients, delta))
+        self._launch((*tensors, *gradients, delta, sums))
         if self._bias_gradient == "zero":
             gradients[BIAS].zero_()
         if self._needs_rows:
             self._reduce_rows(tensors, gradients, delta)
+        self._reduce_diagonals(tensors, gradients, sums)
         return gradients
 
     def _reduce_rows(self, tensors, gradients, delta):
         """Write the gradients that are sums over rows."""
-        (_, dlse, _, statistics, _, *inputs), (*_, dbias, dsink) = tensors, gradients
+        (_, dlse, _, statistics, _, *inputs), dbias, dsink = tensors, gradients[BIAS], gradients[SINK]
         ds = None
         if self._problem.packed is None:
             n = inputs[0].shape[-2]
@@ -295,12 +306,29 @@ class BackwardPlan(Plan):
                 total = row_gradients.sum_of_packed(*rows, inputs[Q_STARTS], *sizes, dbias.shape)
             dbias.copy_(total)
 
+    def _reduce_diagonals(self, tensors, gradients, sums):
+        """Write the gradients that are sums over diagonals: zeros if there are none."""
+        reductions = (ALIBI, diagonal_gradients.slopes_gradient), (RELATIVE, diagonal_gradients.table_gradient)
+        wanted = [(gradients[index], reduce) for index, reduce in reductions if gradients[index] is not None]
+        if sums is None:
+            for gradient, _ in wanted:
+                gradient.zero_()
+            return
+        offsets = diagonal_gradients.diagonal_offsets(AttentionInputs(*tensors[5:], *self._numbers))
+        for gradient, reduce in wanted:
+            gradient.copy_(reduce(sums, offsets, gradient.shape))
+
+
+def _no_pairs(inputs: AttentionInputs) -> bool:
+    """Return whether there is no pair of a query and a key."""
+    return 0 in (*inputs.q.shape[:-1], inputs.k.shape[-2], inputs.longest_q, inputs.longest_k)
+
 
 def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
     """Return how the gradient of a bias is computed."""
     if dbias is None:
         return None
-    if 0 in (*inputs.q.shape[:-1], inputs.k.shape[-2], inputs.longest_q, inputs.longest_k):
+    if _no_pairs(inputs):
         return "zero"
     # a constant added to all scores of a row changes only its lse
     return "rows" if dbias.shape[-1] == 1 else "kernel"
