@@ -143,33 +143,7 @@ attention(q, q, q)
 print(json.dumps([[binary() is not None for binary in binaries], len(forward_kernel.device_caches), null.launches]))
 """
 
-LENGTHS = START + """
-import random
-from tritonattn.kernels import backward, diagonals, forward
-KERNELS = [kernel for module in (forward, backward, diagonals) for name, kernel in vars(module).items()
-           if name.endswith("_kernel")]
-random.seed(0)
-radii = random.Random(1)  # of its own, so that the lengths are those of the plain calls
-
-
-def by_offset():
-    # slopes and a table of any radius from 1, if asked for
-    if not BY_OFFSET:
-        return {}
-    return dict(alibi=torch.zeros(2), relative=torch.zeros(2, 2 * radii.randint(1, 40) + 1, requires_grad=True))
-
-
-with config.pinned(Config(32, 32)):
-    for _ in range(100):
-        n_q, n_k = (random.choice((random.randint(1, 200), 32 * random.randint(1, 6))) for _ in range(2))
-        q, k, v = (torch.zeros(2, 2, n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (n_q, n_k, n_k))
-        options = by_offset()
-        o = attention(q, k, v, causal=True, align="bottom_right", **options)
-        torch.autograd.grad(o, (q, k, v, *(x for x in options.values() if x.requires_grad)), torch.zeros_like(o))
-print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
-"""
-
-PACKED = START + """
+COUNTED = START + """
 import itertools, random
 from tritonattn import attention_varlen
 from tritonattn.kernels import backward, diagonals, forward
@@ -184,8 +158,20 @@ def by_offset():
     if not BY_OFFSET:
         return {}
     return dict(alibi=torch.zeros(2), relative=torch.zeros(2, 2 * radii.randint(1, 40) + 1, requires_grad=True))
+"""
 
+LENGTHS = COUNTED + """
+with config.pinned(Config(32, 32)):
+    for _ in range(100):
+        n_q, n_k = (random.choice((random.randint(1, 200), 32 * random.randint(1, 6))) for _ in range(2))
+        q, k, v = (torch.zeros(2, 2, n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (n_q, n_k, n_k))
+        options = by_offset()
+        o = attention(q, k, v, causal=True, align="bottom_right", **options)
+        torch.autograd.grad(o, (q, k, v, *(x for x in options.values() if x.requires_grad)), torch.zeros_like(o))
+print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
+"""
 
+PACKED = COUNTED + """
 with config.pinned(Config(32, 32)):
     for i in range(40):
         lengths = [random.randint(0, 50) for _ in range(random.choice((1, 2, 15, 16, 17)))]

@@ -127,7 +127,7 @@ def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, quer
 def diagonals_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, sums) -> KernelLaunch:
     """Return the launch that writes the sums of dS along its diagonals (kernels/diagonals.py), [..., H, n_q + n_k].
 
-    Raises RuntimeError for as many queries and keys as 32 bits do not number.
+    Raises RuntimeError where the queries and keys together are too many for numbers of 32 bits.
     """
     if sums.shape[-1] >= 2**31 - config.block_n:
         raise RuntimeError(f"alibi, relative: expected at most {2**31 - config.block_n - 1} queries and keys together where a "

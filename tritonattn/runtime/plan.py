@@ -282,7 +282,8 @@ class BackwardPlan(Plan):
             gradients[BIAS].zero_()
         if self._needs_rows:
             self._reduce_rows(tensors, gradients, delta)
-        self._reduce_diagonals(tensors, gradients, sums)
+        if gradients[ALIBI] is not None or gradients[RELATIVE] is not None:
+            self._reduce_diagonals(tensors, gradients, sums)
         return gradients
 
     def _reduce_rows(self, tensors, gradients, delta):
