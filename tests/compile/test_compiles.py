@@ -318,11 +318,15 @@ def test_biases_by_offset_hardly_spill(name, arch):
 
 @pytest.mark.slow
 def test_the_diagonals_of_every_dtype_and_size_fit():
-    """Their config comes from a formula of the head size."""
+    """Their config comes from a formula of the head size. On AMD the rows of 512 and 2,048 bytes spill."""
+    # the second bound is for newer versions of Triton
+    spilling = {("gfx942", "torch.bfloat16", 256): (50, 120), ("gfx942", "torch.float32", 128): (50, 120),
+                ("gfx942", "torch.float32", 512): (110, 180)}
     reports = compiled(DIAGONALS)
     assert len(reports) == 2 * 2 * 5 and all(report["fits"] for report in reports)
     for report in reports:
-        assert report["spills"] <= (160 if report["arch"] == "gfx942" else 0), report
+        bound = spilling.get((report["arch"], *report["cell"][:2]), (0, 0))
+        assert report["spills"] <= bound[0 if OWN else 1], report
 
 
 DIAGONALS = """

@@ -99,14 +99,20 @@ def _lookup_config(kernel, problem, gpu, _precision):
         width = max(problem.d, problem.dv)
         return ConfigChoice(Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1), "formula")
     if kernel == "diagonals":
-        # as many keys per tile as fit without spills in the binaries; on AMD smaller tiles would compute products twice
-        row = problem.dtype.itemsize * max(problem.d, problem.dv)
-        keys = 16 if row > 1024 else 32 if row > 512 or problem.dtype.itemsize > 2 else 64
-        config = Config(64, 128, 8, 1) if gpu.is_amd and row <= 512 else Config(max(16, keys // 2), keys, 4, 1)
-        return ConfigChoice(config, "formula")
+        return ConfigChoice(_diagonals_config(problem.dtype.itemsize, max(problem.d, problem.dv), gpu), "formula")
     if (record := user_cache.current_cache().get(key_of(kernel, problem, gpu), gpu)) is not None:
         return ConfigChoice(record.config, "cache", record=record)
     return lookup_shipped(kernel, problem, gpu)
+
+
+def _diagonals_config(itemsize, size, gpu):
+    """Return the config with the most keys per tile whose binaries do not spill, or hardly."""
+    row = itemsize * size
+    if gpu.is_amd:
+        # smaller tiles would compute products twice
+        return Config(64, 128, 8, 1) if row <= 512 else Config(16, 32, 2, 1)
+    keys = 16 if row > 1024 else 32 if row > 512 or itemsize > 2 else 64
+    return Config(max(16, keys // 2), keys, 4, 1)
 
 
 def clear_lookup_cache() -> None:
