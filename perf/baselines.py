@@ -85,10 +85,13 @@ def formed_bias(problem: Problem, device) -> torch.Tensor | None:
 
 
 def ours(problem, device, **options):
-    """Return tritonattn.attention for this problem, with the config that the library chooses."""
+    """Return tritonattn.attention for this problem, with the config that the library chooses. Statistics are not returned."""
     options |= variants(problem, problem.heads, device) | {"window": problem.window, "align": align(problem)}
     if problem.packed:
         return packed(problem, device, tritonattn.attention_varlen, **options)
+    statistics = [name for name in ("entropy", "key_mass") if getattr(problem, name)]
+    if statistics:
+        return lambda q, k, v: tritonattn.attention(q, k, v, return_stats=statistics, **options)[0]
     return functools.partial(tritonattn.attention, **options)
 
 
@@ -108,6 +111,7 @@ def varlen(problem, device):
     """Return torch's varlen_attn."""
     from torch.nn.attention.varlen import varlen_attn
 
+    refuse_statistics(problem)
     if not problem.packed:
         raise Unsupported("varlen_attn takes packed sequences only")
     if problem.softcap or problem.sink or problem.alibi or problem.relative:
@@ -117,6 +121,12 @@ def varlen(problem, device):
     window = tuple(-1 if side is None else side for side in problem.window)
     return packed(problem, device, varlen_attn, ("cu_seq_q", "cu_seq_k", "max_q", "max_k"), window_size=window,
                   enable_gqa=problem.group > 1)
+
+
+def refuse_statistics(problem):
+    """Raise Unsupported for statistics of the weights."""
+    if problem.entropy or problem.key_mass:
+        raise Unsupported("returns no statistics of the weights")
 
 
 def refuse_packed(problem):
@@ -142,6 +152,7 @@ def sdpa_mask(problem, device, backend=None):
 def sdpa(problem, device, backend=None):
     """Return torch's SDPA. `backend` names the backend that the caller's context forces, if any."""
     refuse_packed(problem)
+    refuse_statistics(problem)
     if problem.softcap or problem.sink:
         raise Unsupported("torch's SDPA has no softcap and no sinks")
     causal, mask = sdpa_mask(problem, device, backend)
@@ -171,6 +182,7 @@ def flex(problem, device):
     # the backward pass alone is timed by running it many times on one graph
     functorch.donated_buffer = False
     refuse_packed(problem)
+    refuse_statistics(problem)
     if problem.sink:
         raise Unsupported("a score function of FlexAttention adds no key")
     compiled, block_mask = torch.compile(flex_attention, dynamic=False), None
@@ -200,7 +212,7 @@ def flex(problem, device):
 
 
 def eager(problem, device):
-    """Return softmax(Q K^T) V as separate torch operations."""
+    """Return softmax(Q K^T) V as separate torch operations, those of statistics among them."""
     refuse_packed(problem)
     hidden = None if problem.mask == "full" else ~boolean_mask(problem, device)
     bias = formed_bias(problem, device)
@@ -214,6 +226,10 @@ def eager(problem, device):
         s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
         # a sink of 0 is one more score
         p = F.pad(s, (0, 1)).softmax(-1)[..., :-1] if problem.sink else s.softmax(-1)
+        if problem.entropy:
+            torch.special.entr(p).sum(-1)
+        if problem.key_mass:
+            p.sum(-2)
         return p @ v
 
     return attention
@@ -221,6 +237,7 @@ def eager(problem, device):
 
 def flash_attn(problem, device, module):
     """Return the function of a flash-attn package; versions 2, 3 and 4 share the signature."""
+    refuse_statistics(problem)
     if (problem.mask != "full" or problem.alibi) and problem.shift != problem.n_k - problem.n_q:
         raise Unsupported("flash-attn aligns masks bottom-right, the problem is top-left")
     if problem.sink:

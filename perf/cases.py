@@ -54,8 +54,9 @@ def in_paper_grid(problem: Problem) -> bool:
     """Return whether a problem has the sizes and the mask of a case of `of_paper`, in any dtype, and no variant."""
     square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
     sizes = math.prod(problem.batch) * problem.n_q, problem.heads * problem.d
-    variant = problem.softcap or problem.sink or problem.alibi or problem.relative or problem.packed
-    return square and sizes == (16384, 2048) and problem.mask in MASKS and not variant
+    variants = "softcap", "sink", "alibi", "relative", "packed", "entropy", "key_mass"
+    plain = not any(getattr(problem, name) for name in variants)
+    return square and sizes == (16384, 2048) and problem.mask in MASKS and plain
 
 
 PAPER = tuple(of_paper(d, mask, n) for d in (64, 128, 256) for mask in MASKS for n in PAPER_LENGTHS)
@@ -133,7 +134,7 @@ CUDNN = (
     *(Case(f"video transformer {n} on 62208", problem(1, 9, (n, 62208), 128), FORWARD) for n in (985, 1024, 2048, 4096, 8192)),
 )
 
-# the attention layers of Gemma 2, gpt-oss, Bloom and T5
+# the attention layers of Gemma 2, gpt-oss, Bloom and T5; statistics
 VARIANTS = (
     *(Case(f"gemma-2-9b {name} 8k", replace(problem(1, (16, 8), 8192, 256, window), softcap=True), TRAINING)
       for name, window in (("global", CAUSAL), ("window 4k", (4095, 0)))),
@@ -144,6 +145,8 @@ VARIANTS = (
     Case("t5-large encoder 512", replace(problem(32, 16, 512, 64), relative=True), TRAINING),
     *(Case(f"{name} d{d} causal 4k", replace(of_paper(d, "causal", 4096).problem, **{name: True}), TRAINING)
       for name in ("alibi", "relative") for d in (64, 128)),
+    *(Case(f"{name} d{d} causal 4k", replace(of_paper(d, "causal", 4096).problem, **{name: True}), FORWARD)
+      for name in ("entropy", "key_mass") for d in (64, 128)),
 )
 
 # of one length, so that the numbers of operations are exact and a padded batch would do the same work

@@ -6,7 +6,7 @@ import importlib
 import os
 
 from . import config, reference
-from .attention import attention, attention_varlen, dropout_mask, scaled_dot_product_attention, warm
+from .attention import attention, attention_map, attention_varlen, dropout_mask, scaled_dot_product_attention, warm
 from .block_mask import BlockMask, block_mask
 from .config import Config, pinned
 from .integrations.dispatch_log import fallback_report
@@ -18,9 +18,9 @@ from .relative import alibi_slopes, t5_table
 _LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_problems", "tune": ".autotune.tune"}
 
 __all__ = [
-    "BlockMask", "Config", "Problem", "__version__", "alibi_slopes", "attention", "attention_varlen", "block_mask", "config",
-    "disable", "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems", "reference",
-    "scaled_dot_product_attention", "swapped", "t5_table", "tune", "warm",
+    "BlockMask", "Config", "Problem", "__version__", "alibi_slopes", "attention", "attention_map", "attention_varlen",
+    "block_mask", "config", "disable", "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems",
+    "reference", "scaled_dot_product_attention", "swapped", "t5_table", "tune", "warm",
 ]
 
 

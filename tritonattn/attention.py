@@ -7,7 +7,7 @@ from .runtime import arguments, custom_op, eager, packed_arguments
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
               key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0, dropout_seed=None,
-              return_lse=False, precise_grad=True):
+              return_lse=False, return_stats=None, precise_grad=True):
     """Compute O = softmax(scale Q K^T + bias) V over the keys that each query attends to, exactly, in O(L) memory.
 
     Args:
@@ -40,6 +40,13 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             on the seed and the pair's position, never on block sizes.
         dropout_seed: int64 tensor of one element on q's device; drawn from torch's generator if None. See `dropout_mask`.
         return_lse: also return the log-sum-exp of each row's scores.
+        return_stats: names of statistics of the weights p, before dropout; NaN where p is. Sinks are no keys, so that with them
+            the p of a row sum to less than 1.
+            "max"       [..., H, L]  the largest score of each row, after scale, softcap and biases; -inf without keys. It has
+                                     no gradient.
+            "head_max"  [H]          the largest of these in all batches: QK-Clip's (Kimi Team, 2025, arXiv 2507.20534)
+            "entropy"   [..., H, L]  -sum p ln p over the keys of each row (Shannon, 1948); 0 without keys
+            "key_mass"  [..., H, S]  the sum of p over the rows, for each key; takes one more product QK^T
         precise_grad: where a gradient is needed, keep the rounding error of a 16-bit output, so that dQ is exact to
             rounding also for data with a common mean. Costs one more tensor of the output's size. The output has the same
             bits with and without it, and with and without gradients.
@@ -57,7 +64,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural logarithm,
-        float32. Both have first derivatives. A row that attends to no key gives o = 0, lse = -inf (that of the sinks, if there
+        float32; with return_stats also a dictionary, from the names to tensors in float32. o, lse, entropy and key_mass have
+        first derivatives. A row that attends to no key gives o = 0, lse = -inf (that of the sinks, if there
         are any) and zero gradients for q, k, v and biases.
         Masked keys and values do not affect a row, not even by a NaN. The same call gives the same bits,
         on sm_100 from Triton 3.7.1 on.
@@ -68,22 +76,24 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
+    wanted = arguments.wanted_statistics(return_stats)
     tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed)
     sides = window if type(window) is tuple else (window,)
-    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, dropout_p, precise_grad, *sides))
+    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, dropout_p, precise_grad, *wanted, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
                                    key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative,
-                                   dropout_p=dropout_p, dropout_seed=dropout_seed)
+                                   dropout_p=dropout_p, dropout_seed=dropout_seed, return_stats=return_stats)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
-    o, lse = outputs
-    return (o, lse) if return_lse else o
+    o, lse, *computed = outputs
+    return arguments.results(o, lse, computed, return_lse, return_stats)
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, scale=None, causal=False,
                      window=(None, None), align=None, bias=None, mask=None, key_lengths=None, softcap=None, sink=None,
-                     alibi=None, relative=None, dropout_p=0.0, dropout_seed=None, return_lse=False, precise_grad=True):
+                     alibi=None, relative=None, dropout_p=0.0, dropout_seed=None, return_lse=False, return_stats=None,
+                     precise_grad=True):
     """Compute `attention` of each of several sequences that lie one after the other in memory, without padding.
 
     Args:
@@ -104,12 +114,13 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
             weights are dropped.
         alibi, relative: by positions within each sequence. Like a window, they need `align` unless the two cu_seqlens are the
             same tensor.
-        scale, softcap, sink, dropout_p, return_lse, precise_grad: see `attention`.
+        scale, softcap, sink, dropout_p, return_lse, return_stats, precise_grad: see `attention`.
 
     Returns:
-        o [total queries, H, DV]; with return_lse also lse [H, total queries], float32, with first derivatives as o has. Nothing
-        is copied from the device to the host. The result of a sequence has the same bits wherever it lies, for equal block
-        sizes.
+        o [total queries, H, DV]; with return_lse also lse [H, total queries], float32, with first derivatives as o has; with
+        return_stats also the dictionary of `attention`: max and entropy [H, total queries], head_max [H] of all sequences,
+        key_mass [H, total keys], 0 after the last sequence. Nothing is copied from the device to the host. The result of a
+        sequence has the same bits wherever it lies, for equal block sizes.
 
     Raises:
         The errors of `attention`. On the CPU also RuntimeError where cu_seqlens fall or exceed the tensors, or a sequence is
@@ -123,18 +134,19 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     packed_arguments.check_starts(starts, (q.shape[-2], k.shape[-2]), longest)
     tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed, starts)
     sides = window if type(window) is tuple else (window,)
-    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, dropout_p, precise_grad,
+    wanted = arguments.wanted_statistics(return_stats)
+    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, dropout_p, precise_grad, *wanted,
                                    packed_arguments.are_same(*starts), *longest, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = packed_arguments.prepare_packed(
             q, k, v, starts, longest, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
             key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative, dropout_p=dropout_p,
-            dropout_seed=dropout_seed)
+            dropout_seed=dropout_seed, return_stats=return_stats)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
-    o, lse = outputs
-    o, lse = o.transpose(1, 2).squeeze(0), lse.squeeze(0)
-    return (o, lse) if return_lse else o
+    o, *rows = outputs
+    lse, *computed = (x if x is None or x.dim() < 3 else x.squeeze(0) for x in rows)
+    return arguments.results(o.transpose(1, 2).squeeze(0), lse, computed, return_lse, return_stats)
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
@@ -166,9 +178,9 @@ def warm(q, k, v, *, backward=True, **options) -> None:
     Runs the call once, and with `backward` its backward pass where a tensor requires a gradient. With cu_seqlens_q and the
     other arguments of `attention_varlen`, it calls that function. No gradient is accumulated and no random number drawn.
     Shapes, strides, dtypes, alignment, options, grad mode, and which tensors require a gradient must be those of the later
-    calls; the data does not matter, nor do the numbers of packed rows and sequences. With return_lse=True the backward pass
-    differentiates both results. A kernel is compiled for whether each length is 1, a multiple of 16, or a multiple of the
-    block size: warm one length of each kind that will occur.
+    calls; the data does not matter, nor do the numbers of packed rows and sequences. The backward pass differentiates all
+    results of the call that have a gradient; to differentiate fewer of them takes other kernels. A kernel is compiled for
+    whether each length is 1, a multiple of 16, or a multiple of the block size: warm one length of each kind that will occur.
 
     Raises the errors of `attention`.
     """
@@ -181,10 +193,49 @@ def warm(q, k, v, *, backward=True, **options) -> None:
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
     outputs = (attention_varlen if packed_arguments.is_packed(options) else attention)(*leaves[:3], **options)
-    outputs = outputs if options.get("return_lse") else (outputs,)
-    inputs = [x for x in leaves if x.requires_grad]
-    if backward and outputs[0].requires_grad:
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    if options.get("return_stats") is not None:
+        statistics = outputs.pop()
+        outputs.extend(statistics.values())
+    outputs, inputs = ([x for x in each if x.requires_grad] for each in (outputs, leaves))
+    if backward and outputs:
         torch.autograd.grad(outputs, inputs, [torch.zeros_like(x) for x in outputs])
+
+
+def attention_map(q, k, *, tile=64, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
+                  key_lengths=None, softcap=None, sink=None, alibi=None, relative=None):
+    """Compute how much the queries of each tile attend to the keys of each tile, without forming the weights.
+
+    Args:
+        q: queries, [..., H, L, D] (or [L, D]).
+        k: keys, [..., Hk, S, D] (or [S, D]).
+        tile: queries and keys per entry, a power of two of at least 16.
+        Others as in `attention`. There is no dropout.
+
+    Returns:
+        [..., H, ceil(L / tile), ceil(S / tile)], float32, without a gradient. The entry of a tile of queries and a tile of keys
+        is the mean over these queries of the sum of their weights for these keys. A row sums to 1 if all its queries attend to
+        keys and there is no sink. Takes two products QK^T. The kernel's own tiles, which take memory too, are at most 64 wide;
+        32 where a query has more than 256 bytes, 16 where it has more than 512. Larger ones are added up from them.
+
+    Raises the errors of `attention`; ValueError or TypeError for another tile.
+    """
+    arguments.check_tensors(q=q, k=k)
+    with torch.no_grad():
+        # one column of values: the forward pass computes the statistics of the weights
+        inputs = arguments.prepare(q, k, k[..., :1], scale=scale, causal=causal, window=window, align=align, bias=bias,
+                                   mask=mask, key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi,
+                                   relative=relative)
+        block, blocks = arguments.prepare_map(tile, inputs.q.dtype.itemsize * inputs.q.shape[-1])
+        statistics = custom_op.forward_op(*inputs, False)[2]
+        sums = custom_op.map_op(*inputs, statistics, block)
+        if blocks > 1:
+            rows, cols = (-size % blocks for size in sums.shape[-2:])
+            sums = torch.nn.functional.pad(sums, (0, cols, 0, rows)).unflatten(-1, (-1, blocks)).sum(-1)
+            sums = sums.unflatten(-2, (-1, blocks)).sum(-2)
+        queries = (q.shape[-2] - tile * torch.arange(sums.shape[-2], device=q.device)).clamp(max=tile)
+        sums /= queries[:, None]
+    return sums.squeeze(-3) if max(q.dim(), k.dim()) == 2 else sums
 
 
 def dropout_mask(shape, dropout_p, dropout_seed):

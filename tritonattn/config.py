@@ -5,7 +5,7 @@ import re
 import threading
 from dataclasses import dataclass
 
-KERNELS = ("forward", "delta", "dq", "dkdv", "dbias", "diagonals")
+KERNELS = ("forward", "delta", "dq", "dkdv", "dbias", "diagonals", "key_mass", "mass_delta")
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ import torch
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-              softcap=None, sink=None, alibi=None, relative=None, keep=None, dropout_p=0.0, return_lse=False):
+              softcap=None, sink=None, alibi=None, relative=None, keep=None, dropout_p=0.0, return_lse=False,
+              return_stats=None):
     """Compute attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
     the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False masks a pair) broadcast to
     [..., H, L, S]; key_lengths has the batch's shape; sink is [H], or [H, n] for n sinks of each head; alibi is [H], relative
-    [H, 2 R + 1]. With dropout_p, `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to keep. Takes
-    O(L S) memory. Inputs are not checked; they must be finite, but for -inf in bias, table and sinks.
+    [H, 2 R + 1]. With dropout_p, `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to keep.
+    return_stats adds a dictionary, as there. Takes O(L S) memory. Inputs are not checked; they must be finite, but for -inf in
+    bias, table and sinks.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:
@@ -39,25 +41,42 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             index = index if index.dim() > 2 else index[None]
             s = s + relative.to(s.dtype)[:, index].movedim(0, -4).squeeze(-3)
     s = s if bias is None else s + bias
-    s = s.masked_fill(~(inside if mask is None else inside & mask), -torch.inf)
+    s = of_keys = s.masked_fill(~(inside if mask is None else inside & mask), -torch.inf)
     if sink is not None:
         n_sinks = sink.numel() // len(sink)
         s = torch.cat((s, sink.to(s.dtype).view(-1, 1, n_sinks).expand(*s.shape[:-1], n_sinks)), -1)
     # a fully masked row has no softmax: its output is 0 and its log-sum-exp -inf
     masked_rows = (s == -torch.inf).all(-1, keepdim=True)
     s = s.masked_fill(masked_rows, 0.0)
-    p = s.softmax(-1).masked_fill(masked_rows, 0.0)[..., :k.shape[-2]]
+    p = weights = s.softmax(-1).masked_fill(masked_rows, 0.0)[..., :k.shape[-2]]
     if dropout_p:
         p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
     o = p.to(v.dtype) @ v
-    if not return_lse:
-        return o
-    lse = s.logsumexp(-1) if s.shape[-1] else s.sum(-1)
-    return o, lse.masked_fill(masked_rows.squeeze(-1), -torch.inf)
+    outputs = [o]
+    if return_lse:
+        lse = s.logsumexp(-1) if s.shape[-1] else s.sum(-1)
+        outputs.append(lse.masked_fill(masked_rows.squeeze(-1), -torch.inf))
+    if return_stats is not None:
+        outputs.append(statistics(of_keys, weights, return_stats))
+    return tuple(outputs) if len(outputs) > 1 else o
+
+
+def statistics(s, p, names) -> dict:
+    """Return statistics of the masked scores s and the weights p, both [..., H, L, S], as `tritonattn.attention` names them."""
+    # a row without keys has no largest score; a weight of 0 adds nothing to an entropy, nor to its gradient
+    largest = torch.nn.functional.pad(s.detach(), (0, 1), value=-torch.inf).amax(-1)
+    terms = torch.where(p == 0, 1.0, p)
+    values = {
+        "max": lambda: largest,
+        "head_max": lambda: torch.nn.functional.pad(largest.movedim(-2, 0).flatten(1), (0, 1), value=-torch.inf).amax(-1),
+        "entropy": lambda: -(terms * terms.log()).sum(-1),
+        "key_mass": lambda: p.sum(-2),
+    }
+    return {name: values[name]() for name in names}
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, bias=None, mask=None,
-                     key_lengths=None, keep=None, return_lse=False, **options):
+                     key_lengths=None, keep=None, return_lse=False, return_stats=None, **options):
     """Compute attention as `tritonattn.attention_varlen` defines it, one sequence after the other.
 
     Shapes: q [total queries, H, D], k [total keys, Hk, D], v [total keys, Hk, DV] -> [total queries, H, DV] and the log-sum-exp
@@ -83,9 +102,19 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
         rows = (q[q_start:q_stop], k[k_start:k_stop], v[k_start:k_stop])
         lengths = None if key_lengths is None else key_lengths.expand(len(sequences) - 1)[min(i, len(sequences) - 2)]
         outputs.append(attention(*(x.transpose(0, 1) for x in rows), bias=own(bias), mask=own(mask), keep=own(keep),
-                                 key_lengths=lengths, return_lse=True, **options))
-    o, lse = (torch.cat(each, dim) for each, dim in zip(zip(*outputs), (-2, -1)))
-    return (o.transpose(0, 1), lse) if return_lse else o.transpose(0, 1)
+                                 key_lengths=lengths, return_lse=True, return_stats=return_stats or (),
+                                 **options))
+    o, lse, parts = zip(*outputs)
+    results = [torch.cat(o, -2).transpose(0, 1), *(torch.cat(lse, -1),) * return_lse]
+    if return_stats is not None:
+        values = {name: [part[name] for part in parts] for name in return_stats}
+        joined = {name: torch.stack(each).amax(0) if name == "head_max" else torch.cat(each, -1)
+                  for name, each in values.items()}
+        if "key_mass" in joined:
+            # nothing attends to the keys after the last sequence
+            joined["key_mass"] = torch.nn.functional.pad(joined["key_mass"], (0, len(k) - joined["key_mass"].shape[-1]))
+        results.append(joined)
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def by_heads(q, k, v, do=None, *, dtype=torch.float64, scores=2**27, **options):

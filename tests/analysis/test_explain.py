@@ -79,7 +79,7 @@ def test_the_sums_of_diagonals_have_a_line_of_their_own():
     for name in ("alibi", "relative"):
         found = explain.explain_problem(dataclasses.replace(problem, **{name: True}), H200)
         assert [line.kernel for line in found.lines] == ["forward", "delta", "dq", "dkdv", "diagonals"]
-        assert "diagonals 32x64w4s1 " in str(found) and name in str(found).splitlines()[0]
+        assert "diagonals  32x64w4s1 " in str(found) and name in str(found).splitlines()[0]
 
 
 def test_pinned_config_exception_and_another_gpu():

@@ -418,7 +418,7 @@ def test_a_cold_key_is_tuned_once_by_one_of_eight_threads(setup, timed):
         threads = [threading.Thread(target=often) for _ in range(8)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
-        for kernel in lookup.BY_FORMULA:
+        for kernel in lookup.UNTUNED:
             lookup.get_config(kernel, PROBLEM, H200)
         lookup.get_config("dq", PROBLEM, H200)
     assert tuned.jobs == [("forward", PROBLEM), ("dq", PROBLEM)]

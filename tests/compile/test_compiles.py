@@ -316,6 +316,51 @@ def test_biases_by_offset_hardly_spill(name, arch):
         assert row["spills"] <= max(SPILLS.get((name, arch, *row["cell"][:2]), 0), 0 if OWN else LIGHT_SPILLS), row
 
 
+# with the statistics' gradients, in dQ and dK/dV; served by the rows of plain attention
+STATISTICS = {("entropy", "sm_80", "dq", 128): 5, ("entropy", "sm_80", "dkdv", 128): 2, ("entropy", "sm_90", "dkdv", 128): 10,
+              ("key_mass", "sm_80", "dq", 128): 4, ("key_mass", "sm_80", "dkdv", 128): 2, ("key_mass", "sm_90", "dkdv", 128): 3,
+              ("key_mass", "gfx942", "dq", 128): 23}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["entropy", "key_mass"])
+def test_statistics_hardly_spill(name, arch):
+    """The sums of weights have the configs of dQ and dK/dV, and a part of their loops."""
+    kernels = *KERNELS, "key_mass", "mass_delta"
+    for row in compiled(VARIANT.format(kernels=kernels, arch=arch, batch=4, kv_heads=32, variant=f"{name}=True")):
+        assert row["fits"] and row["work"] == 1 and row["race"] is None, row
+        assert row["spills"] <= max(STATISTICS.get((name, arch, *row["cell"][:2]), 0), 0 if OWN else UNSEEN), row
+
+
+@pytest.mark.slow
+def test_maps_of_every_head_size_fit():
+    for row in compiled(MAPS):
+        assert row["shared"] <= row["allowed"], row
+
+
+MAPS = """
+import json, torch
+from tritonattn import Problem, gpu
+from tritonattn.analysis import compile_report
+from tritonattn.runtime import launch
+from tritonattn.runtime.arguments import AttentionInputs, empty_statistics, prepare_map
+found = []
+for arch in ("sm_80", "sm_86", "sm_90", "gfx942"):
+    on = gpu.KNOWN[arch]
+    for dtype in (torch.bfloat16, torch.float32):
+        for d in (64, 128, 256, on.largest_head(dtype)):
+            q, k, _ = Problem((4,), 32, 8, 4088, 4000, d, d, dtype).tensors("meta")
+            inputs = AttentionInputs(q, k, k[..., :1])
+            block, _ = prepare_map(64, dtype.itemsize * d)
+            tiles = q.new_empty(4, 32, -(-4088 // block), -(-4000 // block), dtype=torch.float32)
+            call = launch.map_launch(inputs.problem, block, inputs, empty_statistics(inputs, (2,)), tiles)
+            found.append(dict(arch=arch, dtype=str(dtype), d=d, allowed=on.shared_memory,
+                              shared=compile_report.compile_launch(call, on).metadata.shared))
+print(json.dumps(found))
+"""
+
+
 @pytest.mark.slow
 def test_the_diagonals_of_every_dtype_and_size_fit():
     """Their config comes from a formula of the head size. On AMD the rows of 512 and 2,048 bytes spill."""

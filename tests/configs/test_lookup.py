@@ -89,7 +89,11 @@ def test_every_problem_has_a_config_in_the_table_of_its_gpu(arch, kernel):
         problem = dataclasses.replace(PROBLEM, d=d, dtype=dtype, batch=batch, **variant)
         choice = lookup.lookup_config(kernel, problem, on)
         assert choice == lookup.lookup_config(kernel, dataclasses.replace(problem, dv=1), on)
-        if kernel in ("delta", "diagonals"):
+        if kernel in lookup.SIMILAR:
+            assert choice.origin == "similar"
+            assert choice.config == lookup.lookup_config(lookup.SIMILAR[kernel], problem, on).config
+            continue
+        if kernel in lookup.UNTUNED:
             assert choice.origin == "formula"
             continue
         assert choice.origin == "table" and choice.config == getattr(choice.row, choice.fill).config
@@ -148,7 +152,7 @@ def test_every_returned_config_fits(arch, shared_memory, tensor_memory, sms, ker
     if choice.row is not None:
         entry = getattr(choice.row, choice.fill)
         assert entry.shared_memory <= shared_memory and entry.tensor_memory <= tensor_memory
-    elif kernel not in ("delta", "diagonals"):
+    elif kernel not in lookup.UNTUNED:
         assert choice.origin == "smallest" and choice.config == Config(16, 16, 4, 1)
 
 

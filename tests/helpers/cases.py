@@ -35,13 +35,14 @@ class Case:
     sinks: int = 0     # for each head
     alibi: bool = False
     radius: int | None = None  # of a table of relative positions
+    stats: tuple = ()          # of return_stats
 
     @property
     def options(self):
         return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale, "softcap": self.softcap}
 
     def given(self, dtype, device, seed=1):
-        """Return biases, mask and sink, as arguments of attention."""
+        """Return biases, mask, sink and names of statistics, as arguments of attention."""
         rng = torch.Generator().manual_seed(seed)
         sizes = {"batch": self.batch, "heads": (self.heads,), "n_q": (self.n_q,), "n_k": (self.n_k,)}
         arguments = {}
@@ -56,6 +57,8 @@ class Case:
             arguments["alibi"] = torch.rand(self.heads, generator=rng).to(device, dtype)
         if self.radius is not None:
             arguments["relative"] = torch.randn(self.heads, 2 * self.radius + 1, generator=rng).to(device, dtype)
+        if self.stats:
+            arguments["return_stats"] = self.stats
         return arguments
 
     def tensors(self, dtype, device, seed=0, family="randn"):
@@ -95,6 +98,7 @@ LAYOUT = {
     "strided": lambda x: x.repeat_interleave(2, -1)[..., ::2].repeat_interleave(2, -2)[..., ::2, :],
 }
 
+WIDE = ("lse", "max", "entropy", "key_mass")        # results in float32
 LEARNED = ("bias", "sink", "alibi", "relative")  # arguments with a gradient, beside q, k and v
 
 # shapes of biases and masks
@@ -131,6 +135,7 @@ FEATURES = {
     "sink": {"sink": {"sinks": 1}, "sinks": {"sinks": 3}},
     "alibi": {"alibi": {"alibi": True}},
     "relative": {"relative": {"radius": 6}, "relative-unclipped": {"radius": 64}},
+    "statistics": {"statistics": {"stats": ("max", "entropy", "key_mass")}},
 }
 
 
@@ -185,18 +190,31 @@ COVERING = {case.name: case for case in _covering()}
 PAIRWISE = {case.name: case for case in map(_case, sorted(sorted(pair) for pair in _pairs(FEATURE) if _compatible(pair)))}
 
 
+def in_dtype_of(arguments, dtype):
+    """Return arguments of attention with the tensors of numbers in this dtype."""
+    return {name: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype != torch.bool else x for name, x in arguments.items()}
+
+
 def results(function, q, k, v, do, dlse, **options):
-    """Return the tensors that `result_names` names. Rows whose lse is -inf have no gradient through it."""
+    """Return the tensors that `result_names` names. Rows whose lse is -inf have no gradient through it.
+
+    The statistics that have a gradient contribute to the others, with a cotangent of each that is drawn from a fixed seed.
+    """
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     learned = {name: options[name].detach().requires_grad_() for name in LEARNED if options.get(name) is not None}
-    o, lse = function(*leaves, return_lse=True, **options | learned)
-    cotangents = do.to(o.dtype), torch.where(lse.isfinite(), dlse, 0).to(lse.dtype)
-    return o, lse, *torch.autograd.grad((o, lse), (*leaves, *learned.values()), cotangents)
+    o, lse, *statistics = function(*leaves, return_lse=True, **options | learned)
+    statistics = statistics[0] if statistics else {}
+    outputs = [o, lse, *(statistics[name] for name in ("entropy", "key_mass") if name in statistics)]
+    rng = torch.Generator().manual_seed(5)
+    cotangents = [do.to(o.dtype), torch.where(lse.isfinite(), dlse, 0).to(lse.dtype),
+                  *(torch.randn(x.shape, generator=rng).to(x) for x in outputs[2:])]
+    return o, lse, *torch.autograd.grad(outputs, (*leaves, *learned.values()), cotangents), *statistics.values()
 
 
 def result_names(options):
     """Return the names of the `results` with these options."""
-    return "o", "lse", "dq", "dk", "dv", *(f"d{name}" for name in LEARNED if options.get(name) is not None)
+    learned = (f"d{name}" for name in LEARNED if options.get(name) is not None)
+    return "o", "lse", "dq", "dk", "dv", *learned, *options.get("return_stats", ())
 
 
 def launch(case, dtype, device, family="randn", tiles=TILES):
@@ -211,13 +229,13 @@ def check(case, dtype, device, family="randn", tiles=TILES):
     tensors, given, ours = launch(case, dtype, device, family, tiles)
 
     def in_dtype(dtype):
-        pairs = {name: x if x.dtype == torch.bool else x.to(dtype) for name, x in given.items()}
-        return results(reference.attention, *(x.to(dtype) for x in tensors), **case.options, **pairs)
+        return results(reference.attention, *(x.to(dtype) for x in tensors), **case.options, **in_dtype_of(given, dtype))
 
     exact, torchs = in_dtype(torch.float64), in_dtype(dtype)
-    # lse is float32 whatever the inputs are: compare it with float32 arithmetic
+    # lse and statistics are float32 whatever the inputs are: compare them with float32 arithmetic
     wide = torch.promote_types(dtype, torch.float32)
-    agree("lse", ours[1], in_dtype(wide)[1], exact[1], wide)
-    for name, *values in zip(result_names(given), ours, torchs, exact, strict=True):
-        if name != "lse":
+    for name, *values, in_wide in zip(result_names(given), ours, torchs, exact, in_dtype(wide), strict=True):
+        if name in WIDE:
+            agree(name, values[0], in_wide, values[2], wide)
+        else:
             agree(name, *values, dtype)

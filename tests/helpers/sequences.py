@@ -6,7 +6,7 @@ import itertools
 
 import torch
 
-from tests.helpers.cases import results
+from tests.helpers.cases import in_dtype_of, results
 from tritonattn import attention_varlen, reference
 
 SPARE = 3  # rows after the last sequence
@@ -33,7 +33,7 @@ class Sequences:
         """Return the results of the kernels; in this dtype those of the definition."""
         function = functools.partial(self._call, attention_varlen if dtype is None else reference.attention_varlen)
         tensors = [x.to(dtype or x.dtype) for x in (*self.qkv, self.do, self.dlse)]
-        given = {name: x if dtype is None or x.dtype == torch.bool else x.to(dtype) for name, x in self.given.items()}
+        given = self.given if dtype is None else in_dtype_of(self.given, dtype)
         return results(function, *tensors, **options | given)
 
     def _call(self, function, q, k, v, **options):

@@ -44,8 +44,9 @@ USUAL = 6  # tests that run first because they killed other mutants of the funct
 UNCHANGED = "unchanged"  # the key of the package without a mutation
 # in the order in which they run: cheap and sensitive ones first
 TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py", "tests/test_block_mask.py",
-         "tests/kernels/test_softcap_and_sink.py", "tests/kernels/test_relative.py", "tests/kernels/test_softmax.py",
-         "tests/kernels/test_window.py", "tests/runtime/test_launch.py", "tests/kernels/test_packed.py")
+         "tests/kernels/test_softcap_and_sink.py", "tests/kernels/test_relative.py", "tests/kernels/test_statistics.py",
+         "tests/kernels/test_softmax.py", "tests/kernels/test_window.py", "tests/runtime/test_launch.py",
+         "tests/kernels/test_packed.py")
 # tests of those files that are about torch, not about kernels
 DESELECT = ("not (jacrev or vmap or functional or rejects or raise or autocast or compile or checkpointing or attn_mask or "
             "causal_bias or generator "
@@ -57,6 +58,9 @@ FIRST = {
     "diagonals.py": ("tests/kernels/test_relative.py::test_tables_of_any_radius[16]",
                      "tests/kernels/test_relative.py::test_dropped_weights_have_no_gradient[9-50-bottom_right]",
                      "tests/kernels/test_packed.py::test_each_feature[relative]"),
+    "mass.py": ("tests/kernels/test_statistics.py::test_each_sequence_has_its_own_length[window1-sizes1-bottom_right]",
+                "tests/kernels/test_statistics.py::test_maps_of_any_tile[options1-48]",
+                "tests/kernels/test_packed.py::test_each_feature[statistics]"),
     "packed.py": ("tests/kernels/test_packed.py::test_many_short_sequences[11]",
                   "tests/kernels/test_packed.py::test_each_feature[bottom-right]",
                   "tests/kernels/test_packed.py::test_rows_after_the_last_sequence_attend_to_nothing[None]"),

@@ -61,6 +61,22 @@ def test_softcap_and_sink(name):
         baselines.implementations("cpu")["torch"].build(VARIANTS[name], CPU)
 
 
+@pytest.mark.parametrize("name", ["entropy", "key_mass"])
+def test_statistics(name, monkeypatch):
+    """They are computed beside the output; no other baseline has them."""
+    problem, asked = replace(PROBLEMS["causal"], **{name: True}), []
+    attention = tritonattn.attention
+    monkeypatch.setattr(tritonattn, "attention", lambda *x, **options: (asked.append(options), attention(*x, **options))[1])
+    for baseline in ("tritonattn", "eager"):
+        assert_correct(baselines.implementations("cpu")[baseline].build(problem, CPU), problem)
+    assert [options["return_stats"] for options in asked] == [[name]]
+    for build in (baselines.sdpa, baselines.flex, functools.partial(baselines.flash_attn, module="flash_attn")):
+        with pytest.raises(Unsupported, match="returns no statistics"):
+            build(problem, CPU)
+    with pytest.raises(Unsupported, match="returns no statistics"):
+        baselines.varlen(packed(problem), CPU)
+
+
 @pytest.mark.parametrize("problem", OFFSETS.values(), ids=OFFSETS)
 def test_biases_by_offset(problem, monkeypatch):
     """torch's SDPA takes them formed; FlexAttention, here uncompiled, as a score function."""

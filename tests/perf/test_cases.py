@@ -13,7 +13,7 @@ def by_name(suite):
     return {case.name: case for case in cases.SUITES[suite]}
 
 
-VARIANTS = "softcap", "sink", "alibi", "relative"
+VARIANTS = "softcap", "sink", "alibi", "relative", "entropy", "key_mass"
 
 
 @pytest.mark.parametrize("suite", cases.SUITES)

@@ -38,11 +38,11 @@ def test_opcheck(form, given, grad, device):
     if "map" in given:
         known |= {name: getattr(block_mask(known["mask"]), name) for name in ("kv_blocks", "q_blocks")}
     extras = [x if name in given or "blocks" in name else None for name, x in known.items()]
-    options = 0.25, None, 0, True, 0.5 * ("seed" in given), 20.0 if "sink" in given else None, None, None
+    options = 0.25, None, 0, True, 0.5 * ("seed" in given), 20.0 if "sink" in given else None, None, None, *[False] * 3
     torch.library.opcheck(custom_op.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
         tensors = [x if x is None else x.detach() for x in (q, k, v, *extras)]
-        o, lse, *left = custom_op.forward_op(*tensors, *options, True)
+        o, lse, *left, _, _, _ = custom_op.forward_op(*tensors, *options, True)
     wanted = [True, False, True, *(name in given for name in ("bias", "sink", "alibi", "relative"))]
     cotangents = torch.randn_like(o), torch.randn_like(lse)
     torch.library.opcheck(custom_op.backward_op, (*cotangents, o, *left, *tensors, *options, wanted))
@@ -52,7 +52,7 @@ def test_schemas_follow_the_fields_of_attention_inputs():
     names = [argument.name for argument in custom_op.forward_op._schema.arguments]
     assert names == [*launch.AttentionInputs._fields, "keep_residual"]
     names = [argument.name for argument in custom_op.backward_op._schema.arguments]
-    assert names[5:-1] == list(launch.AttentionInputs._fields) and names[-1] == "wanted"
+    assert names[5:] == [*launch.AttentionInputs._fields, "wanted", "d_entropy", "d_mass", "saved_entropy"]
     kinds = [str(argument.type) for argument in custom_op.forward_op._schema.arguments]
     n = custom_op.N_TENSORS
     assert all("Tensor" in kind for kind in kinds[:n]) and not any("Tensor" in kind for kind in kinds[n:])
@@ -275,8 +275,8 @@ def test_memory_is_linear(device, monkeypatch):
     n, d, dv = 64, 16, 8
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
-    options = 0.25, None, 0, False, 0.0, None, None, None
-    o, _, *left = custom_op._forward(q, k, v, *(None,) * 11, *options, True)
+    options = 0.25, None, 0, False, 0.0, None, None, None, False, False, False
+    o, _, *left, _, _, _ = custom_op._forward(q, k, v, *(None,) * 11, *options, True)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n, 2 * n * dv])
     taken.clear()
     custom_op._forward(q, k, v, *(None,) * 11, *options, False)

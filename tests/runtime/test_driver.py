@@ -39,7 +39,7 @@ from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
-        torch.ops.tritonattn.forward(q, q, q, *[None] * 11, 1.0, None, None, False, 0.0, None, None, None, False)
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 11, 1.0, None, None, False, 0.0, *[None] * 3, *[False] * 4)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
     print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
@@ -48,8 +48,8 @@ REPEATED = START + """
 from triton.backends.nvidia.driver import CudaLauncher
 from triton import knobs
 import tritonattn
-from tritonattn.kernels import backward, diagonals, forward
-KERNELS = {name: kernel for module in (forward, backward, diagonals) for name, kernel in vars(module).items()
+from tritonattn.kernels import backward, diagonals, forward, mass
+KERNELS = {name: kernel for module in (forward, backward, diagonals, mass) for name, kernel in vars(module).items()
            if name.endswith("_kernel")}
 
 calls, through_triton, original, run = [], [], CudaLauncher.__call__, launch.run
@@ -97,6 +97,8 @@ if "sink" in kind:
 if "relative" in kind:
     learned = [torch.zeros(4, requires_grad=True), torch.zeros(4, 9, requires_grad=True)]
     options |= dict(zip(("alibi", "relative"), learned)) | dict(align="top_left")
+if "statistics" in kind:
+    options["return_stats"] = "max", "entropy", "key_mass"
 if "packed" in kind:
     attention = tritonattn.attention_varlen
     q, k, v, do = (torch.zeros(2 * n, x.shape[1], 64, dtype=torch.bfloat16, requires_grad=True) for x in (q, k, v, do))
@@ -112,10 +114,13 @@ for i in range(4):
     through_triton.clear()
     if i == 3:  # a hook of a profiler
         knobs.runtime.launch_enter_hook.add(lambda metadata: None)
-    o = attention(q, k, v, **options)
-    kept += [o, *torch.autograd.grad(o, [*inputs, *learned], do)[:len(inputs)]]
+    results = attention(q, k, v, **options)
+    results = [results] if isinstance(results, torch.Tensor) else [results[0], *results[1].values()]
+    outputs = [x for x in results if x.requires_grad]
+    gradients = torch.autograd.grad(outputs, [*inputs, *learned], [do, *map(torch.zeros_like, outputs[1:])])
+    kept += [*results, *gradients[:len(inputs)]]
     pointers = {x for each in calls for x in each[2]}
-    written.append(all(x.data_ptr() in pointers for x in kept[-len(inputs) - 1:]))
+    written.append(all(x.data_ptr() in pointers for x in kept[-len(inputs) - len(results):]))
     rounds.append([[each[:2] + [[x for x in each[2] if not isinstance(x, int) or x < 2**32]] for each in calls],
                    [[x for x in each[2] if isinstance(x, int) and x >= 2**32] for each in calls], list(through_triton)])
 own = {x.data_ptr() for x in (*inputs, do)}
@@ -146,18 +151,24 @@ print(json.dumps([[binary() is not None for binary in binaries], len(forward_ker
 COUNTED = START + """
 import itertools, random
 from tritonattn import attention_varlen
-from tritonattn.kernels import backward, diagonals, forward
-KERNELS = [kernel for module in (forward, backward, diagonals) for name, kernel in vars(module).items()
+from tritonattn.kernels import backward, diagonals, forward, mass
+KERNELS = [kernel for module in (forward, backward, diagonals, mass) for name, kernel in vars(module).items()
            if name.endswith("_kernel")]
 random.seed(0)
 radii = random.Random(1)  # of its own, so that the lengths are those of the plain calls
 
 
-def by_offset():
-    # slopes and a table of any radius from 1, if asked for
-    if not BY_OFFSET:
-        return {}
-    return dict(alibi=torch.zeros(2), relative=torch.zeros(2, 2 * radii.randint(1, 40) + 1, requires_grad=True))
+def more_options():
+    # slopes and a table of any radius from 1, or statistics, if asked for
+    if VARIANT == "relative":
+        return dict(alibi=torch.zeros(2), relative=torch.zeros(2, 2 * radii.randint(1, 40) + 1, requires_grad=True))
+    return dict(return_stats=("max", "entropy", "key_mass")) if VARIANT == "statistics" else {}
+
+
+def differentiate(o, inputs, options):
+    outputs = [o] if isinstance(o, torch.Tensor) else [o[0], o[1]["entropy"], o[1]["key_mass"]]
+    inputs += [x for x in options.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    torch.autograd.grad(outputs, inputs, [torch.zeros_like(x) for x in outputs])
 """
 
 LENGTHS = COUNTED + """
@@ -165,9 +176,9 @@ with config.pinned(Config(32, 32)):
     for _ in range(100):
         n_q, n_k = (random.choice((random.randint(1, 200), 32 * random.randint(1, 6))) for _ in range(2))
         q, k, v = (torch.zeros(2, 2, n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (n_q, n_k, n_k))
-        options = by_offset()
+        options = more_options()
         o = attention(q, k, v, causal=True, align="bottom_right", **options)
-        torch.autograd.grad(o, (q, k, v, *(x for x in options.values() if x.requires_grad)), torch.zeros_like(o))
+        differentiate(o, [q, k, v], options)
 print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
 """
 
@@ -178,10 +189,10 @@ with config.pinned(Config(32, 32)):
         starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         rows = random.choice((starts[-1].item(), 16 * (starts[-1].item() // 16 + 1)))
         q, k, v = (torch.zeros(rows, 2, 32, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        options = by_offset()
+        options = more_options()
         o = attention_varlen(q, k, v, starts, starts, max(lengths), max(lengths), causal=True, align="bottom_right", **options)
         if rows:
-            torch.autograd.grad(o, (q, k, v, *(x for x in options.values() if x.requires_grad)), torch.zeros_like(o))
+            differentiate(o, [q, k, v], options)
 print(json.dumps({kernel.__name__: sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in KERNELS}))
 """
 
@@ -204,7 +215,7 @@ def test_oversized_config_raises_before_the_launch():
 
 
 KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap", "packed causal"
-KINDS += "relative", "relative packed"
+KINDS += "relative", "relative packed", "statistics", "statistics packed sink"
 
 
 @pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])
@@ -213,6 +224,8 @@ def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
     result = compiled(REPEATED.replace("KIND", repr(kind)), fresh=True)
     kernels = ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"] + ["dbias_kernel"] * ("bias" in kind)
     kernels += ["diagonals_kernel"] * ("relative" in kind)
+    if "statistics" in kind:
+        kernels[1:2] = "key_mass_kernel", "delta_kernel", "mass_delta_kernel"
     assert result["direct"] == [[], [], []] and result["hooked"] == kernels and result["compiled_by_warm"]
     assert result["same"] == [True] * 3
     first, *others = result["pointers"]
@@ -228,19 +241,23 @@ def test_plan_keeps_its_kernel_loaded():
     assert compiled(CLEARED, fresh=True) == [[True], 0, 4]
 
 
-@pytest.mark.slow  # compiles seven kernels and eight
-@pytest.mark.parametrize("by_offset", [False, True], ids=["plain", "relative"])
-def test_new_lengths_need_no_new_binary(by_offset):
+@pytest.mark.slow  # compiles seven to eleven kernels
+@pytest.mark.parametrize("variant", ["plain", "relative", "statistics"])
+def test_new_lengths_need_no_new_binary(variant):
     """Two binaries serve all lengths: one for a loop whose last tile is partial, one for a loop whose is not."""
-    counts = compiled(LENGTHS.replace("BY_OFFSET", str(by_offset)), fresh=True)
+    counts = compiled(LENGTHS.replace("VARIANT", repr(variant)), fresh=True)
+    mass = 2 * (variant == "statistics")
     assert counts == {"forward_kernel": 2, "delta_kernel": 1, "dq_kernel": 2, "dkdv_kernel": 2, "dbias_kernel": 0,
-                      "diagonals_kernel": int(by_offset)}
+                      "diagonals_kernel": int(variant == "relative"), "key_mass_kernel": mass, "mass_delta_kernel": mass,
+                      "map_kernel": 0}
 
 
-@pytest.mark.slow  # compiles four kernels and five
-@pytest.mark.parametrize("by_offset", [False, True], ids=["plain", "relative"])
-def test_packed_sequences_need_one_binary(by_offset):
+@pytest.mark.slow  # compiles four to six kernels
+@pytest.mark.parametrize("variant", ["plain", "relative", "statistics"])
+def test_packed_sequences_need_one_binary(variant):
     """Whatever the numbers of rows and sequences are: 1, multiples of 16, or others."""
-    counts = compiled(PACKED.replace("BY_OFFSET", str(by_offset)), fresh=True)
+    counts = compiled(PACKED.replace("VARIANT", repr(variant)), fresh=True)
+    mass = int(variant == "statistics")
     assert counts == {"forward_kernel": 1, "delta_kernel": 1, "dq_kernel": 1, "dkdv_kernel": 1, "dbias_kernel": 0,
-                      "diagonals_kernel": int(by_offset)}
+                      "diagonals_kernel": int(variant == "relative"), "key_mass_kernel": mass, "mass_delta_kernel": mass,
+                      "map_kernel": 0}

@@ -177,6 +177,8 @@ class KernelReport:
             "dk": (*((n, m, d) for d in ds + dvs), *((n, d, m) for d in ds)),
             "dbias": (*scores, *((m, n, dv) for dv in dvs)),
             "diagonals": tuple((n // 2, n, d) for d in ds + dvs),
+            "key_mass": scores,
+            "mass_delta": scores,
             "delta": (),
         }[self.part or self.kernel]
 

@@ -102,7 +102,7 @@ def _estimate(report: KernelReport, passes: int) -> Estimate:
     of_units = [units(report, loop, peaks) for loop in loops]
     iteration = tuple(_iteration(cycles, loop, config, resident) for cycles, loop in zip(of_units, loops))
     width = {"forward": problem.dv, "dq": problem.d, "dkdv": problem.d + problem.dv, "dk": problem.d, "dv": problem.dv,
-             "dbias": config.block_n, "diagonals": 0}[report.part or report.kernel]
+             "dbias": config.block_n}.get(report.part or report.kernel, 0)
     rows = config.block_n if report.kernel == "dkdv" else config.block_m
     outside = START + REFILL * (_loops_of_a_block(report, iterations) - 1) + rows * width / 8
     block = sum(n * cycles for n, cycles in zip(iterations, iteration)) * resident + outside
@@ -213,7 +213,7 @@ def visits(kernel: str, problem: Problem, block_m: int, block_n: int) -> tuple[i
     """Return the blocks of a kernel, and the tiles that all of them visit without and with a mask."""
     if kernel == "diagonals":
         return _visits_of_diagonals(problem, block_n // 2)
-    transposed = kernel == "dkdv"
+    transposed = kernel in ("dkdv", "key_mass")
     rows, cols, row, col = ((problem.n_k, problem.n_q, block_n, block_m) if transposed else
                             (problem.n_q, problem.n_k, block_m, block_n))
     left, right = problem.window[::-1] if transposed else problem.window
@@ -231,8 +231,9 @@ def visits(kernel: str, problem: Problem, block_m: int, block_n: int) -> tuple[i
         inside = max(min(columns_up_to(first) // col, stop) - max(unmasked_start, start), 0)
         unmasked += inside
         masked += max(stop - start, 0) - inside
-    heads = math.prod(problem.batch) * (problem.kv_heads if transposed else problem.heads)
-    repeated = problem.group if transposed else 1
+    # a block of dK/dV loops over the query heads of its key head
+    heads = math.prod(problem.batch) * (problem.kv_heads if kernel == "dkdv" else problem.heads)
+    repeated = problem.group if kernel == "dkdv" else 1
     # dbias has one block per tile of the bias
     blocks = math.ceil(rows / row) * (math.ceil(cols / col) if kernel == "dbias" else 1)
     return heads * blocks, heads * repeated * unmasked, heads * repeated * masked

@@ -42,7 +42,7 @@ class KernelChoice:
             notes.append(f"despite {self.entry.accepted_fault}: no better config was found")
         for reason in dict.fromkeys(self.lost.values()):
             notes.append(f"{reason}: {', '.join(name for name, why in self.lost.items() if why == reason)}")
-        return f"\n{' ' * 10}".join([f"{self.kernel:10}{self.config:16}{origin}", *notes])
+        return f"\n{' ' * 11}".join([f"{self.kernel:11}{self.config:16}{origin}", *notes])
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def explain_problem(problem: Problem, target: Gpu) -> Explanation:
                            f"{max(problem.d, problem.dv)}")
     kernels = ("forward", "delta", "dq", "dkdv") + (("dbias",) if problem.bias is not None else ())
     kernels += ("diagonals",) if problem.alibi or problem.relative else ()
+    kernels += ("key_mass", "mass_delta") if problem.key_mass else ()
     return Explanation(problem, target, tuple(_line(kernel, problem, target) for kernel in kernels))
 
 

@@ -69,12 +69,13 @@ class Bench:
         worst = {}
         for name, tensors, options, exact, allowed in self._cases:
             with pinned(**{self.kernel: Config.parse(config)}):
-                first, second = (results_of(attention, tensors, options, OUTPUTS[self.kernel]) for _ in range(2))
+                first, second = (results_of(attention, tensors, options, self._outputs(options)) for _ in range(2))
                 results = list(first.items())
                 if self.kernel == "forward":
                     # inference uses another binary
                     with torch.no_grad():
-                        results.append(("o", attention(*tensors[:3], bias=tensors[4], **options)))
+                        o, *_ = attention(*tensors[:3], bias=tensors[4], return_lse=True, **options)
+                        results.append(("o", o))
             for tensor, result in results:
                 if not torch.equal(first[tensor].view(torch.uint8), second[tensor].view(torch.uint8)):
                     return Failure("not repeatable", f"{tensor}, {name}")
@@ -90,15 +91,19 @@ class Bench:
         return [(*case, *self._exact_and_allowed(*case[1:])) for case in hard_inputs(self.problem, self.device, self._seed)]
 
     def _exact_and_allowed(self, tensors, options):
-        names, options = OUTPUTS[self.kernel], options_of_reference(options, tensors)
+        names, options = self._outputs(options), options_of_reference(options, tensors)
         exact = results_of(reference.attention, tensors, options, names, torch.float64)
         rounded = results_of(reference.attention, tensors, options, names)
         if "lse" in names:
             # float32 whatever the dtype of the inputs
             wide = torch.promote_types(self.problem.dtype, torch.float32)
-            rounded |= results_of(reference.attention, tensors, options, ("lse",), wide)
+            rounded |= results_of(reference.attention, tensors, options, names[1:], wide)
         return exact, {name: min(JSON_INFINITY, ROUNDING + accuracy.tolerance(rounded[name], exact[name], rounded[name].dtype))
                        for name in names}
+
+    def _outputs(self, options) -> tuple[str, ...]:
+        """Return the names of the tensors that the kernel computes, or is part of computing."""
+        return OUTPUTS[self.kernel] + (options.get("return_stats", ()) if self.kernel == "forward" else ())
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...]]:
         """Return `rounds` interleaved samples of each config in seconds. Raises timing.TimedError, which names a config."""
@@ -164,9 +169,14 @@ def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: 
     # kernels of other gradients do not run; a forward pass alone runs as in training
     for name in wanted or leaves:
         leaves[name].requires_grad_()
-    o, lse = function(q, k, v, bias=bias, return_lse=True, **options)
-    gradients = torch.autograd.grad(o, [leaves[name] for name in wanted], do.to(o.dtype)) if wanted else ()
+    o, lse, *statistics = function(q, k, v, bias=bias, return_lse=True, **options)
+    # a cotangent of each statistic, so that the kernels are those that the problem names
+    outputs = [o, *(x for each in statistics for x in each.values())]
+    cotangents = [do.to(o.dtype), *(torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
+                                    for x in outputs[1:])]
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], cotangents) if wanted else ()
     results = {"o": o.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
+    results |= {name: x.detach() for each in statistics for name, x in each.items()}
     return {name: results[name] for name in names}
 
 
@@ -217,6 +227,8 @@ def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[lis
         options["alibi"] = torch.rand(problem.heads, device=device, generator=rng)
     if problem.relative:
         options["relative"] = torch.randn(problem.heads, launch.RELATIVE_ENTRIES, device=device, generator=rng)
+    if problem.entropy or problem.key_mass:
+        options["return_stats"] = ("entropy",) * problem.entropy + ("key_mass",) * problem.key_mass
     if problem.dropout:
         options |= {"dropout_p": DROPOUT_P, "dropout_seed": torch.tensor([seed], dtype=torch.int64, device=device)}
     return [q, k, v, do, bias], options
@@ -267,14 +279,16 @@ def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,
     On device "meta" nothing runs. training: whether the forward pass keeps what a backward pass needs.
     """
     problem = inputs.problem
-    o, lse, statistics, o_residual = forward_op(*inputs, training and problem.dtype.itemsize == 2)
-    o_residuals = (o_residual,) if o_residual.numel() else ()
+    o, lse, statistics, *optional, mass = forward_op(*inputs, training and problem.dtype.itemsize == 2)
+    o_residuals, row_max, entropy = ((x,) if x.numel() else () for x in optional)
     # the values of delta do not change the time
     delta = empty_statistics(inputs).zero_()
-    queries = Queries(inputs.q, do, statistics, delta)
+    # any numbers can be cotangents
+    queries = Queries(inputs.q, do, statistics, delta, entropy, (mass,) if inputs.key_mass else ())
     dq, dk, dv, dbias = (x if x is None else empty_rows(x, x.shape[-1]) for x in inputs[:4])
     return functools.cache({
-        "forward": lambda config: launch.forward_launch(problem, config, inputs, Outputs(o, lse, statistics, o_residuals)),
+        "forward": lambda config: launch.forward_launch(
+            problem, config, inputs, Outputs(o, lse, statistics, o_residuals, row_max, entropy)),
         "delta": lambda config: launch.delta_launch(problem, config, inputs, (o, *(o_residuals or (None,)), do, None), delta),
         "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
         "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),

@@ -26,7 +26,7 @@ class FirstCallTuner:
         self._tune, self._seen, self._busy = tune, set(), threading.Lock()
 
     def __call__(self, kernel: str, problem: Problem, on: Gpu) -> None:
-        if kernel in lookup.BY_FORMULA or on is gpu.INTERPRETER or config.pinned_config(kernel) is not None:
+        if kernel in lookup.UNTUNED or on is gpu.INTERPRETER or config.pinned_config(kernel) is not None:
             return
         key = key_of(kernel, problem, on)
         if key in self._seen:

@@ -43,6 +43,8 @@ def add(commands) -> None:
         command.add_argument("--softcap", action="store_true", help="bound the scores by a softcap")
         command.add_argument("--alibi", action="store_true", help="a slope for each head")
         command.add_argument("--relative", action="store_true", help="a table of relative positions for each head")
+        command.add_argument("--entropy", action="store_true", help="the entropy of each row, differentiated")
+        command.add_argument("--key-mass", action="store_true", help="the mass of each key, differentiated")
         command.add_argument("--packed", action="store_true", help="the sequences of the batch are packed")
         output.add_argument("--json", action="store_true", help="print a JSON list instead of text")
 
@@ -108,6 +110,10 @@ def _jobs(arguments) -> list[tuple]:
     kernels = DIRECTIONS[arguments.direction] if arguments.direction else KERNELS[:4]
     if (arguments.alibi or arguments.relative) and arguments.direction != "forward":
         kernels = *kernels, "diagonals"
+    if arguments.key_mass and arguments.direction != "backward":
+        kernels = *kernels, "key_mass"
+    if arguments.key_mass and arguments.direction != "forward":
+        kernels = *kernels, "mass_delta"
     return [(kernel, problem, config, target) for target in arguments.target for kernel in kernels
             for config in configs or [lookup.get_config(kernel, problem, target)]]
 
@@ -115,7 +121,8 @@ def _jobs(arguments) -> list[tuple]:
 def _variant(problem: Problem, arguments) -> Problem:
     """Return a problem with the features that the arguments name."""
     packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
-    return replace(problem, softcap=arguments.softcap, packed=packed, alibi=arguments.alibi, relative=arguments.relative)
+    return replace(problem, softcap=arguments.softcap, packed=packed, alibi=arguments.alibi, relative=arguments.relative,
+                   entropy=arguments.entropy, key_mass=arguments.key_mass)
 
 
 def _explain(arguments) -> int:

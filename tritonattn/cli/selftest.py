@@ -1,8 +1,9 @@
 """A check of the kernels on this machine: small problems against float64, in a few seconds.
 
 Every tensor follows the rule of measure/accuracy.py, where `exact` is tritonattn.reference.attention in float64 and `torch`
-the same function in the problem's dtype. A wrong o or lse points to the forward kernel, dq alone to the dq kernel, dk or dv
-alone to dkdv, dq and dk together to delta. The first run on a GPU also compiles the kernels, which takes longer.
+the same function in the problem's dtype. A wrong o, lse, max or entropy points to the forward kernel, key_mass to its own, dq
+alone to the dq kernel, dk or dv alone to dkdv, dq and dk together to delta. The first run on a GPU also compiles the kernels,
+which takes longer.
 """
 
 import math
@@ -20,6 +21,7 @@ from ..problem import Window
 from .format import columns
 
 TENSORS = ("o", "lse", "dq", "dk", "dv", "drelative")
+STATISTICS = ("max", "entropy", "key_mass")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CAUSAL = (None, 0)
 LENGTH_FACTOR = 5  # of the lengths on a GPU, whose tiles are larger, so that its loops take several steps too
@@ -37,6 +39,7 @@ class Case(NamedTuple):
     capped: bool = False    # with a softcap and sinks
     placed: bool = False    # with ALiBi and a table of relative positions
     packed: bool = False    # as `_packed` cuts it into sequences
+    statistics: bool = False  # with STATISTICS
     repeated: bool = False  # compare two runs instead: the error is the number of bytes that differ
 
 
@@ -51,6 +54,7 @@ CASES = (
     Case("causal, size 128", (F16,), (1, 1, 75, 75, 128, 128), CAUSAL),
     Case("softcap and sinks", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", capped=True),
     Case("relative positions", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", placed=True),
+    Case("statistics", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", statistics=True),
     Case("packed sequences", (F32, BF16), (2, 1, 75, 90, 32, 32), CAUSAL, "bottom_right", packed=True),
     Case("repeated, in bytes", (F16,), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", repeated=True),
 )
@@ -86,7 +90,7 @@ def table(results: list[Result]) -> str:
         rows.append((worst.problem, worst.dtype, worst.tensor, f"{worst.error:.1e}", f"{worst.allowed:.1e}",
                      "ok" if worst.agrees else "WRONG"))
     wrong = [result.tensor for result in results if not result.agrees]
-    names = ", ".join(name for name in TENSORS if name in wrong)
+    names = ", ".join(name for name in (*TENSORS, *STATISTICS) if name in wrong)
     return "\n".join([*columns(rows, left=(0, 1, 2, 5)), f"{len(wrong)} of {len(results)} tensors are wrong: {names}" if wrong
                       else f"all {len(results)} tensors agree"])
 
@@ -107,8 +111,9 @@ def _check(case: Case, dtype: torch.dtype, device: torch.device) -> list[Result]
     else:
         exact = _results(reference.attention, case, [x.double() for x in inputs])
         torch_results = _results(reference.attention, case, inputs)
-        # lse is float32 for every dtype, so its tolerance comes from float32 arithmetic
-        torch_results["lse"] = _results(reference.attention, case, [x.float() for x in inputs])["lse"]
+        # lse and statistics are float32 for every dtype, so their tolerances come from float32 arithmetic
+        wide = _results(reference.attention, case, [x.float() for x in inputs])
+        torch_results |= {name: x for name, x in wide.items() if name in ("lse", *STATISTICS)}
         errors = {name: (accuracy.max_error(x, exact[name]), accuracy.tolerance(torch_results[name], exact[name], x.dtype))
                   for name, x in ours.items()}
     return [Result(case.name, str(dtype).removeprefix("torch."), name, *pair) for name, pair in errors.items()]
@@ -152,6 +157,11 @@ def _results(function, case: Case, inputs: list[torch.Tensor]) -> dict[str, torc
     # not the slopes: the error of so few numbers is often small by chance, and torch's would be no measure
     learned = [variant["relative"].requires_grad_()] if case.placed else []
     options = variant | {"window": case.window, "align": case.align, "return_lse": True}
-    o, lse = _packed(function, q, k, v, **options) if case.packed else function(q, k, v, **options)
+    options |= {"return_stats": STATISTICS} if case.statistics else {}
+    o, lse, *statistics = _packed(function, q, k, v, **options) if case.packed else function(q, k, v, **options)
+    computed = {name: x for each in statistics for name, x in each.items()}
     do, dlse = (x.to(out.dtype) for x, out in zip(inputs[3:], (o, lse)))
-    return dict(zip(TENSORS, (o, lse, *torch.autograd.grad((o, lse), (q, k, v, *learned), (do, dlse)))))
+    outputs = (o, lse, *(x for x in computed.values() if x.requires_grad))
+    cotangents = (do, dlse, *(torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
+                              for x in outputs[2:]))
+    return computed | dict(zip(TENSORS, (o, lse, *torch.autograd.grad(outputs, (q, k, v, *learned), cotangents))))

@@ -43,6 +43,8 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
         "softcap": problem.softcap,
         "alibi": problem.alibi,
         "relative": problem.relative,
+        "entropy": problem.entropy,
+        "key_mass": problem.key_mass and kernel != "forward",
         "lengths": problem.lengths,
         "ragged": problem.lengths or loop_length % TILE,
         f"group {problem.group}": problem.group > 1,

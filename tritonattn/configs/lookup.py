@@ -70,13 +70,15 @@ class ConfigChoice:
     record: Record | None = None  # of the user cache
 
 
-BY_FORMULA = ("delta", "diagonals")  # kernels that no table holds and nobody tunes
+SIMILAR = {"key_mass": "dkdv", "mass_delta": "dq"}  # kernels with the loop of another one, and fewer products: its config fits
+UNTUNED = ("delta", "diagonals", *SIMILAR)          # kernels that no table holds
 ORIGINS = {
     "cache": "tuned on this machine (user cache)",
     "table": "the shipped table of this GPU",
     "architecture": "the shipped table of a GPU of the same architecture",
     "closest architecture": "the shipped table of the closest architecture, where the config fits",
     "formula": "one formula for all GPUs",
+    "similar": "that of dK/dV or dQ, whose loop is similar",
     "smallest": "the smallest tiles, because no config of the tables fits",
 }
 
@@ -95,6 +97,8 @@ def _lookup_config(kernel, problem, gpu, _precision):
     if gpu.arch == "interpreter":
         # an interpreted step costs the same for every tile size
         return ConfigChoice(Config(64, 64), "formula")
+    if kernel in SIMILAR:
+        return ConfigChoice(_lookup_config(SIMILAR[kernel], problem, gpu, _precision).config, "similar")
     if kernel == "delta":
         width = max(problem.d, problem.dv)
         return ConfigChoice(Config(max(16, 8192 // max(64, 1 << (width - 1).bit_length())), 16, 4, 1), "formula")
@@ -122,7 +126,7 @@ def clear_lookup_cache() -> None:
 
 
 def lookup_shipped(kernel: str, problem: Problem, gpu: Gpu) -> ConfigChoice:
-    """Return the config that the shipped tables have for a kernel that is not BY_FORMULA.
+    """Return the config that the shipped tables have for a kernel that is not UNTUNED.
 
     Tries the tables and the row keys in order of preference, and in each row the entry of the other fill last.
     """

@@ -6,6 +6,11 @@
 
 With a softcap, the derivative of tanh multiplies dS in dQ and dK. A sink needs no kernel (runtime/row_gradients.py).
 
+Two statistics of the weights have gradients, the entropy H of each query and the mass M of each key:
+
+    H_i = -sum_j P_ij ln P_ij       dP_ij += -dH_i (ln P_ij + 1)       delta_i += dH_i (H_i - sum_j P_ij)
+    M_j = sum_i P_ij                dP_ij += dM_j                      delta_i += sum_j P_ij dM_j         (kernels/mass.py)
+
 P is never stored; it is recomputed from the scores and two numbers of each row (softmax.py). There is one kernel for delta, one
 for dQ, one for dK and dV, and one for dbias. Each program owns one tile of its output, so every address has one writer and no
 atomics are needed. Where both accumulators of dK and dV take too many registers, half of the programs compute dV and the
@@ -18,8 +23,8 @@ import triton
 import triton.language as tl
 
 from .forward import Keys, key_views
-from .scores import ScoreParams, apply_keep_mask, apply_keep_scale, attended, grad_scale, scores, select_head
-from .softmax import exponent
+from .scores import LN2, ScoreParams, apply_keep_mask, apply_keep_scale, attended, grad_scale, scores, select_head
+from .softmax import LOWEST, exponent
 from .tile import (
     LENGTHS,
     HeadView,
@@ -30,10 +35,12 @@ from .tile import (
     head_view,
     key_view,
     keys_to_attend,
+    load_column,
     load_statistic,
     load_tile,
     nonfinite_rows,
     query_view,
+    rows_by_position,
     scale_tile,
     sizes_of_batch,
     statistics_of_head,
@@ -66,15 +73,24 @@ class Queries(NamedTuple):
     do: HeadView
     statistics: object  # address, see forward.Outputs; in a view (address of -m, of log2 l), in a tile (-m, log2 l)
     delta: object       # address, see tile.statistics_view; in a tile its numbers
+    d_entropy: tuple = ()  # or one element, the cotangents of the entropies
+    d_mass: tuple = ()     # or one element, the cotangents of the key masses; in a tile a view, its rows indexed by position
 
 
 @triton.jit
-def query_views(queries, sizes, batch, head):
-    """Return the views of one query head."""
+def query_views(queries, sizes, batch, head, KEY_ROWS: tl.constexpr):
+    """Return the views of one query head. KEY_ROWS: keys are the rows of the scores, so that query 0 has position 0."""
     statistics = statistics_view(queries.statistics, sizes, batch, head, 2)
+    d_entropy, d_mass = queries.d_entropy, queries.d_mass
+    if len(queries.d_entropy) == 1:
+        d_entropy = (query_view(queries.d_entropy[0], sizes, batch, head),)
+    if len(queries.d_mass) == 1:
+        d_mass = (key_view(queries.d_mass[0], sizes, batch, head, sizes.n_k),)
+        if KEY_ROWS:
+            d_mass = (rows_by_position(d_mass[0], -sizes.shift),)
     return Queries(query_view(queries.q, sizes, batch, head), query_view(queries.do, sizes, batch, head),
                    (statistics, statistics + statistics_of_head(sizes)),
-                   statistics_view(queries.delta, sizes, batch, head, 1))
+                   statistics_view(queries.delta, sizes, batch, head, 1), d_entropy, d_mass)
 
 
 @triton.jit
@@ -86,32 +102,50 @@ def load_log2_l(queries, first, M: tl.constexpr):
 @triton.jit
 def load_queries(queries, first, M: tl.constexpr, static, CHECK: tl.constexpr):
     """Load the tile of M queries from `first`. Rows are checked only if CHECK."""
+    d_entropy = queries.d_entropy
+    if len(queries.d_entropy) == 1:
+        d_entropy = (load_column(queries.d_entropy[0], first, M),)
     return Queries(
         load_tile(queries.q, first, M, static.D, CHECK),
         load_tile(queries.do, first, M, static.DV, CHECK),
         (load_statistic(queries.statistics[0], first, queries.q.rows, M, 0.0), load_log2_l(queries, first, M)),
         load_statistic(queries.delta, first, queries.q.rows, M, 0.0),
+        d_entropy,
+        queries.d_mass,
     )
 
 
 @triton.jit
 def recompute_p(s, queries, scoring, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
-    """Return P of a tile; 0 at masked pairs, even where the sum of the row is NaN.
+    """Return P of a tile, 0 at masked pairs, even where the sum of the row is NaN; and log2 P, anything at masked pairs.
 
     m and log2 l are subtracted one after the other: for large scores their sum has no digits left for log2 l.
     """
     AXIS: tl.constexpr = 0 if TRANSPOSED else 1
     minus_m, log2_l = queries.statistics
-    p = tl.exp2(exponent(s, tl.expand_dims(minus_m, AXIS), scoring, queries.q[0].dtype) - tl.expand_dims(log2_l, AXIS))
+    log2_p = exponent(s, tl.expand_dims(minus_m, AXIS), scoring, queries.q[0].dtype) - tl.expand_dims(log2_l, AXIS)
+    p = tl.exp2(log2_p)
     if MODE != "unmasked":
         p = tl.where(s == float("-inf"), 0.0, p)
-    return p
+    return p, log2_p
 
 
 @triton.jit
 def grad_p(a, b, row, col, scoring, static, TRANSPOSED: tl.constexpr):
     """Return dP = dO V^T of a tile, with dropout applied; transposed, a is V and b is dO."""
     dp, = apply_keep_scale((apply_keep_mask(dot_t(a, b, static), row, col, scoring, TRANSPOSED),), scoring)
+    return dp
+
+
+@triton.jit
+def add_statistics_grad(dp, log2_p, queries, first_key, TRANSPOSED: tl.constexpr):
+    """Return dP plus the derivatives of the entropies and key masses of a tile; its first key is at position `first_key`."""
+    if len(queries.d_entropy) == 1:
+        d_entropy = tl.expand_dims(queries.d_entropy[0], 0 if TRANSPOSED else 1)
+        dp -= d_entropy * (tl.maximum(log2_p, LOWEST) * LN2 + 1.0)
+    if len(queries.d_mass) == 1:
+        d_mass = load_column(queries.d_mass[0], first_key, dp.shape[0 if TRANSPOSED else 1])
+        dp += tl.expand_dims(d_mass, 1 if TRANSPOSED else 0)
     return dp
 
 
@@ -149,8 +183,11 @@ def row_dot(a, b):
 
 
 @triton.jit(do_not_specialize=("n_q",))
-def delta_kernel(o, o_residual, do, dlse, delta, n_q, leading, static):
-    """Compute delta = rowsum(dO * (O + o_residual)) - dLSE. Grid: tiles of queries x query heads x batches."""
+def delta_kernel(o, o_residual, do, row_terms, delta, n_q, leading, static):
+    """Compute delta = rowsum(dO * (O + o_residual)) - row_terms. Grid: tiles of queries x query heads x batches.
+
+    row_terms: dLSE, and the terms of the entropy (runtime/row_gradients.py).
+    """
     M: tl.constexpr = static.BLOCK_M
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, False, "q")
     sizes = sizes_of_batch(leading, n_q, 0, 0, batch)
@@ -161,9 +198,8 @@ def delta_kernel(o, o_residual, do, dlse, delta, n_q, leading, static):
     if o_residual is not None:
         residual_tile = load_tile(query_view(o_residual, sizes, batch, head), first, M, static.DV, True)
         total += row_dot(do_tile, scale_tile(residual_tile, one))
-    if dlse is not None:
-        view, rows = query_view(dlse, sizes, batch, head), first + tl.arange(0, M)
-        total -= tl.load(view.ptr + tl.cast(rows, tl.int64) * view.row, mask=rows < sizes.n_q, other=0.0)
+    if row_terms is not None:
+        total -= load_column(query_view(row_terms, sizes, batch, head), first, M)
     store_statistic(statistics_view(delta, sizes, batch, head, 1), first, sizes.n_q, total, M)
 
 
@@ -177,8 +213,9 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
         k = load_tile(keys.k, first, N, static.D, CHECK)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
         s, capped = scores(queries.q, k, row, first, keys.k.rows, scoring, static, MODE)
-        weight = score_weight(recompute_p(s, queries, scoring, False, MODE), capped, scoring)
-        dp = grad_p(queries.do, v, row, first, scoring, static, False)
+        p, log2_p = recompute_p(s, queries, scoring, False, MODE)
+        weight = score_weight(p, capped, scoring)
+        dp = add_statistics_grad(grad_p(queries.do, v, row, first, scoring, static, False), log2_p, queries, first, False)
         ds = grad_s(s, weight, dp, queries.delta[:, None], scoring, MODE)
         dq = dot_acc(dq, ds, k, s, static, MODE)
     return dq
@@ -193,7 +230,7 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     dq = query_view(dq, sizes, batch, head)
-    queries = query_views(queries, sizes, batch, head)
+    queries = query_views(queries, sizes, batch, head, False)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
     mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
@@ -243,7 +280,7 @@ def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MO
         s, capped = scores(keys.k, tile.q, col, first, queries.q.rows, scoring, static, MODE)
         if DP_FIRST:
             dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
-        p = recompute_p(s, tile, scoring, True, MODE)
+        p, log2_p = recompute_p(s, tile, scoring, True, MODE)
         # before the product with P, which leaves P in 16 bits alone
         weight = score_weight(p, capped, scoring)
         if static.GRADS != "dk":
@@ -251,6 +288,7 @@ def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MO
         if static.GRADS != "dv":
             if not DP_FIRST:
                 dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
+            dp = add_statistics_grad(dp, log2_p, tile, col, True)
             ds = grad_s(s, weight, dp, tile.delta[None, :], scoring, MODE)
             dk = dot_acc(dk, ds, tile.q, s, static, MODE)
     return dk, dv
@@ -320,7 +358,7 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
         # a loop of one step would cost registers
         mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_k, -sizes.shift)
         head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-        dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, head), col, n,
+        dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, head, True), col, n,
                                            head_params, static)
     else:
         for member in tl.range(0, static.GROUP):
@@ -328,8 +366,8 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
             mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
             head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window,
                                       mods)
-            dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head), col, n,
-                                               head_params, static)
+            dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head, True),
+                                               col, n, head_params, static)
     store_dkdv(dk, dv, dk_tile, dv_tile, first, N, sizes, scoring, static)
     if window.left is not None or window.right is not None or HAS_MASK:
         nan_dk, nan_dv = tl.zeros([N], tl.int1), tl.zeros([N], tl.int1)
@@ -376,7 +414,7 @@ def dkdv_nan_safe(nan_dk, nan_dv, dk, dv, keys, queries, first, head, batch, siz
         query_head = head * static.GROUP + member
         mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
         head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-        found = find_attending(found, query_views(queries, sizes, batch, query_head), first - sizes.shift, sizes.n_q,
+        found = find_attending(found, query_views(queries, sizes, batch, query_head, True), first - sizes.shift, sizes.n_q,
                                head_params, static)
     if static.GRADS != "dv":
         zero_stored_rows(dk, first, found[0] == 0, static.BLOCK_N, static.D)
@@ -400,7 +438,7 @@ def recompute_dkdv(dk, dv, keys, queries, first, head, batch, sizes, scoring, st
         mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
         head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
         bounds = loop_bounds(mods.block_list, scoring.window, col, sizes.n_q, NAN_SAFE_ROWS, static.BLOCK_M)
-        dk_tile, dv_tile = accumulate_dkdv(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head), col,
+        dk_tile, dv_tile = accumulate_dkdv(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head, True), col,
                                            bounds[0], bounds[3], head_params, static, "nan_safe")
     store_dkdv(dk, dv, dk_tile, dv_tile, first, NAN_SAFE_ROWS, sizes, scoring, static)
 
@@ -439,8 +477,8 @@ def accumulate_dbias(dbias, queries, keys, col, start, stop, sizes, scoring, sta
         tile = load_queries(queries, first, M, static, True)
         row = first + sizes.shift
         s, _ = scores(tile.q, keys.k, row, col, sizes.n_k, scoring, static, "masked")
-        p = recompute_p(s, tile, scoring, False, "masked")
-        dp = grad_p(tile.do, keys.v, row, col, scoring, static, False)
+        p, log2_p = recompute_p(s, tile, scoring, False, "masked")
+        dp = add_statistics_grad(grad_p(tile.do, keys.v, row, col, scoring, static, False), log2_p, tile, col, False)
         ds = grad_s(s, p, dp, tile.delta[:, None], scoring, "masked")
         # rows past the last query are loaded as 0, and 0 times a NaN in a key is NaN
         dbias += tl.where((first + tl.arange(0, M) < sizes.n_q)[:, None], ds, 0.0)
@@ -479,8 +517,8 @@ def dbias_kernel(queries, keys, dbias, n_q, n_k, shift, leading, scoring, static
         if static.GRADS != "keys":
             start, stop = first, tl.where((start < first + M) & (stop > first), first + 1, first)
         head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-        total = accumulate_dbias(total, query_views(queries, sizes, batch, head), key_tile, first_col, start, stop, sizes,
-                                 head_params, static)
+        total = accumulate_dbias(total, query_views(queries, sizes, batch, head, False), key_tile, first_col, start, stop,
+                                 sizes, head_params, static)
     view = head_view(dbias.x, leading.batches, batch_index(own_batch, 0, dbias.own_axes, dbias.reduced_axes), own_head, n_q)
     cols = first_col + tl.arange(0, N)
     ptrs = view.ptr + tl.cast(cols, tl.int64) * view.col

@@ -15,7 +15,7 @@ and over the diagonals that share an entry of a table.
 import triton
 import triton.language as tl
 
-from .backward import grad_p, grad_s, load_queries, query_views, recompute_p
+from .backward import add_statistics_grad, grad_p, grad_s, load_queries, query_views, recompute_p
 from .forward import key_views
 from .packed import total_rows
 from .scores import ScoreParams, scores, select_head
@@ -83,8 +83,8 @@ def accumulate_diagonals(sums, queries, keys, offset, start, stop, sizes, scorin
         k = load_tile(keys.k, col, 2 * W, static.D, True)
         v = load_tile(keys.v, col, 2 * W, static.DV, True)
         s, _ = scores(tile.q, k, row, col, sizes.n_k, scoring, static, "masked")
-        p = recompute_p(s, tile, scoring, False, "masked")
-        dp = grad_p(tile.do, v, row, col, scoring, static, False)
+        p, log2_p = recompute_p(s, tile, scoring, False, "masked")
+        dp = add_statistics_grad(grad_p(tile.do, v, row, col, scoring, static, False), log2_p, tile, col, False)
         ds = grad_s(s, p, dp, tile.delta[:, None], scoring, "masked")
         # rows past the last query are loaded as 0, and 0 times a NaN in a key is NaN
         own = (first + tl.arange(0, W) < sizes.n_q) & (tl.arange(0, W) < STEP)
@@ -100,7 +100,7 @@ def diagonals_kernel(queries, keys, sums, n_q, n_k, shift, leading, scoring, sta
     count = diagonals_of_head(leading, n_q, n_k)
     first, head, batch = tile_head_batch(leading, leading.heads, count, W, False, "qk")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
-    queries = query_views(queries, sizes, batch, head)
+    queries = query_views(queries, sizes, batch, head, False)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
     mods = select_head(scoring.mods, sizes.batches, batch, head, 0, sizes.n_q, sizes.shift)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .scores import ScoreParams, load_modifiers, modify, scale_and_cap, select_head
-from .softmax import softmax_finish, softmax_start, softmax_step
+from .softmax import row_entropy, row_max, softmax_finish, softmax_start, softmax_step
 from .tile import (
     LENGTHS,
     HeadView,
@@ -50,16 +50,22 @@ class Outputs(NamedTuple):
     lse: object             # address, see tile.lse_view
     statistics: object      # address, see tile.statistics_view: -m and log2 l of softmax.py, in its units
     o_residual: tuple = ()  # or one element, the rounding error of o: o + o_residual has twice the digits of o
+    row_max: tuple = ()     # or one element, an address as lse
+    entropy: tuple = ()     # the same
 
 
 @triton.jit
 def output_views(outputs, sizes, batch, head):
     """Return the views of one head."""
-    o_residual = outputs.o_residual
+    o_residual, largest, entropy = outputs.o_residual, outputs.row_max, outputs.entropy
     if len(outputs.o_residual) == 1:
         o_residual = (query_view(outputs.o_residual[0], sizes, batch, head),)
+    if len(outputs.row_max) == 1:
+        largest = (lse_view(outputs.row_max[0], sizes, batch, head),)
+    if len(outputs.entropy) == 1:
+        entropy = (lse_view(outputs.entropy[0], sizes, batch, head),)
     return Outputs(query_view(outputs.o, sizes, batch, head), lse_view(outputs.lse, sizes, batch, head),
-                   statistics_view(outputs.statistics, sizes, batch, head, 2), o_residual)
+                   statistics_view(outputs.statistics, sizes, batch, head, 2), o_residual, largest, entropy)
 
 
 @triton.jit
@@ -105,6 +111,12 @@ def store_outputs(state, outputs, first, M: tl.constexpr, sizes, scoring, static
     tl.store(outputs.lse + rows, lse, mask=rows < sizes.n_q)
     store_statistic(outputs.statistics, first, sizes.n_q, minus_m, M)
     store_statistic(outputs.statistics + statistics_of_head(sizes), first, sizes.n_q, log2_l, M)
+    if len(outputs.row_max) == 1:
+        largest = row_max(state, scoring, outputs.o.ptr.dtype.element_ty)
+        tl.store(outputs.row_max[0] + rows, largest, mask=rows < sizes.n_q)
+    if len(outputs.entropy) == 1:
+        entropy = row_entropy(state, minus_m, log2_l, scoring, outputs.o.ptr.dtype.element_ty)
+        tl.store(outputs.entropy[0] + rows, entropy, mask=rows < sizes.n_q)
     if len(outputs.o_residual) == 1:
         store_tile(outputs.o_residual[0], first, rounding_error(o_tile, outputs.o_residual[0].ptr.dtype.element_ty), M,
                    static.DV)
@@ -128,7 +140,7 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     bounds = loop_bounds(mods.block_list, window, first + sizes.shift, n_k, M, static.BLOCK_N)
 
     q_tile = load_tile(q, first, M, static.D, True)
-    state = softmax_start(M, static)
+    state = softmax_start(M, static, len(outputs.entropy))
     for part in tl.static_range(3):
         if loop_mode(static.LOOP_MODES, part) is not None:
             state = attend_loop(state, q_tile, keys, first + sizes.shift, bounds[part], bounds[part + 1], scoring, static,
@@ -150,6 +162,6 @@ def forward_nan_safe(redo, q, keys, outputs, first, start, stop, sizes, scoring,
         if any_row(redo, begin, NAN_SAFE_ROWS):
             row = first + begin
             q_rows = load_tile(q, row, NAN_SAFE_ROWS, static.D, True)
-            state = attend_loop(softmax_start(NAN_SAFE_ROWS, static), q_rows, keys, row + sizes.shift, start, stop, scoring,
-                                static, "nan_safe")
+            state = softmax_start(NAN_SAFE_ROWS, static, len(outputs.entropy))
+            state = attend_loop(state, q_rows, keys, row + sizes.shift, start, stop, scoring, static, "nan_safe")
             store_outputs(state, outputs, row, NAN_SAFE_ROWS, sizes, scoring, static)

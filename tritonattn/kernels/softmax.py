@@ -5,6 +5,10 @@
     acc' = alpha acc + sum_j 2^(x_j - m') v_j             o = acc / l        lse = (m + log2 l) ln 2
 
 Where `subtracts_first`, m is the largest score, not the largest exponent. A sink is one more term of l at the end.
+
+The entropy of a row needs one more sum, in natural logarithms H = ln2 (log2 l - t / l):
+
+    t' = alpha (t + (m - m') l) + sum_j 2^(x_j - m') (x_j - m')
 """
 
 from typing import NamedTuple
@@ -15,6 +19,8 @@ import triton.language as tl
 from .scores import LN2, LOG2E, apply_keep_mask, apply_keep_scale
 from .tile import dot_acc, scale_tile, zero_tile
 
+LOWEST = tl.constexpr(-2000.0)  # 2 to this power is 0 in every dtype, and 0 times it is 0, which 0 times -inf is not
+
 
 class Softmax(NamedTuple):
     """Running state of each query row."""
@@ -23,6 +29,7 @@ class Softmax(NamedTuple):
     l: tl.tensor          # [M]     sum of 2^(x - m)
     l_rounded: tl.tensor  # [M]     the same sum over the weights rounded to 16 bits; with MMA_SUM [M, 8], 8 equal columns
     acc: tuple            # [M, DV] sum of 2^(x - m) v, in parts
+    t: tuple = ()         # or one element, [M]: sum of 2^(x - m) (x - m)
 
 
 @triton.constexpr_function
@@ -32,13 +39,16 @@ def rounds(dtype, sum_dtype):
 
 
 @triton.jit
-def softmax_start(M: tl.constexpr, static):
-    """Return the state before the first key."""
+def softmax_start(M: tl.constexpr, static, ENTROPY: tl.constexpr = False):
+    """Return the state before the first key. ENTROPY: whether the sum for the entropy is computed."""
     zeros = tl.zeros([M], static.ACC)
     l_rounded = zeros
     if static.MMA_SUM:
         l_rounded = tl.zeros([M, 8], static.ACC)
-    return Softmax(tl.full([M], float("-inf"), static.ACC), zeros, l_rounded, zero_tile(M, static.DV, static.ACC))
+    t = ()
+    if ENTROPY:
+        t = (zeros,)
+    return Softmax(tl.full([M], float("-inf"), static.ACC), zeros, l_rounded, zero_tile(M, static.DV, static.ACC), t)
 
 
 @triton.jit
@@ -85,14 +95,19 @@ def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
     if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), v[0].dtype):
         m = tl.maximum(state.m, tl.max(s, 1))
         pivot = tl.where(m == float("-inf"), 0.0, m)
-        alpha = tl.exp2((state.m - pivot) * scoring.exp2_scale)
+        log2_alpha = (state.m - pivot) * scoring.exp2_scale
     else:
         m = tl.maximum(state.m, tl.max(s, 1) * scoring.exp2_scale)
         pivot = tl.where(m == float("-inf"), 0.0, m)
-        alpha = tl.exp2(state.m - pivot)
-    p = tl.exp2(exponent(s, -pivot[:, None], scoring, v[0].dtype))
+        log2_alpha = state.m - pivot
+    alpha = tl.exp2(log2_alpha)
+    x = exponent(s, -pivot[:, None], scoring, v[0].dtype)
+    p = tl.exp2(x)
     l = state.l * alpha + tl.sum(p, 1)
-    l_rounded = state.l_rounded
+    t, l_rounded = state.t, state.l_rounded
+    if len(state.t) == 1:
+        earlier = state.t[0] + tl.maximum(log2_alpha, LOWEST) * state.l
+        t = (earlier * alpha + tl.sum(p * tl.maximum(x, LOWEST), 1),)
     if rounds(v[0].dtype, static.ACC):
         if static.MMA_SUM:
             ones = tl.full([8, s.shape[1]], 1.0, v[0].dtype)
@@ -102,7 +117,7 @@ def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
             l_rounded = l_rounded * alpha + tl.sum(p, 1)
     p = apply_keep_mask(p, row, col, scoring, False)
     acc = dot_acc(scale_tile(state.acc, alpha[:, None]), p, v, s, static, MODE)
-    return Softmax(m, l, l_rounded, acc)
+    return Softmax(m, l, l_rounded, acc, t)
 
 
 @triton.jit
@@ -147,3 +162,30 @@ def softmax_finish(state, scoring, static, dtype: tl.constexpr):
     else:
         lse = (m + log2_l) * LN2
     return o, tl.where(empty, empty_lse, lse), -m, tl.where(empty, float("inf"), log2_l)
+
+
+@triton.jit
+def row_max(state, scoring, dtype: tl.constexpr):
+    """Return [M]: the largest score of each row, without sinks; -inf in rows that attend to no key, NaN where a score is."""
+    m = state.m
+    if len(scoring.mods.bias) + len(scoring.mods.relative) == 0:
+        if subtracts_first(0, dtype):
+            m = m * scoring.exp2_scale * LN2
+        else:
+            m = m * LN2
+    return tl.where(state.l == state.l, tl.where(state.l == 0.0, float("-inf"), m), float("nan"))
+
+
+@triton.jit
+def row_entropy(state, minus_m, log2_l, scoring, dtype: tl.constexpr):
+    """Return [M]: -sum p ln p over the keys of each row, from the statistics of `softmax_finish`; 0 in rows without keys."""
+    empty = state.l == 0.0
+    if len(scoring.mods.sink) == 1:
+        # relative to the largest exponent of the keys
+        moved = minus_m + tl.where(empty, 0.0, state.m)
+        if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), dtype):
+            log2_l -= moved * scoring.exp2_scale
+        else:
+            log2_l -= moved
+    log2_l = tl.where(empty, 0.0, log2_l)
+    return tl.exp2(-log2_l) * (state.l * log2_l - state.t[0]) * LN2

@@ -236,6 +236,13 @@ def load_tile(x, first, N: tl.constexpr, SIZE: tl.constexpr, CHECK: tl.constexpr
 
 
 @triton.jit
+def load_column(x, first, N: tl.constexpr):
+    """Load the numbers of N rows from `first` of a view with one column; 0 past the end."""
+    rows = tl.arange(0, N)
+    return tl.load(x.ptr + tl.cast(first, tl.int64) * x.row + rows * x.row, mask=first + rows < x.rows, other=0.0)
+
+
+@triton.jit
 def store_tile(x, first, tile, N: tl.constexpr, SIZE: tl.constexpr):
     """Store the elements of a tile that lie inside the matrix."""
     MAIN: tl.constexpr = main_width(SIZE)
@@ -303,8 +310,13 @@ def pairwise_view(x, batches, batch, head, rows, shift):
 
     Row `shift` of the view is the first row of the tensor.
     """
-    view = head_view(x, batches, batch, head, rows + shift)
-    return HeadView(view.ptr - tl.cast(shift, tl.int64) * view.row, view.row, view.col, view.rows)
+    return rows_by_position(head_view(x, batches, batch, head, rows), shift)
+
+
+@triton.jit
+def rows_by_position(view, shift):
+    """Return the view whose row `shift` is the first row of `view`."""
+    return HeadView(view.ptr - tl.cast(shift, tl.int64) * view.row, view.row, view.col, view.rows + shift)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from ..gpu import INTERPRETED, LARGEST_HEAD, TRITON, gpu_of
 from ..problem import Problem
 
 NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
+STATISTICS = ("max", "head_max", "entropy", "key_mass")  # of return_stats
 LARGEST_SCALE = 2.3e38      # times log2(e) it is still a float32
 SMALLEST_SOFTCAP, LARGEST_SOFTCAP = 0.001, 500  # tanh has an absolute error of 3e-7
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,6 +61,9 @@ class AttentionInputs(NamedTuple):
     softcap: float | None = None
     longest_q: SymInt | None = None    # of packed sequences; in compiled code they may be symbols
     longest_k: SymInt | None = None
+    row_max: bool = False              # which statistics are computed
+    entropy: bool = False
+    key_mass: bool = False
 
     @property
     def problem(self) -> Problem:
@@ -67,7 +71,7 @@ class AttentionInputs(NamedTuple):
         packed = None if self.q_starts is None else (self.q_starts.shape[0] - 1, self.longest_q, self.longest_k)
         return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
                           self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink, packed, self.alibi,
-                          self.relative)
+                          self.relative, self.entropy, self.key_mass)
 
 
 N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
@@ -75,7 +79,8 @@ N_WITH_GRADIENTS = AttentionInputs._fields.index("relative") + 1         # the f
 
 
 def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-            softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0, dropout_seed=None) -> AttentionInputs:
+            softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0, dropout_seed=None,
+            return_stats=None) -> AttentionInputs:
     """Check the arguments of `attention` and return them as the kernels take them. Draws the seed of dropout if it is None."""
     check_tensors(q=q, k=k, v=v)
     q, k, v = cast_for_autocast(q, k, v)
@@ -94,7 +99,7 @@ def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=Non
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     q, k, v, bias, *masks, scale = with_equal_batches(q, k, v, bias, masks, scale)
     return AttentionInputs(q, k, v, bias, *of_heads, *masks, None, None, seed, key_lengths, scale, left, right, bottom_right,
-                           dropout_p, softcap)
+                           dropout_p, softcap, None, None, *wanted_statistics(return_stats))
 
 
 def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> AttentionInputs:
@@ -119,6 +124,19 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
     right = 0 if causal else None
     return AttentionInputs(q, k, v, bias, None, None, None, *masks, None, None, seed, None, scale, None, right, bottom_right,
                            dropout_p)
+
+
+def prepare_map(tile, row_bytes) -> tuple[int, int]:
+    """Check the tile of `attention_map`. Return the block of its kernel, and how many blocks a tile has in each direction."""
+    try:
+        tile = integer(tile)
+    except TypeError:
+        raise TypeError(f"tile: expected an integer, got {describe(tile)}") from None
+    if tile < 16 or tile & (tile - 1):
+        raise ValueError(f"tile: expected a power of two of at least 16, got {tile}")
+    # blocks of queries and keys fit into the memory of every GPU
+    block = min(tile, 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16)
+    return block, tile // block
 
 
 def prepare_dropout(shape, dropout_p, dropout_seed) -> tuple[float, Tensor]:
@@ -217,10 +235,39 @@ def score_scale(scale: float) -> float:
     return scale if abs(scale) >= 2.0**-126 else 0.0
 
 
-def restore_shape(o, lse, q, k, v):
-    """Remove from o and lse the column and the head dimension that `with_equal_batches` added to q, k and v."""
+def restore_shape(o, rows, q, k, v):
+    """Remove the column and the head dimension that `with_equal_batches` added to q, k and v from o, and from `rows`, the lse
+    and the statistics."""
     o = o if v.shape[-1] else o.narrow(-1, 0, 0)
-    return (o.squeeze(-3), lse.squeeze(-2)) if max(q.dim(), k.dim(), v.dim()) == 2 else (o, lse)
+    if max(q.dim(), k.dim(), v.dim()) > 2:
+        return o, *rows
+    # a statistic that was not asked for is an empty tensor
+    return o.squeeze(-3), *(x.squeeze(-2) if x.dim() > 1 else x for x in rows)
+
+
+def wanted_statistics(return_stats) -> tuple[bool, bool, bool]:
+    """Return whether the maxima of rows, their entropies and the key masses are computed for these `STATISTICS`, or None."""
+    if return_stats is None:
+        return False, False, False
+    if not isinstance(return_stats, (tuple, list)) or not all(isinstance(name, str) for name in return_stats):
+        raise TypeError(f"return_stats: expected a tuple of names or None, got {describe(return_stats)}")
+    if unknown := [name for name in return_stats if name not in STATISTICS]:
+        raise ValueError(f"return_stats: expected names among {', '.join(STATISTICS)}, got {unknown[0]!r}")
+    return "max" in return_stats or "head_max" in return_stats, "entropy" in return_stats, "key_mass" in return_stats
+
+
+def results(o, lse, computed, return_lse, return_stats):
+    """Return what `attention` returns. `computed` are the maxima of rows, the entropies and the key masses."""
+    if return_stats is None:
+        return (o, lse) if return_lse else o
+    row_max, entropy, key_mass = computed
+    statistics = {"max": row_max, "entropy": entropy, "key_mass": key_mass}
+    if "head_max" in return_stats:
+        rows = row_max.movedim(-2, 0).flatten(1) if row_max.dim() > 1 else row_max
+        # one more number, since no number has no maximum
+        statistics["head_max"] = torch.nn.functional.pad(rows, (0, 1), value=-torch.inf).amax(-1)
+    statistics = {name: statistics[name] for name in return_stats}
+    return (o, lse, statistics) if return_lse else (o, statistics)
 
 
 def as_torch_lays_out(o, query, key, value):

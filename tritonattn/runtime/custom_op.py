@@ -1,8 +1,10 @@
 """Attention as torch ops, and its autograd.
 
-    tritonattn::forward    AttentionInputs, keep_residual                                   -> o, lse, statistics, o_residual
-    tritonattn::backward   do, dlse, o, statistics, o_residual, AttentionInputs, wanted        -> dq, dk, dv, dbias, dsink,
-                                                                                               dalibi, drelative
+    tritonattn::forward    AttentionInputs, keep_residual                              -> o, lse, statistics, o_residual,
+                                                                                          row_max, entropy, key_mass
+    tritonattn::map        AttentionInputs, statistics, block                          -> sums of weights over blocks
+    tritonattn::backward   do, dlse, o, statistics, o_residual, AttentionInputs, wanted,  -> dq, dk, dv, dbias, dsink,
+                           d_entropy, d_mass, saved_entropy                                  dalibi, drelative
 
 torch.compile, export and the FLOP counter handle the ops; Problem and Config exist only inside them. The arguments are
 checked: see arguments.py.
@@ -22,11 +24,15 @@ SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", floa
                 SymInt | None: "SymInt?", bool: "bool"}
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
+ENTROPY = AttentionInputs._fields.index("entropy")
 OUTPUTS = "Tensor o, Tensor statistics, Tensor o_residual"  # those that the backward pass reads
-FOUR_TENSORS = "(Tensor, Tensor, Tensor, Tensor)"
+OF_STATISTICS = "Tensor? d_entropy=None, Tensor? d_mass=None, Tensor? saved_entropy=None"
+RESULTS = f"({', '.join(['Tensor'] * 7)})"
 GRADIENTS = f"({', '.join(['Tensor'] * N_WITH_GRADIENTS)})"
-torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {FOUR_TENSORS}")
-torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted) -> {GRADIENTS}")
+torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {RESULTS}")
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted, {OF_STATISTICS}) "
+                                             f"-> {GRADIENTS}")
+torch.library.define("tritonattn::map", f"({INPUTS}, Tensor statistics, int block) -> Tensor")
 torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
 
 
@@ -38,9 +44,12 @@ def _forward(*arguments):
 
 def _backward(do, dlse, o, statistics, o_residual, *arguments):
     """Implement tritonattn::backward."""
-    inputs, wanted = AttentionInputs(*arguments[:-1]), tuple(arguments[-1])
-    tensors = (do, dlse, o, statistics.contiguous(), o_residual if o_residual.numel() else None, *inputs[:N_TENSORS])
-    return _without_none(inputs.q, plan.backward_plan(tensors, inputs[N_TENSORS:], wanted).run(tensors))
+    inputs, (wanted, *of_statistics) = AttentionInputs(*arguments[:N_FIELDS]), arguments[N_FIELDS:]
+    # the last arguments may be left out
+    of_statistics += [None] * (plan.N_OF_STATISTICS - len(of_statistics))
+    tensors = (do, dlse, o, statistics.contiguous(), o_residual if o_residual.numel() else None, *inputs[:N_TENSORS],
+               *of_statistics)
+    return _without_none(inputs.q, plan.backward_plan(tensors, inputs[N_TENSORS:], tuple(wanted)).run(tensors))
 
 
 def _without_none(q, tensors):
@@ -61,6 +70,24 @@ def _keep(sizes, dropout_p, seed):
 torch.library.impl("tritonattn::keep", ("cpu", "cuda"), _keep)
 
 
+def _map(*arguments):
+    """Implement tritonattn::map: the sums of the weights over tiles of block x block pairs."""
+    inputs, (statistics, block) = AttentionInputs(*arguments[:-2]), arguments[-2:]
+    tiles = _empty_map(inputs, statistics, block).zero_()
+    if tiles.numel():
+        launch.run(launch.map_launch(inputs.problem, block, inputs, statistics, tiles), tiles.device)
+    return tiles
+
+
+def _empty_map(inputs, statistics, block):
+    sizes = (-(-x.shape[-2] // block) for x in (inputs.q, inputs.k))
+    return statistics.new_empty(*inputs.q.shape[:-2], *sizes)
+
+
+torch.library.impl("tritonattn::map", ("cpu", "cuda"), _map)
+torch.library.register_fake("tritonattn::map")(lambda *fields: _empty_map(AttentionInputs(*fields[:-2]), *fields[-2:]))
+
+
 @torch.library.register_fake("tritonattn::keep")
 def _(sizes, dropout_p, seed):
     return seed.new_empty(sizes, dtype=torch.bool)
@@ -74,11 +101,12 @@ def _(q, *others):
 @torch.library.register_fake("tritonattn::backward")
 def _(do, dlse, o, statistics, o_residual, q, *others):
     inputs = q, *others[:N_WITH_GRADIENTS - 1]
-    gradients = (plan.empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, others[-1]))
+    gradients = (plan.empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, others[N_FIELDS - 1]))
     return _without_none(q, gradients)
 
 
-forward_op, backward_op, keep_op = (getattr(torch.ops.tritonattn, name).default for name in ("forward", "backward", "keep"))
+forward_op, backward_op, map_op, keep_op = (getattr(torch.ops.tritonattn, name).default
+                                            for name in ("forward", "backward", "map", "keep"))
 
 
 def zeros_unless_given(do, o):
@@ -87,7 +115,7 @@ def zeros_unless_given(do, o):
 
 
 class Attention(torch.autograd.Function):
-    """o and lse, with gradients of both for q, k, v, biases and sink."""
+    """The results of tritonattn::forward, with gradients of o, lse, entropy and key_mass for q, k, v, biases and sink."""
 
     @staticmethod
     def forward(*inputs):
@@ -95,17 +123,22 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        o, _, statistics, o_residual = output
+        o, _, statistics, o_residual, row_max, entropy, _ = output
         ctx.numbers = inputs[N_TENSORS:N_FIELDS]
-        ctx.mark_non_differentiable(statistics, o_residual)
+        ctx.mark_non_differentiable(statistics, o_residual, row_max)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(o, statistics, o_residual if inputs[-1] else None, *inputs[:N_TENSORS])
+        o_residual, entropy = o_residual if inputs[-1] else None, entropy if inputs[ENTROPY] else None
+        ctx.save_for_backward(o, statistics, o_residual, *inputs[:N_TENSORS], entropy)
 
     @staticmethod
-    def backward(ctx, do, dlse, *_):
-        o, *others = ctx.saved_tensors
+    def backward(ctx, do, dlse, _statistics, _residual, _max, d_entropy, d_mass):
+        o, *others, entropy = ctx.saved_tensors
+        # compiled code gives an empty cotangent for an empty result
+        inputs = AttentionInputs(*[None] * N_TENSORS, *ctx.numbers)
+        d_entropy, d_mass = d_entropy if inputs.entropy else None, d_mass if inputs.key_mass else None
         wanted = ctx.needs_input_grad[:N_WITH_GRADIENTS]
-        gradients = AttentionBackward.apply_to((zeros_unless_given(do, o), dlse, o, *others), ctx.numbers, wanted)
+        tensors = (zeros_unless_given(do, o), dlse, o, *others, d_entropy, d_mass, entropy)
+        gradients = AttentionBackward.apply_to(tensors, ctx.numbers, wanted)
         others = (None,) * (N_FIELDS + 1 - N_WITH_GRADIENTS)
         return *(gradient if want else None for gradient, want in zip(gradients, wanted)), *others
 
@@ -123,11 +156,12 @@ class AttentionBackward(torch.autograd.Function):
 
     @classmethod
     def apply_to(cls, tensors, numbers, wanted):
-        """Return the gradients. `tensors` are do, dlse, o, statistics, o_residual, then those of AttentionInputs."""
+        """Return the gradients. `tensors` are as in `plan.backward_plan`."""
         do, dlse, *outputs = tensors[:5]
+        inputs, of_statistics = tensors[5:5 + N_TENSORS], tensors[5 + N_TENSORS:]
         # Dynamo traces this under compiled autograd, where it cannot trace a Function inside the backward pass of another
         apply = backward_op if torch.compiler.is_dynamo_compiling() else cls.apply
-        return apply(do, dlse, *_without_none(outputs[0], outputs), *tensors[5:], *numbers, list(wanted))
+        return apply(do, dlse, *_without_none(outputs[0], outputs), *inputs, *numbers, list(wanted), *of_statistics)
 
     @staticmethod
     def forward(*inputs):
@@ -187,8 +221,9 @@ def keeps_residual(inputs: tuple, precise_grad: bool) -> bool:
 # opaque to Dynamo, which would otherwise trace the backward pass, and lose its vmap rule and its error for second derivatives
 @torch.compiler.allow_in_graph
 def attention_op(*inputs, precise_grad):
-    """Return o and lse. The positional arguments are the fields of AttentionInputs."""
-    return Attention.apply(*inputs, keeps_residual(inputs, precise_grad))[:2]
+    """Return o, lse, row_max, entropy and key_mass. The positional arguments are the fields of AttentionInputs."""
+    o, lse, _, _, *computed = Attention.apply(*inputs, keeps_residual(inputs, precise_grad))
+    return o, lse, *computed
 
 
 def _register_flop_formulas():
@@ -211,9 +246,11 @@ def _register_flop_formulas():
 
     forward, backward = torch.ops.tritonattn.forward, torch.ops.tritonattn.backward
     if forward not in flop_registry:
-        register_flop_formula(forward)(lambda *shapes, **_: products(shapes[:-1], 1, 1))
+        key_mass = AttentionInputs._fields.index("key_mass")
+        register_flop_formula(forward)(lambda *shapes, **_: products(shapes[:-1], 1 + shapes[key_mass], 1))
         # after do, dlse and three outputs
-        register_flop_formula(backward)(lambda *shapes, **_: products(shapes[5:-1], 3, 2))
+        register_flop_formula(backward)(lambda *shapes, **_: products(shapes[5:5 + N_FIELDS], 3 + shapes[5 + key_mass], 2))
+        register_flop_formula(torch.ops.tritonattn.map)(lambda *shapes, **_: products(shapes[:-2], 1, 0))
 
 
 _register_flop_formulas()

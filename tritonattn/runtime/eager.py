@@ -111,8 +111,8 @@ def _plain_process() -> bool:
                 or forward_ad._current_level >= 0)
 
 
-def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
-    """Return o and lse of a call like an earlier one, or None."""
+def repeat(key: tuple | None, tensors: tuple) -> tuple | None:
+    """Return o, lse, row_max, entropy and key_mass of a call like an earlier one, or None."""
     if key is None or (call := plan.find(key)) is None:
         return None
     q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, seed, key_lengths = tensors
@@ -131,13 +131,16 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple[Tensor, Tensor] | None:
         return PlannedAttention.apply(call, *inputs)
     if torch.autograd._profiler_enabled():
         with torch.autograd.profiler.record_function("tritonattn::forward"):
-            return tuple(call.forward.run(inputs)[:2])
-    return tuple(call.forward.run(inputs)[:2])
+            o, lse, _, _, *computed = call.forward.run(inputs)
+    else:
+        o, lse, _, _, *computed = call.forward.run(inputs)
+    return o, lse, *computed
 
 
-def first_call(key: tuple | None, tensors: tuple, inputs: AttentionInputs, precise_grad: bool) -> tuple[Tensor, Tensor]:
-    """Return o and lse of a call whose arguments were checked, by torch's dispatcher, and keep its plan for later ones."""
-    outputs = restore_shape(*attention_op(*inputs, precise_grad=precise_grad), *tensors[:3])
+def first_call(key: tuple | None, tensors: tuple, inputs: AttentionInputs, precise_grad: bool) -> tuple:
+    """Return the same of a call whose arguments were checked, by torch's dispatcher, and keep its plan for later ones."""
+    o, *rows = attention_op(*inputs, precise_grad=precise_grad)
+    outputs = restore_shape(o, rows, *tensors[:3])
     _remember(key, tensors, inputs, precise_grad)
     return outputs
 
@@ -170,15 +173,17 @@ class PlannedAttention(torch.autograd.Function):
         ctx.numbers = call.numbers
         ctx.set_materialize_grads(False)
         # as Attention does: a checkpoint compares what the two passes save
-        o, lse, *others = outputs
-        ctx.save_for_backward(o, *others, *inputs)
-        return o, lse
+        o, lse, statistics, o_residual, row_max, entropy, key_mass = outputs
+        ctx.save_for_backward(o, statistics, o_residual, *inputs, entropy)
+        if row_max is not None:
+            ctx.mark_non_differentiable(row_max)
+        return o, lse, row_max, entropy, key_mass
 
     @staticmethod
-    def backward(ctx, do, dlse):
-        o, statistics, *others = ctx.saved_tensors
+    def backward(ctx, do, dlse, _, d_entropy, d_mass):
+        o, statistics, *others, entropy = ctx.saved_tensors
         # a hook may have moved it to the CPU and back
-        tensors = zeros_unless_given(do, o), dlse, o, statistics.contiguous(), *others
+        tensors = zeros_unless_given(do, o), dlse, o, statistics.contiguous(), *others, d_entropy, d_mass, entropy
         wanted = ctx.needs_input_grad[1:1 + N_WITH_GRADIENTS]
         # hooks may have replaced saved tensors; a gradient of the gradient needs the dispatcher, which raises
         signatures = plain_signatures(tensors) if _plain_process() and not torch.is_grad_enabled() else None

@@ -14,6 +14,7 @@ from ..kernels import backward, diagonals, forward
 from ..kernels.backward import AxisSizes, BiasGrad, Queries
 from ..kernels.dropout import Dropout, keep_kernel
 from ..kernels.forward import Keys, Outputs
+from ..kernels.mass import key_mass_kernel, map_kernel, mass_delta_kernel
 from ..kernels.packed import Packed, encoded
 from ..kernels.scores import LOG2E, Relative, ScoreMods, ScoreParams
 from ..kernels.tile import Constexprs, Leading, Strides, Tensor
@@ -63,11 +64,12 @@ def device_guard(device: torch.device):
 
 def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, results: Outputs) -> KernelLaunch:
     """Return the launch that writes `results`, the tensors in the kernel's record; an empty o_residual is not written."""
-    strided = results._replace(lse=None, statistics=None)
+    strided = results._replace(lse=None, statistics=None, row_max=(), entropy=())
     sink = _of_heads(problem, inputs.sink)
     q, keys, outputs, sink, *others = kernel_arguments(problem, config, inputs.q, Keys(inputs.k, inputs.v), strided, sink,
                                                        _score_mods(problem, inputs))
-    records = q, keys, outputs._replace(lse=results.lse, statistics=results.statistics), *others
+    outputs = outputs._replace(lse=results.lse, statistics=results.statistics, row_max=results.row_max, entropy=results.entropy)
+    records = q, keys, outputs, *others
     programs = _tiles_of_queries(problem, config, inputs)
     *others, scoring, static = _arguments(problem, inputs, records, _over_keys(problem, config))
     arguments = *others, scoring._replace(mods=scoring.mods._replace(sink=sink)), static
@@ -75,7 +77,7 @@ def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, re
 
 
 def delta_launch(problem: Problem, config: Config, inputs: AttentionInputs, outputs: tuple, delta) -> KernelLaunch:
-    """Return the launch that writes delta. `outputs` are o, o_residual, do and dlse; o_residual and dlse may be None."""
+    """Return the launch that writes delta. `outputs` are o, o_residual, do and row_terms; the second and last may be None."""
     *records, leading = kernel_arguments(problem, config, *outputs)
     leading = _with_packed(leading, inputs)
     arguments = (*records, delta, problem.n_q, leading, _constexprs(problem, config))
@@ -91,10 +93,7 @@ def dq_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries
 
 def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dk, dv) -> KernelLaunch:
     """Return the launch that writes dk and dv; one of them may be None. `queries.delta` is needed only for dk."""
-    # the loop is over queries, so bias and mask are transposed
-    mods = _score_mods(problem, inputs)
-    bias, mask = (tuple(x.mT for x in each) for each in mods[:2])
-    mods = mods._replace(bias=bias, mask=mask, block_list=_block_lists(problem, inputs.q_blocks))
+    mods = _transposed_mods(problem, inputs)
     records = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), Keys(dk, dv), mods)
     static = _over_queries(problem, config)
     if dk is None or dv is None:
@@ -139,6 +138,32 @@ def diagonals_launch(problem: Problem, config: Config, inputs: AttentionInputs, 
     arguments = (*others, scoring._replace(ds_scale=None), static)  # as in dbias
     programs = _grid(problem, problem.heads, sums.shape[-1], sums.shape[-1], config.block_n // 2)
     return KernelLaunch(diagonals.diagonals_kernel, programs, arguments, config)
+
+
+def key_mass_launch(problem: Problem, config: Config, inputs: AttentionInputs, statistics, mass) -> KernelLaunch:
+    """Return the launch that writes the mass of each key, [..., H, S], from the statistics of a forward pass."""
+    q, k, mods, leading = kernel_arguments(problem, config, inputs.q, inputs.k, _transposed_mods(problem, inputs))
+    records = q, statistics, k, mass, mods, leading
+    arguments = _arguments(problem, inputs, records, _over_queries(problem, config), transposed=True)
+    programs = _grid(problem, problem.heads, problem.n_k, inputs.k.shape[-2], config.block_n)
+    return KernelLaunch(key_mass_kernel, programs, arguments, config)
+
+
+def mass_delta_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries) -> KernelLaunch:
+    """Return the launch that adds to delta what the cotangents of the key masses, queries.d_mass, contribute."""
+    q, k, d_mass, mods, leading = kernel_arguments(problem, config, inputs.q, inputs.k, *queries.d_mass,
+                                                   _score_mods(problem, inputs))
+    records = q, queries.statistics, k, d_mass, queries.delta, mods, leading
+    arguments = _arguments(problem, inputs, records, _over_keys(problem, config))
+    return KernelLaunch(mass_delta_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
+
+
+def map_launch(problem: Problem, block: int, inputs: AttentionInputs, statistics, tiles) -> KernelLaunch:
+    """Return the launch that writes the sums of the weights over tiles of block x block pairs, those in the window and mask."""
+    config = Config(block, block, 4, 1)
+    q, k, mods, leading = kernel_arguments(problem, config, inputs.q, inputs.k, _score_mods(problem, inputs))
+    arguments = _arguments(problem, inputs, (q, statistics, k, tiles, mods, leading), _over_keys(problem, config))
+    return KernelLaunch(map_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
 
 
 def _backward_arguments(problem: Problem, config: Config, queries: Queries, *tensors) -> tuple:
@@ -224,6 +249,13 @@ def _score_mods(problem: Problem, inputs: AttentionInputs) -> ScoreMods:
     bias = () if inputs.bias is None else (_expanded(problem, inputs.bias),)
     return ScoreMods(bias, mask, (), _block_lists(problem, inputs.kv_blocks), (), _of_heads(problem, inputs.alibi),
                      _of_heads(problem, inputs.relative))
+
+
+def _transposed_mods(problem: Problem, inputs: AttentionInputs) -> ScoreMods:
+    """Return the same for a loop over queries."""
+    mods = _score_mods(problem, inputs)
+    bias, mask = (tuple(x.mT for x in each) for each in mods[:2])
+    return mods._replace(bias=bias, mask=mask, block_list=_block_lists(problem, inputs.q_blocks))
 
 
 def _block_lists(problem: Problem, lists) -> tuple:
@@ -343,14 +375,17 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
                              *starts, q.new_empty(1, dtype=torch.int64), lengths, dropout_p=0.5 * problem.dropout,
                              softcap=30.0 if problem.softcap else None)
     lse, statistics, delta = o[..., 0].float(), empty_statistics(inputs, (2,)), empty_statistics(inputs)
-    queries = Queries(q, o, statistics, delta)
+    entropy, mass = (lse,) if problem.entropy else (), lse.new_empty(*q.shape[:-2], k.shape[-2])
+    queries = Queries(q, o, statistics, delta, entropy, (mass,) if problem.key_mass else ())
     return {
         "forward": lambda: forward_launch(problem, config, inputs,
-                                          Outputs(o, lse, statistics, () if kept is None else (kept,))),
+                                          Outputs(o, lse, statistics, () if kept is None else (kept,), (), entropy)),
         "delta": lambda: delta_launch(problem, config, inputs, (o, kept, o, None), delta),
         "dq": lambda: dq_launch(problem, config, inputs, queries, q),
         "dkdv": lambda: dkdv_launch(problem, config, inputs, queries, k, v),
         "dbias": lambda: dbias_launch(problem, config, inputs, queries, mods),
         "diagonals": lambda: diagonals_launch(problem, config, inputs, queries,
                                               lse.new_empty(*q.shape[:-2], q.shape[-2] + k.shape[-2])),
+        "key_mass": lambda: key_mass_launch(problem, config, inputs, statistics, mass),
+        "mass_delta": lambda: mass_delta_launch(problem, config, inputs, queries._replace(d_mass=(mass,))),
     }[kernel]()

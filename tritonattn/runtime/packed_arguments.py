@@ -28,6 +28,7 @@ from .arguments import (
     prepare,
     seed_argument,
     sink_argument,
+    wanted_statistics,
     with_equal_batches,
 )
 
@@ -46,7 +47,7 @@ def one_batch(x, name):
 
 def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
                    key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0,
-                   dropout_seed=None) -> AttentionInputs:
+                   dropout_seed=None, return_stats=None) -> AttentionInputs:
     """Check the arguments of `attention_varlen` and return them as the kernels take them.
 
     q, k and v are those of `one_batch`; starts and longest hold the cu_seqlens and max_seqlen of queries and of keys.
@@ -81,7 +82,7 @@ def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     q, k, v, _, scale = with_equal_batches(q, k, v, None, (), scale)
     return AttentionInputs(q, k, v, bias, *of_heads, mask, None, None, q_starts, k_starts, seed, key_lengths, scale, left,
-                           right, bottom_right, dropout_p, softcap, longest_q, longest_k)
+                           right, bottom_right, dropout_p, softcap, longest_q, longest_k, *wanted_statistics(return_stats))
 
 
 def longest_argument(name, n, total) -> int:

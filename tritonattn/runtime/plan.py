@@ -27,6 +27,7 @@ if TRITON:
     from . import launch
 
 BIAS, SINK, ALIBI, RELATIVE, Q_STARTS = map(AttentionInputs._fields.index, ("bias", "sink", "alibi", "relative", "q_starts"))
+N_OF_STATISTICS = 3  # the last tensors of a backward pass: see `backward_plan`
 LARGEST_CACHE = 4096  # entries: plans, and known calls of eager.py
 _entries: dict[tuple, object] = {}  # the oldest first
 _changes = threading.Lock()
@@ -79,8 +80,8 @@ def backward_plan(tensors: Sequence[Tensor | None], numbers: tuple, wanted: tupl
                   signatures: tuple | None = None) -> "BackwardPlan":
     """Return the plan of a backward pass.
 
-    `tensors` are do, dlse, o, statistics and o_residual, then those of the AttentionInputs; `numbers` are its other fields,
-    `signatures` those of the tensors if they are known.
+    `tensors` are do, dlse, o, statistics and o_residual, then those of the AttentionInputs, then d_entropy, d_mass and
+    entropy; `numbers` are the other fields of the AttentionInputs, `signatures` those of the tensors if they are known.
     """
     process = settings(tensors[0].dtype)
     key = process and (wanted, process, numbers, signatures or tuple(map(signature, tensors)))
@@ -218,13 +219,16 @@ class ForwardPlan(Plan):
         inputs = AttentionInputs(*map(_meta, inputs[:N_TENSORS]), *inputs[N_TENSORS:])
         outputs = empty_outputs(inputs, keep_residual)
         self._outputs = Results(outputs)
-        *others, o_residual = outputs
-        record = launch.Outputs(*others, () if o_residual is None else (o_residual,))
-        self._launches.append(PlannedLaunch("forward", launch.forward_launch, inputs, self._device,
-                                            (*inputs[:N_TENSORS], *outputs), (inputs, record)))
+        o, lse, statistics, *optional, key_mass = outputs
+        record = launch.Outputs(o, lse, statistics, *map(_present, optional))
+        tensors = *inputs[:N_TENSORS], *outputs
+        self._launches.append(PlannedLaunch("forward", launch.forward_launch, inputs, self._device, tensors, (inputs, record)))
+        if key_mass is not None:
+            self._launches.append(PlannedLaunch("key_mass", launch.key_mass_launch, inputs, self._device, tensors,
+                                                (inputs, statistics, key_mass)))
 
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Return o, lse, statistics and o_residual. `tensors` are those of the AttentionInputs, in their order."""
+        """Return the `empty_outputs`, computed. `tensors` are those of the AttentionInputs, in their order."""
         outputs = self._outputs.allocate(tensors[0])
         if tensors[Q_STARTS] is not None:
             # between the statistics of packed sequences are numbers that no kernel writes
@@ -238,27 +242,34 @@ class BackwardPlan(Plan):
 
     def __init__(self, tensors: Sequence[Tensor | None], numbers: tuple, wanted: tuple[bool, ...]):
         super().__init__(tensors[0].device)
-        do, dlse, o, statistics, o_residual, *others = tensors = [_meta(x) for x in tensors]
-        inputs = AttentionInputs(*others, *numbers)
+        do, dlse, o, statistics, o_residual, *others, d_entropy, d_mass, _ = tensors = [_meta(x) for x in tensors]
+        # statistics without a cotangent do not count
+        inputs = AttentionInputs(*others, *numbers)._replace(entropy=d_entropy is not None, key_mass=d_mass is not None)
         gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, wanted)]
         dq, dk, dv, dbias, dsink, dalibi, drelative = gradients
         self._bias_gradient, self._problem = _bias_gradient(inputs, dbias), inputs.problem
-        delta, sums = empty_statistics(inputs), None
+        delta, sums, row_terms = empty_statistics(inputs), None, None
         self._needs_diagonals = (dalibi is not None or drelative is not None) and not _no_pairs(inputs)
         self._numbers = numbers
         if self._needs_diagonals:
             sums = delta.new_empty(*inputs.q.shape[:-2], inputs.q.shape[-2] + inputs.k.shape[-2])
+        self._needs_rows, self._score_unit = dsink is not None or self._bias_gradient == "rows", largest_score_unit(inputs)
+        needs_ds = wanted[0] or wanted[1] or self._bias_gradient == "kernel" or self._needs_diagonals
+        needs_delta = needs_ds or (self._needs_rows and inputs.sink is not None)
+        if needs_delta and d_entropy is not None:
+            row_terms = delta.new_empty(inputs.q.shape[:-1])
+        self._needs_row_terms = row_terms is not None
         self._outputs = Results((*gradients, delta, sums))
-        tensors += [*gradients, delta, sums]
-        queries = launch.Queries(inputs.q, do, statistics, delta)
+        tensors += [*gradients, delta, sums, row_terms]
+        queries = launch.Queries(inputs.q, do, statistics, delta, _present(d_entropy), _present(d_mass))
 
         def add(kernel, make_launch, *arguments):
             self._launches.append(PlannedLaunch(kernel, make_launch, inputs, self._device, tensors, arguments))
 
-        self._needs_rows, self._score_unit = dsink is not None or self._bias_gradient == "rows", largest_score_unit(inputs)
-        needs_ds = wanted[0] or wanted[1] or self._bias_gradient == "kernel" or self._needs_diagonals
-        if needs_ds or (self._needs_rows and inputs.sink is not None):
-            add("delta", launch.delta_launch, inputs, (o, o_residual, do, dlse), delta)
+        if needs_delta:
+            add("delta", launch.delta_launch, inputs, (o, o_residual, do, dlse if row_terms is None else row_terms), delta)
+            if d_mass is not None:
+                add("mass_delta", launch.mass_delta_launch, inputs, queries)
         if wanted[0]:
             add("dq", launch.dq_launch, inputs, queries, dq)
         if wanted[1] or wanted[2]:
@@ -277,7 +288,8 @@ class BackwardPlan(Plan):
         if self._needs_rows and self._problem.packed is not None:
             # see ForwardPlan.run
             delta.zero_()
-        self._launch((*tensors, *gradients, delta, sums))
+        row_terms = self._row_terms(*tensors) if self._needs_row_terms else None
+        self._launch((*tensors, *gradients, delta, sums, row_terms))
         if self._bias_gradient == "zero":
             gradients[BIAS].zero_()
         if self._needs_rows:
@@ -286,9 +298,23 @@ class BackwardPlan(Plan):
             self._reduce_diagonals(tensors, gradients, sums)
         return gradients
 
+    def _row_terms(self, _do, dlse, _o, statistics, _residual, *inputs_and_statistics):
+        """Return dLSE and the terms of the entropy, which delta subtracts, [..., H, L]."""
+        *inputs, d_entropy, _, entropy = inputs_and_statistics
+        n = inputs[0].shape[-2]
+        slots = slice(n)
+        if self._problem.packed is not None:
+            *_, slots = row_gradients.rows_of_packed(inputs[Q_STARTS], n, statistics.shape[-1])
+        minus_m, log2_l = statistics[..., slots].unbind(-2)
+        sink = inputs[SINK]
+        of_sink = None if sink is None else row_gradients.sink_weight(sink, minus_m, log2_l, self._score_unit)
+        terms = row_gradients.entropy_terms(d_entropy, entropy, log2_l, of_sink)
+        return (terms if dlse is None else terms + dlse).contiguous()
+
     def _reduce_rows(self, tensors, gradients, delta):
         """Write the gradients that are sums over rows."""
-        (_, dlse, _, statistics, _, *inputs), dbias, dsink = tensors, gradients[BIAS], gradients[SINK]
+        _, dlse, _, statistics, _, *inputs = tensors[:-N_OF_STATISTICS]
+        dbias, dsink = gradients[BIAS], gradients[SINK]
         ds = None
         if self._problem.packed is None:
             n = inputs[0].shape[-2]
@@ -315,7 +341,8 @@ class BackwardPlan(Plan):
             for gradient, _ in wanted:
                 gradient.zero_()
             return
-        offsets = diagonal_gradients.diagonal_offsets(AttentionInputs(*tensors[5:], *self._numbers))
+        inputs = AttentionInputs(*tensors[5:-N_OF_STATISTICS], *self._numbers)
+        offsets = diagonal_gradients.diagonal_offsets(inputs)
         for gradient, reduce in wanted:
             gradient.copy_(reduce(sums, offsets, gradient.shape))
 
@@ -335,6 +362,11 @@ def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
     return "rows" if dbias.shape[-1] == 1 else "kernel"
 
 
+def _present(x: Tensor | None) -> tuple:
+    """Return a tensor in a tuple, an empty one for None: an optional field of a record of the kernels."""
+    return () if x is None else (x,)
+
+
 def _meta(x: Tensor | None) -> Tensor | None:
     """Return a tensor with the layout of x and no data."""
     return None if x is None else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
@@ -352,7 +384,10 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
 
 
 def empty_outputs(inputs: AttentionInputs, keep_residual: bool):
-    """Return empty o [..., H, L, DV], lse [..., H, L], statistics [..., H, 2, padded L] and o_residual, None if not kept."""
+    """Return empty o [..., H, L, DV], lse [..., H, L], statistics [..., H, 2, padded L] and o_residual, row_max [..., H, L],
+    entropy [..., H, L] and key_mass [..., H, S]. The last four are None where not kept, or not asked for."""
     o, statistics = empty_rows(inputs.q, inputs.v.shape[-1]), empty_statistics(inputs, (2,))
     lse = inputs.q.new_empty(inputs.q.shape[:-1], dtype=statistics.dtype)
-    return o, lse, statistics, torch.empty_like(o) if keep_residual else None
+    row_max, entropy = (torch.empty_like(lse) if wanted else None for wanted in (inputs.row_max, inputs.entropy))
+    mass = lse.new_empty(*lse.shape[:-1], inputs.k.shape[-2]) if inputs.key_mass else None
+    return o, lse, statistics, torch.empty_like(o) if keep_residual else None, row_max, entropy, mass
