@@ -2,13 +2,17 @@
 
 import copy
 import io
+import itertools
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl  # noqa: F401  what the interpreter runs must see it
+from torch.nn.attention import flex_attention as flex
 
 from tests.helpers.tiers import slow, slow_rows
 from tests.kernels.test_score_mods import tensors
@@ -295,3 +299,59 @@ def test_modes_of_the_loops():
     assert launch.loop_modes(problem(lengths=True, **listed), TILES, free, False) == (None, "masked", "masked_tail")
     assert launch.loop_modes(problem(**listed), TILES, (None, 0), False) == (None, "masked", "masked_tail")
     assert launch.loop_modes(problem(), Config(64, 64), (3, 0), False) == ("masked", "unmasked", "masked")
+
+
+def flex_masks(device):
+    """Return BlockMasks of FlexAttention with blocks of several sizes."""
+    of = torch.bucketize(torch.arange(N_K), torch.tensor([130, 260]), right=True).to(device)
+    sizes = {"B": None, "H": None, "Q_LEN": N_Q, "KV_LEN": N_K, "device": device}
+    return {
+        "documents": flex.create_block_mask(lambda b, h, i, j: of[i] == of[j], **sizes),
+        "causal": flex.create_block_mask(lambda b, h, i, j: i >= j, **sizes, BLOCK_SIZE=64),
+        "heads": flex.create_block_mask(lambda b, h, i, j: (i + h * 60 >= j) & (b < 1), **sizes | {"B": 2, "H": 2},
+                                        BLOCK_SIZE=(128, 256)),
+    }
+
+
+@pytest.mark.parametrize("name", ["documents", "causal", "heads"])
+def test_masks_of_flex_attention(name, device):
+    given = flex_masks(device)[name]
+    q, k, v = (torch.randn(2, 2, n, 16, device=device) for n in (N_Q, N_K, N_K))
+    converted = block_mask(given)
+    assert converted.mask.shape == (*((2, 2) if name == "heads" else (1, 1)), N_Q, N_K)
+    assert name == "heads" or converted.counts()["empty"] > 0
+    with config.pinned(TILES):
+        ours = attention(q, k, v, mask=converted)
+    torch.testing.assert_close(ours, flex.flex_attention(q, k, v, block_mask=given), atol=1e-5, rtol=1e-5)
+    with pytest.raises(TypeError, match="a BlockMask of FlexAttention; convert it once, with tritonattn.block_mask"):
+        attention(q, k, v, mask=given)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_lists_of_flex_attention(causal, full):
+    """A block that no list holds is skipped, whatever the function is; in a full one it does not count."""
+    rng, size = torch.Generator().manual_seed(0), (64, 32)
+    order = torch.rand(2, 3, 5, 11, generator=rng).argsort(-1).int()
+    counts, full_counts = torch.randint(0, 5, (2, 2, 3, 5), generator=rng, dtype=torch.int32)
+    lists = [(counts, order), *([(full_counts, order.flip(-1))] if full else [])]
+    given = flex.BlockMask.from_kv_blocks(*(x for each in lists for x in each), BLOCK_SIZE=size, seq_lengths=(N_Q, N_K),
+                                          mask_mod=(lambda b, h, i, j: i >= j) if causal else None)
+    expected = torch.zeros(2, 3, N_Q, N_K, dtype=torch.bool)
+    allowed = torch.ones(N_Q, N_K, dtype=torch.bool).tril() if causal else torch.ones(N_Q, N_K, dtype=torch.bool)
+    for (numbers, indices), pairs in zip(lists, (allowed, torch.ones_like(allowed))):
+        for batch, head, row in itertools.product(range(2), range(3), range(5)):
+            for column in indices[batch, head, row, :numbers[batch, head, row]].tolist():
+                block = slice(row * size[0], (row + 1) * size[0]), slice(column * size[1], (column + 1) * size[1])
+                expected[batch, head][block] |= pairs[block]
+    assert torch.equal(block_mask(given).mask, expected) and 0 < expected.sum() < expected.numel()
+
+
+def test_flex_attention_is_not_imported_for_a_mask():
+    """Its import takes longer than ours."""
+    code = "import sys, torch, tritonattn; tritonattn.block_mask(torch.ones(3, 3, dtype=torch.bool)); " \
+           "print('torch.nn.attention.flex_attention' in sys.modules)"
+    plain = "import sys, torch; print('torch.nn.attention.flex_attention' in sys.modules)"
+    ours, torchs = (subprocess.run([sys.executable, "-c", each], capture_output=True, text=True, check=True).stdout
+                    for each in (code, plain))
+    assert ours == torchs

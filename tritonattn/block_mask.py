@@ -8,6 +8,8 @@ Each block of queries has a list of kv blocks, and each block of keys a list of 
     number of full blocks | number of partial blocks | the full ones | the partial ones | the empty ones
 """
 
+import sys
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -74,9 +76,14 @@ def block_mask(mask: Tensor) -> BlockMask:
     into the mask, so that its blocks are skipped, too. The result holds the mask itself, not a copy: call this again after
     a change. Takes one pass over the mask, and eight bytes for each block of each of its matrices.
 
+    A BlockMask of FlexAttention (torch.nn.attention.flex_attention) is converted: its mask function is evaluated once for every
+    pair, so that the result no longer depends on it, and takes a byte for each. Its blocks may have any size.
+
     Raises:
         TypeError, RuntimeError: not a dense tensor of booleans with at least two dimensions.
     """
+    if is_of_flex(mask):
+        mask = _pairs_of_flex(mask)
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.dim() < 2:
@@ -108,6 +115,36 @@ def _block_lists(nonempty, full):
     counts = torch.stack((full.sum(-1), (nonempty & ~full).sum(-1)), -1)
     order = torch.argsort(2 - nonempty.int() - (nonempty & full).int(), dim=-1, stable=True)
     return torch.cat((counts, order), -1).to(torch.int32)
+
+
+def is_of_flex(mask) -> bool:
+    """Return whether this is a BlockMask of FlexAttention. Does not import it, which takes long."""
+    flex = sys.modules.get("torch.nn.attention.flex_attention")
+    return flex is not None and isinstance(mask, flex.BlockMask)
+
+
+def _pairs_of_flex(mask) -> Tensor:
+    """Return the pairs [batch, heads, L, S] of the blocks in its lists: of a full block all, of another those that the mask
+    function allows. Blocks in no list have none, whatever the function is."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    sizes, rows = mask.seq_lengths, mask.kv_indices.reshape(*(1,) * (4 - mask.kv_indices.dim()), *mask.kv_indices.shape)
+    allowed = create_mask(mask.mask_mod, *rows.shape[:2], *sizes, device=rows.device)
+    pairs = _listed_pairs(mask.kv_num_blocks, mask.kv_indices, mask.BLOCK_SIZE, sizes) & allowed
+    if mask.full_kv_num_blocks is None:
+        return pairs
+    return pairs | _listed_pairs(mask.full_kv_num_blocks, mask.full_kv_indices, mask.BLOCK_SIZE, sizes)
+
+
+def _listed_pairs(counts, indices, block_size, sizes) -> Tensor:
+    """Return booleans [..., L, S]: the pairs of the listed blocks, of each row of blocks the first `counts` of `indices`."""
+    n_blocks = -(-sizes[1] // block_size[1])
+    # those that do not count go to one more column
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    blocks = torch.zeros(*indices.shape[:-1], n_blocks + 1, dtype=torch.bool, device=indices.device)
+    blocks.scatter_(-1, torch.where(listed, indices, n_blocks).long(), True)
+    rows = blocks[..., :n_blocks].repeat_interleave(block_size[0], -2)[..., :sizes[0], :]
+    return rows.repeat_interleave(block_size[1], -1)[..., :sizes[1]]
 
 
 def _version_of(mask) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from ..block_mask import BlockMask
+from ..block_mask import BlockMask, is_of_flex
 from ..gpu import INTERPRETED, LARGEST_HEAD, TRITON, gpu_of
 from ..problem import Problem
 
@@ -355,6 +355,9 @@ def with_rank(x, rank):
 
 def mask_argument(mask, q, shape):
     """Return the mask as `pairwise_argument` does, and kv_blocks and q_blocks, which are None without a BlockMask."""
+    if is_of_flex(mask):
+        raise TypeError("mask: expected booleans or a block_mask, got a BlockMask of FlexAttention; convert it once, with "
+                        "tritonattn.block_mask(mask)")
     if not isinstance(mask, BlockMask):
         return pairwise_argument("mask", mask, q, shape), None, None
     sizes = shape[-2:]
