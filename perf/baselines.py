@@ -87,11 +87,12 @@ def formed_bias(problem: Problem, device) -> torch.Tensor | None:
 def ours(problem, device, **options):
     """Return tritonattn.attention for this problem, with the config that the library chooses. Statistics are not returned."""
     options |= variants(problem, problem.heads, device) | {"window": problem.window, "align": align(problem)}
+    if statistics := [name for name in ("entropy", "key_mass") if getattr(problem, name)]:
+        options["return_stats"] = statistics
     if problem.packed:
         return packed(problem, device, tritonattn.attention_varlen, **options)
-    statistics = [name for name in ("entropy", "key_mass") if getattr(problem, name)]
     if statistics:
-        return lambda q, k, v: tritonattn.attention(q, k, v, return_stats=statistics, **options)[0]
+        return lambda q, k, v: tritonattn.attention(q, k, v, **options)[0]
     return functools.partial(tritonattn.attention, **options)
 
 

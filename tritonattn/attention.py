@@ -44,7 +44,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             the p of a row sum to less than 1.
             "max"       [..., H, L]  the largest score of each row, after scale, softcap and biases; -inf without keys. It has
                                      no gradient.
-            "head_max"  [H]          the largest of these in all batches: QK-Clip's (Kimi Team, 2025, arXiv 2507.20534)
+            "head_max"  [H]          the largest of these in all batches, as QK-Clip uses it (Kimi Team, 2025, arXiv 2507.20534)
             "entropy"   [..., H, L]  -sum p ln p over the keys of each row (Shannon, 1948); 0 without keys
             "key_mass"  [..., H, S]  the sum of p over the rows, for each key; takes one more product QK^T
         precise_grad: where a gradient is needed, keep the rounding error of a 16-bit output, so that dQ is exact to
@@ -215,8 +215,9 @@ def attention_map(q, k, *, tile=64, scale=None, causal=False, window=(None, None
     Returns:
         [..., H, ceil(L / tile), ceil(S / tile)], float32, without a gradient. The entry of a tile of queries and a tile of keys
         is the mean over these queries of the sum of their weights for these keys. A row sums to 1 if all its queries attend to
-        keys and there is no sink. Takes two products QK^T. The kernel's own tiles, which take memory too, are at most 64 wide;
-        32 where a query has more than 256 bytes, 16 where it has more than 512. Larger ones are added up from them.
+        keys and there is no sink. Takes two products QK^T, and memory for the sums over tiles of at most 64 x 64 pairs (32 x 32
+        where a query has more than 256 bytes, 16 x 16 where more than 512); larger tiles are sums of these. Under torch.vmap it
+        loops over the mapped dimension.
 
     Raises the errors of `attention`; ValueError or TypeError for another tile.
     """
@@ -229,6 +230,9 @@ def attention_map(q, k, *, tile=64, scale=None, causal=False, window=(None, None
         block, blocks = arguments.prepare_map(tile, inputs.q.dtype.itemsize * inputs.q.shape[-1])
         statistics = custom_op.forward_op(*inputs, False)[2]
         sums = custom_op.map_op(*inputs, statistics, block)
+        # one tile may be much larger than the lengths
+        blocks = min(blocks, max(1, *sums.shape[-2:]))
+        tile = block * blocks
         if blocks > 1:
             rows, cols = (-size % blocks for size in sums.shape[-2:])
             sums = torch.nn.functional.pad(sums, (0, cols, 0, rows)).unflatten(-1, (-1, blocks)).sum(-1)

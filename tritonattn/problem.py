@@ -37,7 +37,7 @@ class Problem:
     alibi: bool = False              # each head has a slope
     relative: bool = False           # each head has a table of relative positions
     entropy: bool = False            # the entropy of each row is computed, in a backward pass differentiated
-    key_mass: bool = False           # the mass of each key is
+    key_mass: bool = False           # the same for the mass of each key
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,

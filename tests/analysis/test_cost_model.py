@@ -200,6 +200,15 @@ def test_a_tile_of_a_bias_is_visited_by_its_own_block():
     assert cost_model.visits("dbias", causal, 64, 128) == (16 * 4 * 2, 16 * 2, 16 * 4)  # unmasked: rows 128 and 192
 
 
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_the_sums_of_weights_visit_the_tiles_of_dkdv_and_dq(window):
+    """With a block for each query head: those of dK/dV loop over the query heads of their key head."""
+    problem = dataclasses.replace(PLAIN, heads=8, kv_heads=2, n_q=300, n_k=500, window=window, shift=7)
+    blocks, *tiles = cost_model.visits("dkdv", problem, 32, 64)
+    assert cost_model.visits("key_mass", problem, 32, 64) == (4 * blocks, *tiles)
+    assert cost_model.visits("mass_delta", problem, 32, 64) == cost_model.visits("dq", problem, 32, 64)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("window, shift, sizes", list(itertools.product(
     WINDOWS, (0, 7, -6), ((20, 20), (16, 33), (40, 9)))), ids=str)

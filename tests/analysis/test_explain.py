@@ -82,6 +82,16 @@ def test_the_sums_of_diagonals_have_a_line_of_their_own():
         assert "diagonals  32x64w4s1 " in str(found) and name in str(found).splitlines()[0]
 
 
+def test_the_kernels_of_the_key_mass_have_the_configs_of_others():
+    problem = dataclasses.replace(Problem.parse("4x32x8x4096x128", torch.bfloat16, True), key_mass=True)
+    found = explain.explain_problem(problem, H200)
+    *_, dq, dkdv, key_mass, mass_delta = found.lines
+    assert (key_mass.kernel, mass_delta.kernel) == ("key_mass", "mass_delta")
+    assert (key_mass.config, mass_delta.config) == (dkdv.config, dq.config)
+    # no figures of the other kernel's binary
+    assert str(found).endswith(f"\nmass_delta {dq.config:16}that of dK/dV or dQ, whose loop is similar")
+
+
 def test_pinned_config_exception_and_another_gpu():
     problem = Problem.parse("4x32x8x4096x128", torch.bfloat16, False)
     with config.pinned(dq=Config(32, 32)):

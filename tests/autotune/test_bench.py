@@ -63,8 +63,9 @@ def test_a_wrong_kernel_does_not_pass(fault, reason, device, monkeypatch):
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kernel", ["forward", "dkdv"])
 def test_variants_are_checked_against_the_definition(kernel, device, monkeypatch):
-    problem = dataclasses.replace(TINY, softcap=True, sink=True, alibi=True, relative=True)
-    tensors = {"forward": {"o", "lse"}, "dkdv": {"dk", "dv"}}
+    variants = "softcap", "sink", "alibi", "relative", "entropy", "key_mass"
+    problem = dataclasses.replace(TINY, **dict.fromkeys(variants, True))
+    tensors = {"forward": {"o", "lse", "entropy", "key_mass"}, "dkdv": {"dk", "dv"}}
     assert set(Bench(kernel, problem, device).check("32x64w4s2")) == tensors[kernel]
     bench = Bench(kernel, problem, device)
     # the kernel gets another one than the definition
@@ -206,7 +207,7 @@ from triton import knobs
 from tritonattn import Config, Problem, gpu
 from tritonattn.autotune import bench
 problem = Problem((2,), 4, 2, 517, 517, 16, 16, torch.bfloat16, **{options})
-before = [("forward", None), ("delta", None)] if {kernel!r} != "forward" else []
+before = [(name, None) for name in bench.others_of_a_check({kernel!r}, problem)]
 for name, config in [*before, ({kernel!r}, Config(32, 32, 4, 1))]:
     for case in range(len(bench.cases_to_compile(problem))):
         bench.compile_case(name, problem, config, gpu.KNOWN["sm_90"], case)
@@ -224,11 +225,13 @@ print(json.dumps(dict(checked=sorted(errors), hits=hits, launches=null.launches)
     ("forward", {}), ("forward", {"window": (None, 0), "lengths": True}), ("dq", {"window": (9, 0)}),
     ("dkdv", {"masked": True, "mapped": True}), ("dkdv", {"masked": True, "window": (None, 0)}),
     ("dbias", {"bias": torch.float32}), ("forward", {"softcap": True, "sink": True, "alibi": True, "relative": True}),
+    ("forward", {"entropy": True}), ("dkdv", {"entropy": True, "key_mass": True}),
 ], ids=str)
 def test_a_check_compiles_nothing_that_was_compiled_ahead(kernel, options):
     """Slow: compiles up to six binaries of each kernel of a call, in a new process."""
     result = compiled(AHEAD.format(kernel=kernel, options=options), fresh=True)
-    assert result["checked"] == sorted(benches.OUTPUTS[kernel]) and result["launches"] >= 12
+    statistics = ["entropy"] if kernel == "forward" and "entropy" in options else []
+    assert result["checked"] == sorted([*benches.OUTPUTS[kernel], *statistics]) and result["launches"] >= 12
     assert len(result["hits"]) >= 2 and [name for name, hit in result["hits"] if not hit] == []
 
 

@@ -162,6 +162,24 @@ def test_remarks_of_ptxas_are_printed_below_the_reports(options, monkeypatch, co
     assert len(lines) > 2 * count and "ptxas" not in lines[-count - 1], "the reports come first"
 
 
+@pytest.mark.parametrize("direction, kernels", [
+    ("forward", ["forward", "key_mass"]), ("backward", ["delta", "dq", "dkdv", "mass_delta"]),
+    (None, ["forward", "delta", "dq", "dkdv", "key_mass", "mass_delta"]),
+])
+def test_inspect_shows_the_kernels_of_the_key_mass(direction, kernels, monkeypatch, compiled_without_a_gpu, capsys):
+    seen = []
+
+    def inspected(kernel, problem, config, target):
+        seen.append((kernel, problem.entropy, problem.key_mass))
+        return report(target, config, (LOOP,))
+
+    monkeypatch.setattr(compile_report, "inspect_kernel", inspected)
+    monkeypatch.setattr(compile_report, "ptxas_remarks", lambda *_: [])
+    options = ["--direction", direction] if direction else []
+    assert main.main(["inspect", "--target", "h200", "--entropy", "--key-mass", *options]) == 0
+    assert sorted(seen) == sorted((kernel, True, True) for kernel in kernels) and capsys.readouterr().out
+
+
 def test_explain_on_the_command_line(capsys):
     assert main.main(["explain", "--shape", "2x32x8x4096x128", "--causal", "--gpu", "h200,sm_80"]) == 0
     out = capsys.readouterr().out
@@ -172,6 +190,9 @@ def test_explain_on_the_command_line(capsys):
         assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", flag]) == 0
         output = capsys.readouterr().out
         assert flag[2:] in output.splitlines()[0] and ("\ndiagonals " in output) == (flag != "--softcap")
+    assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--entropy", "--key-mass"]) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[0].endswith("entropy key_mass") and "\nmass_delta " in output
     assert main.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
     assert capsys.readouterr().err.startswith("shape: expected")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tritonattn.cli import selftest
-from tritonattn.kernels import backward, forward
+from tritonattn.kernels import backward, forward, mass
 from tritonattn.runtime import launch
 
 SMALL = selftest.Case("small", (torch.float32,), (2, 1, 20, 20, 16, 16), selftest.CAUSAL)
@@ -44,8 +44,9 @@ def test_every_kernel_agrees(device):
     table = selftest.table(results)
     assert all(result.agrees for result in results), table
     assert {(result.problem, result.tensor) for result in results} == {
-        (case.name, tensor) for case in selftest.CASES for tensor in selftest.TENSORS if case.placed or tensor != "drelative"}
-    assert sum(case.placed for case in selftest.CASES) == 1
+        (case.name, tensor) for case in selftest.CASES for tensor in (*selftest.TENSORS, *selftest.STATISTICS * case.statistics)
+        if case.placed or tensor != "drelative"}
+    assert sum(case.placed for case in selftest.CASES) == sum(case.statistics for case in selftest.CASES) == 1
     assert table.endswith(f"all {len(results)} tensors agree")
 
 
@@ -73,6 +74,18 @@ def test_error_of_one_percent_is_found(plant, device, kernel, output, tensors):
     assert not wrong(results, "twice"), "wrong in the same way twice"
     names = ", ".join(tensor for tensor in selftest.TENSORS if tensor in tensors)
     assert selftest.table(results).endswith(f"{len(tensors)} of 10 tensors are wrong: {names}")
+
+
+@pytest.mark.parametrize("kernel, output, tensors", [
+    (forward.forward_kernel, lambda arguments: arguments[2].row_max[0], {"max"}),
+    (forward.forward_kernel, lambda arguments: arguments[2].entropy[0], {"entropy", "dq", "dk"}),  # by way of delta
+    (mass.key_mass_kernel, lambda arguments: arguments[3], {"key_mass"}),
+    (mass.mass_delta_kernel, lambda arguments: arguments[4], {"dq", "dk"}),
+])
+def test_an_error_of_a_statistic_is_found(plant, monkeypatch, device, kernel, output, tensors):
+    plant(kernel, output, lambda x: x.mul_(1.01))
+    monkeypatch.setattr(selftest, "CASES", (SMALL._replace(statistics=True),))
+    assert wrong(selftest.run(device)) == tensors
 
 
 def test_table_names_the_worst_tensor(plant, device):

@@ -69,7 +69,7 @@ def bare_apply_keep_scale(tile, scoring):
 
 
 @triton.jit
-def bare_add_statistics_grad(dp, log2_p, queries, first_key, TRANSPOSED: tl.constexpr):
+def bare_add_entropy_and_mass_grad(dp, log2_p, queries, first_key, TRANSPOSED: tl.constexpr):
     return dp
 
 

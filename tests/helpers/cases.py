@@ -198,7 +198,7 @@ def in_dtype_of(arguments, dtype):
 def results(function, q, k, v, do, dlse, **options):
     """Return the tensors that `result_names` names. Rows whose lse is -inf have no gradient through it.
 
-    The statistics that have a gradient contribute to the others, with a cotangent of each that is drawn from a fixed seed.
+    The gradients are those of o, lse, entropy and key_mass together; the last two have random cotangents.
     """
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     learned = {name: options[name].detach().requires_grad_() for name in LEARNED if options.get(name) is not None}
@@ -239,3 +239,23 @@ def check(case, dtype, device, family="randn", tiles=TILES):
             agree(name, values[0], in_wide, values[2], wide)
         else:
             agree(name, *values, dtype)
+
+
+def tensors(device, dtype=torch.float64, *, batch=(2,), heads=2, kv_heads=2, n_q=37, n_k=37, d=16, seed=0):
+    """Return q, k, v and the cotangents of o and lse."""
+    rng = torch.Generator().manual_seed(seed)
+    shapes = (heads, n_q, d), (kv_heads, n_k, d), (kv_heads, n_k, d), (heads, n_q, d), (heads, n_q)
+    *qkv, do, dlse = (torch.randn(*batch, *shape, generator=rng) for shape in shapes)
+    return [*(x.to(device, dtype) for x in (*qkv, do)), dlse.to(device, torch.promote_types(dtype, torch.float32))]
+
+
+def assert_exact(given, tiles=TILES, ours_only=None, exact_only=None, **options):
+    """Assert that all results in float64 equal the definition's, for `given` tensors and options of attention.
+
+    ours_only and exact_only: options of the kernels alone, and of the definition alone.
+    """
+    with config.pinned(tiles):
+        ours = results(attention, *given, **options, **ours_only or {})
+    exact = results(reference.attention, *given, **options, **exact_only or {})
+    for name, one, other in zip(result_names(options), ours, exact, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}")

@@ -30,6 +30,7 @@ FLOAT64 = {
     "bias, causal": ((32, 32), {"n_q": 17, "n_k": 50, "heads": 2, "kv_heads": 2, "batch": (2,), "pairs": ("bias",),
                                 "causal": True, "align": "bottom_right", "scale": -0.7}),
     "key bias and mask": ((32, 32), {"n_q": 40, "n_k": 33, "heads": 2, "batch": (2,), "pairs": ("key-bias", "mask")}),
+    "statistics": ((16, 32), {"n_q": 40, "n_k": 50, "heads": 2, "stats": ("entropy", "key_mass"), "causal": True}),
 }
 
 
@@ -49,7 +50,7 @@ def test_float64_matches_the_definition(name, device):
     check(Case(**case), torch.float64, device, tiles=Config(*tiles))
 
 
-AHEAD = ["window", "gqa, ragged, split", "key bias and mask"]
+AHEAD = ["window", "gqa, ragged, split", "key bias and mask", "statistics"]
 
 
 @pytest.mark.parametrize("name", [*AHEAD, *slow(*(name for name in FLOAT64 if name not in AHEAD))])
@@ -58,7 +59,7 @@ def test_float64_with_products_started_ahead(name, device):
     check(Case(**case), torch.float64, device, tiles=Config(*tiles, ahead=True))
 
 
-TWO_PASSES = ["gqa, ragged, split", "key bias and mask"]
+TWO_PASSES = ["gqa, ragged, split", "key bias and mask", "statistics"]
 
 
 @pytest.mark.parametrize("name", [*TWO_PASSES, *slow(*(name for name in FLOAT64 if name not in TWO_PASSES))])

@@ -186,11 +186,11 @@ def test_wrong_starts_lead_to_no_access_outside(starts, bias, monkeypatch, devic
     inputs = launch.AttentionInputs(q, q, q, torch.zeros(bias, device=device), *torch.zeros(2, 1, 1, 1, 1, device=device),
                                     torch.zeros(1, 1, 1, 9, device=device), mask,
                                     q_starts=starts, k_starts=starts.flip(0).contiguous(), longest_q=25, longest_k=25, right=0,
-                                    bottom_right=True, key_lengths=50 * lengths)
+                                    bottom_right=True, key_lengths=50 * lengths, row_max=True, entropy=True, key_mass=True)
     monkeypatch.setattr(memory_guard, "find_race", lambda: None)
     with config.pinned(TILES):
-        o, _, statistics, residual, *_ = custom_op.forward_op(*inputs, False)
-        gradients = custom_op.backward_op(q, None, o, statistics, residual, *inputs, [True] * 7)
+        o, _, statistics, residual, _, entropy, mass = custom_op.forward_op(*inputs, False)
+        gradients = custom_op.backward_op(q, None, o, statistics, residual, *inputs, [True] * 7, entropy, mass, entropy)
     assert [x.shape for x in (o, *gradients)] == [q.shape] * 4 + [torch.Size(bias), *[(1, 1, 1, 1)] * 2, (1, 1, 1, 9)]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.helpers.cases import results
+from tests.helpers.cases import TILES, assert_exact, results, tensors
 from tests.helpers.tiers import slow
 from tritonattn import (
     Config,
@@ -24,31 +24,12 @@ from tritonattn import (
     warm,
 )
 
-TILES = Config(16, 32)
-
-
-def tensors(device, dtype=torch.float64, *, batch=(2,), heads=2, kv_heads=2, n_q=37, n_k=37, d=16, seed=0):
-    """Return q, k, v and the cotangents of o and lse."""
-    rng = torch.Generator().manual_seed(seed)
-    shapes = (heads, n_q, d), (kv_heads, n_k, d), (kv_heads, n_k, d), (heads, n_q, d), (heads, n_q)
-    *qkv, do, dlse = (torch.randn(*batch, *shape, generator=rng) for shape in shapes)
-    return [*(x.to(device, dtype) for x in (*qkv, do)), dlse.to(device, torch.promote_types(dtype, torch.float32))]
-
 
 def by_offset(device, dtype=torch.float64, heads=2, radius=5):
     """Return slopes and a table, as arguments of attention."""
     rng = torch.Generator().manual_seed(3)
     return {"alibi": torch.rand(heads, generator=rng).to(device, dtype),
             "relative": torch.randn(heads, 2 * radius + 1, generator=rng).to(device, dtype)}
-
-
-def assert_exact(given, device, tiles=TILES, **options):
-    """Assert that all results in float64 equal the definition's, with options of attention and `given` tensors."""
-    with config.pinned(tiles):
-        ours = results(attention, *given, **options)
-    exact = results(reference.attention, *given, **options)
-    for name, one, other in zip(("o", "lse", "dq", "dk", "dv", "dalibi", "drelative"), ours, exact, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.interpreted
@@ -60,19 +41,19 @@ def test_each_sequence_has_its_own_length(window, sizes, align, device):
     n_q, n_k = sizes
     given = tensors(device, batch=(4,), heads=2, kv_heads=1, n_q=n_q, n_k=n_k)
     lengths = torch.tensor([7, n_k, 0, n_k - 3], device=device)
-    assert_exact(given, device, align=align, key_lengths=lengths, window=window, **by_offset(device))
+    assert_exact(given, align=align, key_lengths=lengths, window=window, **by_offset(device))
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("radius", [0, 1, 16, 36, 37, 200])
 def test_tables_of_any_radius(radius, device):
-    assert_exact(tensors(device), device, **by_offset(device, radius=radius))
+    assert_exact(tensors(device), **by_offset(device, radius=radius))
 
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("tiles", [Config(16, 16), Config(16, 64), Config(64, 128)], ids=str)
 def test_tiles_of_any_size(tiles, device):
-    assert_exact(tensors(device, n_q=29, n_k=70), device, tiles, align="bottom_right", **by_offset(device))
+    assert_exact(tensors(device, n_q=29, n_k=70), tiles, align="bottom_right", **by_offset(device))
 
 
 @pytest.mark.interpreted

@@ -49,11 +49,12 @@ def test_rows_whose_bias_is_the_lowest_number_leave_all_weight_to_the_sink(lowes
     bias = torch.zeros(20, 36, device=device)
     bias[:10] = torch.finfo(dtype).min if lowest == "finfo.min" else lowest
     bias, sink, dlse = bias.to(dtype), torch.tensor([1.3, -2.0], device=device), torch.ones(q.shape[:-1], device=device)
+    names = ("max", "entropy", "key_mass")
     ours, exact = (results(function, *(x.to(wide or x.dtype) for x in (q, k, v, do, dlse)), bias=bias.to(wide or dtype),
-                           sink=sink.to(wide or sink.dtype))
+                           sink=sink.to(wide or sink.dtype), return_stats=names)
                    for function, wide in ((attention, None), (reference.attention, torch.float64)))
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    for name, one, other in zip(("o", "lse", "dq", "dk", "dv", "dbias", "dsink"), ours, exact, strict=True):
+    for name, one, other in zip(("o", "lse", "dq", "dk", "dv", "dbias", "dsink", *names), ours, exact, strict=True):
         torch.testing.assert_close(one.double(), other, atol=tolerance, rtol=tolerance,
                                    msg=lambda text, name=name: f"{name}: {text}")
     assert (ours[0][:, :, :10] == 0).all() and torch.equal(ours[1][0, :, 0].double(), sink.double())

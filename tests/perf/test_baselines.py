@@ -64,12 +64,17 @@ def test_softcap_and_sink(name):
 @pytest.mark.parametrize("name", ["entropy", "key_mass"])
 def test_statistics(name, monkeypatch):
     """They are computed beside the output; no other baseline has them."""
-    problem, asked = replace(PROBLEMS["causal"], **{name: True}), []
+    problem, asked, formed, entr = replace(PROBLEMS["causal"], **{name: True}), [], [], torch.special.entr
+    monkeypatch.setattr(torch.special, "entr", lambda p: (formed.append(p), entr(p))[1])
     attention = tritonattn.attention
     monkeypatch.setattr(tritonattn, "attention", lambda *x, **options: (asked.append(options), attention(*x, **options))[1])
     for baseline in ("tritonattn", "eager"):
         assert_correct(baselines.implementations("cpu")[baseline].build(problem, CPU), problem)
-    assert [options["return_stats"] for options in asked] == [[name]]
+    assert [options["return_stats"] for options in asked] == [[name]] and len(formed) == (name == "entropy")
+    varlen = tritonattn.attention_varlen
+    monkeypatch.setattr(tritonattn, "attention_varlen", lambda *x, **options: (asked.append(options), varlen(*x, **options))[1])
+    rows = draw_inputs(packed(problem), CPU, 1)[0][:3]
+    assert baselines.ours(packed(problem), CPU)(*rows).shape == rows[0].shape and asked[-1]["return_stats"] == [name]
     for build in (baselines.sdpa, baselines.flex, functools.partial(baselines.flash_attn, module="flash_attn")):
         with pytest.raises(Unsupported, match="returns no statistics"):
             build(problem, CPU)

@@ -289,10 +289,13 @@ def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,
     return functools.cache({
         "forward": lambda config: launch.forward_launch(
             problem, config, inputs, Outputs(o, lse, statistics, o_residuals, row_max, entropy)),
-        "delta": lambda config: launch.delta_launch(problem, config, inputs, (o, *(o_residuals or (None,)), do, None), delta),
+        "delta": lambda config: launch.delta_launch(
+            problem, config, inputs, (o, *(o_residuals or (None,)), do, lse if inputs.entropy else None), delta),
         "dq": lambda config: launch.dq_launch(problem, config, inputs, queries, dq),
         "dkdv": lambda config: launch.dkdv_launch(problem, config, inputs, queries, dk, dv),
         "dbias": lambda config: launch.dbias_launch(problem, config, inputs, queries, dbias),
+        "key_mass": lambda config: launch.key_mass_launch(problem, config, inputs, statistics, mass),
+        "mass_delta": lambda config: launch.mass_delta_launch(problem, config, inputs, queries),
     }[kernel])
 
 
@@ -300,6 +303,13 @@ def cases_to_compile(problem: Problem) -> list[tuple]:
     """Return (tensors, options), without data, of all that Bench launches kernels with."""
     problem = problem.padded()
     return [*(case[1:] for case in hard_inputs(problem, "meta", 0)), draw(problem, "meta", 0)]
+
+
+def others_of_a_check(kernel: str, problem: Problem) -> list[str]:
+    """Return the kernels that run beside this one in a call that checks it."""
+    if kernel == "forward":
+        return ["key_mass"] if problem.key_mass else []
+    return ["forward", "delta", *(("key_mass", "mass_delta") if problem.key_mass else ())]
 
 
 def compile_case(kernel: str, problem: Problem, config: Config | None, on: gpu.Gpu, case: int) -> None:
@@ -339,8 +349,7 @@ class IsolatedBench:
         cases, dots = range(len(cases_to_compile(problem))), precision(problem) or "ieee"
         for config in (None, *configs):
             if config not in self._compiling:
-                # what comes before this kernel in a call
-                names = [kernel] if config else ["forward", "delta"] if kernel != "forward" else []
+                names = [kernel] if config else others_of_a_check(kernel, problem)
                 self._compiling[config] = workers.submit([
                     (name, problem, config and Config.parse(config), on, dots, functools.partial(compile_case, case=case))
                     for name in names for case in cases])

@@ -138,7 +138,7 @@ def grad_p(a, b, row, col, scoring, static, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def add_statistics_grad(dp, log2_p, queries, first_key, TRANSPOSED: tl.constexpr):
+def add_entropy_and_mass_grad(dp, log2_p, queries, first_key, TRANSPOSED: tl.constexpr):
     """Return dP plus the derivatives of the entropies and key masses of a tile; its first key is at position `first_key`."""
     if len(queries.d_entropy) == 1:
         d_entropy = tl.expand_dims(queries.d_entropy[0], 0 if TRANSPOSED else 1)
@@ -215,7 +215,7 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
         s, capped = scores(queries.q, k, row, first, keys.k.rows, scoring, static, MODE)
         p, log2_p = recompute_p(s, queries, scoring, False, MODE)
         weight = score_weight(p, capped, scoring)
-        dp = add_statistics_grad(grad_p(queries.do, v, row, first, scoring, static, False), log2_p, queries, first, False)
+        dp = add_entropy_and_mass_grad(grad_p(queries.do, v, row, first, scoring, static, False), log2_p, queries, first, False)
         ds = grad_s(s, weight, dp, queries.delta[:, None], scoring, MODE)
         dq = dot_acc(dq, ds, k, s, static, MODE)
     return dq
@@ -288,7 +288,7 @@ def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MO
         if static.GRADS != "dv":
             if not DP_FIRST:
                 dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
-            dp = add_statistics_grad(dp, log2_p, tile, col, True)
+            dp = add_entropy_and_mass_grad(dp, log2_p, tile, col, True)
             ds = grad_s(s, weight, dp, tile.delta[None, :], scoring, MODE)
             dk = dot_acc(dk, ds, tile.q, s, static, MODE)
     return dk, dv
@@ -478,7 +478,7 @@ def accumulate_dbias(dbias, queries, keys, col, start, stop, sizes, scoring, sta
         row = first + sizes.shift
         s, _ = scores(tile.q, keys.k, row, col, sizes.n_k, scoring, static, "masked")
         p, log2_p = recompute_p(s, tile, scoring, False, "masked")
-        dp = add_statistics_grad(grad_p(tile.do, keys.v, row, col, scoring, static, False), log2_p, tile, col, False)
+        dp = add_entropy_and_mass_grad(grad_p(tile.do, keys.v, row, col, scoring, static, False), log2_p, tile, col, False)
         ds = grad_s(s, p, dp, tile.delta[:, None], scoring, "masked")
         # rows past the last query are loaded as 0, and 0 times a NaN in a key is NaN
         dbias += tl.where((first + tl.arange(0, M) < sizes.n_q)[:, None], ds, 0.0)

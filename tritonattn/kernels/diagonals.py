@@ -15,7 +15,7 @@ and over the diagonals that share an entry of a table.
 import triton
 import triton.language as tl
 
-from .backward import add_statistics_grad, grad_p, grad_s, load_queries, query_views, recompute_p
+from .backward import add_entropy_and_mass_grad, grad_p, grad_s, load_queries, query_views, recompute_p
 from .forward import key_views
 from .packed import total_rows
 from .scores import ScoreParams, scores, select_head
@@ -84,7 +84,7 @@ def accumulate_diagonals(sums, queries, keys, offset, start, stop, sizes, scorin
         v = load_tile(keys.v, col, 2 * W, static.DV, True)
         s, _ = scores(tile.q, k, row, col, sizes.n_k, scoring, static, "masked")
         p, log2_p = recompute_p(s, tile, scoring, False, "masked")
-        dp = add_statistics_grad(grad_p(tile.do, v, row, col, scoring, static, False), log2_p, tile, col, False)
+        dp = add_entropy_and_mass_grad(grad_p(tile.do, v, row, col, scoring, static, False), log2_p, tile, col, False)
         ds = grad_s(s, p, dp, tile.delta[:, None], scoring, "masked")
         # rows past the last query are loaded as 0, and 0 times a NaN in a key is NaN
         own = (first + tl.arange(0, W) < sizes.n_q) & (tl.arange(0, W) < STEP)

@@ -6,7 +6,7 @@
 
 Where `subtracts_first`, m is the largest score, not the largest exponent. A sink is one more term of l at the end.
 
-The entropy of a row needs one more sum, in natural logarithms H = ln2 (log2 l - t / l):
+The entropy of a row, in natural logarithms, is H = ln2 (log2 l - t / l) without a sink. It needs one more sum:
 
     t' = alpha (t + (m - m') l) + sum_j 2^(x_j - m') (x_j - m')
 """
@@ -19,7 +19,7 @@ import triton.language as tl
 from .scores import LN2, LOG2E, apply_keep_mask, apply_keep_scale
 from .tile import dot_acc, scale_tile, zero_tile
 
-LOWEST = tl.constexpr(-2000.0)  # 2 to this power is 0 in every dtype, and 0 times it is 0, which 0 times -inf is not
+LOWEST = tl.constexpr(-2000.0)  # 2^LOWEST is 0 in every dtype; 0 * LOWEST is 0, unlike 0 * -inf
 
 
 class Softmax(NamedTuple):
@@ -187,5 +187,8 @@ def row_entropy(state, minus_m, log2_l, scoring, dtype: tl.constexpr):
             log2_l -= moved * scoring.exp2_scale
         else:
             log2_l -= moved
-    log2_l = tl.where(empty, 0.0, log2_l)
-    return tl.exp2(-log2_l) * (state.l * log2_l - state.t[0]) * LN2
+    # where the sink has all the weight, an infinite log2 l times 0 would be NaN
+    log2_l = tl.minimum(tl.where(empty, 0.0, log2_l), -LOWEST)
+    entropy = tl.exp2(-log2_l) * (state.l * log2_l - state.t[0]) * LN2
+    # rounding may make it negative, and its square root NaN; a NaN stays
+    return tl.where(entropy < 0.0, 0.0, entropy)

@@ -264,7 +264,7 @@ def results(o, lse, computed, return_lse, return_stats):
     statistics = {"max": row_max, "entropy": entropy, "key_mass": key_mass}
     if "head_max" in return_stats:
         rows = row_max.movedim(-2, 0).flatten(1) if row_max.dim() > 1 else row_max
-        # one more number, since no number has no maximum
+        # one more number, since amax of an empty row raises
         statistics["head_max"] = torch.nn.functional.pad(rows, (0, 1), value=-torch.inf).amax(-1)
     statistics = {name: statistics[name] for name in return_stats}
     return (o, lse, statistics) if return_lse else (o, statistics)

@@ -26,11 +26,11 @@ INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInp
 N_FIELDS = len(AttentionInputs._fields)
 ENTROPY = AttentionInputs._fields.index("entropy")
 OUTPUTS = "Tensor o, Tensor statistics, Tensor o_residual"  # those that the backward pass reads
-OF_STATISTICS = "Tensor? d_entropy=None, Tensor? d_mass=None, Tensor? saved_entropy=None"
+COTANGENTS = "Tensor? d_entropy=None, Tensor? d_mass=None, Tensor? saved_entropy=None"
 RESULTS = f"({', '.join(['Tensor'] * 7)})"
 GRADIENTS = f"({', '.join(['Tensor'] * N_WITH_GRADIENTS)})"
 torch.library.define("tritonattn::forward", f"({INPUTS}, bool keep_residual) -> {RESULTS}")
-torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted, {OF_STATISTICS}) "
+torch.library.define("tritonattn::backward", f"(Tensor do, Tensor? dlse, {OUTPUTS}, {INPUTS}, bool[] wanted, {COTANGENTS}) "
                                              f"-> {GRADIENTS}")
 torch.library.define("tritonattn::map", f"({INPUTS}, Tensor statistics, int block) -> Tensor")
 torch.library.define("tritonattn::keep", "(SymInt[] sizes, float dropout_p, Tensor seed) -> Tensor")
@@ -46,7 +46,7 @@ def _backward(do, dlse, o, statistics, o_residual, *arguments):
     """Implement tritonattn::backward."""
     inputs, (wanted, *of_statistics) = AttentionInputs(*arguments[:N_FIELDS]), arguments[N_FIELDS:]
     # the last arguments may be left out
-    of_statistics += [None] * (plan.N_OF_STATISTICS - len(of_statistics))
+    of_statistics += [None] * (plan.N_COTANGENTS - len(of_statistics))
     tensors = (do, dlse, o, statistics.contiguous(), o_residual if o_residual.numel() else None, *inputs[:N_TENSORS],
                *of_statistics)
     return _without_none(inputs.q, plan.backward_plan(tensors, inputs[N_TENSORS:], tuple(wanted)).run(tensors))
@@ -115,7 +115,8 @@ def zeros_unless_given(do, o):
 
 
 class Attention(torch.autograd.Function):
-    """The results of tritonattn::forward, with gradients of o, lse, entropy and key_mass for q, k, v, biases and sink."""
+    """The results of tritonattn::forward, of which o, lse, entropy and key_mass have gradients for the first N_WITH_GRADIENTS
+    inputs."""
 
     @staticmethod
     def forward(*inputs):

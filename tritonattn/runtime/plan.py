@@ -27,7 +27,7 @@ if TRITON:
     from . import launch
 
 BIAS, SINK, ALIBI, RELATIVE, Q_STARTS = map(AttentionInputs._fields.index, ("bias", "sink", "alibi", "relative", "q_starts"))
-N_OF_STATISTICS = 3  # the last tensors of a backward pass: see `backward_plan`
+N_COTANGENTS = 3  # the last tensors of a backward pass, for entropy and key mass: see `backward_plan`
 LARGEST_CACHE = 4096  # entries: plans, and known calls of eager.py
 _entries: dict[tuple, object] = {}  # the oldest first
 _changes = threading.Lock()
@@ -313,7 +313,7 @@ class BackwardPlan(Plan):
 
     def _reduce_rows(self, tensors, gradients, delta):
         """Write the gradients that are sums over rows."""
-        _, dlse, _, statistics, _, *inputs = tensors[:-N_OF_STATISTICS]
+        _, dlse, _, statistics, _, *inputs = tensors[:-N_COTANGENTS]
         dbias, dsink = gradients[BIAS], gradients[SINK]
         ds = None
         if self._problem.packed is None:
@@ -341,7 +341,7 @@ class BackwardPlan(Plan):
             for gradient, _ in wanted:
                 gradient.zero_()
             return
-        inputs = AttentionInputs(*tensors[5:-N_OF_STATISTICS], *self._numbers)
+        inputs = AttentionInputs(*tensors[5:-N_COTANGENTS], *self._numbers)
         offsets = diagonal_gradients.diagonal_offsets(inputs)
         for gradient, reduce in wanted:
             gradient.copy_(reduce(sums, offsets, gradient.shape))
