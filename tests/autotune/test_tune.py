@@ -111,7 +111,7 @@ def test_explain_shows_the_tuned_config(setup):
     tuning.tune_kernel("forward", PROBLEM, setup)
     found = explain.explain_problem(PROBLEM, H200)
     assert found.lines[0].origin == "cache" and found.as_json()["kernels"][0]["record"]["config"] == "64x128w4s2e1m"
-    for words in ("forward   64x128w4s2e1m   tuned on this machine (user cache)", "measured: 10",
+    for words in ("forward    64x128w4s2e1m   tuned on this machine (user cache)", "measured: 10",
                   "the median of 4 windows of continuous load; ",
                   "the config without tuning, took 19", "by halving on 20", "bound by", "65536 bytes of shared memory",
                   f"slower: {found.lines[0].record.default}"):

@@ -317,9 +317,9 @@ def test_biases_by_offset_hardly_spill(name, arch):
 
 
 # with the statistics' gradients, in dQ and dK/dV; served by the rows of plain attention
-STATISTICS = {("entropy", "sm_80", "dq", 128): 5, ("entropy", "sm_80", "dkdv", 128): 2, ("entropy", "sm_90", "dkdv", 128): 10,
-              ("key_mass", "sm_80", "dq", 128): 4, ("key_mass", "sm_80", "dkdv", 128): 2, ("key_mass", "sm_90", "dkdv", 128): 3,
-              ("key_mass", "gfx942", "dq", 128): 23}
+STATISTICS = {("entropy", "sm_80", "dq", 128): 5, ("entropy", "sm_80", "dkdv", 128): 2, ("entropy", "sm_90", "dkdv", 128): 4,
+              ("key_mass", "sm_80", "dq", 128): 3, ("key_mass", "sm_80", "dkdv", 128): 2, ("key_mass", "sm_90", "dkdv", 128): 3,
+              ("key_mass", "gfx942", "dq", 128): 40}
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ from .tile import (
     load_column,
     load_statistic,
     load_tile,
+    lse_view,
+    mass_view,
     nonfinite_rows,
     query_view,
     rows_by_position,
@@ -73,8 +75,8 @@ class Queries(NamedTuple):
     do: HeadView
     statistics: object  # address, see forward.Outputs; in a view (address of -m, of log2 l), in a tile (-m, log2 l)
     delta: object       # address, see tile.statistics_view; in a tile its numbers
-    d_entropy: tuple = ()  # or one element, the cotangents of the entropies
-    d_mass: tuple = ()     # or one element, the cotangents of the key masses; in a tile a view, its rows indexed by position
+    d_entropy: tuple = ()  # or one element, the cotangents of the entropies: address as lse
+    d_mass: tuple = ()     # or one element, those of the key masses: address, see tile.mass_view; in a tile a view by position
 
 
 @triton.jit
@@ -83,9 +85,9 @@ def query_views(queries, sizes, batch, head, KEY_ROWS: tl.constexpr):
     statistics = statistics_view(queries.statistics, sizes, batch, head, 2)
     d_entropy, d_mass = queries.d_entropy, queries.d_mass
     if len(queries.d_entropy) == 1:
-        d_entropy = (query_view(queries.d_entropy[0], sizes, batch, head),)
+        d_entropy = (HeadView(lse_view(queries.d_entropy[0], sizes, batch, head), 1, 1, sizes.n_q),)
     if len(queries.d_mass) == 1:
-        d_mass = (key_view(queries.d_mass[0], sizes, batch, head, sizes.n_k),)
+        d_mass = (mass_view(queries.d_mass[0], sizes, batch, head),)
         if KEY_ROWS:
             d_mass = (rows_by_position(d_mass[0], -sizes.shift),)
     return Queries(query_view(queries.q, sizes, batch, head), query_view(queries.do, sizes, batch, head),
@@ -186,7 +188,7 @@ def row_dot(a, b):
 def delta_kernel(o, o_residual, do, row_terms, delta, n_q, leading, static):
     """Compute delta = rowsum(dO * (O + o_residual)) - row_terms. Grid: tiles of queries x query heads x batches.
 
-    row_terms: dLSE, and the terms of the entropy (runtime/row_gradients.py).
+    row_terms: dLSE, and the terms of the entropy (runtime/row_gradients.py), with the addresses of lse.
     """
     M: tl.constexpr = static.BLOCK_M
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, False, "q")
@@ -199,7 +201,7 @@ def delta_kernel(o, o_residual, do, row_terms, delta, n_q, leading, static):
         residual_tile = load_tile(query_view(o_residual, sizes, batch, head), first, M, static.DV, True)
         total += row_dot(do_tile, scale_tile(residual_tile, one))
     if row_terms is not None:
-        total -= load_column(query_view(row_terms, sizes, batch, head), first, M)
+        total -= load_column(HeadView(lse_view(row_terms, sizes, batch, head), 1, 1, sizes.n_q), first, M)
     store_statistic(statistics_view(delta, sizes, batch, head, 1), first, sizes.n_q, total, M)
 
 
@@ -350,7 +352,7 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     keys = key_views(keys, sizes, batch, head)
     tile = Keys(load_tile(keys.k, first, N, static.D, True), load_tile(keys.v, first, N, static.DV, True))
     col, n = first - sizes.shift, sizes.n_q
-    if len(sizes.key_lengths) == 2 or len(sizes.packed) == 4:
+    if len(sizes.key_lengths) == 2 or len(sizes.packed) == 5:
         # no query attends to keys past the length of the batch
         n = tl.where(first < sizes.n_k, n, 0)
     dk_tile, dv_tile = zero_tile(N, static.D, static.ACC), zero_tile(N, static.DV, static.ACC)

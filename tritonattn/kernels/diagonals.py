@@ -43,7 +43,7 @@ def diagonal_zero(sizes, leading, n_q, shift):
 @triton.jit
 def diagonals_view(x, sizes, batch, head, count):
     """Return the address of a head in a dense [batch, head, count] tensor; of packed sequences [head, all queries and keys]."""
-    if len(sizes.packed) == 4:
+    if len(sizes.packed) == 5:
         return x + tl.cast(head, tl.int64) * count + sizes.packed[0] + sizes.packed[1]
     else:
         return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * count

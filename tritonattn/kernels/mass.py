@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from .backward import load_log2_l, recompute_p
-from .packed import decoded
 from .scores import ScoreParams, scores, select_head
 from .tile import (
     LENGTHS,
@@ -23,6 +22,7 @@ from .tile import (
     load_column,
     load_statistic,
     load_tile,
+    mass_view,
     query_view,
     sizes_of_batch,
     statistics_of_head,
@@ -89,11 +89,7 @@ def key_mass_kernel(q, statistics, k, mass, n_q, n_k, shift, leading, scoring, s
             total = sum_over_queries(total, k_tile, rows, first - sizes.shift, bounds[part], bounds[part + 1], scoring, static,
                                      loop_mode(static.LOOP_MODES, part))
     cols = first + tl.arange(0, N)
-    if len(leading.packed) == 1:
-        mass += tl.cast(head, tl.int64) * decoded(leading.packed[0].k_total) + sizes.packed[1]
-    else:
-        mass += (tl.cast(batch, tl.int64) * leading.heads + head) * n_k
-    tl.store(mass + cols, tl.where(cols < sizes.n_k, total, 0.0), mask=cols < sizes.key_rows)
+    tl.store(mass_view(mass, sizes, batch, head).ptr + cols, tl.where(cols < sizes.n_k, total, 0.0), mask=cols < sizes.key_rows)
 
 
 @triton.jit
@@ -123,7 +119,7 @@ def mass_delta_kernel(q, statistics, k, d_mass, delta, n_q, n_k, shift, leading,
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     n_k = keys_to_attend(sizes, first)
     bounds = loop_bounds(mods.block_list, scoring.window, first + sizes.shift, n_k, M, static.BLOCK_N)
-    k, d_mass = (key_view(k, sizes, batch, head // static.GROUP, sizes.n_k), key_view(d_mass, sizes, batch, head, sizes.n_k))
+    k, d_mass = key_view(k, sizes, batch, head // static.GROUP, sizes.n_k), mass_view(d_mass, sizes, batch, head)
     total = tl.zeros([M], static.ACC)
     for part in tl.static_range(3):
         if loop_mode(static.LOOP_MODES, part) is not None:

@@ -68,7 +68,7 @@ class Sizes(NamedTuple):
     key_rows: int   # keys in memory
     shift: int      # query i is at position i + shift among the keys
     key_lengths: tuple = ()
-    packed: tuple = ()  # or (first query in memory, first key in memory, queries of all sequences, number of sequences)
+    packed: tuple = ()  # or (first query in memory, first key, queries of all sequences, number of sequences, keys of all)
 
 
 class Constexprs(NamedTuple):
@@ -136,13 +136,14 @@ def sizes_of_batch(leading, n_q, n_k, shift, batch):
         packed = leading.packed[0]
         sequences, q_total = decoded(packed.sequences), decoded(packed.q_total)
         q_start, q_rows = sequence_rows(packed.q_starts, q_total, n_q, batch, sequences)
-        k_start, k_rows = sequence_rows(packed.k_starts, decoded(packed.k_total), n_k, batch, sequences)
+        k_total = decoded(packed.k_total)
+        k_start, k_rows = sequence_rows(packed.k_starts, k_total, n_k, batch, sequences)
         # the rows after the last sequence attend to no key
         own = tl.where(batch < sequences, k_rows, 0)
         if len(leading.key_lengths) == 2:
             own = tl.minimum(tl.maximum(tl.load(leading.key_lengths[0] + batch, mask=batch < sequences, other=0), 0), own)
         return Sizes(leading.batches, leading.heads, q_rows, own, k_rows, (own - q_rows) * packed.bottom_right,
-                     leading.key_lengths, (q_start, k_start, q_total, sequences))
+                     leading.key_lengths, (q_start, k_start, q_total, sequences, k_total))
     elif len(leading.key_lengths) == 2:
         own = tl.minimum(tl.maximum(tl.load(leading.key_lengths[0] + batch), 0), n_k)
         shift += (own - n_k) * leading.key_lengths[1]
@@ -154,7 +155,7 @@ def sizes_of_batch(leading, n_q, n_k, shift, batch):
 @triton.jit
 def keys_to_attend(sizes, first):
     """Return the number of keys of the tile of queries from `first`: 0 if the sequence ends before."""
-    if len(sizes.packed) == 4:
+    if len(sizes.packed) == 5:
         return tl.where(first < sizes.n_q, sizes.n_k, 0)
     else:
         return sizes.n_k
@@ -163,7 +164,7 @@ def keys_to_attend(sizes, first):
 @triton.jit
 def query_view(x, sizes, batch, head):
     """Return the view of one head of a tensor with a row for each query."""
-    if len(sizes.packed) == 4:
+    if len(sizes.packed) == 5:
         return rows_of_sequence(x, sizes.packed[0], head, sizes.n_q)
     else:
         return head_view(x, sizes.batches, batch, head, sizes.n_q)
@@ -172,7 +173,7 @@ def query_view(x, sizes, batch, head):
 @triton.jit
 def key_view(x, sizes, batch, head, rows):
     """Return the view of one head of a tensor with a row for each key, of which `rows` are read or written."""
-    if len(sizes.packed) == 4:
+    if len(sizes.packed) == 5:
         return rows_of_sequence(x, sizes.packed[1], head, rows)
     else:
         return head_view(x, sizes.batches, batch, head, rows)
@@ -237,9 +238,9 @@ def load_tile(x, first, N: tl.constexpr, SIZE: tl.constexpr, CHECK: tl.constexpr
 
 @triton.jit
 def load_column(x, first, N: tl.constexpr):
-    """Load the numbers of N rows from `first` of a view with one column; 0 past the end."""
-    rows = tl.arange(0, N)
-    return tl.load(x.ptr + tl.cast(first, tl.int64) * x.row + rows * x.row, mask=first + rows < x.rows, other=0.0)
+    """Load the numbers of N rows from `first` of a view with one column, which are contiguous; 0 past the end."""
+    rows = first + tl.arange(0, N)
+    return tl.load(x.ptr + rows, mask=rows < x.rows, other=0.0)
 
 
 @triton.jit
@@ -266,16 +267,25 @@ def padded_rows(n):
 @triton.jit
 def lse_view(x, sizes, batch, head):
     """Return the address of a head in a dense [batch, head, n_q] tensor; of packed sequences [head, queries]."""
-    if len(sizes.packed) == 4:
+    if len(sizes.packed) == 5:
         return x + tl.cast(head, tl.int64) * sizes.packed[2] + sizes.packed[0]
     else:
         return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.n_q
 
 
 @triton.jit
+def mass_view(x, sizes, batch, head):
+    """Return the view of one head of a dense [batch, head, key_rows] tensor; of packed sequences [head, keys]."""
+    if len(sizes.packed) == 5:
+        return HeadView(x + tl.cast(head, tl.int64) * sizes.packed[4] + sizes.packed[1], 1, 1, sizes.n_k)
+    else:
+        return HeadView(x + (tl.cast(batch, tl.int64) * sizes.heads + head) * sizes.key_rows, 1, 1, sizes.n_k)
+
+
+@triton.jit
 def statistics_view(x, sizes, batch, head, COUNT: tl.constexpr):
     """Return the address of a head in a dense [batch, head, COUNT, `statistics_of_head`] tensor."""
-    if len(sizes.packed) == 4:
+    if len(sizes.packed) == 5:
         return x + tl.cast(head, tl.int64) * COUNT * statistics_of_head(sizes) + statistics_start(sizes.packed[0], batch)
     else:
         return x + (tl.cast(batch, tl.int64) * sizes.heads + head) * COUNT * statistics_of_head(sizes)
@@ -284,7 +294,7 @@ def statistics_view(x, sizes, batch, head, COUNT: tl.constexpr):
 @triton.jit
 def statistics_of_head(sizes):
     """Return how many numbers of each statistic there are for a head: of all packed sequences."""
-    if len(sizes.packed) == 4:
+    if len(sizes.packed) == 5:
         return statistics_start(sizes.packed[2], sizes.packed[3] + 1)
     else:
         return padded_rows(sizes.n_q)

@@ -47,8 +47,8 @@ def _backward(do, dlse, o, statistics, o_residual, *arguments):
     inputs, (wanted, *of_statistics) = AttentionInputs(*arguments[:N_FIELDS]), arguments[N_FIELDS:]
     # the last arguments may be left out
     of_statistics += [None] * (plan.N_COTANGENTS - len(of_statistics))
-    tensors = (do, dlse, o, statistics.contiguous(), o_residual if o_residual.numel() else None, *inputs[:N_TENSORS],
-               *of_statistics)
+    dlse, statistics, *of_statistics = plan.dense(dlse, statistics, *of_statistics)
+    tensors = (do, dlse, o, statistics, o_residual if o_residual.numel() else None, *inputs[:N_TENSORS], *of_statistics)
     return _without_none(inputs.q, plan.backward_plan(tensors, inputs[N_TENSORS:], tuple(wanted)).run(tensors))
 
 

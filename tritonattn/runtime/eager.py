@@ -182,8 +182,8 @@ class PlannedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse, _, d_entropy, d_mass):
         o, statistics, *others, entropy = ctx.saved_tensors
-        # a hook may have moved it to the CPU and back
-        tensors = zeros_unless_given(do, o), dlse, o, statistics.contiguous(), *others, d_entropy, d_mass, entropy
+        dlse, statistics, *cotangents = plan.dense(dlse, statistics, d_entropy, d_mass, entropy)
+        tensors = zeros_unless_given(do, o), dlse, o, statistics, *others, *cotangents
         wanted = ctx.needs_input_grad[1:1 + N_WITH_GRADIENTS]
         # hooks may have replaced saved tensors; a gradient of the gradient needs the dispatcher, which raises
         signatures = plain_signatures(tensors) if _plain_process() and not torch.is_grad_enabled() else None

@@ -78,9 +78,10 @@ def forward_launch(problem: Problem, config: Config, inputs: AttentionInputs, re
 
 def delta_launch(problem: Problem, config: Config, inputs: AttentionInputs, outputs: tuple, delta) -> KernelLaunch:
     """Return the launch that writes delta. `outputs` are o, o_residual, do and row_terms; the second and last may be None."""
-    *records, leading = kernel_arguments(problem, config, *outputs)
+    *strided, row_terms = outputs
+    *records, leading = kernel_arguments(problem, config, *strided)
     leading = _with_packed(leading, inputs)
-    arguments = (*records, delta, problem.n_q, leading, _constexprs(problem, config))
+    arguments = (*records, row_terms, delta, problem.n_q, leading, _constexprs(problem, config))
     return KernelLaunch(backward.delta_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
 
 
@@ -151,9 +152,8 @@ def key_mass_launch(problem: Problem, config: Config, inputs: AttentionInputs, s
 
 def mass_delta_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries) -> KernelLaunch:
     """Return the launch that adds to delta what the cotangents of the key masses, queries.d_mass, contribute."""
-    q, k, d_mass, mods, leading = kernel_arguments(problem, config, inputs.q, inputs.k, *queries.d_mass,
-                                                   _score_mods(problem, inputs))
-    records = q, queries.statistics, k, d_mass, queries.delta, mods, leading
+    q, k, mods, leading = kernel_arguments(problem, config, inputs.q, inputs.k, _score_mods(problem, inputs))
+    records = q, queries.statistics, k, *queries.d_mass, queries.delta, mods, leading
     arguments = _arguments(problem, inputs, records, _over_keys(problem, config))
     return KernelLaunch(mass_delta_kernel, _tiles_of_queries(problem, config, inputs), arguments, config)
 
@@ -167,9 +167,12 @@ def map_launch(problem: Problem, block: int, inputs: AttentionInputs, statistics
 
 
 def _backward_arguments(problem: Problem, config: Config, queries: Queries, *tensors) -> tuple:
-    """Return the `kernel_arguments` of queries and other tensors. Statistics are dense, and have no strides."""
-    records, *others = kernel_arguments(problem, config, queries._replace(statistics=None, delta=None), *tensors)
-    return records._replace(statistics=queries.statistics, delta=queries.delta), *others
+    """Return the `kernel_arguments` of queries and other tensors. Numbers of rows are dense, and have no strides: these would
+    depend on the lengths, and so would the binary."""
+    dense = {name: getattr(queries, name) for name in ("statistics", "delta", "d_entropy", "d_mass")}
+    strided = queries._replace(statistics=None, delta=None, d_entropy=(), d_mass=())
+    records, *others = kernel_arguments(problem, config, strided, *tensors)
+    return records._replace(**dense), *others
 
 
 def _arguments(problem: Problem, inputs: AttentionInputs, records, static: Constexprs, transposed: bool = False) -> tuple:

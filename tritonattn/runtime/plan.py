@@ -88,6 +88,11 @@ def backward_plan(tensors: Sequence[Tensor | None], numbers: tuple, wanted: tupl
     return find(key) or keep(key, BackwardPlan(tensors, numbers, wanted))
 
 
+def dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return contiguous tensors, as the kernels read numbers of rows: a cotangent or a saved tensor may have any layout."""
+    return [x if x is None else x.contiguous() for x in tensors]
+
+
 class Results:
     """Sizes, strides and dtypes of the tensors that a plan allocates. None stays None."""
 
