@@ -40,8 +40,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             on the seed and the pair's position, never on block sizes.
         dropout_seed: int64 tensor of one element on q's device; drawn from torch's generator if None. See `dropout_mask`.
         return_lse: also return the log-sum-exp of each row's scores.
-        return_stats: names of statistics of the weights p, before dropout; NaN where p is. Sinks are no keys, so that with them
-            the p of a row sum to less than 1.
+        return_stats: names of statistics of the weights p of the keys, before dropout; NaN where p is. A sink takes its share:
+            with one, the p of a row sum to less than 1.
             "max"       [..., H, L]  the largest score of each row, after scale, softcap and biases; -inf without keys. It has
                                      no gradient.
             "head_max"  [H]          the largest of these in all batches, as QK-Clip uses it (Kimi Team, 2025, arXiv 2507.20534)
@@ -65,10 +65,9 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural logarithm,
         float32; with return_stats also a dictionary, from the names to tensors in float32. o, lse, entropy and key_mass have
-        first derivatives. A row that attends to no key gives o = 0, lse = -inf (that of the sinks, if there
-        are any) and zero gradients for q, k, v and biases.
-        Masked keys and values do not affect a row, not even by a NaN. The same call gives the same bits,
-        on sm_100 from Triton 3.7.1 on.
+        first derivatives. A row that attends to no key gives o = 0, lse = -inf (that of the sinks, if there are any) and zero
+        gradients for q, k, v and biases. Masked keys and values do not affect a row, not even by a NaN. The same call gives the
+        same bits, on sm_100 from Triton 3.7.1 on.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit. ValueError: a value out of its range.

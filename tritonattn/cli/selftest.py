@@ -36,11 +36,11 @@ class Case(NamedTuple):
     window: Window = (None, None)
     align: str | None = None
     shifted: bool = False
-    capped: bool = False    # with a softcap and sinks
-    placed: bool = False    # with ALiBi and a table of relative positions
-    packed: bool = False    # as `_packed` cuts it into sequences
+    capped: bool = False      # with a softcap and sinks
+    placed: bool = False      # with ALiBi and a table of relative positions
+    packed: bool = False      # as `_packed` cuts it into sequences
     statistics: bool = False  # with STATISTICS
-    repeated: bool = False  # compare two runs instead: the error is the number of bytes that differ
+    repeated: bool = False    # compare two runs instead: the error is the number of bytes that differ
 
 
 # no tile divides these lengths; repeated sizes, and shifts that are multiples of 16, save compilations on a GPU

@@ -246,7 +246,7 @@ def restore_shape(o, rows, q, k, v):
 
 
 def wanted_statistics(return_stats) -> tuple[bool, bool, bool]:
-    """Return whether the maxima of rows, their entropies and the key masses are computed for these `STATISTICS`, or None."""
+    """Check return_stats, names out of STATISTICS or None. Return whether row_max, entropy and key_mass are computed for it."""
     if return_stats is None:
         return False, False, False
     if not isinstance(return_stats, (tuple, list)) or not all(isinstance(name, str) for name in return_stats):
@@ -257,7 +257,7 @@ def wanted_statistics(return_stats) -> tuple[bool, bool, bool]:
 
 
 def results(o, lse, computed, return_lse, return_stats):
-    """Return what `attention` returns. `computed` are the maxima of rows, the entropies and the key masses."""
+    """Return what `attention` returns. `computed` are row_max, entropy and key_mass, those that were asked for."""
     if return_stats is None:
         return (o, lse) if return_lse else o
     row_max, entropy, key_mass = computed

@@ -44,11 +44,11 @@ def _forward(*arguments):
 
 def _backward(do, dlse, o, statistics, o_residual, *arguments):
     """Implement tritonattn::backward."""
-    inputs, (wanted, *of_statistics) = AttentionInputs(*arguments[:N_FIELDS]), arguments[N_FIELDS:]
+    inputs, (wanted, *cotangents) = AttentionInputs(*arguments[:N_FIELDS]), arguments[N_FIELDS:]
     # the last arguments may be left out
-    of_statistics += [None] * (plan.N_COTANGENTS - len(of_statistics))
-    dlse, statistics, *of_statistics = plan.dense(dlse, statistics, *of_statistics)
-    tensors = (do, dlse, o, statistics, o_residual if o_residual.numel() else None, *inputs[:N_TENSORS], *of_statistics)
+    cotangents += [None] * (plan.N_COTANGENTS - len(cotangents))
+    dlse, statistics, *cotangents = plan.dense(dlse, statistics, *cotangents)
+    tensors = (do, dlse, o, statistics, o_residual if o_residual.numel() else None, *inputs[:N_TENSORS], *cotangents)
     return _without_none(inputs.q, plan.backward_plan(tensors, inputs[N_TENSORS:], tuple(wanted)).run(tensors))
 
 
@@ -159,10 +159,10 @@ class AttentionBackward(torch.autograd.Function):
     def apply_to(cls, tensors, numbers, wanted):
         """Return the gradients. `tensors` are as in `plan.backward_plan`."""
         do, dlse, *outputs = tensors[:5]
-        inputs, of_statistics = tensors[5:5 + N_TENSORS], tensors[5 + N_TENSORS:]
+        inputs, cotangents = tensors[5:5 + N_TENSORS], tensors[5 + N_TENSORS:]
         # Dynamo traces this under compiled autograd, where it cannot trace a Function inside the backward pass of another
         apply = backward_op if torch.compiler.is_dynamo_compiling() else cls.apply
-        return apply(do, dlse, *_without_none(outputs[0], outputs), *inputs, *numbers, list(wanted), *of_statistics)
+        return apply(do, dlse, *_without_none(outputs[0], outputs), *inputs, *numbers, list(wanted), *cotangents)
 
     @staticmethod
     def forward(*inputs):
