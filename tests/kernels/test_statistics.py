@@ -90,7 +90,11 @@ def test_any_scale(scale, biased, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["equal", "peaked", "large"])
 def test_entropies_from_zero_to_the_largest(kind, dtype, device):
-    """Equal weights have ln S, a single one 0; scores of 1e4 lose no digit of the differences that are left."""
+    """Equal weights have ln S, a single one 0; scores of 1e4 lose no digit of the differences that are left.
+
+    In 16 bits a row's only weight is not 1 but within the rounding error of its exponent (kernels/softmax.py, subtracts_first),
+    where a fused multiply-add is one: the entropy has the error of the logarithm of a number near 1, whatever its own size.
+    """
     q, k, v, *_ = tensors(device, dtype, n_k=50)
     if kind == "equal":
         k[:] = k[..., :1, :]
@@ -102,11 +106,13 @@ def test_entropies_from_zero_to_the_largest(kind, dtype, device):
     wide, exact = (reference.attention(*(x.to(each) for x in (q, k, v)), return_stats=ALL)[1]
                    for each in (torch.float32, torch.float64))
     for name in ALL:
-        agree(name, ours[name], wide[name], exact[name], torch.float32)
+        if (kind, name) != ("peaked", "entropy"):
+            agree(name, ours[name], wide[name], exact[name], torch.float32)
     if kind == "equal":
         torch.testing.assert_close(ours["entropy"], torch.full_like(lse, math.log(50)), atol=1e-5, rtol=0)
     if kind == "peaked":
-        assert ((ours["entropy"] >= 0) & (ours["entropy"] < 1e-6)).all()
+        limit = 1e-15 if dtype == torch.float32 else 2 ** -22
+        assert ((exact["entropy"] <= limit) & (ours["entropy"] >= 0) & (ours["entropy"] <= limit)).all()
 
 
 def test_nan_reaches_what_attends_to_it_and_nothing_else(device):
