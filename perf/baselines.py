@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -62,6 +63,8 @@ def boolean_mask(problem: Problem, device) -> torch.Tensor:
 def variants(problem: Problem, heads: int, device) -> dict:
     """Return the options of `tritonattn.attention` for the variants of a problem, the same for every head."""
     options = {"softcap": SOFTCAP} if problem.softcap else {}
+    if problem.normalizer != "softmax":
+        options["normalizer"] = problem.normalizer
     if problem.sink:
         options["sink"] = torch.zeros(heads, device=device)
     if problem.alibi:
@@ -112,7 +115,7 @@ def varlen(problem, device):
     """Return torch's varlen_attn."""
     from torch.nn.attention.varlen import varlen_attn
 
-    refuse_statistics(problem)
+    refuse_beyond_softmax(problem)
     if not problem.packed:
         raise Unsupported("varlen_attn takes packed sequences only")
     if problem.softcap or problem.sink or problem.alibi or problem.relative:
@@ -124,8 +127,10 @@ def varlen(problem, device):
                   enable_gqa=problem.group > 1)
 
 
-def refuse_statistics(problem):
-    """Raise Unsupported for statistics of the weights."""
+def refuse_beyond_softmax(problem):
+    """Raise Unsupported for other normalizers, and for statistics of the weights."""
+    if problem.normalizer != "softmax":
+        raise Unsupported("computes a softmax only")
     if problem.entropy or problem.key_mass:
         raise Unsupported("returns no statistics of the weights")
 
@@ -153,7 +158,7 @@ def sdpa_mask(problem, device, backend=None):
 def sdpa(problem, device, backend=None):
     """Return torch's SDPA. `backend` names the backend that the caller's context forces, if any."""
     refuse_packed(problem)
-    refuse_statistics(problem)
+    refuse_beyond_softmax(problem)
     if problem.softcap or problem.sink:
         raise Unsupported("torch's SDPA has no softcap and no sinks")
     causal, mask = sdpa_mask(problem, device, backend)
@@ -183,7 +188,7 @@ def flex(problem, device):
     # the backward pass alone is timed by running it many times on one graph
     functorch.donated_buffer = False
     refuse_packed(problem)
-    refuse_statistics(problem)
+    refuse_beyond_softmax(problem)
     if problem.sink:
         raise Unsupported("a score function of FlexAttention adds no key")
     compiled, block_mask = torch.compile(flex_attention, dynamic=False), None
@@ -213,7 +218,7 @@ def flex(problem, device):
 
 
 def eager(problem, device):
-    """Return softmax(Q K^T) V as separate torch operations, those of statistics among them."""
+    """Return softmax(Q K^T) V as separate torch operations, or another normalizer's; those of statistics among them."""
     refuse_packed(problem)
     hidden = None if problem.mask == "full" else ~boolean_mask(problem, device)
     bias = formed_bias(problem, device)
@@ -225,6 +230,8 @@ def eager(problem, device):
         s = SOFTCAP * torch.tanh(s / SOFTCAP) if problem.softcap else s
         s = s if bias is None else s + bias
         s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
+        if problem.normalizer != "softmax":
+            return (s.relu() / problem.n_k if problem.normalizer == "relu" else (s - math.log(problem.n_k)).sigmoid()) @ v
         # a sink of 0 is one more score
         p = F.pad(s, (0, 1)).softmax(-1)[..., :-1] if problem.sink else s.softmax(-1)
         if problem.entropy:
@@ -238,7 +245,7 @@ def eager(problem, device):
 
 def flash_attn(problem, device, module):
     """Return the function of a flash-attn package; versions 2, 3 and 4 share the signature."""
-    refuse_statistics(problem)
+    refuse_beyond_softmax(problem)
     if (problem.mask != "full" or problem.alibi) and problem.shift != problem.n_k - problem.n_q:
         raise Unsupported("flash-attn aligns masks bottom-right, the problem is top-left")
     if problem.sink:

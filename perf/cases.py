@@ -5,7 +5,7 @@
     odd      sizes that no tile divides          small    short calls, dominated by launch cost
     short    a selection for a few minutes       tiny     seconds in Triton's interpreter
     cudnn    the shapes of cudnn-frontend's benchmark of training: grouped heads, wide heads, windows, few queries
-    variants softcap, sinks, ALiBi and tables of relative positions
+    variants softcap, sinks, ALiBi, tables of relative positions, statistics, sigmoid and ReLU attention
     packed   sequences of one length, packed
 """
 
@@ -55,7 +55,7 @@ def in_paper_grid(problem: Problem) -> bool:
     square = problem.n_q == problem.n_k and problem.d == problem.dv and problem.heads == problem.kv_heads
     sizes = math.prod(problem.batch) * problem.n_q, problem.heads * problem.d
     variants = "softcap", "sink", "alibi", "relative", "packed", "entropy", "key_mass"
-    plain = not any(getattr(problem, name) for name in variants)
+    plain = problem.normalizer == "softmax" and not any(getattr(problem, name) for name in variants)
     return square and sizes == (16384, 2048) and problem.mask in MASKS and plain
 
 
@@ -134,7 +134,7 @@ CUDNN = (
     *(Case(f"video transformer {n} on 62208", problem(1, 9, (n, 62208), 128), FORWARD) for n in (985, 1024, 2048, 4096, 8192)),
 )
 
-# the attention layers of Gemma 2, gpt-oss, Bloom and T5; statistics
+# the attention layers of Gemma 2, gpt-oss, Bloom and T5; statistics; sigmoid and ReLU attention
 VARIANTS = (
     *(Case(f"gemma-2-9b {name} 8k", replace(problem(1, (16, 8), 8192, 256, window), softcap=True), TRAINING)
       for name, window in (("global", CAUSAL), ("window 4k", (4095, 0)))),
@@ -147,6 +147,8 @@ VARIANTS = (
       for name in ("alibi", "relative") for d in (64, 128)),
     *(Case(f"{name} d{d} causal 4k", replace(of_paper(d, "causal", 4096).problem, **{name: True}), FORWARD)
       for name in ("entropy", "key_mass") for d in (64, 128)),
+    *(Case(f"{name} d{d} {mask} 4k", replace(of_paper(d, mask, 4096).problem, normalizer=name), TRAINING)
+      for name in ("sigmoid", "relu") for d in (64, 128) for mask in ("full", "causal")),
 )
 
 # of one length, so that the numbers of operations are exact and a padded batch would do the same work

@@ -103,8 +103,8 @@ def floor(problem: Problem, direction: str, device: gpu.Gpu) -> Floor:
     else:
         products, instructions, clock = 0, SOFTMAX * pairs + flops / 2, peaks.fp32_clock or peaks.clock
     cycles = device.sms * clock
-    # at least one instruction of the special-function units for the softmax, and one for tanh
-    special = pairs * (1 + problem.softcap)
+    # at least one instruction of the special-function units for softmax or sigmoid, and one for tanh
+    special = pairs * ((problem.normalizer != "relu") + problem.softcap)
     return Floor(flops, products / (cycles * peaks.tensor), special / (cycles * peaks.exponentials),
                  instructions / (cycles * peaks.fp32), problem.bytes(direction) / peaks.bandwidth)
 

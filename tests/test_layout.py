@@ -17,7 +17,8 @@ FLOORS = {
 }
 # inside a folder, a file imports only files that stand before it
 ORDER = {
-    "kernels": ["packed", "tile", "window", "dropout", "scores", "softmax", "forward", "backward", "diagonals", "mass"],
+    "kernels": ["packed", "tile", "window", "dropout", "scores", "softmax", "unnormalized", "forward", "backward",
+                "diagonals", "mass"],
     "measure": ["journal", "accuracy", "device_timer", "timing", "environment"],
     "configs": ["kernel_hash", "shipped", "key", "user_cache", "lookup"],
     "runtime": ["arguments", "packed_arguments", "interpreter", "launch", "row_gradients", "diagonal_gradients",

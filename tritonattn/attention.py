@@ -6,8 +6,8 @@ from .runtime import arguments, custom_op, eager, packed_arguments
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-              key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0, dropout_seed=None,
-              return_lse=False, return_stats=None, precise_grad=True):
+              key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None,
+              dropout_p=0.0, dropout_seed=None, return_lse=False, return_stats=None, precise_grad=True):
     """Compute O = softmax(scale Q K^T + bias) V over the keys that each query attends to, exactly, in O(L) memory.
 
     Args:
@@ -61,6 +61,13 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             scores of the keys d positions after the query, the first or last entry to those farther away. -inf masks a pair.
             With R of at least L and S no pair is farther away. `t5_table` makes T5's. The gradients of alibi and relative have
             their shapes, are summed in a fixed order and take memory for a few times [..., H, L + S] numbers.
+        normalizer: how weights follow from the scores s, after softcap, biases and masks: "softmax", or for each key by itself
+            "sigmoid"   1 / (1 + e^-(s + sigmoid_bias))   (Ramapuram et al., 2024, arXiv 2409.04431)
+            "relu"      max(s, 0) / n                     (Wortsman et al., 2023, arXiv 2309.08586)
+            where n is the number of keys: S, or that of key_lengths, whether or not a query attends to all of them. These two
+            have no lse, sinks or statistics, and precise_grad has no effect on them.
+        sigmoid_bias: a number from -10000 to 10000; -ln n if None. A learned one is a `bias`, such as [H, 1, 1], beside a
+            sigmoid_bias of 0; if it is the same for all keys, its gradient takes memory for one number of each query.
 
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural logarithm,
@@ -76,14 +83,17 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     Source: Dao et al., 2022 (arXiv 2205.14135); running softmax, Milakov and Gimelshein, 2018 (arXiv 1805.02867).
     """
     wanted = arguments.wanted_statistics(return_stats)
+    arguments.check_return_lse(normalizer, return_lse)
     tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed)
     sides = window if type(window) is tuple else (window,)
-    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, dropout_p, precise_grad, *wanted, *sides))
+    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, normalizer, sigmoid_bias, dropout_p,
+                                   precise_grad, *wanted, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
                                    key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative,
-                                   dropout_p=dropout_p, dropout_seed=dropout_seed, return_stats=return_stats)
+                                   normalizer=normalizer, sigmoid_bias=sigmoid_bias, dropout_p=dropout_p,
+                                   dropout_seed=dropout_seed, return_stats=return_stats)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
     o, lse, *computed = outputs
     return arguments.results(o, lse, computed, return_lse, return_stats)
@@ -91,8 +101,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, scale=None, causal=False,
                      window=(None, None), align=None, bias=None, mask=None, key_lengths=None, softcap=None, sink=None,
-                     alibi=None, relative=None, dropout_p=0.0, dropout_seed=None, return_lse=False, return_stats=None,
-                     precise_grad=True):
+                     alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None, dropout_p=0.0, dropout_seed=None,
+                     return_lse=False, return_stats=None, precise_grad=True):
     """Compute `attention` of each of several sequences that lie one after the other in memory, without padding.
 
     Args:
@@ -113,6 +123,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
             weights are dropped.
         alibi, relative: by positions within each sequence. Like a window, they need `align` unless the two cu_seqlens are the
             same tensor.
+        normalizer, sigmoid_bias: n is the number of keys of each sequence.
         scale, softcap, sink, dropout_p, return_lse, return_stats, precise_grad: see `attention`.
 
     Returns:
@@ -134,14 +145,15 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed, starts)
     sides = window if type(window) is tuple else (window,)
     wanted = arguments.wanted_statistics(return_stats)
-    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, dropout_p, precise_grad, *wanted,
-                                   packed_arguments.are_same(*starts), *longest, *sides))
+    arguments.check_return_lse(normalizer, return_lse)
+    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, normalizer, sigmoid_bias, dropout_p, precise_grad,
+                                   *wanted, packed_arguments.are_same(*starts), *longest, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = packed_arguments.prepare_packed(
             q, k, v, starts, longest, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
-            key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative, dropout_p=dropout_p,
-            dropout_seed=dropout_seed, return_stats=return_stats)
+            key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative, normalizer=normalizer,
+            sigmoid_bias=sigmoid_bias, dropout_p=dropout_p, dropout_seed=dropout_seed, return_stats=return_stats)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
     o, *rows = outputs
     lse, *computed = (x if x is None or x.dim() < 3 else x.squeeze(0) for x in rows)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 Window = tuple[int | None, int | None]
+NORMALIZERS = ("softmax", "sigmoid", "relu")
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ class Problem:
     relative: bool = False           # each head has a table of relative positions
     entropy: bool = False            # the entropy of each row is computed, in a backward pass differentiated
     key_mass: bool = False           # the same for the mass of each key
+    normalizer: str = "softmax"      # one of NORMALIZERS
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
            key_lengths=None, kv_blocks=None, softcap=None, sink=None, packed=None, alibi=None,
-           relative=None, entropy=False, key_mass=False) -> "Problem":
+           relative=None, entropy=False, key_mass=False, normalizer="softmax") -> "Problem":
         """Return the problem of these tensors. A side of the window that excludes nothing becomes None.
 
         packed: the number of packed sequences, and the most queries and keys of one.
@@ -58,7 +60,8 @@ class Problem:
         return Problem(tuple(batch), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
                        (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
                        dropout_p > 0, key_lengths is not None, kv_blocks is not None, softcap is not None, sink is not None,
-                       packed and (q.shape[-2], k.shape[-2]), alibi is not None, relative is not None, entropy, key_mass)
+                       packed and (q.shape[-2], k.shape[-2]), alibi is not None, relative is not None, entropy, key_mass,
+                       normalizer)
 
     @staticmethod
     def parse(shape: str, dtype: torch.dtype, causal: bool = False) -> "Problem":
@@ -162,6 +165,7 @@ class Problem:
         shift = f" shift {self.shift}" if self.shift and placed else ""
         names = ("masked", "mapped", "dropout", "lengths", "softcap", "sink", "alibi", "relative", "entropy", "key_mass")
         extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name in names if getattr(self, name)]
+        extras += [self.normalizer] * (self.normalizer != "softmax")
         extras += [] if self.packed is None else [f"packed {pair(*self.packed)}"]
         return " ".join([f"{'x'.join(map(str, sizes))} {_name(self.dtype)} {self.mask}{window}{shift}", *extras])
 

@@ -3,7 +3,11 @@
     S = scale Q K^T + bias          P = softmax of S over the keys that a query attends to          O = P V
 
 With a softcap c, S = c tanh(scale Q K^T / c) + bias. ALiBi and a table of relative positions are biases that depend on
-key position - query position. A sink is the score of one more key, whose value is 0.
+key position - query position. A sink is the score of one more key, whose value is 0. The other normalizers are
+
+    sigmoid    P = 1 / (1 + e^-(S + b)), with b = -ln n unless given            relu    P = max(S, 0) / n
+
+for the n keys of a sequence, masked or not, and P = 0 where a query does not attend to a key.
 """
 
 import itertools
@@ -12,16 +16,17 @@ import torch
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-              softcap=None, sink=None, alibi=None, relative=None, keep=None, dropout_p=0.0, return_lse=False,
-              return_stats=None):
+              softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None, keep=None,
+              dropout_p=0.0, return_lse=False, return_stats=None):
     """Compute attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
     the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False masks a pair) broadcast to
     [..., H, L, S]; key_lengths has the batch's shape; sink is [H], or [H, n] for n sinks of each head; alibi is [H], relative
-    [H, 2 R + 1]. With dropout_p, `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to keep.
-    return_stats adds a dictionary, as there. Takes O(L S) memory. Inputs are not checked; they must be finite, but for -inf in
-    bias, table and sinks.
+    [H, 2 R + 1]. normalizer is "softmax", "sigmoid" or "relu", the last two without sinks, log-sum-exp and statistics;
+    sigmoid_bias is a number. With dropout_p, `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to
+    keep. return_stats adds a dictionary, as there. Takes O(L S) memory. Inputs are not checked; they must be finite, but for
+    -inf in bias, table and sinks.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:
@@ -47,8 +52,13 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         s = torch.cat((s, sink.to(s.dtype).view(-1, 1, n_sinks).expand(*s.shape[:-1], n_sinks)), -1)
     # a fully masked row has no softmax: its output is 0 and its log-sum-exp -inf
     masked_rows = (s == -torch.inf).all(-1, keepdim=True)
-    s = s.masked_fill(masked_rows, 0.0)
-    p = weights = s.softmax(-1).masked_fill(masked_rows, 0.0)[..., :k.shape[-2]]
+    if normalizer == "softmax":
+        s = s.masked_fill(masked_rows, 0.0)
+        p = s.softmax(-1).masked_fill(masked_rows, 0.0)[..., :k.shape[-2]]
+    else:
+        n = q.new_tensor(k.shape[-2]) if key_lengths is None else key_lengths[..., None, None, None].clamp(0, k.shape[-2])
+        p = unnormalized_weights(s, n.clamp(min=1).to(s.dtype), normalizer, sigmoid_bias)
+    weights = p
     if dropout_p:
         p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
     o = p.to(v.dtype) @ v
@@ -59,6 +69,13 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     if return_stats is not None:
         outputs.append(statistics(of_keys, weights, return_stats))
     return tuple(outputs) if len(outputs) > 1 else o
+
+
+def unnormalized_weights(s, n, normalizer, sigmoid_bias):
+    """Return the weights of the masked scores s: of each by itself. n: number of keys, which broadcasts to s."""
+    if normalizer == "relu":
+        return s.relu() / n
+    return (s + (-n.log() if sigmoid_bias is None else sigmoid_bias)).sigmoid()
 
 
 def statistics(s, p, names) -> dict:

@@ -122,6 +122,19 @@ def test_number_of_loops_is_limited():
     assert len(sass.loops(SASS, 5)) == 2
 
 
+def test_loops_without_exponentials_are_told_by_products_and_place():
+    """Of each pass the first loops count, not the nan_safe one after them, nor a loop without products."""
+    def loop(name, *body):
+        return f".L_x_{name}:\n" + lines(*body, f"@P0 BRA `(.L_x_{name})")
+
+    product, others = "HMMA.16816.F32 R1, R2, R3, R4", ("FADD R1, R2, R3",) * 3
+    text = "".join([loop(1, product), loop(2, product, product), loop(3, *others), loop(4, product, *others),
+                    loop(5, product, "STL [R1], R2"), loop(6, product, product, "STL [R1], R2"), loop(7, product)])
+    found = sass.loops(text, 4, 2)
+    assert sorted((each.counts["tensor"], each.spills) for each in found) == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert len(sass.loops(text)) == 6 and len(sass.loops(text, product="float")) == 2
+
+
 def test_pipelined_loop_comes_first():
     copying = SASS.replace("@!P0 STL [R1], R2", "LDGSTS.E [R1], R2")
     assert [loop.pipelined for loop in sass.loops(copying)] == [True, False]

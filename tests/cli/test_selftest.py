@@ -45,7 +45,7 @@ def test_every_kernel_agrees(device):
     assert all(result.agrees for result in results), table
     assert {(result.problem, result.tensor) for result in results} == {
         (case.name, tensor) for case in selftest.CASES for tensor in (*selftest.TENSORS, *selftest.STATISTICS * case.statistics)
-        if case.placed or tensor != "drelative"}
+        if (case.placed or tensor != "drelative") and (case.normalizer == "softmax" or tensor != "lse")}
     assert sum(case.placed for case in selftest.CASES) == sum(case.statistics for case in selftest.CASES) == 1
     assert table.endswith(f"all {len(results)} tensors agree")
 

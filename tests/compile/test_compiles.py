@@ -275,8 +275,10 @@ for kernel in {kernels}:
     for d in (64, 128):
         problem = Problem(({batch},), 32, {kv_heads}, 4088, 4088, d, d, torch.bfloat16, (None, 0), {variant})
         report = compile_report.inspect_kernel(kernel, problem, lookup.get_config(kernel, problem, on), on)
+        threads, tile = on.multiprocessor.lanes * report.config.num_warps, report.config.block_m * report.config.block_n
         found.append(dict(cell=[kernel, d, str(report.config)], fits=report.fits, spills=report.loop_spills,
-                          work=report.duplicated, race=report.race))
+                          work=report.duplicated, race=report.race,
+                          special=report.loops[0].counts.get("special", 0) * threads / tile))
 print(json.dumps(found))
 """
 
@@ -331,6 +333,16 @@ def test_statistics_hardly_spill(name, arch):
     for row in compiled(VARIANT.format(kernels=kernels, arch=arch, batch=4, kv_heads=32, variant=f"{name}=True")):
         assert row["fits"] and row["work"] == 1 and row["race"] is None, row
         assert row["spills"] <= max(STATISTICS.get((name, arch, *row["cell"][:2]), 0), 0 if OWN else UNSEEN), row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name, special", [("sigmoid", 2), ("relu", 0)])
+def test_other_normalizers_do_not_spill(name, special, arch):
+    """They are served by the rows of plain attention, and need these instructions of the special-function units per score."""
+    for row in compiled(VARIANT.format(kernels=KERNELS, arch=arch, batch=4, kv_heads=32, variant=f"normalizer={name!r}")):
+        assert row["fits"] and row["work"] == 1 and row["race"] is None, row
+        assert row["spills"] <= (0 if OWN else LIGHT_SPILLS) and row["special"] == special, row
 
 
 @pytest.mark.slow

@@ -44,8 +44,8 @@ def bare_exponent(s, minus_m, scoring, dtype: tl.constexpr):
 
 
 @triton.jit
-def bare_select_head(mods, batches, batch, head, first, rows, shift):
-    return ScoreMods((), (), (), (), (), (), ())
+def bare_select_head(mods, sizes, batch, head, first, rows, shift, static):
+    return ScoreMods((), (), (), (), (), (), (), ())
 
 
 @triton.jit

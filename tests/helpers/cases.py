@@ -36,10 +36,12 @@ class Case:
     alibi: bool = False
     radius: int | None = None  # of a table of relative positions
     stats: tuple = ()          # of return_stats
+    normalizer: str = "softmax"
 
     @property
     def options(self):
-        return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale, "softcap": self.softcap}
+        return {"causal": self.causal, "window": self.window, "align": self.align, "scale": self.scale, "softcap": self.softcap,
+                "normalizer": self.normalizer}
 
     def given(self, dtype, device, seed=1):
         """Return biases, mask, sink and names of statistics, as arguments of attention."""
@@ -136,6 +138,8 @@ FEATURES = {
     "alibi": {"alibi": {"alibi": True}},
     "relative": {"relative": {"radius": 6}, "relative-unclipped": {"radius": 64}},
     "statistics": {"statistics": {"stats": ("max", "entropy", "key_mass")}},
+    # which has no sinks and no statistics
+    "normalizer": {name: {"normalizer": name, "sinks": 0, "stats": ()} for name in ("sigmoid", "relu")},
 }
 
 
@@ -196,12 +200,16 @@ def in_dtype_of(arguments, dtype):
 
 
 def results(function, q, k, v, do, dlse, **options):
-    """Return the tensors that `result_names` names. Rows whose lse is -inf have no gradient through it.
+    """Return the tensors that `result_names` names. Rows whose lse is -inf have no gradient through it; with another normalizer
+    than softmax there is no lse.
 
     The gradients are those of o, lse, entropy and key_mass together; the last two have random cotangents.
     """
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     learned = {name: options[name].detach().requires_grad_() for name in LEARNED if options.get(name) is not None}
+    if options.get("normalizer", "softmax") != "softmax":
+        o = function(*leaves, **options | learned)
+        return o, *torch.autograd.grad(o, (*leaves, *learned.values()), do.to(o.dtype))
     o, lse, *statistics = function(*leaves, return_lse=True, **options | learned)
     statistics = statistics[0] if statistics else {}
     outputs = [o, lse, *(statistics[name] for name in ("entropy", "key_mass") if name in statistics)]
@@ -214,7 +222,8 @@ def results(function, q, k, v, do, dlse, **options):
 def result_names(options):
     """Return the names of the `results` with these options."""
     learned = (f"d{name}" for name in LEARNED if options.get(name) is not None)
-    return "o", "lse", "dq", "dk", "dv", *learned, *options.get("return_stats", ())
+    lse = ("lse",) if options.get("normalizer", "softmax") == "softmax" else ()
+    return "o", *lse, "dq", "dk", "dv", *learned, *options.get("return_stats", ())
 
 
 def launch(case, dtype, device, family="randn", tiles=TILES):
@@ -234,7 +243,7 @@ def check(case, dtype, device, family="randn", tiles=TILES):
     exact, torchs = in_dtype(torch.float64), in_dtype(dtype)
     # lse and statistics are float32 whatever the inputs are: compare them with float32 arithmetic
     wide = torch.promote_types(dtype, torch.float32)
-    for name, *values, in_wide in zip(result_names(given), ours, torchs, exact, in_dtype(wide), strict=True):
+    for name, *values, in_wide in zip(result_names(case.options | given), ours, torchs, exact, in_dtype(wide), strict=True):
         if name in WIDE:
             agree(name, values[0], in_wide, values[2], wide)
         else:

@@ -45,6 +45,7 @@ UNCHANGED = "unchanged"  # the key of the package without a mutation
 # in the order in which they run: cheap and sensitive ones first
 TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py", "tests/test_block_mask.py",
          "tests/kernels/test_softcap_and_sink.py", "tests/kernels/test_relative.py", "tests/kernels/test_statistics.py",
+         "tests/kernels/test_normalizers.py",
          "tests/kernels/test_softmax.py", "tests/kernels/test_window.py", "tests/runtime/test_launch.py",
          "tests/kernels/test_packed.py")
 # tests of those files that are about torch, not about kernels

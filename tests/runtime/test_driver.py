@@ -39,7 +39,8 @@ from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
-        torch.ops.tritonattn.forward(q, q, q, *[None] * 11, 1.0, None, None, False, 0.0, *[None] * 3, *[False] * 4)
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 11, 1.0, None, None, False, 0.0, *[None] * 3, *[False] * 3,
+                                     "softmax", None, False)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
     print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
@@ -99,6 +100,8 @@ if "relative" in kind:
     options |= dict(zip(("alibi", "relative"), learned)) | dict(align="top_left")
 if "statistics" in kind:
     options["return_stats"] = "max", "entropy", "key_mass"
+if "sigmoid" in kind:
+    options |= dict(normalizer="sigmoid", sigmoid_bias=-2.0)
 if "packed" in kind:
     attention = tritonattn.attention_varlen
     q, k, v, do = (torch.zeros(2 * n, x.shape[1], 64, dtype=torch.bfloat16, requires_grad=True) for x in (q, k, v, do))
@@ -159,9 +162,13 @@ radii = random.Random(1)  # of its own, so that the lengths are those of the pla
 
 
 def more_options():
-    # slopes and a table of any radius from 1, or statistics, if asked for
+    # slopes and a table of any radius from 1, a sigmoid with any bias, or others, if asked for
     if VARIANT == "relative":
         return dict(alibi=torch.zeros(2), relative=torch.zeros(2, 2 * radii.randint(1, 40) + 1, requires_grad=True))
+    if VARIANT == "sigmoid":
+        return dict(normalizer="sigmoid", sigmoid_bias=radii.choice((1, 16, 1.5)))
+    if VARIANT == "relu":
+        return dict(normalizer="relu")
     return dict(return_stats=("max", "entropy", "key_mass")) if VARIANT == "statistics" else {}
 
 
@@ -215,7 +222,7 @@ def test_oversized_config_raises_before_the_launch():
 
 
 KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap", "packed causal"
-KINDS += "relative", "relative packed", "statistics", "statistics packed sink"
+KINDS += "relative", "relative packed", "statistics", "statistics packed sink", "sigmoid bias", "sigmoid packed"
 
 
 @pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])
@@ -224,6 +231,8 @@ def test_repeated_calls_launch_directly_with_the_arguments_of_triton(kind):
     result = compiled(REPEATED.replace("KIND", repr(kind)), fresh=True)
     kernels = ["forward_kernel", "delta_kernel", "dq_kernel", "dkdv_kernel"] + ["dbias_kernel"] * ("bias" in kind)
     kernels += ["diagonals_kernel"] * ("relative" in kind)
+    if "sigmoid" in kind:
+        kernels.remove("delta_kernel")
     if "statistics" in kind:
         kernels[1:2] = "key_mass_kernel", "delta_kernel", "mass_delta_kernel"
     assert result["direct"] == [[], [], []] and result["hooked"] == kernels and result["compiled_by_warm"]
@@ -241,23 +250,26 @@ def test_plan_keeps_its_kernel_loaded():
     assert compiled(CLEARED, fresh=True) == [[True], 0, 4]
 
 
-@pytest.mark.slow  # compiles seven to eleven kernels
-@pytest.mark.parametrize("variant", ["plain", "relative", "statistics"])
+VARIANTS = pytest.mark.parametrize("variant", ["plain", "relative", "statistics", "sigmoid", "relu"])
+
+
+@pytest.mark.slow  # compiles six to eleven kernels
+@VARIANTS
 def test_new_lengths_need_no_new_binary(variant):
     """Two binaries serve all lengths: one for a loop whose last tile is partial, one for a loop whose is not."""
     counts = compiled(LENGTHS.replace("VARIANT", repr(variant)), fresh=True)
-    mass = 2 * (variant == "statistics")
-    assert counts == {"forward_kernel": 2, "delta_kernel": 1, "dq_kernel": 2, "dkdv_kernel": 2, "dbias_kernel": 0,
+    mass, delta = 2 * (variant == "statistics"), int(variant not in ("sigmoid", "relu"))
+    assert counts == {"forward_kernel": 2, "delta_kernel": delta, "dq_kernel": 2, "dkdv_kernel": 2, "dbias_kernel": 0,
                       "diagonals_kernel": int(variant == "relative"), "key_mass_kernel": mass, "mass_delta_kernel": mass,
                       "map_kernel": 0}
 
 
-@pytest.mark.slow  # compiles four to six kernels
-@pytest.mark.parametrize("variant", ["plain", "relative", "statistics"])
+@pytest.mark.slow  # compiles three to six kernels
+@VARIANTS
 def test_packed_sequences_need_one_binary(variant):
     """Whatever the numbers of rows and sequences are: 1, multiples of 16, or others."""
     counts = compiled(PACKED.replace("VARIANT", repr(variant)), fresh=True)
-    mass = int(variant == "statistics")
-    assert counts == {"forward_kernel": 1, "delta_kernel": 1, "dq_kernel": 1, "dkdv_kernel": 1, "dbias_kernel": 0,
+    mass, delta = int(variant == "statistics"), int(variant not in ("sigmoid", "relu"))
+    assert counts == {"forward_kernel": 1, "delta_kernel": delta, "dq_kernel": 1, "dkdv_kernel": 1, "dbias_kernel": 0,
                       "diagonals_kernel": int(variant == "relative"), "key_mass_kernel": mass, "mass_delta_kernel": mass,
                       "map_kernel": 0}

@@ -151,15 +151,14 @@ class KernelReport:
 
     @property
     def redone(self) -> float:
-        """Exponentials in one iteration of the loop, as a multiple of the scores of the tile; ideally 1.
-
-        With two passes, the larger value.
+        """Exponentials in one iteration of the loop, as a multiple of those that the scores of the tile need; ideally 1, and 1
+        where they need none. With two passes, the larger value.
         """
         if len(self.passes) == 2:
             return max(each.redone for each in self.passes)
         tile = self.config.block_m * self.config.block_n
-        needed = 2 if self.problem.softcap else 1  # of each score
-        return self.loops[0].exponentials * self.threads / (needed * tile)
+        needed = self.problem.softcap + (self.problem.normalizer != "relu")  # of each score
+        return self.loops[0].exponentials * self.threads / (needed * tile) if needed else 1.0
 
     @property
     def products(self) -> tuple[tuple[int, int, int], ...]:
@@ -191,6 +190,7 @@ class KernelReport:
     def sum_flops(self) -> int:
         """Floating-point operations with which tensor cores add up the weights of a tile, in 8 columns."""
         summed = self.config.mma_sum and self.kernel == "forward" and self.problem.dtype.itemsize == 2
+        summed = summed and self.problem.normalizer == "softmax"
         return 2 * self.config.block_m * 8 * self.config.block_n if summed else 0
 
     @property
@@ -214,7 +214,8 @@ def inspect_kernel(kernel: str, problem: Problem, config: Config, gpu: Gpu) -> K
         resources = sass.resources_of_cubin(compiled.asm["cubin"])
     example = launch.example_launch(kernel, problem, config)
     modes = example.arguments[-1].LOOP_MODES.value
-    loops = sass.loops(text, example.passes * (len(modes) - modes.count(None)) or None)
+    stretches, on_cores = example.passes * (len(modes) - modes.count(None)), precision(problem) == "ieee" and not gpu.is_amd
+    loops = sass.loops(text, stretches or None, example.passes, "float" if on_cores else "tensor")
     return KernelReport(kernel, problem, gpu, config, shared_memory=compiled.metadata.shared,
                         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0, precision=precision(problem),
                         loops=loops, race=find_race(text, config.num_warps) if gpu.arch == "sm_90" else None, **resources)

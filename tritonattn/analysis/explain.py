@@ -91,7 +91,8 @@ def explain_problem(problem: Problem, target: Gpu) -> Explanation:
     if max(problem.d, problem.dv) > limit:
         raise RuntimeError(f"head size: expected at most {limit} in {problem.dtype} on {target.name}, got "
                            f"{max(problem.d, problem.dv)}")
-    kernels = ("forward", "delta", "dq", "dkdv") + (("dbias",) if problem.bias is not None else ())
+    kernels = ("forward", "delta", "dq", "dkdv") if problem.normalizer == "softmax" else ("forward", "dq", "dkdv")
+    kernels += ("dbias",) if problem.bias is not None else ()
     kernels += ("diagonals",) if problem.alibi or problem.relative else ()
     kernels += ("key_mass", "mass_delta") if problem.key_mass else ()
     return Explanation(problem, target, tuple(_line(kernel, problem, target) for kernel in kernels))

@@ -155,12 +155,15 @@ class Loop:
         return self.beside_products(("MUFU.EX2", "FMNMX"))
 
 
-def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
+def loops(text: str, stretches: int | None = None, passes: int = 1, product: str = "tensor") -> tuple[Loop, ...]:
     """Return the loops over tiles in SASS or amdgcn: innermost loops with exponentials, the one without a mask first.
 
     The loop without a mask is the shortest of the pipelined ones, since masked loops may not be pipelined. The nan_safe loop
     (kernels/window.py) is left out, since it hardly ever runs: it follows the others, with two passes those of its pass, and
     has fewer exponentials, because its tiles are smaller. `stretches` is the number of loops without it, if known.
+
+    Where no loop has exponentials, as in ReLU attention, these are the loops with products, instructions of the kind `product`;
+    then a nan_safe loop is recognized by its place.
     """
     lines = text.splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
@@ -174,6 +177,18 @@ def loops(text: str, stretches: int | None = None) -> tuple[Loop, ...]:
     opcode = _SASS.search if _SASS.search(text) else _AMDGCN.match
     every_loop = [Loop(tuple(match[1] for line in part if (match := opcode(line))), "\n".join(part))
                   for part in (lines[start:end + 1] for start, end in innermost)]
-    softmax = [loop for loop in every_loop if loop.exponentials]
-    over_tiles = [loop for loop in softmax if loop.exponentials > NAN_SAFE_RATIO * softmax[0].exponentials][:stretches]
+    if with_exponentials := [loop for loop in every_loop if loop.exponentials]:
+        fewest = NAN_SAFE_RATIO * with_exponentials[0].exponentials
+        over_tiles = [loop for loop in with_exponentials if loop.exponentials > fewest][:stretches]
+    else:
+        over_tiles = _loops_with_products(every_loop, stretches, passes, product)
     return tuple(sorted(over_tiles, key=lambda loop: (not loop.pipelined, len(loop.instructions))))
+
+
+def _loops_with_products(every_loop, stretches, passes, product):
+    """Return the first `stretches` loops with products, of each pass its share: a nan_safe loop follows those of its pass."""
+    # products of float32 are multiply-adds, of which other loops have few
+    counts = [loop.counts.get(product, 0) for loop in every_loop]
+    found = [loop for loop, count in zip(every_loop, counts) if count > max(counts) / 8]
+    of_pass, share = len(found) // passes, stretches and stretches // passes
+    return [loop for i in range(passes) for loop in found[i * of_pass:(i + 1) * of_pass][:share]]

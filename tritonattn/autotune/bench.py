@@ -74,8 +74,8 @@ class Bench:
                 if self.kernel == "forward":
                     # inference uses another binary
                     with torch.no_grad():
-                        o, *_ = attention(*tensors[:3], bias=tensors[4], return_lse=True, **options)
-                        results.append(("o", o))
+                        result = attention(*tensors[:3], bias=tensors[4], **options)
+                        results.append(("o", result[0] if isinstance(result, tuple) else result))
             for tensor, result in results:
                 if not torch.equal(first[tensor].view(torch.uint8), second[tensor].view(torch.uint8)):
                     return Failure("not repeatable", f"{tensor}, {name}")
@@ -103,7 +103,8 @@ class Bench:
 
     def _outputs(self, options) -> tuple[str, ...]:
         """Return the names of the tensors that the kernel computes, or is part of computing."""
-        return OUTPUTS[self.kernel] + (options.get("return_stats", ()) if self.kernel == "forward" else ())
+        names = OUTPUTS[self.kernel] + (options.get("return_stats", ()) if self.kernel == "forward" else ())
+        return names if self.problem.normalizer == "softmax" else tuple(name for name in names if name != "lse")
 
     def times(self, configs: list[str], rounds: int) -> dict[str, tuple[float, ...]]:
         """Return `rounds` interleaved samples of each config in seconds. Raises timing.TimedError, which names a config."""
@@ -169,15 +170,18 @@ def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: 
     # kernels of other gradients do not run; a forward pass alone runs as in training
     for name in wanted or leaves:
         leaves[name].requires_grad_()
-    o, lse, *statistics = function(q, k, v, bias=bias, return_lse=True, **options)
+    if options.get("normalizer", "softmax") == "softmax":
+        o, lse, *statistics = function(q, k, v, bias=bias, return_lse=True, **options)
+    else:
+        o, lse, statistics = function(q, k, v, bias=bias, **options), None, ()
     # a cotangent of each statistic, so that the kernels are those that the problem names
     outputs = [o, *(x for each in statistics for x in each.values())]
     cotangents = [do.to(o.dtype), *(torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)
                                     for x in outputs[1:])]
     gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], cotangents) if wanted else ()
-    results = {"o": o.detach(), "lse": lse.detach()} | dict(zip(wanted, gradients))
-    results |= {name: x.detach() for each in statistics for name, x in each.items()}
-    return {name: results[name] for name in names}
+    results = {"o": o.detach(), "lse": lse} | dict(zip(wanted, gradients))
+    results |= {name: x for each in statistics for name, x in each.items()}
+    return {name: results[name].detach() for name in names}
 
 
 def options_of_reference(options: dict, tensors) -> dict:
@@ -229,6 +233,8 @@ def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[lis
         options["relative"] = torch.randn(problem.heads, launch.RELATIVE_ENTRIES, device=device, generator=rng)
     if problem.entropy or problem.key_mass:
         options["return_stats"] = ("entropy",) * problem.entropy + ("key_mass",) * problem.key_mass
+    if problem.normalizer != "softmax":
+        options["normalizer"] = problem.normalizer
     if problem.dropout:
         options |= {"dropout_p": DROPOUT_P, "dropout_seed": torch.tensor([seed], dtype=torch.int64, device=device)}
     return [q, k, v, do, bias], options
@@ -283,6 +289,8 @@ def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,
     o_residuals, row_max, entropy = ((x,) if x.numel() else () for x in optional)
     # the values of delta do not change the time
     delta = empty_statistics(inputs).zero_()
+    if problem.normalizer != "softmax":
+        lse = statistics = delta = ()
     # any numbers can be cotangents
     queries = Queries(inputs.q, do, statistics, delta, entropy, (mass,) if inputs.key_mass else ())
     dq, dk, dv, dbias = (x if x is None else empty_rows(x, x.shape[-1]) for x in inputs[:4])
@@ -309,6 +317,8 @@ def others_of_a_check(kernel: str, problem: Problem) -> list[str]:
     """Return the kernels that run beside this one in a call that checks it."""
     if kernel == "forward":
         return ["key_mass"] if problem.key_mass else []
+    if problem.normalizer != "softmax":
+        return ["forward"]
     return ["forward", "delta", *(("key_mass", "mass_delta") if problem.key_mass else ())]
 
 

@@ -121,7 +121,7 @@ def _reason(report) -> tuple[str | None, str]:
     if report.registers <= COLLAPSED_REGISTERS and report.stack >= COLLAPSED_STACK:
         return "register collapse", f"{report.registers} registers, {report.stack} bytes of stack"
     if not report.loops:
-        return "unclear", "no loop with exponentials"
+        return "unclear", "no loop over tiles was found"
     spills = f"{report.loop_spills} in the loop" if report.loop_spills else ""
     also = f", and spills {spills}" if spills else ""
     if report.mma_instruction != report.best_mma_instruction:

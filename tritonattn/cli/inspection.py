@@ -11,7 +11,7 @@ import torch
 from .. import gpu
 from ..config import KERNELS, Config
 from ..configs import lookup
-from ..problem import Problem
+from ..problem import NORMALIZERS, Problem
 from .format import CommandError
 from .tuning import DTYPES
 
@@ -45,6 +45,7 @@ def add(commands) -> None:
         command.add_argument("--relative", action="store_true", help="a table of relative positions for each head")
         command.add_argument("--entropy", action="store_true", help="the entropy of each row, differentiated")
         command.add_argument("--key-mass", action="store_true", help="the mass of each key, differentiated")
+        command.add_argument("--normalizer", choices=NORMALIZERS, default="softmax", help="default: %(default)s")
         command.add_argument("--packed", action="store_true", help="the sequences of the batch are packed")
         output.add_argument("--json", action="store_true", help="print a JSON list instead of text")
 
@@ -108,6 +109,8 @@ def _jobs(arguments) -> list[tuple]:
     except ValueError as error:
         raise CommandError(str(error)) from None
     kernels = DIRECTIONS[arguments.direction] if arguments.direction else KERNELS[:4]
+    if arguments.normalizer != "softmax":
+        kernels = [kernel for kernel in kernels if kernel != "delta"]
     if (arguments.alibi or arguments.relative) and arguments.direction != "forward":
         kernels = *kernels, "diagonals"
     if arguments.key_mass and arguments.direction != "backward":
@@ -122,7 +125,7 @@ def _variant(problem: Problem, arguments) -> Problem:
     """Return a problem with the features that the arguments name."""
     packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
     return replace(problem, softcap=arguments.softcap, packed=packed, alibi=arguments.alibi, relative=arguments.relative,
-                   entropy=arguments.entropy, key_mass=arguments.key_mass)
+                   entropy=arguments.entropy, key_mass=arguments.key_mass, normalizer=arguments.normalizer)
 
 
 def _explain(arguments) -> int:

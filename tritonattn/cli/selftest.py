@@ -40,6 +40,7 @@ class Case(NamedTuple):
     placed: bool = False      # with ALiBi and a table of relative positions
     packed: bool = False      # as `_packed` cuts it into sequences
     statistics: bool = False  # with STATISTICS
+    normalizer: str = "softmax"
     repeated: bool = False    # compare two runs instead: the error is the number of bytes that differ
 
 
@@ -55,6 +56,8 @@ CASES = (
     Case("softcap and sinks", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", capped=True),
     Case("relative positions", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", placed=True),
     Case("statistics", (F32, BF16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", statistics=True),
+    *(Case(f"{name}, causal", (F32, F16), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", normalizer=name)
+      for name in ("sigmoid", "relu")),
     Case("packed sequences", (F32, BF16), (2, 1, 75, 90, 32, 32), CAUSAL, "bottom_right", packed=True),
     Case("repeated, in bytes", (F16,), (2, 1, 37, 69, 32, 32), CAUSAL, "bottom_right", repeated=True),
 )
@@ -156,7 +159,12 @@ def _results(function, case: Case, inputs: list[torch.Tensor]) -> dict[str, torc
                    "relative": (torch.arange(-6, 7, device=q.device) / 8).repeat(q.shape[-3], 1).to(q.dtype)}
     # not the slopes: the error of so few numbers is often small by chance, and torch's would be no measure
     learned = [variant["relative"].requires_grad_()] if case.placed else []
-    options = variant | {"window": case.window, "align": case.align, "return_lse": True}
+    options = variant | {"window": case.window, "align": case.align}
+    if case.normalizer != "softmax":
+        o = function(q, k, v, normalizer=case.normalizer, **options)
+        gradients = torch.autograd.grad(o, (q, k, v), inputs[3].to(o.dtype))
+        return dict(zip(("o", "dq", "dk", "dv"), (o, *gradients)))
+    options["return_lse"] = True
     options |= {"return_stats": STATISTICS} if case.statistics else {}
     o, lse, *statistics = _packed(function, q, k, v, **options) if case.packed else function(q, k, v, **options)
     computed = {name: x for each in statistics for name, x in each.items()}

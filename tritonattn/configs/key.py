@@ -45,6 +45,7 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
         "relative": problem.relative,
         "entropy": problem.entropy,
         "key_mass": problem.key_mass and kernel != "forward",
+        problem.normalizer: problem.normalizer != "softmax",
         "lengths": problem.lengths,
         "ragged": problem.lengths or loop_length % TILE,
         f"group {problem.group}": problem.group > 1,

@@ -4,7 +4,8 @@
     dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q      dbias = dS, summed where the bias is broadcast
 
-With a softcap, the derivative of tanh multiplies dS in dQ and dK. A sink needs no kernel (runtime/row_gradients.py).
+With a softcap, the derivative of tanh multiplies dS in dQ and dK. A sink needs no kernel (runtime/row_gradients.py). In sigmoid
+and ReLU attention dS = dP/dS * dP, without a delta (unnormalized.py).
 
 Two statistics of the weights have gradients, the entropy H of each query and the mass M of each key:
 
@@ -55,6 +56,7 @@ from .tile import (
     zero_stored_rows,
     zero_tile,
 )
+from .unnormalized import from_unit, slope, weights
 from .window import (
     NAN_SAFE_ROWS,
     Window,
@@ -73,26 +75,37 @@ class Queries(NamedTuple):
 
     q: HeadView
     do: HeadView
+    # of other normalizers than softmax both are ()
     statistics: object  # address, see forward.Outputs; in a view (address of -m, of log2 l), in a tile (-m, log2 l)
     delta: object       # address, see tile.statistics_view; in a tile its numbers
     d_entropy: tuple = ()  # or one element, the cotangents of the entropies: address as lse
     d_mass: tuple = ()     # or one element, those of the key masses: address, see tile.mass_view; in a tile a view by position
 
 
+class Weights(NamedTuple):
+    """Weights of a tile, [M, N] or [N, M]."""
+
+    p: tl.tensor      # in the unit of unnormalized.py; 0 at masked pairs
+    slope: tl.tensor  # dP/dS, without what a softmax adds through the sum of the row, so that its slope is P
+    log2_p: object    # of a softmax, else (); anything at masked pairs
+
+
 @triton.jit
-def query_views(queries, sizes, batch, head, KEY_ROWS: tl.constexpr):
+def query_views(queries, sizes, batch, head, static, KEY_ROWS: tl.constexpr):
     """Return the views of one query head. KEY_ROWS: keys are the rows of the scores, so that query 0 has position 0."""
-    statistics = statistics_view(queries.statistics, sizes, batch, head, 2)
-    d_entropy, d_mass = queries.d_entropy, queries.d_mass
+    statistics, delta, d_entropy, d_mass = queries.statistics, queries.delta, queries.d_entropy, queries.d_mass
+    if static.NORMALIZER == "softmax":
+        address = statistics_view(queries.statistics, sizes, batch, head, 2)
+        statistics = address, address + statistics_of_head(sizes)
+        delta = statistics_view(queries.delta, sizes, batch, head, 1)
     if len(queries.d_entropy) == 1:
         d_entropy = (HeadView(lse_view(queries.d_entropy[0], sizes, batch, head), 1, 1, sizes.n_q),)
     if len(queries.d_mass) == 1:
         d_mass = (mass_view(queries.d_mass[0], sizes, batch, head),)
         if KEY_ROWS:
             d_mass = (rows_by_position(d_mass[0], -sizes.shift),)
-    return Queries(query_view(queries.q, sizes, batch, head), query_view(queries.do, sizes, batch, head),
-                   (statistics, statistics + statistics_of_head(sizes)),
-                   statistics_view(queries.delta, sizes, batch, head, 1), d_entropy, d_mass)
+    return Queries(query_view(queries.q, sizes, batch, head), query_view(queries.do, sizes, batch, head), statistics, delta,
+                   d_entropy, d_mass)
 
 
 @triton.jit
@@ -104,21 +117,29 @@ def load_log2_l(queries, first, M: tl.constexpr):
 @triton.jit
 def load_queries(queries, first, M: tl.constexpr, static, CHECK: tl.constexpr):
     """Load the tile of M queries from `first`. Rows are checked only if CHECK."""
-    d_entropy = queries.d_entropy
+    statistics, delta, d_entropy = queries.statistics, queries.delta, queries.d_entropy
     if len(queries.d_entropy) == 1:
         d_entropy = (load_column(queries.d_entropy[0], first, M),)
-    return Queries(
-        load_tile(queries.q, first, M, static.D, CHECK),
-        load_tile(queries.do, first, M, static.DV, CHECK),
-        (load_statistic(queries.statistics[0], first, queries.q.rows, M, 0.0), load_log2_l(queries, first, M)),
-        load_statistic(queries.delta, first, queries.q.rows, M, 0.0),
-        d_entropy,
-        queries.d_mass,
-    )
+    q, do = load_tile(queries.q, first, M, static.D, CHECK), load_tile(queries.do, first, M, static.DV, CHECK)
+    if static.NORMALIZER == "softmax":
+        statistics = load_statistic(queries.statistics[0], first, queries.q.rows, M, 0.0), load_log2_l(queries, first, M)
+        delta = load_statistic(queries.delta, first, queries.q.rows, M, 0.0)
+    return Queries(q, do, statistics, delta, d_entropy, queries.d_mass)
 
 
 @triton.jit
-def recompute_p(s, queries, scoring, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
+def recompute_p(s, queries, scoring, static, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
+    """Return the Weights of a tile."""
+    if static.NORMALIZER == "softmax":
+        p, log2_p = recompute_softmax(s, queries, scoring, TRANSPOSED, MODE)
+        return Weights(p, p, log2_p)
+    else:
+        p = weights(s, scoring, static, queries.q[0].dtype)
+        return Weights(p, slope(s, p, scoring, static, queries.q[0].dtype), ())
+
+
+@triton.jit
+def recompute_softmax(s, queries, scoring, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
     """Return P of a tile, 0 at masked pairs, even where the sum of the row is NaN; and log2 P, anything at masked pairs.
 
     m and log2 l are subtracted one after the other: for large scores their sum has no digits left for log2 l.
@@ -152,22 +173,26 @@ def add_entropy_and_mass_grad(dp, log2_p, queries, first_key, TRANSPOSED: tl.con
 
 
 @triton.jit
-def score_weight(p, capped, scoring):
-    """Return P times the derivative of the softcap at S before bias and masks: with it, grad_s gives the gradient of Q K^T."""
+def capped_slope(weight, capped, scoring):
+    """Return dP/dS times the derivative of the softcap at S before bias and masks: it makes grad_s give that of Q K^T."""
+    x = weight.slope
     if scoring.softcap is not None:
         # the derivative of tanh is 1 - tanh^2
         tanh = capped * (1.0 / scoring.softcap)
-        p = p - p * (tanh * tanh)
-    return p
+        x = x - x * (tanh * tanh)
+    return x
 
 
 @triton.jit
-def grad_s(s, p, dp, delta, scoring, MODE: tl.constexpr):
-    """Return dS = P * (dP - delta), dP with dropout applied; 0 at masked pairs, even where dP is not finite.
+def grad_s(s, dp_ds, dp, queries, scoring, static, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
+    """Return dS = P * (dP - delta) of a tile, dP with dropout applied; 0 at masked pairs, even where dP is not finite.
 
-    `p` is P, or its `score_weight`. For float16 it is multiplied by scoring.ds_scale.
+    `dp_ds` is the slope of the Weights, of a softmax P, or the `capped_slope`. Without a softmax there is no delta. For float16
+    dS is multiplied by scoring.ds_scale.
     """
-    ds = p * (dp - delta)
+    if static.NORMALIZER == "softmax":
+        dp = dp - tl.expand_dims(queries.delta, 0 if TRANSPOSED else 1)
+    ds = dp_ds * dp
     if scoring.ds_scale is not None:
         ds = ds * scoring.ds_scale
     if MODE != "unmasked":
@@ -215,10 +240,11 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
         k = load_tile(keys.k, first, N, static.D, CHECK)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
         s, capped = scores(queries.q, k, row, first, keys.k.rows, scoring, static, MODE)
-        p, log2_p = recompute_p(s, queries, scoring, False, MODE)
-        weight = score_weight(p, capped, scoring)
-        dp = add_entropy_and_mass_grad(grad_p(queries.do, v, row, first, scoring, static, False), log2_p, queries, first, False)
-        ds = grad_s(s, weight, dp, queries.delta[:, None], scoring, MODE)
+        weight = recompute_p(s, queries, scoring, static, False, MODE)
+        dp_ds = capped_slope(weight, capped, scoring)
+        dp = grad_p(queries.do, v, row, first, scoring, static, False)
+        dp = add_entropy_and_mass_grad(dp, weight.log2_p, queries, first, False)
+        ds = grad_s(s, dp_ds, dp, queries, scoring, static, False, MODE)
         dq = dot_acc(dq, ds, k, s, static, MODE)
     return dq
 
@@ -232,9 +258,9 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     dq = query_view(dq, sizes, batch, head)
-    queries = query_views(queries, sizes, batch, head, False)
+    queries = query_views(queries, sizes, batch, head, static, False)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
-    mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
+    mods = select_head(scoring.mods, sizes, batch, head, first, sizes.n_q, sizes.shift, static)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     n_k = keys_to_attend(sizes, first)
     bounds = loop_bounds(mods.block_list, window, first + sizes.shift, n_k, M, static.BLOCK_N)
@@ -247,10 +273,11 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
                                 loop_mode(static.LOOP_MODES, part))
     store_tile(dq, first, scale_tile(acc, grad_scale(scoring)), M, static.D)
     if window.left is not None or window.right is not None or HAS_MASK:
-        # in a row that attends to a key, dS is not finite by definition if delta is not, or if a score is NaN
-        log2_l, delta = load_log2_l(queries, first, M), load_statistic(queries.delta, first, sizes.n_q, M, 0.0)
-        finite = (log2_l == float("inf")) | ((log2_l == log2_l) & (delta - delta == 0))
-        redo = stored_rows_with_nan(dq, first, M, static.D, static.ACC) & finite
+        redo = stored_rows_with_nan(dq, first, M, static.D, static.ACC)
+        if static.NORMALIZER == "softmax":
+            # in a row that attends to a key, dS is not finite by definition if delta is not, or if a score is NaN
+            log2_l, delta = load_log2_l(queries, first, M), load_statistic(queries.delta, first, sizes.n_q, M, 0.0)
+            redo = redo & ((log2_l == float("inf")) | ((log2_l == log2_l) & (delta - delta == 0)))
         if any_row(redo, 0, M):
             dq_nan_safe(redo, queries, keys, dq, first, bounds[0], bounds[3], sizes.shift, scoring, static)
 
@@ -282,16 +309,16 @@ def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MO
         s, capped = scores(keys.k, tile.q, col, first, queries.q.rows, scoring, static, MODE)
         if DP_FIRST:
             dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
-        p, log2_p = recompute_p(s, tile, scoring, True, MODE)
+        weight = recompute_p(s, tile, scoring, static, True, MODE)
         # before the product with P, which leaves P in 16 bits alone
-        weight = score_weight(p, capped, scoring)
+        dp_ds = capped_slope(weight, capped, scoring)
         if static.GRADS != "dk":
-            dv = dot_acc(dv, apply_keep_mask(p, col, first, scoring, True), tile.do, s, static, MODE)
+            dv = dot_acc(dv, apply_keep_mask(weight.p, col, first, scoring, True), tile.do, s, static, MODE)
         if static.GRADS != "dv":
             if not DP_FIRST:
                 dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
-            dp = add_entropy_and_mass_grad(dp, log2_p, tile, col, True)
-            ds = grad_s(s, weight, dp, tile.delta[None, :], scoring, MODE)
+            dp = add_entropy_and_mass_grad(dp, weight.log2_p, tile, col, True)
+            ds = grad_s(s, dp_ds, dp, tile, scoring, static, True, MODE)
             dk = dot_acc(dk, ds, tile.q, s, static, MODE)
     return dk, dv
 
@@ -316,7 +343,8 @@ def store_dkdv(dk, dv, dk_tile, dv_tile, first, N: tl.constexpr, sizes, scoring,
     if static.GRADS != "dv":
         store_tile(dk, first, scale_tile(dk_tile, grad_scale(scoring)), N, static.D)
     if static.GRADS != "dk":
-        store_tile(dv, first, apply_keep_scale(dv_tile, scoring), N, static.DV)
+        dv_tile = from_unit(apply_keep_scale(dv_tile, scoring), sizes.n_k, static, dv.ptr.dtype.element_ty)
+        store_tile(dv, first, dv_tile, N, static.DV)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -358,18 +386,18 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     dk_tile, dv_tile = zero_tile(N, static.D, static.ACC), zero_tile(N, static.DV, static.ACC)
     if static.GROUP == 1:
         # a loop of one step would cost registers
-        mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_k, -sizes.shift)
+        mods = select_head(scoring.mods, sizes, batch, head, first, sizes.n_k, -sizes.shift, static)
         head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-        dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, head, True), col, n,
-                                           head_params, static)
+        views = query_views(queries, sizes, batch, head, static, True)
+        dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, views, col, n, head_params, static)
     else:
         for member in tl.range(0, static.GROUP):
             query_head = head * static.GROUP + member
-            mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
+            mods = select_head(scoring.mods, sizes, batch, query_head, first, sizes.n_k, -sizes.shift, static)
             head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window,
                                       mods)
-            dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head, True),
-                                               col, n, head_params, static)
+            views = query_views(queries, sizes, batch, query_head, static, True)
+            dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, views, col, n, head_params, static)
     store_dkdv(dk, dv, dk_tile, dv_tile, first, N, sizes, scoring, static)
     if window.left is not None or window.right is not None or HAS_MASK:
         nan_dk, nan_dv = tl.zeros([N], tl.int1), tl.zeros([N], tl.int1)
@@ -393,14 +421,17 @@ def find_attending(found, queries, col, n, scoring, static):
     bounds = loop_bounds(scoring.mods.block_list, scoring.window, col, n, N, M)
     for step in tl.range(bounds[0], bounds[3], M, num_stages=1):
         first = block_start(scoring.mods.block_list, step)
-        log2_l = load_log2_l(queries, first, M)
         nonfinite = nonfinite_rows(load_tile(queries.do, first, M, static.DV, True), static.DV)
-        pairs = attended(col, first, n, N, M, scoring) & (log2_l != float("inf"))[None, :]
-        breaks_dk = log2_l != log2_l
-        breaks_dv = breaks_dk | nonfinite
-        if static.GRADS != "dv":
-            delta = load_statistic(queries.delta, first, queries.q.rows, M, 0.0)
-            breaks_dk = breaks_dk | (delta - delta != 0)
+        pairs = attended(col, first, n, N, M, scoring)
+        breaks_dk, breaks_dv = nonfinite, nonfinite
+        if static.NORMALIZER == "softmax":
+            log2_l = load_log2_l(queries, first, M)
+            pairs = pairs & (log2_l != float("inf"))[None, :]
+            breaks_dk = log2_l != log2_l
+            breaks_dv = breaks_dk | nonfinite
+            if static.GRADS != "dv":
+                delta = load_statistic(queries.delta, first, queries.q.rows, M, 0.0)
+                breaks_dk = breaks_dk | (delta - delta != 0)
         found = (found[0] | tl.max(pairs.to(tl.int32), 1),
                  found[1] | tl.max((pairs & breaks_dk[None, :]).to(tl.int32), 1),
                  found[2] | tl.max((pairs & breaks_dv[None, :]).to(tl.int32), 1))
@@ -414,10 +445,10 @@ def dkdv_nan_safe(nan_dk, nan_dv, dk, dv, keys, queries, first, head, batch, siz
     found = (none, none, none)
     for member in tl.range(0, static.GROUP):
         query_head = head * static.GROUP + member
-        mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
+        mods = select_head(scoring.mods, sizes, batch, query_head, first, sizes.n_k, -sizes.shift, static)
         head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-        found = find_attending(found, query_views(queries, sizes, batch, query_head, True), first - sizes.shift, sizes.n_q,
-                               head_params, static)
+        views = query_views(queries, sizes, batch, query_head, static, True)
+        found = find_attending(found, views, first - sizes.shift, sizes.n_q, head_params, static)
     if static.GRADS != "dv":
         zero_stored_rows(dk, first, found[0] == 0, static.BLOCK_N, static.D)
     if static.GRADS != "dk":
@@ -437,11 +468,12 @@ def recompute_dkdv(dk, dv, keys, queries, first, head, batch, sizes, scoring, st
     dk_tile, dv_tile = zero_tile(NAN_SAFE_ROWS, static.D, static.ACC), zero_tile(NAN_SAFE_ROWS, static.DV, static.ACC)
     for member in tl.range(0, static.GROUP):
         query_head = head * static.GROUP + member
-        mods = select_head(scoring.mods, sizes.batches, batch, query_head, first, sizes.n_k, -sizes.shift)
+        mods = select_head(scoring.mods, sizes, batch, query_head, first, sizes.n_k, -sizes.shift, static)
         head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
         bounds = loop_bounds(mods.block_list, scoring.window, col, sizes.n_q, NAN_SAFE_ROWS, static.BLOCK_M)
-        dk_tile, dv_tile = accumulate_dkdv(dk_tile, dv_tile, tile, query_views(queries, sizes, batch, query_head, True), col,
-                                           bounds[0], bounds[3], head_params, static, "nan_safe")
+        views = query_views(queries, sizes, batch, query_head, static, True)
+        dk_tile, dv_tile = accumulate_dkdv(dk_tile, dv_tile, tile, views, col, bounds[0], bounds[3], head_params, static,
+                                           "nan_safe")
     store_dkdv(dk, dv, dk_tile, dv_tile, first, NAN_SAFE_ROWS, sizes, scoring, static)
 
 
@@ -479,24 +511,46 @@ def accumulate_dbias(dbias, queries, keys, col, start, stop, sizes, scoring, sta
         tile = load_queries(queries, first, M, static, True)
         row = first + sizes.shift
         s, _ = scores(tile.q, keys.k, row, col, sizes.n_k, scoring, static, "masked")
-        p, log2_p = recompute_p(s, tile, scoring, False, "masked")
-        dp = add_entropy_and_mass_grad(grad_p(tile.do, keys.v, row, col, scoring, static, False), log2_p, tile, col, False)
-        ds = grad_s(s, p, dp, tile.delta[:, None], scoring, "masked")
+        weight = recompute_p(s, tile, scoring, static, False, "masked")
+        dp = grad_p(tile.do, keys.v, row, col, scoring, static, False)
+        dp = add_entropy_and_mass_grad(dp, weight.log2_p, tile, col, False)
+        ds = grad_s(s, weight.slope, dp, tile, scoring, static, False, "masked")
         # rows past the last query are loaded as 0, and 0 times a NaN in a key is NaN
         dbias += tl.where((first + tl.arange(0, M) < sizes.n_q)[:, None], ds, 0.0)
     return dbias
+
+
+@triton.jit
+def accumulate_member(dbias, queries, keys, first, col, batch, head, sizes, scoring, static):
+    """Return dbias [M, N] plus dS of one head and batch, for the tile of keys from `col`.
+
+    The queries are those of the tile from `first`, with GRADS "keys" all that attend to at least one of these keys.
+    """
+    M: tl.constexpr = static.BLOCK_M
+    N: tl.constexpr = static.BLOCK_N
+    views = key_views(keys, sizes, batch, head // static.GROUP)
+    key_tile = Keys(load_tile(views.k, col, N, static.D, True), load_tile(views.v, col, N, static.DV, True))
+    mods = select_head(scoring.mods, sizes, batch, head, first, sizes.n_q, sizes.shift, static)
+    bounds = window_bounds(Window(scoring.window.right, scoring.window.left), col - sizes.shift, sizes.n_q, N, M)
+    start, stop = bounds[0], bounds[3]
+    if static.GRADS != "keys":
+        start, stop = first, tl.where((start < first + M) & (stop > first), first + 1, first)
+    head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
+    return accumulate_dbias(dbias, query_views(queries, sizes, batch, head, static, False), key_tile, col, start, stop, sizes,
+                            head_params, static)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dbias_kernel(queries, keys, dbias, n_q, n_k, shift, leading, scoring, static):
     """Compute one tile of dbias: the sum of dS over all batches and heads that share the bias.
 
-    Grid: tiles of the bias x the sizes of its own axes. One program loops over the axes over which the bias is broadcast,
-    and over all queries if it is broadcast over them (GRADS is "keys").
+    Grid: tiles of the bias x the sizes of its own axes. One program loops over the axes over which the bias is broadcast; over
+    all queries if it is broadcast over them (GRADS is "keys"), over all keys if over these (GRADS is "queries"). dbias has no
+    axis of size 1 for both.
     """
     M: tl.constexpr = static.BLOCK_M
     N: tl.constexpr = static.BLOCK_N
-    col_tiles = tl.cdiv(n_k, N)
+    col_tiles = 1 if static.GRADS == "queries" else tl.cdiv(n_k, N)
     row_tiles = 1 if static.GRADS == "keys" else tl.cdiv(n_q, M)
     tile, rest = tl.program_id(0) % (row_tiles * col_tiles), tl.program_id(0) // (row_tiles * col_tiles)
     own_head, own_batch = rest % dbias.own_axes.heads, rest // dbias.own_axes.heads
@@ -510,24 +564,19 @@ def dbias_kernel(queries, keys, dbias, n_q, n_k, shift, leading, scoring, static
         head = own_head + member % dbias.reduced_axes.heads
         batch = batch_index(own_batch, member // dbias.reduced_axes.heads, dbias.own_axes, dbias.reduced_axes)
         sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
-        views = key_views(keys, sizes, batch, head // static.GROUP)
-        key_tile = Keys(load_tile(views.k, first_col, N, static.D, True), load_tile(views.v, first_col, N, static.DV, True))
-        mods = select_head(scoring.mods, leading.batches, batch, head, first, sizes.n_q, sizes.shift)
-        # the queries that attend to at least one of these keys; unless GRADS is "keys", only those of this tile
-        bounds = window_bounds(Window(scoring.window.right, scoring.window.left), first_col - sizes.shift, sizes.n_q, N, M)
-        start, stop = bounds[0], bounds[3]
-        if static.GRADS != "keys":
-            start, stop = first, tl.where((start < first + M) & (stop > first), first + 1, first)
-        head_params = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
-        total = accumulate_dbias(total, query_views(queries, sizes, batch, head, False), key_tile, first_col, start, stop,
-                                 sizes, head_params, static)
+        if static.GRADS == "queries":
+            for col in tl.range(0, sizes.n_k, N):
+                total = accumulate_member(total, queries, keys, first, col, batch, head, sizes, scoring, static)
+        else:
+            total = accumulate_member(total, queries, keys, first, first_col, batch, head, sizes, scoring, static)
     view = head_view(dbias.x, leading.batches, batch_index(own_batch, 0, dbias.own_axes, dbias.reduced_axes), own_head, n_q)
-    cols = first_col + tl.arange(0, N)
-    ptrs = view.ptr + tl.cast(cols, tl.int64) * view.col
+    rows, cols = first + tl.arange(0, M), first_col + tl.arange(0, N)
+    by_row, by_col = tl.cast(rows, tl.int64) * view.row, tl.cast(cols, tl.int64) * view.col
     dtype = view.ptr.dtype.element_ty
     if static.GRADS == "keys":
-        tl.store(ptrs, tl.sum(total, 0).to(dtype), mask=cols < n_k)
+        tl.store(view.ptr + by_col, tl.sum(total, 0).to(dtype), mask=cols < n_k)
+    elif static.GRADS == "queries":
+        tl.store(view.ptr + by_row, tl.sum(total, 1).to(dtype), mask=rows < n_q)
     else:
-        rows = first + tl.arange(0, M)
-        tl.store(ptrs[None, :] + tl.cast(rows, tl.int64)[:, None] * view.row, total.to(dtype),
+        tl.store(view.ptr + by_row[:, None] + by_col[None, :], total.to(dtype),
                  mask=(rows < n_q)[:, None] & (cols < n_k)[None, :])

@@ -3,6 +3,8 @@
     for part in (left, unmasked, right stretch of window_bounds):
         for k, v in tiles of part:  state = softmax_step(state, scores(q, k), v)
     o, lse = softmax_finish(state);  if o has a NaN: recompute it in mode nan_safe
+
+Sigmoid and ReLU attention have other weights P and no LSE (unnormalized.py).
 """
 
 from typing import NamedTuple
@@ -10,13 +12,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .scores import ScoreParams, load_modifiers, modify, scale_and_cap, select_head
+from .scores import ScoreParams, apply_keep_mask, apply_keep_scale, load_modifiers, modify, scale_and_cap, select_head
 from .softmax import row_entropy, row_max, softmax_finish, softmax_start, softmax_step
 from .tile import (
     LENGTHS,
     HeadView,
     Tensor,
     any_row,
+    dot_acc,
     dot_t,
     key_view,
     keys_to_attend,
@@ -32,7 +35,9 @@ from .tile import (
     store_tile,
     stored_rows_with_nan,
     tile_head_batch,
+    zero_tile,
 )
+from .unnormalized import from_unit, weights
 from .window import NAN_SAFE_ROWS, block_start, is_ahead, loop_bounds, loop_mode, loop_stages, loop_step, needs_mask
 
 
@@ -47,7 +52,7 @@ class Outputs(NamedTuple):
     """Outputs of the forward pass: tensors, or views of one head."""
 
     o: Tensor
-    lse: object             # address, see tile.lse_view
+    lse: object             # address, see tile.lse_view; () of other normalizers than softmax, like the statistics
     statistics: object      # address, see tile.statistics_view: -m and log2 l of softmax.py, in its units
     o_residual: tuple = ()  # or one element, the rounding error of o: o + o_residual has twice the digits of o
     row_max: tuple = ()     # or one element, an address as lse
@@ -55,17 +60,28 @@ class Outputs(NamedTuple):
 
 
 @triton.jit
-def output_views(outputs, sizes, batch, head):
+def output_views(outputs, sizes, batch, head, static):
     """Return the views of one head."""
+    lse, statistics = outputs.lse, outputs.statistics
     o_residual, largest, entropy = outputs.o_residual, outputs.row_max, outputs.entropy
+    if static.NORMALIZER == "softmax":
+        lse, statistics = lse_view(lse, sizes, batch, head), statistics_view(statistics, sizes, batch, head, 2)
     if len(outputs.o_residual) == 1:
         o_residual = (query_view(outputs.o_residual[0], sizes, batch, head),)
     if len(outputs.row_max) == 1:
         largest = (lse_view(outputs.row_max[0], sizes, batch, head),)
     if len(outputs.entropy) == 1:
         entropy = (lse_view(outputs.entropy[0], sizes, batch, head),)
-    return Outputs(query_view(outputs.o, sizes, batch, head), lse_view(outputs.lse, sizes, batch, head),
-                   statistics_view(outputs.statistics, sizes, batch, head, 2), o_residual, largest, entropy)
+    return Outputs(query_view(outputs.o, sizes, batch, head), lse, statistics, o_residual, largest, entropy)
+
+
+@triton.jit
+def start_state(M: tl.constexpr, static, ENTROPY: tl.constexpr):
+    """Return the state before the first key: a Softmax; of other normalizers the sum of P V alone."""
+    if static.NORMALIZER == "softmax":
+        return softmax_start(M, static, ENTROPY)
+    else:
+        return zero_tile(M, static.DV, static.ACC)
 
 
 @triton.jit
@@ -98,13 +114,27 @@ def attend_loop(state, q, keys, row, start, stop, scoring, static, MODE: tl.cons
             current = dot_t(q, load_tile(keys.k, first, N, static.D, CHECK), static)
         s = modify(scale_and_cap(current, scoring, q[0].dtype), modifiers, row, first, keys.k.rows, scoring, static, MODE)
         v = load_tile(keys.v, first, N, static.DV, CHECK)
-        state = softmax_step(state, s, v, row, first, scoring, static, MODE)
+        if static.NORMALIZER == "softmax":
+            state = softmax_step(state, s, v, row, first, scoring, static, MODE)
+        else:
+            p = apply_keep_mask(weights(s, scoring, static, q[0].dtype), row, first, scoring, False)
+            state = dot_acc(state, p, v, s, static, MODE)
     return state
 
 
 @triton.jit
 def store_outputs(state, outputs, first, M: tl.constexpr, sizes, scoring, static):
     """Store the outputs of the M queries from `first`."""
+    if static.NORMALIZER == "softmax":
+        store_softmax(state, outputs, first, M, sizes, scoring, static)
+    else:
+        o_tile = from_unit(apply_keep_scale(state, scoring), sizes.n_k, static, outputs.o.ptr.dtype.element_ty)
+        store_tile(outputs.o, first, o_tile, M, static.DV)
+
+
+@triton.jit
+def store_softmax(state, outputs, first, M: tl.constexpr, sizes, scoring, static):
+    """Store the outputs of M queries whose state is a Softmax."""
     o_tile, lse, minus_m, log2_l = softmax_finish(state, scoring, static, outputs.o.ptr.dtype.element_ty)
     store_tile(outputs.o, first, o_tile, M, static.DV)
     rows = first + tl.arange(0, M)
@@ -132,15 +162,15 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     q = query_view(q, sizes, batch, head)
-    outputs = output_views(outputs, sizes, batch, head)
+    outputs = output_views(outputs, sizes, batch, head, static)
     keys = key_views(keys, sizes, batch, head // static.GROUP)
-    mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
+    mods = select_head(scoring.mods, sizes, batch, head, first, sizes.n_q, sizes.shift, static)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     n_k = keys_to_attend(sizes, first)
     bounds = loop_bounds(mods.block_list, window, first + sizes.shift, n_k, M, static.BLOCK_N)
 
     q_tile = load_tile(q, first, M, static.D, True)
-    state = softmax_start(M, static, len(outputs.entropy))
+    state = start_state(M, static, len(outputs.entropy))
     for part in tl.static_range(3):
         if loop_mode(static.LOOP_MODES, part) is not None:
             state = attend_loop(state, q_tile, keys, first + sizes.shift, bounds[part], bounds[part + 1], scoring, static,
@@ -148,9 +178,10 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     store_outputs(state, outputs, first, M, sizes, scoring, static)
     if window.left is not None or window.right is not None or HAS_MASK:
         # a NaN among its scores makes a row NaN by definition, and its sum too
-        has_nan = stored_rows_with_nan(outputs.o, first, M, static.DV, static.ACC)
-        log2_l = load_statistic(outputs.statistics + statistics_of_head(sizes), first, sizes.n_q, M, 0.0)
-        redo = has_nan & (log2_l == log2_l)
+        redo = stored_rows_with_nan(outputs.o, first, M, static.DV, static.ACC)
+        if static.NORMALIZER == "softmax":
+            log2_l = load_statistic(outputs.statistics + statistics_of_head(sizes), first, sizes.n_q, M, 0.0)
+            redo = redo & (log2_l == log2_l)
         if any_row(redo, 0, M):
             forward_nan_safe(redo, q, keys, outputs, first, bounds[0], bounds[3], sizes, scoring, static)
 
@@ -162,6 +193,6 @@ def forward_nan_safe(redo, q, keys, outputs, first, start, stop, sizes, scoring,
         if any_row(redo, begin, NAN_SAFE_ROWS):
             row = first + begin
             q_rows = load_tile(q, row, NAN_SAFE_ROWS, static.D, True)
-            state = softmax_start(NAN_SAFE_ROWS, static, len(outputs.entropy))
+            state = start_state(NAN_SAFE_ROWS, static, len(outputs.entropy))
             state = attend_loop(state, q_rows, keys, row + sizes.shift, start, stop, scoring, static, "nan_safe")
             store_outputs(state, outputs, row, NAN_SAFE_ROWS, sizes, scoring, static)

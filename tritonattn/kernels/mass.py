@@ -12,7 +12,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .backward import load_log2_l, recompute_p
+from .backward import load_log2_l, recompute_softmax
 from .scores import ScoreParams, scores, select_head
 from .tile import (
     LENGTHS,
@@ -62,7 +62,7 @@ def sum_over_queries(total, k, rows, col, start, stop, scoring, static, MODE: tl
         first = block_start(scoring.mods.block_list, step)
         tile = load_rows(rows, first, M, static, static.UNEVEN and needs_mask(MODE))
         s, _ = scores(k, tile.q, col, first, rows.q.rows, scoring, static, MODE)
-        p, _ = recompute_p(s, tile, scoring, True, MODE)
+        p, _ = recompute_softmax(s, tile, scoring, True, MODE)
         total += tl.sum(p, 1)
     return total
 
@@ -78,7 +78,7 @@ def key_mass_kernel(q, statistics, k, mass, n_q, n_k, shift, leading, scoring, s
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     rows = row_views(q, statistics, sizes, batch, head)
     k_tile = load_tile(key_view(k, sizes, batch, head // static.GROUP, sizes.n_k), first, N, static.D, True)
-    mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_k, -sizes.shift)
+    mods = select_head(scoring.mods, sizes, batch, head, first, sizes.n_k, -sizes.shift, static)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     # no query attends to keys past the length of the batch
     n = tl.where(first < sizes.n_k, sizes.n_q, 0)
@@ -100,7 +100,7 @@ def sum_over_keys(total, tile, k, d_mass, row, start, stop, scoring, static, MOD
         first = block_start(scoring.mods.block_list, step)
         k_tile = load_tile(k, first, N, static.D, static.UNEVEN and needs_mask(MODE))
         s, _ = scores(tile.q, k_tile, row, first, k.rows, scoring, static, MODE)
-        p, _ = recompute_p(s, tile, scoring, False, MODE)
+        p, _ = recompute_softmax(s, tile, scoring, False, MODE)
         product = p * load_column(d_mass, first, N)[None, :]
         if MODE != "unmasked":
             product = tl.where(s == float("-inf"), 0.0, product)
@@ -115,7 +115,7 @@ def mass_delta_kernel(q, statistics, k, d_mass, delta, n_q, n_k, shift, leading,
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, scoring.window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     tile = load_rows(row_views(q, statistics, sizes, batch, head), first, M, static, True)
-    mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
+    mods = select_head(scoring.mods, sizes, batch, head, first, sizes.n_q, sizes.shift, static)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     n_k = keys_to_attend(sizes, first)
     bounds = loop_bounds(mods.block_list, scoring.window, first + sizes.shift, n_k, M, static.BLOCK_N)
@@ -139,7 +139,7 @@ def store_map(tiles, tile, own, k, row, start, stop, scoring, static, MODE: tl.c
         first = block_start(scoring.mods.block_list, step)
         k_tile = load_tile(k, first, N, static.D, static.UNEVEN and needs_mask(MODE))
         s, _ = scores(tile.q, k_tile, row, first, k.rows, scoring, static, MODE)
-        p, _ = recompute_p(s, tile, scoring, False, MODE)
+        p, _ = recompute_softmax(s, tile, scoring, False, MODE)
         # the last block of a block mask may reach past the keys
         tl.store(tiles + first // N, tl.sum(tl.sum(tl.where(own[:, None], p, 0.0), 1), 0), mask=first < k.rows)
 
@@ -155,7 +155,7 @@ def map_kernel(q, statistics, k, tiles, n_q, n_k, shift, leading, scoring, stati
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
     tile = load_rows(row_views(q, statistics, sizes, batch, head), first, M, static, True)
     k_view = key_view(k, sizes, batch, head // static.GROUP, sizes.n_k)
-    mods = select_head(scoring.mods, sizes.batches, batch, head, first, sizes.n_q, sizes.shift)
+    mods = select_head(scoring.mods, sizes, batch, head, first, sizes.n_q, sizes.shift, static)
     scoring = ScoreParams(scoring.exp2_scale, scoring.qk_scale, scoring.ds_scale, scoring.softcap, scoring.window, mods)
     bounds = loop_bounds(mods.block_list, scoring.window, first + sizes.shift, sizes.n_k, M, static.BLOCK_N)
     index = (tl.cast(batch, tl.int64) * leading.heads + head) * tl.cdiv(n_q, M) + first // M

@@ -43,6 +43,8 @@ class ScoreMods(NamedTuple):
     sink: tuple = ()        # forward only: the score of one more key, without a value, of each head; in a view, the number
     alibi: tuple = ()       # slope of each head; in a view, the number
     relative: tuple = ()    # a Relative
+    # other normalizers than softmax: the bias of a sigmoid, if given; in a view the number that unnormalized.py needs
+    normalizer: tuple = ()
 
 
 class ScoreParams(NamedTuple):
@@ -62,13 +64,13 @@ class ScoreParams(NamedTuple):
 
 
 @triton.jit
-def select_head(mods, batches, batch, head, first, rows, shift):
+def select_head(mods, sizes, batch, head, first, rows, shift, static):
     """Return the views of one head, with rows indexed by position; the first row is at position `shift`.
 
     `first` is the index, not the position, of the first row of this program's tile.
     """
     bias, mask, dropout, block_list, sink = mods.bias, mods.mask, mods.dropout, mods.block_list, mods.sink
-    alibi, relative = mods.alibi, mods.relative
+    alibi, relative, normalizer, batches = mods.alibi, mods.relative, mods.normalizer, sizes.batches
     if len(mods.bias) == 1:
         bias = (pairwise_view(mods.bias[0], batches, batch, head, rows, shift),)
     if len(mods.mask) == 1:
@@ -85,7 +87,21 @@ def select_head(mods, batches, batch, head, first, rows, shift):
     if len(mods.relative) == 1:
         view, radius = head_view(mods.relative[0].table, batches, batch, head, 1), decoded(mods.relative[0].radius)
         relative = (Relative(view.ptr + radius * view.col, view.col * mods.relative[0].step, radius),)
-    return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative)
+    if static.NORMALIZER != "softmax":
+        normalizer = (normalizer_number(mods.normalizer, sizes.n_k, static),)
+    return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative, normalizer)
+
+
+@triton.jit
+def normalizer_number(given, n, static):
+    """Return, for n keys, the bias of sigmoid attention times log2(e), `given` or -ln n; 1/n of ReLU attention."""
+    n = tl.maximum(n, 1).to(static.ACC)
+    if static.NORMALIZER == "relu":
+        return 1.0 / n
+    elif len(given) == 1:
+        return tl.full([], LOG2E, static.ACC) * given[0]
+    else:
+        return -tl.log2(n)
 
 
 @triton.jit

@@ -85,7 +85,8 @@ class Constexprs(NamedTuple):
     PRECISION: tl.constexpr   # of float32 products: "ieee" or "tf32"
     AHEAD: tl.constexpr       # a product is started before the softmax: see Config
     MMA_SUM: tl.constexpr     # tensor cores add up the rounded weights of a row
-    GRADS: tl.constexpr = tl.constexpr("both")  # dK/dV: "both", "dk" or "dv"; dbias: "pairs", or "keys" for one shared row
+    GRADS: tl.constexpr = tl.constexpr("both")  # dK/dV: "both", "dk" or "dv"; dbias: see its kernel
+    NORMALIZER: tl.constexpr = tl.constexpr("softmax")  # or "sigmoid" or "relu"
 
 
 @triton.constexpr_function

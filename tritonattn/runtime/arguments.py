@@ -18,11 +18,12 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..block_mask import BlockMask, is_of_flex
 from ..gpu import INTERPRETED, LARGEST_HEAD, TRITON, gpu_of
-from ..problem import Problem
+from ..problem import NORMALIZERS, Problem
 
 NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
 STATISTICS = ("max", "head_max", "entropy", "key_mass")  # of return_stats
 LARGEST_SCALE = 2.3e38      # times log2(e) it is still a float32
+LARGEST_SIGMOID_BIAS = 10_000
 SMALLEST_SOFTCAP, LARGEST_SOFTCAP = 0.001, 500  # tanh has an absolute error of 3e-7
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
@@ -64,6 +65,8 @@ class AttentionInputs(NamedTuple):
     row_max: bool = False              # which statistics are computed
     entropy: bool = False
     key_mass: bool = False
+    normalizer: str = "softmax"         # one of NORMALIZERS
+    sigmoid_bias: float | None = None   # -ln(keys) if None
 
     @property
     def problem(self) -> Problem:
@@ -71,7 +74,7 @@ class AttentionInputs(NamedTuple):
         packed = None if self.q_starts is None else (self.q_starts.shape[0] - 1, self.longest_q, self.longest_k)
         return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
                           self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink, packed, self.alibi,
-                          self.relative, self.entropy, self.key_mass)
+                          self.relative, self.entropy, self.key_mass, self.normalizer)
 
 
 N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
@@ -79,8 +82,8 @@ N_WITH_GRADIENTS = AttentionInputs._fields.index("relative") + 1         # the f
 
 
 def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-            softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0, dropout_seed=None,
-            return_stats=None) -> AttentionInputs:
+            softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None, dropout_p=0.0,
+            dropout_seed=None, return_stats=None) -> AttentionInputs:
     """Check the arguments of `attention` and return them as the kernels take them. Draws the seed of dropout if it is None."""
     check_tensors(q=q, k=k, v=v)
     q, k, v = cast_for_autocast(q, k, v)
@@ -94,12 +97,13 @@ def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=Non
     positional = needing_positions(left, right, alibi, relative)
     bottom_right = check_align(align, q.shape[-2], k.shape[-2], positional, key_lengths)
     key_lengths = lengths_argument(key_lengths, q, batch_shape(q, k, v), k.shape[-2])
+    sigmoid_bias = check_normalizer(normalizer, sigmoid_bias, sink, return_stats)
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     q, k, v, bias, *masks, scale = with_equal_batches(q, k, v, bias, masks, scale)
     return AttentionInputs(q, k, v, bias, *of_heads, *masks, None, None, seed, key_lengths, scale, left, right, bottom_right,
-                           dropout_p, softcap, None, None, *wanted_statistics(return_stats))
+                           dropout_p, softcap, None, None, *wanted_statistics(return_stats), normalizer, sigmoid_bias)
 
 
 def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> AttentionInputs:
@@ -593,6 +597,34 @@ def check_softcap(softcap, scale) -> float | None:
     if abs(scale) > LARGEST_SCALE * softcap:
         raise ValueError(f"softcap: expected at least {abs(scale) / LARGEST_SCALE:.1e} with scale {scale}, got {softcap}")
     return softcap if isinstance(softcap, torch.SymFloat) else float(softcap)
+
+
+def check_normalizer(normalizer, sigmoid_bias, sink, return_stats) -> float | None:
+    """Return the bias of a sigmoid, or None. Raises TypeError, or ValueError for arguments that this normalizer lacks."""
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer: expected one of {', '.join(map(repr, NORMALIZERS))}, got {describe(normalizer)}")
+    if normalizer != "softmax":
+        if sink is not None:
+            raise ValueError(f"sink: expected None with normalizer={normalizer!r}, whose weights do not depend on other keys")
+        if return_stats is not None:
+            raise ValueError(f"return_stats: expected None with normalizer={normalizer!r}; only a softmax has statistics")
+    if sigmoid_bias is None:
+        return None
+    if normalizer != "sigmoid":
+        raise ValueError(f"sigmoid_bias: expected None with normalizer={normalizer!r}, got {describe(sigmoid_bias)}")
+    if not isinstance(sigmoid_bias, NUMBERS):
+        raise TypeError(f"sigmoid_bias: expected a number or None, got {describe(sigmoid_bias)}; pass a learned one as `bias`, "
+                        "and a sigmoid_bias of 0")
+    if not -LARGEST_SIGMOID_BIAS <= sigmoid_bias <= LARGEST_SIGMOID_BIAS:
+        raise ValueError(f"sigmoid_bias: expected a number from {-LARGEST_SIGMOID_BIAS} to {LARGEST_SIGMOID_BIAS}, got "
+                         f"{sigmoid_bias}")
+    return sigmoid_bias if isinstance(sigmoid_bias, torch.SymFloat) else float(sigmoid_bias)
+
+
+def check_return_lse(normalizer, return_lse):
+    """Raise ValueError where there is no log-sum-exp."""
+    if return_lse and normalizer in NORMALIZERS[1:]:
+        raise ValueError(f"return_lse: expected False with normalizer={normalizer!r}; only a softmax has a log-sum-exp")
 
 
 def check_probability(p) -> float:

@@ -21,7 +21,7 @@ if TRITON:
     from . import launch
 
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", int | None: "int?",
-                SymInt | None: "SymInt?", bool: "bool"}
+                SymInt | None: "SymInt?", bool: "bool", str: "str"}
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
 ENTROPY = AttentionInputs._fields.index("entropy")
@@ -48,6 +48,8 @@ def _backward(do, dlse, o, statistics, o_residual, *arguments):
     # the last arguments may be left out
     cotangents += [None] * (plan.N_COTANGENTS - len(cotangents))
     dlse, statistics, *cotangents = plan.dense(dlse, statistics, *cotangents)
+    if inputs.normalizer != "softmax":
+        dlse = statistics = None
     tensors = (do, dlse, o, statistics, o_residual if o_residual.numel() else None, *inputs[:N_TENSORS], *cotangents)
     return _without_none(inputs.q, plan.backward_plan(tensors, inputs[N_TENSORS:], tuple(wanted)).run(tensors))
 

@@ -109,15 +109,16 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
 
 
 def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dbias) -> KernelLaunch:
-    """Return the launch that writes dbias, which has the shape of the bias and a column for each key."""
+    """Return the launch that writes dbias, which has the shape of the bias; a size of 1 for queries or keys, not for both."""
     target, mods = _expanded(problem, dbias), _score_mods(problem, inputs)._replace(block_list=())
     *records, target, mods, leading = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), target, mods)
     own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, leading.batches))
     own_axes = AxisSizes(own, dbias.shape[-3])
     reduced_axes = AxisSizes(tuple(size // part for size, part in zip(leading.batches, own)), problem.heads // dbias.shape[-3])
-    rows = 1 if dbias.shape[-2] == 1 else problem.n_q
-    static = _constexprs(problem, config)._replace(GRADS=tl.constexpr("keys" if rows == 1 else "pairs"))
-    programs = math.prod(own) * own_axes.heads * -(-rows // config.block_m) * -(-problem.n_k // config.block_n)
+    rows, cols = dbias.shape[-2:]
+    grads = "queries" if cols == 1 < problem.n_k else "keys" if rows == 1 else "pairs"
+    static = _constexprs(problem, config)._replace(GRADS=tl.constexpr(grads))
+    programs = math.prod(own) * own_axes.heads * -(-rows // config.block_m) * -(-cols // config.block_n)
     records += BiasGrad(target, own_axes, reduced_axes), mods, leading
     *others, scoring, static = _arguments(problem, inputs, records, static)
     arguments = (*others, scoring._replace(ds_scale=None), static)  # dbias is dS itself
@@ -317,12 +318,15 @@ def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: t
     # set_float32_matmul_precision changes this setting too
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
-              "tf32" if tf32 else "ieee", config.ahead and problem.n_k > 0, config.mma_sum and problem.dtype.itemsize == 2)
+              "tf32" if tf32 else "ieee", config.ahead and problem.n_k > 0, config.mma_sum and problem.dtype.itemsize == 2,
+              "both", problem.normalizer)
     return Constexprs(*map(tl.constexpr, values))
 
 
 def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> ScoreParams:
     mods = mods._replace(dropout=(dropout_record(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
+    if inputs.sigmoid_bias is not None:
+        mods = mods._replace(normalizer=(inputs.sigmoid_bias,))
     scale, ds_scale = score_scale(inputs.scale), None
     if inputs.q.dtype == torch.float16:
         # near the scale, which dQ gets in the end; not so small that float16 loses more at its lower end
@@ -376,9 +380,12 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     inputs = AttentionInputs(q, k, v, mods if problem.bias else None, *of_heads,
                              mods.to(torch.bool) if problem.masked else None, *lists if problem.mapped else (None, None),
                              *starts, q.new_empty(1, dtype=torch.int64), lengths, dropout_p=0.5 * problem.dropout,
-                             softcap=30.0 if problem.softcap else None)
+                             softcap=30.0 if problem.softcap else None, normalizer=problem.normalizer)
     lse, statistics, delta = o[..., 0].float(), empty_statistics(inputs, (2,)), empty_statistics(inputs)
     entropy, mass = (lse,) if problem.entropy else (), lse.new_empty(*q.shape[:-2], k.shape[-2])
+    sums = lse.new_empty(*q.shape[:-2], q.shape[-2] + k.shape[-2])
+    if problem.normalizer != "softmax":
+        kept, lse, statistics, delta = None, (), (), ()
     queries = Queries(q, o, statistics, delta, entropy, (mass,) if problem.key_mass else ())
     return {
         "forward": lambda: forward_launch(problem, config, inputs,
@@ -387,8 +394,7 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
         "dq": lambda: dq_launch(problem, config, inputs, queries, q),
         "dkdv": lambda: dkdv_launch(problem, config, inputs, queries, k, v),
         "dbias": lambda: dbias_launch(problem, config, inputs, queries, mods),
-        "diagonals": lambda: diagonals_launch(problem, config, inputs, queries,
-                                              lse.new_empty(*q.shape[:-2], q.shape[-2] + k.shape[-2])),
+        "diagonals": lambda: diagonals_launch(problem, config, inputs, queries, sums),
         "key_mass": lambda: key_mass_launch(problem, config, inputs, statistics, mass),
         "mass_delta": lambda: mass_delta_launch(problem, config, inputs, queries._replace(d_mass=(mass,))),
     }[kernel]()

@@ -12,6 +12,7 @@ from .arguments import (
     cast_for_autocast,
     check_align,
     check_dtype_and_device,
+    check_normalizer,
     check_probability,
     check_scale,
     check_sizes,
@@ -46,8 +47,8 @@ def one_batch(x, name):
 
 
 def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-                   key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, dropout_p=0.0,
-                   dropout_seed=None, return_stats=None) -> AttentionInputs:
+                   key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax",
+                   sigmoid_bias=None, dropout_p=0.0, dropout_seed=None, return_stats=None) -> AttentionInputs:
     """Check the arguments of `attention_varlen` and return them as the kernels take them.
 
     q, k and v are those of `one_batch`; starts and longest hold the cu_seqlens and max_seqlen of queries and of keys.
@@ -77,12 +78,14 @@ def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window
                          "and sequences of different lengths can be aligned both ways, got None")
     bottom_right = check_align(align, 0, 0, positional, key_lengths)
     key_lengths = lengths_argument(key_lengths, q, batch, longest_k)
+    sigmoid_bias = check_normalizer(normalizer, sigmoid_bias, sink, return_stats)
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     q, k, v, _, scale = with_equal_batches(q, k, v, None, (), scale)
     return AttentionInputs(q, k, v, bias, *of_heads, mask, None, None, q_starts, k_starts, seed, key_lengths, scale, left,
-                           right, bottom_right, dropout_p, softcap, longest_q, longest_k, *wanted_statistics(return_stats))
+                           right, bottom_right, dropout_p, softcap, longest_q, longest_k, *wanted_statistics(return_stats),
+                           normalizer, sigmoid_bias)
 
 
 def longest_argument(name, n, total) -> int:

@@ -225,6 +225,8 @@ class ForwardPlan(Plan):
         outputs = empty_outputs(inputs, keep_residual)
         self._outputs = Results(outputs)
         o, lse, statistics, *optional, key_mass = outputs
+        if inputs.normalizer != "softmax":
+            lse = statistics = ()
         record = launch.Outputs(o, lse, statistics, *map(_present, optional))
         tensors = *inputs[:N_TENSORS], *outputs
         self._launches.append(PlannedLaunch("forward", launch.forward_launch, inputs, self._device, tensors, (inputs, record)))
@@ -235,7 +237,7 @@ class ForwardPlan(Plan):
     def run(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return the `empty_outputs`, computed. `tensors` are those of the AttentionInputs, in their order."""
         outputs = self._outputs.allocate(tensors[0])
-        if tensors[Q_STARTS] is not None:
+        if tensors[Q_STARTS] is not None and outputs[2] is not None:
             # between the statistics of packed sequences are numbers that no kernel writes
             outputs[2].zero_()
         self._launch((*tensors, *outputs))
@@ -254,19 +256,23 @@ class BackwardPlan(Plan):
         dq, dk, dv, dbias, dsink, dalibi, drelative = gradients
         self._bias_gradient, self._problem = _bias_gradient(inputs, dbias), inputs.problem
         delta, sums, row_terms = empty_statistics(inputs), None, None
+        bias_rows = delta.new_empty(*dbias.shape[:-2], self._problem.n_q, 1) if self._bias_gradient == "keys" else None
         self._needs_diagonals = (dalibi is not None or drelative is not None) and not _no_pairs(inputs)
         self._numbers = numbers
         if self._needs_diagonals:
             sums = delta.new_empty(*inputs.q.shape[:-2], inputs.q.shape[-2] + inputs.k.shape[-2])
         self._needs_rows, self._score_unit = dsink is not None or self._bias_gradient == "rows", largest_score_unit(inputs)
-        needs_ds = wanted[0] or wanted[1] or self._bias_gradient == "kernel" or self._needs_diagonals
+        needs_ds = wanted[0] or wanted[1] or self._bias_gradient in ("kernel", "keys") or self._needs_diagonals
         needs_delta = needs_ds or (self._needs_rows and inputs.sink is not None)
+        if inputs.normalizer != "softmax":
+            needs_delta, delta, statistics = False, None, ()
         if needs_delta and d_entropy is not None:
             row_terms = delta.new_empty(inputs.q.shape[:-1])
         self._needs_row_terms = row_terms is not None
-        self._outputs = Results((*gradients, delta, sums))
-        tensors += [*gradients, delta, sums, row_terms]
-        queries = launch.Queries(inputs.q, do, statistics, delta, _present(d_entropy), _present(d_mass))
+        self._outputs = Results((*gradients, delta, sums, bias_rows))
+        tensors += [*gradients, delta, sums, bias_rows, row_terms]
+        queries = launch.Queries(inputs.q, do, statistics, () if delta is None else delta, _present(d_entropy),
+                                 _present(d_mass))
 
         def add(kernel, make_launch, *arguments):
             self._launches.append(PlannedLaunch(kernel, make_launch, inputs, self._device, tensors, arguments))
@@ -281,6 +287,8 @@ class BackwardPlan(Plan):
             add("dkdv", launch.dkdv_launch, inputs, queries, dk, dv)
         if self._bias_gradient == "kernel":
             add("dbias", launch.dbias_launch, inputs, queries, dbias)
+        if self._bias_gradient == "keys":
+            add("dbias", launch.dbias_launch, inputs, queries, bias_rows)
         if self._needs_diagonals:
             add("diagonals", launch.diagonals_launch, inputs, queries, sums)
 
@@ -289,14 +297,16 @@ class BackwardPlan(Plan):
 
         `tensors` are as in `backward_plan`.
         """
-        *gradients, delta, sums = self._outputs.allocate(tensors[0])
+        *gradients, delta, sums, bias_rows = self._outputs.allocate(tensors[0])
         if self._needs_rows and self._problem.packed is not None:
             # see ForwardPlan.run
             delta.zero_()
         row_terms = self._row_terms(*tensors) if self._needs_row_terms else None
-        self._launch((*tensors, *gradients, delta, sums, row_terms))
+        self._launch((*tensors, *gradients, delta, sums, bias_rows, row_terms))
         if self._bias_gradient == "zero":
             gradients[BIAS].zero_()
+        if bias_rows is not None:
+            gradients[BIAS].copy_(bias_rows.sum_to_size(gradients[BIAS].shape))
         if self._needs_rows:
             self._reduce_rows(tensors, gradients, delta)
         if gradients[ALIBI] is not None or gradients[RELATIVE] is not None:
@@ -358,13 +368,16 @@ def _no_pairs(inputs: AttentionInputs) -> bool:
 
 
 def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
-    """Return how the gradient of a bias is computed."""
+    """Return how the gradient of a bias is computed: "zero", by the "kernel", that of a bias which is the same for all keys by
+    the kernel for each query ("keys"), or from statistics of the "rows"."""
     if dbias is None:
         return None
     if _no_pairs(inputs):
         return "zero"
-    # a constant added to all scores of a row changes only its lse
-    return "rows" if dbias.shape[-1] == 1 else "kernel"
+    if dbias.shape[-1] > 1:
+        return "kernel"
+    # a constant added to all scores of a row changes only the lse of a softmax
+    return "rows" if inputs.normalizer == "softmax" else "keys"
 
 
 def _present(x: Tensor | None) -> tuple:
@@ -390,7 +403,10 @@ def empty_rows(like: Tensor, width: int) -> Tensor:
 
 def empty_outputs(inputs: AttentionInputs, keep_residual: bool):
     """Return empty o [..., H, L, DV], lse [..., H, L], statistics [..., H, 2, padded L] and o_residual, row_max [..., H, L],
-    entropy [..., H, L] and key_mass [..., H, S]. The last four are None where not kept, or not asked for."""
+    entropy [..., H, L] and key_mass [..., H, S]. The last four are None where not kept, or not asked for; without a softmax all
+    but o are None."""
+    if inputs.normalizer != "softmax":
+        return empty_rows(inputs.q, inputs.v.shape[-1]), *(None,) * 6
     o, statistics = empty_rows(inputs.q, inputs.v.shape[-1]), empty_statistics(inputs, (2,))
     lse = inputs.q.new_empty(inputs.q.shape[:-1], dtype=statistics.dtype)
     row_max, entropy = (torch.empty_like(lse) if wanted else None for wanted in (inputs.row_max, inputs.entropy))
