@@ -74,6 +74,16 @@ def test_variants_are_checked_against_the_definition(kernel, device, monkeypatch
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("kernel, tensors", [("forward", {"o"}), ("dq", {"dq"}), ("dkdv", {"dk", "dv"}), ("dbias", {"dbias"})])
+@pytest.mark.parametrize("normalizer", ["sigmoid", "relu"])
+def test_other_normalizers_are_checked_against_the_definition(normalizer, kernel, tensors, device, monkeypatch):
+    problem = dataclasses.replace(TINY, normalizer=normalizer, bias=torch.float32 if kernel == "dbias" else None)
+    assert set(Bench(kernel, problem, device).check("32x64w4s2")) == tensors
+    monkeypatch.setattr(benches, "options_of_reference", lambda options, tensors: options | {"normalizer": "softmax"})
+    assert Bench(kernel, problem, device).check("32x64w4s2").code == "incorrect"
+
+
+@pytest.mark.interpreted
 def test_an_error_while_timing_names_its_config(device, monkeypatch):
     real = launch.run
 
@@ -225,13 +235,15 @@ print(json.dumps(dict(checked=sorted(errors), hits=hits, launches=null.launches)
     ("forward", {}), ("forward", {"window": (None, 0), "lengths": True}), ("dq", {"window": (9, 0)}),
     ("dkdv", {"masked": True, "mapped": True}), ("dkdv", {"masked": True, "window": (None, 0)}),
     ("dbias", {"bias": torch.float32}), ("forward", {"softcap": True, "sink": True, "alibi": True, "relative": True}),
-    ("forward", {"entropy": True}), ("dkdv", {"entropy": True, "key_mass": True}),
+    ("forward", {"entropy": True}), ("dkdv", {"entropy": True, "key_mass": True}), ("forward", {"normalizer": "sigmoid"}),
+    ("dkdv", {"normalizer": "relu"}),
 ], ids=str)
 def test_a_check_compiles_nothing_that_was_compiled_ahead(kernel, options):
     """Slow: compiles up to six binaries of each kernel of a call, in a new process."""
     result = compiled(AHEAD.format(kernel=kernel, options=options), fresh=True)
     statistics = ["entropy"] if kernel == "forward" and "entropy" in options else []
-    assert result["checked"] == sorted([*benches.OUTPUTS[kernel], *statistics]) and result["launches"] >= 12
+    names = benches.OUTPUTS[kernel][:1] if "normalizer" in options and kernel == "forward" else benches.OUTPUTS[kernel]
+    assert result["checked"] == sorted([*names, *statistics]) and result["launches"] >= 12
     assert len(result["hits"]) >= 2 and [name for name, hit in result["hits"] if not hit] == []
 
 

@@ -180,6 +180,22 @@ def test_inspect_shows_the_kernels_of_the_key_mass(direction, kernels, monkeypat
     assert sorted(seen) == sorted((kernel, True, True) for kernel in kernels) and capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options, kernels", [
+    ([], ["forward", "dq", "dkdv"]), (["--direction", "backward"], ["dq", "dkdv"]), (["--direction", "forward"], ["forward"]),
+], ids=str)
+def test_inspect_shows_the_kernels_of_other_normalizers(options, kernels, monkeypatch, compiled_without_a_gpu, capsys):
+    seen = []
+
+    def inspected(kernel, problem, config, target):
+        seen.append((kernel, problem.normalizer))
+        return report(target, config, (LOOP,))
+
+    monkeypatch.setattr(compile_report, "inspect_kernel", inspected)
+    monkeypatch.setattr(compile_report, "ptxas_remarks", lambda *_: [])
+    assert main.main(["inspect", "--target", "h200", "--normalizer", "relu", *options]) == 0
+    assert sorted(seen) == sorted((kernel, "relu") for kernel in kernels) and capsys.readouterr().out
+
+
 def test_explain_on_the_command_line(capsys):
     assert main.main(["explain", "--shape", "2x32x8x4096x128", "--causal", "--gpu", "h200,sm_80"]) == 0
     out = capsys.readouterr().out
@@ -193,6 +209,9 @@ def test_explain_on_the_command_line(capsys):
     assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--entropy", "--key-mass"]) == 0
     output = capsys.readouterr().out
     assert output.splitlines()[0].endswith("entropy key_mass") and "\nmass_delta " in output
+    assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--normalizer", "sigmoid"]) == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[0].endswith(" sigmoid") and "\ndelta " not in output and "\ndq " in output
     assert main.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
     assert capsys.readouterr().err.startswith("shape: expected")
 

@@ -61,6 +61,17 @@ def test_softcap_and_sink(name):
         baselines.implementations("cpu")["torch"].build(VARIANTS[name], CPU)
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "relu"])
+def test_normalizers(name):
+    problem = replace(PROBLEMS["grouped, bottom right"], normalizer=name)
+    ours, eager = (baselines.implementations("cpu")[baseline].build(problem, CPU) for baseline in ("tritonattn", "eager"))
+    inputs = draw_inputs(problem, CPU, 1)[0][:3]
+    torch.testing.assert_close(ours(*inputs), eager(*inputs), atol=1e-5, rtol=1e-5)
+    for build in (baselines.sdpa, baselines.flex, functools.partial(baselines.flash_attn, module="flash_attn")):
+        with pytest.raises(Unsupported, match="computes a softmax only"):
+            build(problem, CPU)
+
+
 @pytest.mark.parametrize("name", ["entropy", "key_mass"])
 def test_statistics(name, monkeypatch):
     """They are computed beside the output; no other baseline has them."""

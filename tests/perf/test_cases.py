@@ -13,7 +13,7 @@ def by_name(suite):
     return {case.name: case for case in cases.SUITES[suite]}
 
 
-VARIANTS = "softcap", "sink", "alibi", "relative", "entropy", "key_mass"
+VARIANTS = "softcap", "sink", "alibi", "relative", "entropy", "key_mass", "normalizer"
 
 
 @pytest.mark.parametrize("suite", cases.SUITES)
@@ -33,7 +33,7 @@ def test_names_are_unique_and_problems_match_their_tensors(suite):
         else:
             given = {name: getattr(problem, name) for name in VARIANTS}
             assert replace(plain, **given) == problem, case.name
-        assert (suite == "variants") == any(getattr(problem, name) for name in VARIANTS)
+        assert (suite == "variants") == any(getattr(problem, name) != getattr(plain, name) for name in VARIANTS)
         assert (suite == "packed") == (problem.packed is not None)
         assert "/".join((suite, case.name)).count("/") <= 2 and problem.pairs() > 0
 

@@ -32,7 +32,7 @@ def weights(s, scoring, static, dtype: tl.constexpr):
     """Return P in its unit, for scores of queries of this dtype: 0 where S is -inf, NaN where it is NaN."""
     number = scoring.mods.normalizer[0]
     if static.NORMALIZER == "relu":
-        return tl.where(s <= 0.0, 0.0, s * (scoring.exp2_scale * LN2))
+        return tl.maximum(s * (scoring.exp2_scale * LN2), 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         # 1 / (unit + unit 2^-x); a division takes three more instructions
         root = tl.rsqrt(tl.exp2(s * -scoring.exp2_scale - (number - log2_unit(dtype))) + unit(dtype))
