@@ -42,6 +42,7 @@ SAME_CHIP = {"H200": ("H200", "H100")}  # the same chip with other memory: the n
 # fp32 instructions per unmasked pair. Forward: one FMA for scale and maximum, the row maximum, the row sum. Backward: one FMA
 # for scale and lse, minus delta, times P. Rescaling O is not counted: it is rarely needed
 SOFTMAX = 3
+RELU = 2  # in their place: times the scale, and the maximum; backward, the choice of 0 and times dP
 # conversions to 16 bits, two numbers per instruction: P in the forward pass, P and dS in the backward pass
 CONVERSIONS = {"forward": 0.5, "backward": 1.0}
 
@@ -97,11 +98,11 @@ def floor(problem: Problem, direction: str, device: gpu.Gpu) -> Floor:
     if problem.dtype not in (*SIXTEEN_BIT, torch.float32):
         raise ValueError(f"dtype must be float16, bfloat16 or float32, got {problem.dtype}")
     pairs = math.prod(problem.batch) * problem.heads * problem.pairs()
-    flops = problem.flops(direction)
+    flops, weights = problem.flops(direction), RELU if problem.normalizer == "relu" else SOFTMAX
     if problem.dtype in SIXTEEN_BIT:
-        products, instructions, clock = flops, (SOFTMAX + CONVERSIONS[direction]) * pairs, peaks.clock
+        products, instructions, clock = flops, (weights + CONVERSIONS[direction]) * pairs, peaks.clock
     else:
-        products, instructions, clock = 0, SOFTMAX * pairs + flops / 2, peaks.fp32_clock or peaks.clock
+        products, instructions, clock = 0, weights * pairs + flops / 2, peaks.fp32_clock or peaks.clock
     cycles = device.sms * clock
     # at least one instruction of the special-function units for softmax or sigmoid, and one for tanh
     special = pairs * ((problem.normalizer != "relu") + problem.softcap)

@@ -10,6 +10,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
               dropout_p=0.0, dropout_seed=None, return_lse=False, return_stats=None, precise_grad=True):
     """Compute O = softmax(scale Q K^T + bias) V over the keys that each query attends to, exactly, in O(L) memory.
 
+    With `normalizer`, sigmoid or ReLU attention.
+
     Args:
         q: queries, [..., H, L, D] (or [L, D]).
         k: keys, [..., Hk, S, D] (or [S, D]); Hk divides H, and query head h uses key head h // (H / Hk).
@@ -27,8 +29,9 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
         bias: added to the scores, of any shape that broadcasts to [..., H, L, S], in q's dtype or float32. -inf masks a
             (query, key) pair. The kernels read it through its own strides. Its gradient has its own shape and takes no
-            more memory: the kernel sums over broadcast dimensions, in a fixed order. A bias enlarged by `expand` gets a
-            gradient of the enlarged size, so pass it unexpanded.
+            more memory: the kernel sums over broadcast dimensions, in a fixed order. (With another normalizer than softmax,
+            that of a bias which is the same for all keys takes memory for one number of each query and head.) A bias enlarged
+            by `expand` gets a gradient of the enlarged size, so pass it unexpanded.
         mask: booleans of any shape that broadcasts to [..., H, L, S]; False masks a pair. Or a `block_mask` of them: its
             empty blocks are skipped and its full blocks read no mask. A window in addition to a block mask masks pairs but
             skips no block: combine it into the mask instead.
@@ -66,8 +69,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             "relu"      max(s, 0) / n                     (Wortsman et al., 2023, arXiv 2309.08586)
             where n is the number of keys: S, or that of key_lengths, whether or not a query attends to all of them. These two
             have no lse, sinks or statistics, and precise_grad has no effect on them.
-        sigmoid_bias: a number from -10000 to 10000; -ln n if None. A learned one is a `bias`, such as [H, 1, 1], beside a
-            sigmoid_bias of 0; if it is the same for all keys, its gradient takes memory for one number of each query.
+        sigmoid_bias: any finite number; -ln n if None. A learned one is a `bias`, for instance [H, 1, 1], with sigmoid_bias=0.
 
     Returns:
         o [..., H, L, DV] in q's dtype and order of dimensions; with return_lse also lse [..., H, L], natural logarithm,

@@ -128,8 +128,10 @@ class Problem:
         batch, sizes = 1 if self.packed else math.prod(self.batch), self._sizes()
         q, k, v = (batch * heads * n * width for heads, n, width in sizes)
         o, rows = q // max(self.d, 1) * self.dv, batch * self.heads * sizes[0][1]
-        numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + 2 * o}[direction]
-        return numbers * self.dtype.itemsize + rows * 4  # lse, in float32
+        # a softmax reads its output again, and the lse, in float32
+        softmax = self.normalizer == "softmax"
+        numbers = {"forward": q + k + v + o, "backward": 2 * (q + k + v) + (1 + softmax) * o}[direction]
+        return numbers * self.dtype.itemsize + 4 * rows * softmax
 
     def padded(self) -> "Problem":
         """Return a padded batch with key lengths and about as many rows as packed sequences; any other problem as it is."""

@@ -56,8 +56,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
         s = s.masked_fill(masked_rows, 0.0)
         p = s.softmax(-1).masked_fill(masked_rows, 0.0)[..., :k.shape[-2]]
     else:
-        n = q.new_tensor(k.shape[-2]) if key_lengths is None else key_lengths[..., None, None, None].clamp(0, k.shape[-2])
-        p = unnormalized_weights(s, n.clamp(min=1).to(s.dtype), normalizer, sigmoid_bias)
+        n = torch.tensor(k.shape[-2], device=q.device) if key_lengths is None else key_lengths[..., None, None, None]
+        p = unnormalized_weights(s, n.clamp(1, max(k.shape[-2], 1)), normalizer, sigmoid_bias)
     weights = p
     if dropout_p:
         p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
@@ -73,9 +73,11 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
 def unnormalized_weights(s, n, normalizer, sigmoid_bias):
     """Return the weights of the masked scores s: of each by itself. n: number of keys, which broadcasts to s."""
+    # as torch's softmax does: 16-bit numbers are computed in float32, and the weights rounded
+    wide = s.to(torch.promote_types(s.dtype, torch.float32))
     if normalizer == "relu":
-        return s.relu() / n
-    return (s + (-n.log() if sigmoid_bias is None else sigmoid_bias)).sigmoid()
+        return (wide.relu() / n).to(s.dtype)
+    return (wide + (-n.to(wide.dtype).log() if sigmoid_bias is None else sigmoid_bias)).sigmoid().to(s.dtype)
 
 
 def statistics(s, p, names) -> dict:

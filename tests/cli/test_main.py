@@ -212,6 +212,8 @@ def test_explain_on_the_command_line(capsys):
     assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--normalizer", "sigmoid"]) == 0
     output = capsys.readouterr().out
     assert output.splitlines()[0].endswith(" sigmoid") and "\ndelta " not in output and "\ndq " in output
+    assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--normalizer", "relu", "--entropy"]) == 2
+    assert "only a softmax has statistics" in capsys.readouterr().err
     assert main.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
     assert capsys.readouterr().err.startswith("shape: expected")
 

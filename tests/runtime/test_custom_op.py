@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.cases import LAYOUT
+from tests.helpers.memory import noted
 from tests.helpers.tiers import slow, slow_rows
 from tritonattn import attention, block_mask, reference, scaled_dot_product_attention
 from tritonattn.problem import Problem
@@ -364,16 +365,6 @@ def test_new_scale_compiles_at_most_one_more_graph(device):
     q, k, v = qkv(device)
     for scale in (0.5, 0.25, -1.5):
         torch.testing.assert_close(compiled(q, k, v, scale), reference.attention(q, k, v, scale=scale))
-
-
-def noted(make, taken):
-    def make_and_note(*args, **options):
-        x = make(*args, **options)
-        if x.device.type != "meta" and x.numel():
-            taken.append(x.numel())
-        return x
-
-    return make_and_note
 
 
 def test_residual_is_kept_only_for_gradients_of_16_bit_outputs(device):

@@ -123,6 +123,8 @@ def _jobs(arguments) -> list[tuple]:
 
 def _variant(problem: Problem, arguments) -> Problem:
     """Return a problem with the features that the arguments name."""
+    if arguments.normalizer != "softmax" and (arguments.entropy or arguments.key_mass):
+        raise CommandError("only a softmax has statistics: leave out --entropy and --key-mass, or --normalizer")
     packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
     return replace(problem, softcap=arguments.softcap, packed=packed, alibi=arguments.alibi, relative=arguments.relative,
                    entropy=arguments.entropy, key_mass=arguments.key_mass, normalizer=arguments.normalizer)

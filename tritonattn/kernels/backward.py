@@ -31,6 +31,7 @@ from .tile import (
     HeadView,
     Tensor,
     any_row,
+    count_nonfinite,
     dot_acc,
     dot_t,
     head_view,
@@ -41,7 +42,6 @@ from .tile import (
     load_tile,
     lse_view,
     mass_view,
-    nonfinite_rows,
     query_view,
     rows_by_position,
     scale_tile,
@@ -86,7 +86,7 @@ class Weights(NamedTuple):
     """Weights of a tile, [M, N] or [N, M]."""
 
     p: tl.tensor      # in the unit of unnormalized.py; 0 at masked pairs
-    slope: tl.tensor  # dP/dS, without what a softmax adds through the sum of the row, so that its slope is P
+    slope: tl.tensor  # dP/dS of each pair by itself: of a softmax P, the rest is in delta
     log2_p: object    # of a softmax, else (); anything at masked pairs
 
 
@@ -135,7 +135,7 @@ def recompute_p(s, queries, scoring, static, TRANSPOSED: tl.constexpr, MODE: tl.
         return Weights(p, p, log2_p)
     else:
         p = weights(s, scoring, static, queries.q[0].dtype)
-        return Weights(p, slope(s, p, scoring, static, queries.q[0].dtype), ())
+        return Weights(p, slope(p, scoring, static, queries.q[0].dtype), ())
 
 
 @triton.jit
@@ -185,17 +185,19 @@ def capped_slope(weight, capped, scoring):
 
 @triton.jit
 def grad_s(s, dp_ds, dp, queries, scoring, static, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
-    """Return dS = P * (dP - delta) of a tile, dP with dropout applied; 0 at masked pairs, even where dP is not finite.
+    """Return dS of a tile, dP with dropout applied; 0 at masked pairs, even where dP is not finite.
 
-    `dp_ds` is the slope of the Weights, of a softmax P, or the `capped_slope`. Without a softmax there is no delta. For float16
-    dS is multiplied by scoring.ds_scale.
+    dS = dP/dS * dP, of a softmax P * (dP - delta). `dp_ds` is the slope of the Weights, or the `capped_slope`. For float16 the
+    result is multiplied by scoring.ds_scale.
     """
     if static.NORMALIZER == "softmax":
         dp = dp - tl.expand_dims(queries.delta, 0 if TRANSPOSED else 1)
     ds = dp_ds * dp
     if scoring.ds_scale is not None:
         ds = ds * scoring.ds_scale
-    if MODE != "unmasked":
+    if static.NORMALIZER == "relu":
+        ds = tl.where(s <= 0.0, 0.0, ds)
+    elif MODE != "unmasked":
         ds = tl.where(s == float("-inf"), 0.0, ds)
     return ds
 
@@ -421,17 +423,19 @@ def find_attending(found, queries, col, n, scoring, static):
     bounds = loop_bounds(scoring.mods.block_list, scoring.window, col, n, N, M)
     for step in tl.range(bounds[0], bounds[3], M, num_stages=1):
         first = block_start(scoring.mods.block_list, step)
-        nonfinite = nonfinite_rows(load_tile(queries.do, first, M, static.DV, True), static.DV)
+        nonfinite = count_nonfinite(load_tile(queries.do, first, M, static.DV, True))
         pairs = attended(col, first, n, N, M, scoring)
-        breaks_dk, breaks_dv = nonfinite, nonfinite
         if static.NORMALIZER == "softmax":
             log2_l = load_log2_l(queries, first, M)
             pairs = pairs & (log2_l != float("inf"))[None, :]
             breaks_dk = log2_l != log2_l
-            breaks_dv = breaks_dk | nonfinite
+            breaks_dv = breaks_dk | (nonfinite == static.DV)
             if static.GRADS != "dv":
                 delta = load_statistic(queries.delta, first, queries.q.rows, M, 0.0)
                 breaks_dk = breaks_dk | (delta - delta != 0)
+        else:
+            # one element of dO makes dP of the row not finite, but dS is 0 where a score of relu is not positive
+            breaks_dk, breaks_dv = (nonfinite > 0) & (static.NORMALIZER == "sigmoid"), nonfinite == static.DV
         found = (found[0] | tl.max(pairs.to(tl.int32), 1),
                  found[1] | tl.max((pairs & breaks_dk[None, :]).to(tl.int32), 1),
                  found[2] | tl.max((pairs & breaks_dv[None, :]).to(tl.int32), 1))
@@ -545,8 +549,7 @@ def dbias_kernel(queries, keys, dbias, n_q, n_k, shift, leading, scoring, static
     """Compute one tile of dbias: the sum of dS over all batches and heads that share the bias.
 
     Grid: tiles of the bias x the sizes of its own axes. One program loops over the axes over which the bias is broadcast; over
-    all queries if it is broadcast over them (GRADS is "keys"), over all keys if over these (GRADS is "queries"). dbias has no
-    axis of size 1 for both.
+    all queries if it is broadcast over them (GRADS is "keys"), over all keys if over these (GRADS is "queries").
     """
     M: tl.constexpr = static.BLOCK_M
     N: tl.constexpr = static.BLOCK_N
@@ -565,7 +568,8 @@ def dbias_kernel(queries, keys, dbias, n_q, n_k, shift, leading, scoring, static
         batch = batch_index(own_batch, member // dbias.reduced_axes.heads, dbias.own_axes, dbias.reduced_axes)
         sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
         if static.GRADS == "queries":
-            for col in tl.range(0, sizes.n_k, N):
+            bounds = window_bounds(scoring.window, first + sizes.shift, sizes.n_k, M, N)
+            for col in tl.range(bounds[0], bounds[3], N):
                 total = accumulate_member(total, queries, keys, first, col, batch, head, sizes, scoring, static)
         else:
             total = accumulate_member(total, queries, keys, first, first_col, batch, head, sizes, scoring, static)

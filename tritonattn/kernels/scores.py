@@ -43,8 +43,7 @@ class ScoreMods(NamedTuple):
     sink: tuple = ()        # forward only: the score of one more key, without a value, of each head; in a view, the number
     alibi: tuple = ()       # slope of each head; in a view, the number
     relative: tuple = ()    # a Relative
-    # other normalizers than softmax: the bias of a sigmoid, if given; in a view the number that unnormalized.py needs
-    normalizer: tuple = ()
+    normalizer: tuple = ()  # the bias of a sigmoid, if given; in a view `normalizer_number`, unless it is a softmax
 
 
 class ScoreParams(NamedTuple):

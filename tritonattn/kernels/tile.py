@@ -85,7 +85,8 @@ class Constexprs(NamedTuple):
     PRECISION: tl.constexpr   # of float32 products: "ieee" or "tf32"
     AHEAD: tl.constexpr       # a product is started before the softmax: see Config
     MMA_SUM: tl.constexpr     # tensor cores add up the rounded weights of a row
-    GRADS: tl.constexpr = tl.constexpr("both")  # dK/dV: "both", "dk" or "dv"; dbias: see its kernel
+    # dK/dV: "both", "dk" or "dv"; dbias: "pairs", or for sums over queries "keys", for sums over keys "queries"
+    GRADS: tl.constexpr = tl.constexpr("both")
     NORMALIZER: tl.constexpr = tl.constexpr("softmax")  # or "sigmoid" or "relu"
 
 
@@ -438,13 +439,12 @@ def any_row(condition, begin, N: tl.constexpr):
 
 
 @triton.jit
-def nonfinite_rows(tile, SIZE: tl.constexpr):
-    """Return [N] booleans: which rows of a tile have no finite element."""
+def count_nonfinite(tile):
+    """Return [N]: how many elements of each row of a tile are not finite. Columns past the head size are 0."""
     count = tl.sum((tile[0] - tile[0] != 0).to(tl.int32), 1)
     if len(tile) == 2:
         count += tl.sum((tile[1] - tile[1] != 0).to(tl.int32), 1)
-    # columns past SIZE are 0
-    return count == SIZE
+    return count
 
 
 @triton.jit

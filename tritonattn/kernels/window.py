@@ -22,8 +22,8 @@ the mode of each stretch, or None where there is none:
                  wait for every single product, in both loops
     nan_safe     a NaN in the stored tile may come from 0 * inf at a masked pair. Such rows are then recomputed in this
                  mode, NAN_SAFE_ROWS at a time, outside the main loop, so that the main loop needs no extra registers or
-                 shared memory. Rows that are not finite by definition are left as they are, so that a training step
-                 whose cotangents overflow is not much slower than another
+                 shared memory. Rows that are not finite by definition are left as they are, but for those of dQ
+                 without a softmax, so that a training step whose cotangents overflow is not much slower than another
 """
 
 from typing import NamedTuple

@@ -22,8 +22,7 @@ from ..problem import NORMALIZERS, Problem
 
 NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
 STATISTICS = ("max", "head_max", "entropy", "key_mass")  # of return_stats
-LARGEST_SCALE = 2.3e38      # times log2(e) it is still a float32
-LARGEST_SIGMOID_BIAS = 10_000
+LARGEST_SCALE = 2.3e38      # and sigmoid_bias; times log2(e) it is still a float32
 SMALLEST_SOFTCAP, LARGEST_SOFTCAP = 0.001, 500  # tanh has an absolute error of 3e-7
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
@@ -615,9 +614,8 @@ def check_normalizer(normalizer, sigmoid_bias, sink, return_stats) -> float | No
     if not isinstance(sigmoid_bias, NUMBERS):
         raise TypeError(f"sigmoid_bias: expected a number or None, got {describe(sigmoid_bias)}; pass a learned one as `bias`, "
                         "and a sigmoid_bias of 0")
-    if not -LARGEST_SIGMOID_BIAS <= sigmoid_bias <= LARGEST_SIGMOID_BIAS:
-        raise ValueError(f"sigmoid_bias: expected a number from {-LARGEST_SIGMOID_BIAS} to {LARGEST_SIGMOID_BIAS}, got "
-                         f"{sigmoid_bias}")
+    if not -LARGEST_SCALE <= sigmoid_bias <= LARGEST_SCALE:
+        raise ValueError(f"sigmoid_bias: expected a finite number, at most {LARGEST_SCALE} in magnitude, got {sigmoid_bias}")
     return sigmoid_bias if isinstance(sigmoid_bias, torch.SymFloat) else float(sigmoid_bias)
 
 

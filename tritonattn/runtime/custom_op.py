@@ -24,7 +24,7 @@ SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", floa
                 SymInt | None: "SymInt?", bool: "bool", str: "str"}
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
-ENTROPY = AttentionInputs._fields.index("entropy")
+ENTROPY, NORMALIZER = map(AttentionInputs._fields.index, ("entropy", "normalizer"))
 OUTPUTS = "Tensor o, Tensor statistics, Tensor o_residual"  # those that the backward pass reads
 COTANGENTS = "Tensor? d_entropy=None, Tensor? d_mass=None, Tensor? saved_entropy=None"
 RESULTS = f"({', '.join(['Tensor'] * 7)})"
@@ -131,11 +131,15 @@ class Attention(torch.autograd.Function):
         ctx.mark_non_differentiable(statistics, o_residual, row_max)
         ctx.set_materialize_grads(False)
         o_residual, entropy = o_residual if inputs[-1] else None, entropy if inputs[ENTROPY] else None
+        if inputs[NORMALIZER] != "softmax":
+            # the gradients depend on no result
+            o = statistics = o_residual = None
         ctx.save_for_backward(o, statistics, o_residual, *inputs[:N_TENSORS], entropy)
 
     @staticmethod
     def backward(ctx, do, dlse, _statistics, _residual, _max, d_entropy, d_mass):
         o, *others, entropy = ctx.saved_tensors
+        o = do if o is None else o
         # compiled code gives an empty cotangent for an empty result
         inputs = AttentionInputs(*[None] * N_TENSORS, *ctx.numbers)
         d_entropy, d_mass = d_entropy if inputs.entropy else None, d_mass if inputs.key_mass else None

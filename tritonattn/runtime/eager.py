@@ -174,7 +174,7 @@ class PlannedAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # as Attention does: a checkpoint compares what the two passes save
         o, lse, statistics, o_residual, row_max, entropy, key_mass = outputs
-        ctx.save_for_backward(o, statistics, o_residual, *inputs, entropy)
+        ctx.save_for_backward(o if statistics is not None else None, statistics, o_residual, *inputs, entropy)
         if row_max is not None:
             ctx.mark_non_differentiable(row_max)
         return o, lse, row_max, entropy, key_mass
@@ -182,6 +182,7 @@ class PlannedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse, _, d_entropy, d_mass):
         o, statistics, *others, entropy = ctx.saved_tensors
+        o = do if o is None else o
         dlse, statistics, *cotangents = plan.dense(dlse, statistics, d_entropy, d_mass, entropy)
         tensors = zeros_unless_given(do, o), dlse, o, statistics, *others, *cotangents
         wanted = ctx.needs_input_grad[1:1 + N_WITH_GRADIENTS]

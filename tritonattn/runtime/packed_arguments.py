@@ -14,6 +14,7 @@ from .arguments import (
     check_dtype_and_device,
     check_normalizer,
     check_probability,
+    check_return_lse,
     check_scale,
     check_sizes,
     check_softcap,
@@ -159,6 +160,7 @@ def problem_of(q, k, v, *, return_lse=False, precise_grad=True, **options) -> Pr
     Launches nothing and draws no random number.
     """
     check_tensors(q=q, k=k, v=v)
+    check_return_lse(options.get("normalizer", "softmax"), return_lse)
     if options.get("dropout_p") and options.get("dropout_seed") is None:
         options["dropout_seed"] = torch.zeros(1, dtype=torch.int64, device=q.device)
     if not is_packed(options):

@@ -256,13 +256,15 @@ class BackwardPlan(Plan):
         dq, dk, dv, dbias, dsink, dalibi, drelative = gradients
         self._bias_gradient, self._problem = _bias_gradient(inputs, dbias), inputs.problem
         delta, sums, row_terms = empty_statistics(inputs), None, None
-        bias_rows = delta.new_empty(*dbias.shape[:-2], self._problem.n_q, 1) if self._bias_gradient == "keys" else None
+        # of every head and batch, since one program sums over those that share a bias
+        sizes = *self._problem.batch, self._problem.heads, self._problem.n_q, 1
+        bias_rows = delta.new_empty(sizes) if self._bias_gradient == "sums by kernel" else None
         self._needs_diagonals = (dalibi is not None or drelative is not None) and not _no_pairs(inputs)
         self._numbers = numbers
         if self._needs_diagonals:
             sums = delta.new_empty(*inputs.q.shape[:-2], inputs.q.shape[-2] + inputs.k.shape[-2])
         self._needs_rows, self._score_unit = dsink is not None or self._bias_gradient == "rows", largest_score_unit(inputs)
-        needs_ds = wanted[0] or wanted[1] or self._bias_gradient in ("kernel", "keys") or self._needs_diagonals
+        needs_ds = wanted[0] or wanted[1] or self._bias_gradient in ("kernel", "sums by kernel") or self._needs_diagonals
         needs_delta = needs_ds or (self._needs_rows and inputs.sink is not None)
         if inputs.normalizer != "softmax":
             needs_delta, delta, statistics = False, None, ()
@@ -285,10 +287,8 @@ class BackwardPlan(Plan):
             add("dq", launch.dq_launch, inputs, queries, dq)
         if wanted[1] or wanted[2]:
             add("dkdv", launch.dkdv_launch, inputs, queries, dk, dv)
-        if self._bias_gradient == "kernel":
-            add("dbias", launch.dbias_launch, inputs, queries, dbias)
-        if self._bias_gradient == "keys":
-            add("dbias", launch.dbias_launch, inputs, queries, bias_rows)
+        if self._bias_gradient in ("kernel", "sums by kernel"):
+            add("dbias", launch.dbias_launch, inputs, queries, dbias if bias_rows is None else bias_rows)
         if self._needs_diagonals:
             add("diagonals", launch.diagonals_launch, inputs, queries, sums)
 
@@ -368,8 +368,11 @@ def _no_pairs(inputs: AttentionInputs) -> bool:
 
 
 def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
-    """Return how the gradient of a bias is computed: "zero", by the "kernel", that of a bias which is the same for all keys by
-    the kernel for each query ("keys"), or from statistics of the "rows"."""
+    """Return how the gradient of a bias is computed.
+
+    "kernel": as its kernel writes it; "sums by kernel": the kernel writes a sum over keys for each query; "rows": from the
+    statistics of each query; "zero": there is no pair.
+    """
     if dbias is None:
         return None
     if _no_pairs(inputs):
@@ -377,7 +380,7 @@ def _bias_gradient(inputs: AttentionInputs, dbias: Tensor | None) -> str | None:
     if dbias.shape[-1] > 1:
         return "kernel"
     # a constant added to all scores of a row changes only the lse of a softmax
-    return "rows" if inputs.normalizer == "softmax" else "keys"
+    return "rows" if inputs.normalizer == "softmax" else "sums by kernel"
 
 
 def _present(x: Tensor | None) -> tuple:
