@@ -105,7 +105,7 @@ LEARNED = ("bias", "sink", "alibi", "relative")  # arguments with a gradient, be
 
 # shapes of biases and masks
 PAIRS = {"bias": ("batch", "heads", "n_q", "n_k"), "key-bias": ("n_k",), "head-bias": ("heads", "n_q", "n_k"),
-         "mask": ("n_q", "n_k"), "key-mask": ("batch", 1, 1, "n_k")}
+         "row-bias": ("heads", "n_q", 1), "mask": ("n_q", "n_k"), "key-mask": ("batch", 1, 1, "n_k")}
 
 # a case has at most one feature of each group; each feature differs from the plain case
 FEATURES = {
@@ -131,7 +131,7 @@ FEATURES = {
     "layout": {name: {"layout": name} for name in LAYOUT if name not in ("contiguous", "expanded")},
     "expanded": {"expanded": {"layout": "expanded", "heads": 2, "kv_heads": 2}},
     "pairs": {"bias": {"pairs": ("bias",)}, "key-bias-mask": {"pairs": ("key-bias", "mask")},
-              "key-mask": {"pairs": ("key-mask",)}},
+              "key-mask": {"pairs": ("key-mask",)}, "row-bias": {"pairs": ("row-bias",)}},
     "batch": {"two-batches": {"batch": (2,)}, "batch-of-batches": {"batch": (2, 1, 2)}},
     "softcap": {"softcap": {"softcap": 2.0}},
     "sink": {"sink": {"sinks": 1}, "sinks": {"sinks": 3}},

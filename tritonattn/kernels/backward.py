@@ -275,11 +275,13 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
                                 loop_mode(static.LOOP_MODES, part))
     store_tile(dq, first, scale_tile(acc, grad_scale(scoring)), M, static.D)
     if window.left is not None or window.right is not None or HAS_MASK:
-        redo = stored_rows_with_nan(dq, first, M, static.D, static.ACC)
         if static.NORMALIZER == "softmax":
             # in a row that attends to a key, dS is not finite by definition if delta is not, or if a score is NaN
             log2_l, delta = load_log2_l(queries, first, M), load_statistic(queries.delta, first, sizes.n_q, M, 0.0)
-            redo = redo & ((log2_l == float("inf")) | ((log2_l == log2_l) & (delta - delta == 0)))
+            finite = (log2_l == float("inf")) | ((log2_l == log2_l) & (delta - delta == 0))
+            redo = stored_rows_with_nan(dq, first, M, static.D, static.ACC) & finite
+        else:
+            redo = stored_rows_with_nan(dq, first, M, static.D, static.ACC)
         if any_row(redo, 0, M):
             dq_nan_safe(redo, queries, keys, dq, first, bounds[0], bounds[3], sizes.shift, scoring, static)
 
@@ -423,17 +425,18 @@ def find_attending(found, queries, col, n, scoring, static):
     bounds = loop_bounds(scoring.mods.block_list, scoring.window, col, n, N, M)
     for step in tl.range(bounds[0], bounds[3], M, num_stages=1):
         first = block_start(scoring.mods.block_list, step)
-        nonfinite = count_nonfinite(load_tile(queries.do, first, M, static.DV, True))
-        pairs = attended(col, first, n, N, M, scoring)
         if static.NORMALIZER == "softmax":
             log2_l = load_log2_l(queries, first, M)
-            pairs = pairs & (log2_l != float("inf"))[None, :]
+            nonfinite = count_nonfinite(load_tile(queries.do, first, M, static.DV, True)) == static.DV
+            pairs = attended(col, first, n, N, M, scoring) & (log2_l != float("inf"))[None, :]
             breaks_dk = log2_l != log2_l
-            breaks_dv = breaks_dk | (nonfinite == static.DV)
+            breaks_dv = breaks_dk | nonfinite
             if static.GRADS != "dv":
                 delta = load_statistic(queries.delta, first, queries.q.rows, M, 0.0)
                 breaks_dk = breaks_dk | (delta - delta != 0)
         else:
+            nonfinite = count_nonfinite(load_tile(queries.do, first, M, static.DV, True))
+            pairs = attended(col, first, n, N, M, scoring)
             # one element of dO makes dP of the row not finite, but dS is 0 where a score of relu is not positive
             breaks_dk, breaks_dv = (nonfinite > 0) & (static.NORMALIZER == "sigmoid"), nonfinite == static.DV
         found = (found[0] | tl.max(pairs.to(tl.int32), 1),
