@@ -66,7 +66,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             their shapes, are summed in a fixed order and take memory for a few times [..., H, L + S] numbers.
         normalizer: how weights follow from the scores s, after softcap, biases and masks: "softmax", or for each key by itself
             "sigmoid"   1 / (1 + e^-(s + sigmoid_bias))   (Ramapuram et al., 2024, arXiv 2409.04431)
-            "relu"      max(s, 0) / n                     (Wortsman et al., 2023, arXiv 2309.08586)
+            "relu"      max(s, 0) / n                     (Wortsman et al., 2023, arXiv 2309.08586), in float16 for s < 2^20
             where n is the number of keys: S, or that of key_lengths, whether or not a query attends to all of them. These two
             have no lse, sinks or statistics, and precise_grad has no effect on them.
         sigmoid_bias: any finite number; -ln n if None. A learned one is a `bias`, for instance [H, 1, 1], with sigmoid_bias=0.
