@@ -135,7 +135,7 @@ def recompute_p(s, queries, scoring, static, TRANSPOSED: tl.constexpr, MODE: tl.
         return Weights(p, p, log2_p)
     else:
         p = weights(s, scoring, static, queries.q[0].dtype)
-        return Weights(p, slope(p, scoring, static, queries.q[0].dtype), ())
+        return Weights(p, slope(s, p, scoring, static, queries.q[0].dtype), ())
 
 
 @triton.jit
@@ -196,7 +196,8 @@ def grad_s(s, dp_ds, dp, queries, scoring, static, TRANSPOSED: tl.constexpr, MOD
     if scoring.ds_scale is not None:
         ds = ds * scoring.ds_scale
     if static.NORMALIZER == "relu":
-        ds = tl.where(s <= 0.0, 0.0, ds)
+        # at masked pairs too; S itself would take registers
+        ds = tl.where(dp_ds == 0.0, 0.0, ds)
     elif MODE != "unmasked":
         ds = tl.where(s == float("-inf"), 0.0, ds)
     return ds

@@ -42,10 +42,10 @@ def weights(s, scoring, static, dtype: tl.constexpr):
 
 
 @triton.jit
-def slope(p, scoring, static, dtype: tl.constexpr):
-    """Return dP/dS from P in its unit; of relu a number, which grad_s replaces by 0 where S is not positive."""
+def slope(s, p, scoring, static, dtype: tl.constexpr):
+    """Return dP/dS from S and P in its unit."""
     if static.NORMALIZER == "relu":
-        return scoring.mods.normalizer[0]
+        return tl.where(s <= 0.0, 0.0, scoring.mods.normalizer[0])
     else:
         p = p * unit("sigmoid", dtype)
         return p * (1.0 - p)

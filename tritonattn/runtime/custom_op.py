@@ -139,6 +139,9 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse, _statistics, _residual, _max, d_entropy, d_mass):
         o, *others, entropy = ctx.saved_tensors
+        if o is None and do is None:
+            # without a softmax there is no other result to differentiate
+            return (None,) * (N_FIELDS + 1)
         o = do if o is None else o
         # compiled code gives an empty cotangent for an empty result
         inputs = AttentionInputs(*[None] * N_TENSORS, *ctx.numbers)

@@ -182,6 +182,8 @@ class PlannedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse, _, d_entropy, d_mass):
         o, statistics, *others, entropy = ctx.saved_tensors
+        if o is None and do is None:
+            return (None,) * (1 + N_TENSORS)
         o = do if o is None else o
         dlse, statistics, *cotangents = plan.dense(dlse, statistics, d_entropy, d_mass, entropy)
         tensors = zeros_unless_given(do, o), dlse, o, statistics, *others, *cotangents
