@@ -1,5 +1,6 @@
 """Problem: its window, its counts and its text."""
 
+import dataclasses
 import json
 
 import pytest
@@ -58,6 +59,8 @@ def test_bytes_are_those_of_the_tensors():
     q, k, v = (x.nbytes for x in problem.tensors())
     o, lse = 2 * 4 * 5 * 6 * 2, 2 * 4 * 5 * 4
     assert problem.bytes() == q + k + v + o + lse and problem.bytes("backward") == 2 * (q + k + v + o) + lse
+    relu = dataclasses.replace(problem, normalizer="relu")
+    assert relu.bytes() == q + k + v + o and relu.bytes("backward") == 2 * (q + k + v) + o, "no lse, and o is not read again"
 
 
 @pytest.mark.parametrize("problem", [

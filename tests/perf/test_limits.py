@@ -127,6 +127,13 @@ def test_units_by_hand():
     assert tiny.bound == "memory" and tiny.serial == tiny.seconds == tiny.memory
 
 
+def test_other_normalizers_need_other_instructions():
+    softmax, sigmoid, relu = (floor(d=64, normalizer=name) for name in ("softmax", "sigmoid", "relu"))
+    assert sigmoid.special == softmax.special > relu.special == 0 and sigmoid.fp32 == softmax.fp32
+    assert relu.fp32 / softmax.fp32 == approx(2.5 / 3.5), "two instead of three, and half a conversion"
+    assert floor(d=64, normalizer="relu", softcap=True).special == softmax.special
+
+
 def test_float32_does_not_use_tensor_cores():
     """IEEE products run on the fp32 lanes, two flop per instruction, at the fp32 clock, without conversions."""
     single = floor(d=64, dtype=torch.float32)

@@ -599,14 +599,16 @@ def check_softcap(softcap, scale) -> float | None:
 
 
 def check_normalizer(normalizer, sigmoid_bias, sink, return_stats) -> float | None:
-    """Return the bias of a sigmoid, or None. Raises TypeError, or ValueError for arguments that this normalizer lacks."""
+    """Return the bias of a sigmoid, or None. Raises TypeError; ValueError for arguments that do not apply."""
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer: expected one of {', '.join(map(repr, NORMALIZERS))}, got {describe(normalizer)}")
     if normalizer != "softmax":
         if sink is not None:
-            raise ValueError(f"sink: expected None with normalizer={normalizer!r}, whose weights do not depend on other keys")
+            raise ValueError(f"sink: expected None with normalizer={normalizer!r}, since only a softmax depends on other keys, "
+                             f"got {describe(sink)}")
         if return_stats is not None:
-            raise ValueError(f"return_stats: expected None with normalizer={normalizer!r}; only a softmax has statistics")
+            raise ValueError(f"return_stats: expected None with normalizer={normalizer!r}, since only a softmax has them, got "
+                             f"{describe(return_stats)}")
     if sigmoid_bias is None:
         return None
     if normalizer != "sigmoid":
@@ -622,7 +624,8 @@ def check_normalizer(normalizer, sigmoid_bias, sink, return_stats) -> float | No
 def check_return_lse(normalizer, return_lse):
     """Raise ValueError where there is no log-sum-exp."""
     if return_lse and normalizer in NORMALIZERS[1:]:
-        raise ValueError(f"return_lse: expected False with normalizer={normalizer!r}; only a softmax has a log-sum-exp")
+        raise ValueError(f"return_lse: expected False with normalizer={normalizer!r}, since only a softmax has a log-sum-exp, "
+                         f"got {describe(return_lse)}")
 
 
 def check_probability(p) -> float:

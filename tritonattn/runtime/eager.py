@@ -183,6 +183,7 @@ class PlannedAttention(torch.autograd.Function):
     def backward(ctx, do, dlse, _, d_entropy, d_mass):
         o, statistics, *others, entropy = ctx.saved_tensors
         if o is None and do is None:
+            # as Attention does
             return (None,) * (1 + N_TENSORS)
         o = do if o is None else o
         dlse, statistics, *cotangents = plan.dense(dlse, statistics, d_entropy, d_mass, entropy)

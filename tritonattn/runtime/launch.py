@@ -109,7 +109,7 @@ def dkdv_launch(problem: Problem, config: Config, inputs: AttentionInputs, queri
 
 
 def dbias_launch(problem: Problem, config: Config, inputs: AttentionInputs, queries: Queries, dbias) -> KernelLaunch:
-    """Return the launch that writes dbias, which has the shape of the bias, but not one query and one key of several each."""
+    """Return the launch that writes dbias: of the shape of the bias, but with a row for each query if it has one column."""
     target, mods = _expanded(problem, dbias), _score_mods(problem, inputs)._replace(block_list=())
     *records, target, mods, leading = _backward_arguments(problem, config, queries, Keys(inputs.k, inputs.v), target, mods)
     own = tuple(1 if stride == 0 else size for stride, size in zip(target.strides.batch, leading.batches))
