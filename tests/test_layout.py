@@ -11,19 +11,19 @@ import tritonattn
 PACKAGE = Path(tritonattn.__file__).parent
 # one whole number for each folder; files at the root have their own
 FLOORS = {
-    "reference": 0, "kernels": 0, "problem": 1, "config": 1, "gpu": 1, "block_mask": 1, "relative": 1,
+    "reference": 0, "kernels": 0, "problem": 1, "config": 1, "gpu": 1, "block_mask": 1, "relative": 1, "score_function": 2,
     "measure": 2,
     "configs": 2, "runtime": 3, "attention": 4, "analysis": 5, "integrations": 5, "autotune": 6, "cli": 7,
 }
 # inside a folder, a file imports only files that stand before it
 ORDER = {
-    "kernels": ["packed", "tile", "window", "dropout", "scores", "softmax", "unnormalized", "forward", "backward",
+    "kernels": ["packed", "tile", "window", "dropout", "functions", "scores", "softmax", "unnormalized", "forward", "backward",
                 "diagonals", "mass"],
     "measure": ["journal", "accuracy", "device_timer", "timing", "environment"],
     "configs": ["kernel_hash", "shipped", "key", "user_cache", "lookup"],
     "runtime": ["arguments", "packed_arguments", "interpreter", "launch", "row_gradients", "diagonal_gradients",
                 "plan", "custom_op", "eager"],
-    "analysis": ["sass", "races", "compile_report", "cost_model", "explain"],
+    "analysis": ["sass", "races", "compile_report", "cost_model", "check_score_function", "explain"],
     "integrations": ["dispatch_log", "torch_private", "support", "jagged", "aten_overrides", "sdpa_patch", "transformers"],
     "autotune": ["worker_pool", "prune", "trials", "record_problems", "search", "bench", "tune", "first_call", "sweep",
                  "replay", "sweep_report"],

@@ -13,19 +13,22 @@ from .integrations.dispatch_log import fallback_report
 from .integrations.sdpa_patch import disable, enable, swapped
 from .problem import Problem
 from .relative import alibi_slopes, t5_table
+from .score_function import ScoreFunction
 
 # imported on first use, so that `import tritonattn` loads no tuning and no inspection
-_LAZY = {"explain": ".analysis.explain", "record_problems": ".autotune.record_problems", "tune": ".autotune.tune"}
+_LAZY = {"check_score_function": ".analysis.check_score_function", "explain": ".analysis.explain",
+         "record_problems": ".autotune.record_problems", "tune": ".autotune.tune"}
 
 __all__ = [
-    "BlockMask", "Config", "Problem", "__version__", "alibi_slopes", "attention", "attention_map", "attention_varlen",
-    "block_mask", "config", "disable", "dropout_mask", "enable", "explain", "fallback_report", "pinned", "record_problems",
-    "reference", "scaled_dot_product_attention", "swapped", "t5_table", "tune", "warm",
+    "BlockMask", "Config", "Problem", "ScoreFunction", "__version__", "alibi_slopes", "attention", "attention_map",
+    "attention_varlen", "block_mask", "check_score_function", "config", "disable", "dropout_mask", "enable", "explain",
+    "fallback_report", "pinned", "record_problems", "reference", "scaled_dot_product_attention", "swapped", "t5_table", "tune",
+    "warm",
 ]
 
 
 def __getattr__(name: str):
-    """Import `explain`, `record_problems` or `tune` on first use."""
+    """Import `check_score_function`, `explain`, `record_problems` or `tune` on first use."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(importlib.import_module(_LAZY[name], __name__), name)

@@ -2,12 +2,13 @@
 
 import torch
 
+from . import score_function as functions
 from .runtime import arguments, custom_op, eager, packed_arguments
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-              key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None,
-              dropout_p=0.0, dropout_seed=None, return_lse=False, return_stats=None, precise_grad=True):
+              key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, score_function=None, normalizer="softmax",
+              sigmoid_bias=None, dropout_p=0.0, dropout_seed=None, return_lse=False, return_stats=None, precise_grad=True):
     """Compute O = softmax(scale Q K^T + bias) V over the keys that each query attends to, exactly, in O(L) memory.
 
     With `normalizer`, sigmoid or ReLU attention.
@@ -64,6 +65,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             scores of the keys d positions after the query, the first or last entry to those farther away. -inf masks a pair.
             With R of at least L and S no pair is farther away. `t5_table` makes T5's. The gradients of alibi and relative have
             their shapes, are summed in a fixed order and take memory for a few times [..., H, L + S] numbers.
+        score_function: a `ScoreFunction`: a function of your own of each score and its place, applied after the softcap, before
+            biases and masks. Its payload gets no gradient.
         normalizer: how weights follow from the scores s, after softcap, biases and masks: "softmax", or for each key by itself
             "sigmoid"   1 / (1 + e^-(s + sigmoid_bias))   (Ramapuram et al., 2024, arXiv 2409.04431)
             "relu"      max(s, 0) / n                     (Wortsman et al., 2023, arXiv 2309.08586), in float16 for s < 2^20
@@ -86,16 +89,18 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     """
     wanted = arguments.wanted_statistics(return_stats)
     arguments.check_return_lse(normalizer, return_lse)
-    tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed)
+    function, payload = functions.arguments_of(score_function)
+    tensors = eager.call_tensors((q, k, v), bias, (sink, alibi, relative), mask, (None, None, payload), dropout_seed,
+                                 key_lengths)
     sides = window if type(window) is tuple else (window,)
-    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, normalizer, sigmoid_bias, dropout_p,
+    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, function, normalizer, sigmoid_bias, dropout_p,
                                    precise_grad, *wanted, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
                                    key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative,
-                                   normalizer=normalizer, sigmoid_bias=sigmoid_bias, dropout_p=dropout_p,
-                                   dropout_seed=dropout_seed, return_stats=return_stats)
+                                   score_function=score_function, normalizer=normalizer, sigmoid_bias=sigmoid_bias,
+                                   dropout_p=dropout_p, dropout_seed=dropout_seed, return_stats=return_stats)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
     o, lse, *computed = outputs
     return arguments.results(o, lse, computed, return_lse, return_stats)
@@ -103,8 +108,8 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, scale=None, causal=False,
                      window=(None, None), align=None, bias=None, mask=None, key_lengths=None, softcap=None, sink=None,
-                     alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None, dropout_p=0.0, dropout_seed=None,
-                     return_lse=False, return_stats=None, precise_grad=True):
+                     alibi=None, relative=None, score_function=None, normalizer="softmax", sigmoid_bias=None, dropout_p=0.0,
+                     dropout_seed=None, return_lse=False, return_stats=None, precise_grad=True):
     """Compute `attention` of each of several sequences that lie one after the other in memory, without padding.
 
     Args:
@@ -125,6 +130,7 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
             weights are dropped.
         alibi, relative: by positions within each sequence. Like a window, they need `align` unless the two cu_seqlens are the
             same tensor.
+        score_function: its `batch` is the index of the sequence, `query` and `key` count within it.
         normalizer, sigmoid_bias: n is the number of keys of each sequence.
         scale, softcap, sink, dropout_p, return_lse, return_stats, precise_grad: see `attention`.
 
@@ -144,18 +150,20 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     q, k, v = (packed_arguments.one_batch(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     packed_arguments.check_starts(starts, (q.shape[-2], k.shape[-2]), longest)
-    tensors = eager.call_tensors(q, k, v, bias, (sink, alibi, relative), mask, key_lengths, dropout_seed, starts)
+    function, payload = functions.arguments_of(score_function)
+    tensors = eager.call_tensors((q, k, v), bias, (sink, alibi, relative), mask, (*starts, payload), dropout_seed, key_lengths)
     sides = window if type(window) is tuple else (window,)
     wanted = arguments.wanted_statistics(return_stats)
     arguments.check_return_lse(normalizer, return_lse)
-    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, normalizer, sigmoid_bias, dropout_p, precise_grad,
-                                   *wanted, packed_arguments.are_same(*starts), *longest, *sides))
+    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, function, normalizer, sigmoid_bias, dropout_p,
+                                   precise_grad, *wanted, packed_arguments.are_same(*starts), *longest, *sides))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = packed_arguments.prepare_packed(
             q, k, v, starts, longest, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
-            key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative, normalizer=normalizer,
-            sigmoid_bias=sigmoid_bias, dropout_p=dropout_p, dropout_seed=dropout_seed, return_stats=return_stats)
+            key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi, relative=relative, score_function=score_function,
+            normalizer=normalizer, sigmoid_bias=sigmoid_bias, dropout_p=dropout_p, dropout_seed=dropout_seed,
+            return_stats=return_stats)
         outputs = eager.first_call(key, tensors, inputs, bool(precise_grad))
     o, *rows = outputs
     lse, *computed = (x if x is None or x.dim() < 3 else x.squeeze(0) for x in rows)
@@ -216,7 +224,7 @@ def warm(q, k, v, *, backward=True, **options) -> None:
 
 
 def attention_map(q, k, *, tile=64, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-                  key_lengths=None, softcap=None, sink=None, alibi=None, relative=None):
+                  key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, score_function=None):
     """Compute how much the queries of each tile attend to the keys of each tile, without forming the weights.
 
     Args:
@@ -239,7 +247,7 @@ def attention_map(q, k, *, tile=64, scale=None, causal=False, window=(None, None
         # one column of values: the forward pass computes the statistics of the weights
         inputs = arguments.prepare(q, k, k[..., :1], scale=scale, causal=causal, window=window, align=align, bias=bias,
                                    mask=mask, key_lengths=key_lengths, softcap=softcap, sink=sink, alibi=alibi,
-                                   relative=relative)
+                                   relative=relative, score_function=score_function)
         block, blocks = arguments.prepare_map(tile, inputs.q.dtype.itemsize * inputs.q.shape[-1])
         statistics = custom_op.forward_op(*inputs, False)[2]
         sums = custom_op.map_op(*inputs, statistics, block)

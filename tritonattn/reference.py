@@ -2,8 +2,9 @@
 
     S = scale Q K^T + bias          P = softmax of S over the keys that a query attends to          O = P V
 
-With a softcap c, S = c tanh(scale Q K^T / c) + bias. ALiBi and a table of relative positions are biases that depend on
-key position - query position. A sink is the score of one more key, whose value is 0. The other normalizers are
+With a softcap c, S = c tanh(scale Q K^T / c) + bias, with a score function f, S = f(scale Q K^T) + bias. ALiBi and a table of
+relative positions are biases that depend on key position - query position. A sink is the score of one more key, whose value is
+0. The other normalizers are
 
     sigmoid    P = 1 / (1 + e^-(S + b)), with b = -ln n unless given            relu    P = max(S, 0) / n
 
@@ -11,22 +12,24 @@ for the n keys of a sequence, masked or not, and P = 0 where a query does not at
 """
 
 import itertools
+import math
 
 import torch
 
 
 def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-              softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None, keep=None,
-              dropout_p=0.0, return_lse=False, return_stats=None):
+              softcap=None, sink=None, alibi=None, relative=None, score_function=None, normalizer="softmax", sigmoid_bias=None,
+              keep=None, dropout_p=0.0, return_lse=False, return_stats=None):
     """Compute attention as `tritonattn.attention` defines it, by forming every score. Any floating dtype, any device.
 
     Shapes: q [..., H, L, D], k [..., Hk, S, D], v [..., Hk, S, DV] with Hk dividing H; the output is [..., H, L, DV],
     the log-sum-exp (natural) [..., H, L]; bias (added to the scores) and mask (booleans, False masks a pair) broadcast to
     [..., H, L, S]; key_lengths has the batch's shape; sink is [H], or [H, n] for n sinks of each head; alibi is [H], relative
-    [H, 2 R + 1]. normalizer is "softmax", "sigmoid" or "relu", the last two without sinks, log-sum-exp and statistics;
-    sigmoid_bias is a number. With dropout_p, `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for the weights to
-    keep. return_stats adds a dictionary, as there. Takes O(L S) memory. Inputs are not checked; they must be finite, but for
-    -inf in bias, table and sinks.
+    [H, 2 R + 1]. score_function is a function of torch tensors, (score, batch, head, query, key) -> score; the last four are
+    integers that broadcast to the scores. normalizer is "softmax", "sigmoid" or "relu", the last two without sinks, log-sum-exp
+    and statistics; sigmoid_bias is a number. With dropout_p, `keep` [..., H, L, S] (see `tritonattn.dropout_mask`) is True for
+    the weights to keep. return_stats adds a dictionary, as there. Takes O(L S) memory. Inputs are not checked; they must be
+    finite, but for -inf in bias, table and sinks.
     """
     group = q.shape[-3] // k.shape[-3]
     if group > 1:
@@ -36,6 +39,7 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     s = q @ k.mT * scale
     s = s if softcap is None else softcap * torch.tanh(s / softcap)
+    s = s if score_function is None else score_function(s, *indices(s.shape, device=q.device))
     if alibi is not None or relative is not None:
         offset = offsets(q.shape[-2], k.shape[-2], align=align, key_lengths=key_lengths, device=q.device)
         s = s if alibi is None else s - alibi.to(s.dtype)[:, None, None] * offset.abs().to(s.dtype)
@@ -71,6 +75,14 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     return tuple(outputs) if len(outputs) > 1 else o
 
 
+def indices(shape, device=None):
+    """Return batch, head, query and key of scores [..., H, L, S], integers that broadcast to them. Several batch dimensions
+    count as one."""
+    batches = torch.arange(math.prod(shape[:-3]), device=device).view(*shape[:-3], 1, 1, 1)
+    head, query, key = (torch.arange(n, device=device) for n in shape[-3:])
+    return batches, head[:, None, None], query[:, None], key
+
+
 def unnormalized_weights(s, n, normalizer, sigmoid_bias):
     """Return the weights of the masked scores s: of each by itself. n: number of keys, which broadcasts to s."""
     # as torch's softmax does: 16-bit numbers are computed in float32, and the weights rounded
@@ -95,13 +107,13 @@ def statistics(s, p, names) -> dict:
 
 
 def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, *, bias=None, mask=None,
-                     key_lengths=None, keep=None, return_lse=False, return_stats=None, **options):
+                     key_lengths=None, keep=None, score_function=None, return_lse=False, return_stats=None, **options):
     """Compute attention as `tritonattn.attention_varlen` defines it, one sequence after the other.
 
     Shapes: q [total queries, H, D], k [total keys, Hk, D], v [total keys, Hk, DV] -> [total queries, H, DV] and the log-sum-exp
     [H, total queries]; bias, mask and keep broadcast to [sequences, H, L, S], L and S at least the longest sequence;
-    key_lengths is [sequences]. Other options are those of `attention`; max_seqlen_q and max_seqlen_k are not needed. Copies
-    cu_seqlens to the host.
+    key_lengths is [sequences]; the batch of score_function is the sequence. Other options are those of `attention`;
+    max_seqlen_q and max_seqlen_k are not needed. Copies cu_seqlens to the host.
     """
     outputs = []
     starts = [[*x.tolist(), len(rows)] for x, rows in ((cu_seqlens_q, q), (cu_seqlens_k, k))]
@@ -120,6 +132,8 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
 
         rows = (q[q_start:q_stop], k[k_start:k_stop], v[k_start:k_stop])
         lengths = None if key_lengths is None else key_lengths.expand(len(sequences) - 1)[min(i, len(sequences) - 2)]
+        if score_function is not None:
+            options["score_function"] = lambda s, batch, *place, i=i: score_function(s, batch + i, *place)
         outputs.append(attention(*(x.transpose(0, 1) for x in rows), bias=own(bias), mask=own(mask), keep=own(keep),
                                  key_lengths=lengths, return_lse=True, return_stats=return_stats or (),
                                  **options))

@@ -12,9 +12,11 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+from tests.helpers import score_functions
 from tests.helpers.compile_server import compiled
+from tests.helpers.score_functions import Both
 from tests.helpers.tiers import slow, slow_rows
-from tritonattn import Config, Problem, attention, gpu
+from tritonattn import Config, Problem, ScoreFunction, attention, gpu
 from tritonattn.autotune import bench as benches
 from tritonattn.autotune import search
 from tritonattn.autotune.bench import Bench, IsolatedBench, JointBench, hard_inputs, results_of
@@ -81,6 +83,22 @@ def test_other_normalizers_are_checked_against_the_definition(normalizer, kernel
     assert set(Bench(kernel, problem, device).check("32x64w4s2")) == tensors
     monkeypatch.setattr(benches, "options_of_reference", lambda options, tensors: options | {"normalizer": "softmax"})
     assert Bench(kernel, problem, device).check("32x64w4s2").code == "incorrect"
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernel, tensors", [("forward", {"o", "lse"}), ("dq", {"dq"}), ("dkdv", {"dk", "dv"})])
+def test_score_functions_are_checked_against_the_definition(kernel, tensors, device, monkeypatch):
+    problem = dataclasses.replace(TINY, score_function=Both("squares").of(attention).name)
+    assert set(Bench(kernel, problem, device).check("32x64w4s2")) == tensors
+    monkeypatch.setattr(benches, "options_of_reference", lambda options, tensors: options | {"score_function": None})
+    assert Bench(kernel, problem, device).check("32x64w4s2").code == "incorrect"
+
+
+@pytest.mark.interpreted
+def test_a_score_function_without_a_derivative_is_checked_as_in_inference(device):
+    function = ScoreFunction(score_functions.penalty, payload=torch.ones(8))
+    problem = dataclasses.replace(TINY, score_function=function.name, payload=("float32", 8))
+    assert set(Bench("forward", problem, device).check("32x64w4s2")) == {"o", "lse"}
 
 
 @pytest.mark.interpreted

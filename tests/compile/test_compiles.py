@@ -346,6 +346,19 @@ def test_other_normalizers_do_not_spill(name, special, arch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arch", COMPILED if EVERY else ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["penalty", "squares"])
+def test_score_functions_do_not_spill(name, arch):
+    """They are served by the rows of biases."""
+    payload = ("float32", 8) if name == "penalty" else None
+    variant = f"score_function=score_functions.Both({name!r}).of(None).name, payload={payload}"
+    program = "from tests.helpers import score_functions\n" + VARIANT
+    for row in compiled(program.format(kernels=KERNELS, arch=arch, batch=4, kv_heads=32, variant=variant)):
+        assert row["fits"] and row["race"] is None, row
+        assert row["spills"] <= (0 if OWN else LIGHT_SPILLS), row
+
+
+@pytest.mark.slow
 def test_maps_of_every_head_size_fit():
     for row in compiled(MAPS):
         assert row["shared"] <= row["allowed"], row

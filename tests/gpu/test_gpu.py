@@ -27,6 +27,7 @@ REAL = {
     "widest": Case(heads=1, kv_heads=1, n_q=300, n_k=300, d=512, dv=512, causal=True),
     "sigmoid": Case(heads=4, kv_heads=2, n_q=2048, n_k=2048, d=64, dv=64, normalizer="sigmoid"),
     "relu": Case(heads=2, kv_heads=2, n_q=1500, n_k=1500, d=128, dv=128, causal=True, normalizer="relu"),
+    "function": Case(heads=4, kv_heads=2, n_q=2048, n_k=2048, d=64, dv=64, causal=True, function="squares"),
     "odd": Case(heads=2, kv_heads=2, n_q=1001, n_k=777, d=72, dv=17, layout="offset"),
 }
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.helpers.score_functions import Both
 from tests.helpers.tolerance import agree
 from tritonattn import Config, attention, config, reference
 
@@ -37,6 +38,7 @@ class Case:
     radius: int | None = None  # of a table of relative positions
     stats: tuple = ()          # of return_stats
     normalizer: str = "softmax"
+    function: str | None = None  # one of score_functions.CHANGES
 
     @property
     def options(self):
@@ -44,7 +46,7 @@ class Case:
                 "normalizer": self.normalizer}
 
     def given(self, dtype, device, seed=1):
-        """Return biases, mask, sink and names of statistics, as arguments of attention."""
+        """Return biases, mask, sink, names of statistics and score function, as arguments of `results`."""
         rng = torch.Generator().manual_seed(seed)
         sizes = {"batch": self.batch, "heads": (self.heads,), "n_q": (self.n_q,), "n_k": (self.n_k,)}
         arguments = {}
@@ -61,6 +63,8 @@ class Case:
             arguments["relative"] = torch.randn(self.heads, 2 * self.radius + 1, generator=rng).to(device, dtype)
         if self.stats:
             arguments["return_stats"] = self.stats
+        if self.function is not None:
+            arguments["score_function"] = Both(self.function, device)
         return arguments
 
     def tensors(self, dtype, device, seed=0, family="randn"):
@@ -138,6 +142,7 @@ FEATURES = {
     "alibi": {"alibi": {"alibi": True}},
     "relative": {"relative": {"radius": 6}, "relative-unclipped": {"radius": 64}},
     "statistics": {"statistics": {"stats": ("max", "entropy", "key_mass")}},
+    "function": {name: {"function": name} for name in ("penalty", "squares")},
     # which has no sinks and no statistics
     "normalizer": {name: {"normalizer": name, "sinks": 0, "stats": ()} for name in ("sigmoid", "relu")},
 }
@@ -205,6 +210,8 @@ def results(function, q, k, v, do, dlse, **options):
 
     The gradients are those of o, lse, entropy and key_mass together; the last two have random cotangents.
     """
+    if isinstance(score_function := options.get("score_function"), Both):
+        options["score_function"] = score_function.of(function)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     learned = {name: options[name].detach().requires_grad_() for name in LEARNED if options.get(name) is not None}
     if options.get("normalizer", "softmax") != "softmax":

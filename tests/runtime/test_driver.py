@@ -39,8 +39,8 @@ from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
-        torch.ops.tritonattn.forward(q, q, q, *[None] * 11, 1.0, None, None, False, 0.0, *[None] * 3, *[False] * 3,
-                                     "softmax", None, False)
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 12, 1.0, None, None, False, 0.0, *[None] * 3, *[False] * 3,
+                                     "softmax", None, None, False)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
     print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
@@ -102,6 +102,9 @@ if "statistics" in kind:
     options["return_stats"] = "max", "entropy", "key_mass"
 if "sigmoid" in kind:
     options |= dict(normalizer="sigmoid", sigmoid_bias=-2.0)
+if "function" in kind:
+    from tests.helpers import score_functions
+    options["score_function"] = score_functions.Both("penalty").of(attention)
 if "packed" in kind:
     attention = tritonattn.attention_varlen
     q, k, v, do = (torch.zeros(2 * n, x.shape[1], 64, dtype=torch.bfloat16, requires_grad=True) for x in (q, k, v, do))
@@ -169,6 +172,9 @@ def more_options():
         return dict(normalizer="sigmoid", sigmoid_bias=radii.choice((1, 16, 1.5)))
     if VARIANT == "relu":
         return dict(normalizer="relu")
+    if VARIANT == "function":
+        from tests.helpers import score_functions
+        return dict(score_function=score_functions.Both("penalty").of(attention))
     return dict(return_stats=("max", "entropy", "key_mass")) if VARIANT == "statistics" else {}
 
 
@@ -223,6 +229,7 @@ def test_oversized_config_raises_before_the_launch():
 
 KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap", "packed causal"
 KINDS += "relative", "relative packed", "statistics", "statistics packed sink", "sigmoid bias", "sigmoid packed"
+KINDS += "function", "function packed"
 
 
 @pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])
@@ -250,7 +257,7 @@ def test_plan_keeps_its_kernel_loaded():
     assert compiled(CLEARED, fresh=True) == [[True], 0, 4]
 
 
-VARIANTS = pytest.mark.parametrize("variant", ["plain", "relative", "statistics", "sigmoid", "relu"])
+VARIANTS = pytest.mark.parametrize("variant", ["plain", "relative", "statistics", "sigmoid", "relu", "function"])
 
 
 @pytest.mark.slow  # compiles six to eleven kernels

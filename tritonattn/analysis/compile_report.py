@@ -152,12 +152,13 @@ class KernelReport:
     @property
     def redone(self) -> float:
         """Exponentials in one iteration of the loop, as a multiple of those that the scores of the tile need; ideally 1, and 1
-        where they need none. With two passes, the larger value.
+        where they need none, or a score function may need some. With two passes, the larger value.
         """
         if len(self.passes) == 2:
             return max(each.redone for each in self.passes)
         tile = self.config.block_m * self.config.block_n
         needed = self.problem.softcap + (self.problem.normalizer != "relu")  # of each score
+        needed *= self.problem.score_function is None
         return self.loops[0].exponentials * self.threads / (needed * tile) if needed else 1.0
 
     @property

@@ -23,6 +23,7 @@ import torch
 
 from .. import gpu, reference
 from ..analysis import compile_report
+from ..analysis.check_score_function import as_torch
 from ..attention import attention, dropout_mask
 from ..block_mask import BlockMask, block_mask
 from ..config import Config, pinned
@@ -36,6 +37,7 @@ from ..runtime import launch
 from ..runtime.arguments import AttentionInputs, empty_statistics, prepare
 from ..runtime.custom_op import forward_op
 from ..runtime.plan import empty_rows
+from ..score_function import ScoreFunction
 from . import search
 from .worker_pool import Child, Failure, Workers, parent_pipe, serve
 
@@ -168,7 +170,8 @@ def results_of(function, tensors, options: dict, names: tuple[str, ...], dtype: 
     leaves = {name: x for name, x in (("dq", q), ("dk", k), ("dv", v), ("dbias", bias)) if x is not None}
     wanted = [name for name in names if name in leaves]
     # kernels of other gradients do not run; a forward pass alone runs as in training
-    for name in wanted or leaves:
+    inference = getattr(options.get("score_function"), "derivative", True) is None
+    for name in () if inference else wanted or leaves:
         leaves[name].requires_grad_()
     if options.get("normalizer", "softmax") == "softmax":
         o, lse, *statistics = function(q, k, v, bias=bias, return_lse=True, **options)
@@ -190,6 +193,8 @@ def options_of_reference(options: dict, tensors) -> dict:
     options = dict(options)
     if "mask" in options:
         options["mask"] = getattr(options["mask"], "mask", options["mask"])
+    if "score_function" in options:
+        options["score_function"] = as_torch(options["score_function"])
     if (seed := options.pop("dropout_seed", None)) is not None:
         shape = (math.prod(q.shape[:-3]), q.shape[-3], q.shape[-2], k.shape[-2])
         options["keep"] = dropout_mask(shape, options["dropout_p"], seed).view(*q.shape[:-1], k.shape[-2])
@@ -235,6 +240,8 @@ def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[lis
         options["return_stats"] = ("entropy",) * problem.entropy + ("key_mass",) * problem.key_mass
     if problem.normalizer != "softmax":
         options["normalizer"] = problem.normalizer
+    if problem.score_function is not None:
+        options["score_function"] = ScoreFunction.named(problem.score_function, problem.example_payload(device))
     if problem.dropout:
         options |= {"dropout_p": DROPOUT_P, "dropout_seed": torch.tensor([seed], dtype=torch.int64, device=device)}
     return [q, k, v, do, bias], options

@@ -29,6 +29,7 @@ from ..gpu import Gpu
 from ..measure import environment, journal
 from ..problem import Problem
 from ..runtime.packed_arguments import problem_of
+from ..score_function import check_importable, functions_named
 from .bench import IsolatedBench, JointBench
 from .prune import Verdict, candidates, check_report, survey
 from .search import QUICK_CONFIGS, STRATEGIES, Bench, Budget, Search, run_search
@@ -68,7 +69,8 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
 
     Raises:
         RuntimeError: there is no GPU, or kernels are interpreted.
-        ValueError: the strategy, the budget or `together` is invalid, or float32 dots use TF32.
+        ValueError: the strategy, the budget or `together` is invalid, float32 dots use TF32, or the processes that compile and
+            time cannot import a score function.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -77,6 +79,8 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
     if not seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
     problems = [problem_of(q, k, v, **options), *problems_together(together, q.device)]
+    for name in {problem.score_function for problem in problems} - {None}:
+        check_importable(name)
     jobs, setup = [(problem, kernels_of(problem, backward)) for problem in problems], local_setup(q.device)
     with setup.compilers:
         return on_rank0(lambda: tune_all(jobs, setup, strategy, Budget(trials, seconds), again, together is not None)[0], setup)
@@ -128,7 +132,8 @@ def local_setup(device=None, seed: int = 0, command: str = "tune") -> TuningSetu
 
 def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:
     """Return the kernels of this problem that are worth tuning."""
-    if not backward:
+    inference = problem.score_function is not None and functions_named(problem.score_function)[1] is None
+    if not backward or inference:
         return ("forward",)
     return ("forward", "dq", "dkdv") if problem.bias is None else ("forward", "dq", "dkdv", "dbias")
 

@@ -45,8 +45,9 @@ class Child:
             environment.pop("TRITON_INTERPRET", None)
             environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
         self.pipe, other_end = Pipe()
-        # the package goes to the end of the path: another Python has its own torch and Triton
-        code = f"import sys; sys.path.append({str(ROOT)!r})\n{code}"
+        # the package goes to the end of the path: another Python has its own torch and Triton; so does the directory of the
+        # program, for the modules of its score functions
+        code = f"import sys; sys.path += {[str(ROOT), sys.path[0]]!r}\n{code}"
         with other_end:
             # a session of its own, so that kill() also ends ptxas; compilers print whole kernels when they fail
             self.process = subprocess.Popen(

@@ -1,7 +1,9 @@
 """The commands that show compiled kernels without a GPU: python -m tritonattn inspect | explain."""
 
 import argparse
+import importlib
 import json
+import operator
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +13,8 @@ import torch
 from .. import gpu
 from ..config import KERNELS, Config
 from ..configs import lookup
-from ..problem import NORMALIZERS, Problem
+from ..problem import NORMALIZERS, Problem, payload_of
+from ..score_function import ScoreFunction
 from .format import CommandError
 from .tuning import DTYPES
 
@@ -46,6 +49,7 @@ def add(commands) -> None:
         command.add_argument("--entropy", action="store_true", help="the entropy of each row, differentiated")
         command.add_argument("--key-mass", action="store_true", help="the mass of each key, differentiated")
         command.add_argument("--normalizer", choices=NORMALIZERS, default="softmax", help="default: %(default)s")
+        command.add_argument("--score-function", metavar="MODULE:NAME", help="a tritonattn.ScoreFunction in a module")
         command.add_argument("--packed", action="store_true", help="the sequences of the batch are packed")
         output.add_argument("--json", action="store_true", help="print a JSON list instead of text")
 
@@ -126,8 +130,23 @@ def _variant(problem: Problem, arguments) -> Problem:
     if arguments.normalizer != "softmax" and (arguments.entropy or arguments.key_mass):
         raise CommandError("only a softmax has statistics: leave out --entropy and --key-mass, or --normalizer")
     packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
+    if arguments.score_function is not None:
+        function = _score_function(arguments.score_function)
+        problem = replace(problem, score_function=function.name, payload=payload_of(function.payload))
     return replace(problem, softcap=arguments.softcap, packed=packed, alibi=arguments.alibi, relative=arguments.relative,
                    entropy=arguments.entropy, key_mass=arguments.key_mass, normalizer=arguments.normalizer)
+
+
+def _score_function(name: str) -> ScoreFunction:
+    """Return the ScoreFunction MODULE:NAME."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = operator.attrgetter(attribute)(importlib.import_module(module))
+    except Exception as error:  # importing a module may raise anything
+        raise CommandError(f"--score-function {name}: {type(error).__name__}: {error}") from None
+    if not isinstance(function, ScoreFunction):
+        raise CommandError(f"--score-function {name}: expected a tritonattn.ScoreFunction, got {function!r}")
+    return function
 
 
 def _explain(arguments) -> int:

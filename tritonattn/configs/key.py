@@ -46,6 +46,7 @@ def key_of(kernel: str, problem: Problem, gpu: Gpu) -> str:
         "entropy": problem.entropy,
         "key_mass": problem.key_mass and kernel != "forward",
         problem.normalizer: problem.normalizer != "softmax",
+        f"score_function {problem.score_function}": problem.score_function is not None,
         "lengths": problem.lengths,
         "ragged": problem.lengths or loop_length % TILE,
         f"group {problem.group}": problem.group > 1,

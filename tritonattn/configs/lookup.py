@@ -155,7 +155,7 @@ def mask_class(kernel: str, problem: Problem) -> str:
     """Return the class of a problem's mask, one of shipped.MASKS."""
     # a block mask leaves most tiles unmasked; at small head sizes the registers of "edges" configs suffice for the others
     light_mask = problem.mapped and max(problem.d, problem.dv) <= 64 and not problem.lengths
-    biased = kernel == "dbias" or problem.bias is not None or problem.relative
+    biased = kernel == "dbias" or problem.bias is not None or problem.relative or problem.score_function is not None
     pairwise = biased or problem.dropout or (problem.masked and not light_mask)
     if pairwise or (kernel == "dkdv" and problem.lengths):
         return "pairs"

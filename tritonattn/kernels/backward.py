@@ -4,8 +4,8 @@
     dS = P * (dP - delta)
     dQ = scale dS K      dK = scale dS^T Q      dbias = dS, summed where the bias is broadcast
 
-With a softcap, the derivative of tanh multiplies dS in dQ and dK. A sink needs no kernel (runtime/row_gradients.py). In sigmoid
-and ReLU attention dS = dP/dS * dP, without a delta (unnormalized.py).
+In dQ and dK, dS is multiplied by the derivatives of the user's function and of the softcap's tanh. A sink needs no kernel
+(runtime/row_gradients.py). In sigmoid and ReLU attention dS = dP/dS * dP, without a delta (unnormalized.py).
 
 Two statistics of the weights have gradients, the entropy H of each query and the mass M of each key:
 
@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from .forward import Keys, key_views
+from .functions import call_function
 from .scores import LN2, ScoreParams, apply_keep_mask, apply_keep_scale, attended, grad_scale, scores, select_head
 from .softmax import LOWEST, exponent
 from .tile import (
@@ -173,9 +174,19 @@ def add_entropy_and_mass_grad(dp, log2_p, queries, first_key, TRANSPOSED: tl.con
 
 
 @triton.jit
-def capped_slope(weight, capped, scoring):
-    """Return dP/dS times the derivative of the softcap at S before bias and masks: it makes grad_s give that of Q K^T."""
+def slope_before(weight, capped, row, col, n, scoring, static):
+    """Return dP/dS times the derivatives of the user's function and of the softcap: it makes grad_s give that of Q K^T.
+
+    `capped` are the scores before function, biases and masks, of a tile at positions (row, col) with n columns.
+    """
     x = weight.slope
+    if len(scoring.mods.function) == 1:
+        derivative = call_function(static.SCORE_SLOPE, capped, row, col, n, scoring.mods.function[0], static.TRANSPOSED)
+        if static.NORMALIZER == "relu":
+            # where a score is not positive, whatever the derivative is
+            x = tl.where(x == 0.0, 0.0, x * derivative)
+        else:
+            x = (x * derivative).to(static.ACC)
     if scoring.softcap is not None:
         # the derivative of tanh is 1 - tanh^2
         tanh = capped * (1.0 / scoring.softcap)
@@ -187,7 +198,7 @@ def capped_slope(weight, capped, scoring):
 def grad_s(s, dp_ds, dp, queries, scoring, static, TRANSPOSED: tl.constexpr, MODE: tl.constexpr):
     """Return dS of a tile, dP with dropout applied; 0 at masked pairs, even where dP is not finite.
 
-    dS = dP/dS * dP, of a softmax P * (dP - delta). `dp_ds` is the slope of the Weights, or the `capped_slope`. For float16 the
+    dS = dP/dS * dP, of a softmax P * (dP - delta). `dp_ds` is the slope of the Weights, or `slope_before`. For float16 the
     result is multiplied by scoring.ds_scale.
     """
     if static.NORMALIZER == "softmax":
@@ -244,7 +255,7 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
         v = load_tile(keys.v, first, N, static.DV, CHECK)
         s, capped = scores(queries.q, k, row, first, keys.k.rows, scoring, static, MODE)
         weight = recompute_p(s, queries, scoring, static, False, MODE)
-        dp_ds = capped_slope(weight, capped, scoring)
+        dp_ds = slope_before(weight, capped, row, first, keys.k.rows, scoring, static)
         dp = grad_p(queries.do, v, row, first, scoring, static, False)
         dp = add_entropy_and_mass_grad(dp, weight.log2_p, queries, first, False)
         ds = grad_s(s, dp_ds, dp, queries, scoring, static, False, MODE)
@@ -256,7 +267,8 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
 def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     """Compute one tile of dQ. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative) > 0
+    HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
+                              + len(scoring.mods.function) > 0)
     window = scoring.window
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
@@ -316,7 +328,8 @@ def accumulate_dkdv(dk, dv, keys, queries, col, start, stop, scoring, static, MO
             dp = grad_p(keys.v, tile.do, col, first, scoring, static, True)
         weight = recompute_p(s, tile, scoring, static, True, MODE)
         # before the product with P, which leaves P in 16 bits alone
-        dp_ds = capped_slope(weight, capped, scoring)
+        if static.GRADS != "dv":
+            dp_ds = slope_before(weight, capped, col, first, queries.q.rows, scoring, static)
         if static.GRADS != "dk":
             dv = dot_acc(dv, apply_keep_mask(weight.p, col, first, scoring, True), tile.do, s, static, MODE)
         if static.GRADS != "dv":
@@ -372,7 +385,8 @@ def dkdv_kernel(queries, keys, grads, n_q, n_k, shift, leading, scoring, PASSES:
 def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     """Compute the gradients of this program's tile of keys that static.GRADS selects."""
     N: tl.constexpr = static.BLOCK_N
-    HAS_MASK: tl.constexpr = len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative) > 0
+    HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
+                              + len(scoring.mods.function) > 0)
     window = scoring.window
     first, head, batch = tile_head_batch(leading, leading.heads // static.GROUP, n_k, N, window.right is not None, "k")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
@@ -429,7 +443,7 @@ def find_attending(found, queries, col, n, scoring, static):
         if static.NORMALIZER == "softmax":
             log2_l = load_log2_l(queries, first, M)
             nonfinite = count_nonfinite(load_tile(queries.do, first, M, static.DV, True)) == static.DV
-            pairs = attended(col, first, n, N, M, scoring) & (log2_l != float("inf"))[None, :]
+            pairs = attended(col, first, n, N, M, scoring, static) & (log2_l != float("inf"))[None, :]
             breaks_dk = log2_l != log2_l
             breaks_dv = breaks_dk | nonfinite
             if static.GRADS != "dv":
@@ -437,7 +451,7 @@ def find_attending(found, queries, col, n, scoring, static):
                 breaks_dk = breaks_dk | (delta - delta != 0)
         else:
             nonfinite = count_nonfinite(load_tile(queries.do, first, M, static.DV, True))
-            pairs = attended(col, first, n, N, M, scoring)
+            pairs = attended(col, first, n, N, M, scoring, static)
             # one element of dO makes dP of the row not finite, but dS is 0 where a score of relu is not positive
             breaks_dk, breaks_dv = (nonfinite > 0) & (static.NORMALIZER == "sigmoid"), nonfinite == static.DV
         found = (found[0] | tl.max(pairs.to(tl.int32), 1),

@@ -3,6 +3,8 @@
     P = e^(scale Q K^T + bias - LSE) = 2^(exp2_scale S - LSE log2(e))      S = qk_scale Q K^T + bias
     with a softcap c, of c tanh(scale Q K^T / c) + bias:                   S = c tanh(qk_scale Q K^T) + bias
 
+A function f of the user's, which may depend on the pair, is applied before the biases: S = f(c tanh(...)) + bias.
+
 ALiBi and a table of relative positions are biases that depend on the offset alone, key position - query position:
 
     bias = -slope |offset| + table[offset]          beyond the ends of the table its first and last entry
@@ -14,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .dropout import dropout_of_head, keep_mask
+from .functions import FunctionView, call_function
 from .packed import decoded
 from .tile import HeadView, dot_t, head_view, load_pairwise, pairwise_view, scale_tile
 from .window import TILE, Window, needs_mask, window_mask
@@ -44,14 +47,15 @@ class ScoreMods(NamedTuple):
     alibi: tuple = ()       # slope of each head; in a view, the number
     relative: tuple = ()    # a Relative
     normalizer: tuple = ()  # the bias of a sigmoid, if given; in a view `normalizer_number`, unless it is a softmax
+    function: tuple = ()    # the payload of static.SCORE, a tuple itself; in a view a FunctionView
 
 
 class ScoreParams(NamedTuple):
     """Parameters of the scores.
 
-    Without biases and softcap the scale is applied together with the exponential: exp2_scale is |scale| log2(e), which is
-    positive, so that max S is the largest exponent, and qk_scale the sign of the scale, None where it is positive. Else
-    exp2_scale is log2(e), and qk_scale the scale, divided by the softcap if there is one.
+    Without biases, softcap and function the scale is applied together with the exponential: exp2_scale is |scale| log2(e),
+    which is positive, so that max S is the largest exponent, and qk_scale the sign of the scale, None where it is positive.
+    Else exp2_scale is log2(e), and qk_scale the scale, divided by the softcap if there is one.
     """
 
     exp2_scale: float
@@ -69,7 +73,7 @@ def select_head(mods, sizes, batch, head, first, rows, shift, static):
     `first` is the index, not the position, of the first row of this program's tile.
     """
     bias, mask, dropout, block_list, sink = mods.bias, mods.mask, mods.dropout, mods.block_list, mods.sink
-    alibi, relative, normalizer, batches = mods.alibi, mods.relative, mods.normalizer, sizes.batches
+    alibi, relative, normalizer, function, batches = mods.alibi, mods.relative, mods.normalizer, mods.function, sizes.batches
     if len(mods.bias) == 1:
         bias = (pairwise_view(mods.bias[0], batches, batch, head, rows, shift),)
     if len(mods.mask) == 1:
@@ -88,7 +92,9 @@ def select_head(mods, sizes, batch, head, first, rows, shift, static):
         relative = (Relative(view.ptr + radius * view.col, view.col * mods.relative[0].step, radius),)
     if static.NORMALIZER != "softmax":
         normalizer = (normalizer_number(mods.normalizer, sizes.n_k, static),)
-    return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative, normalizer)
+    if len(mods.function) == 1:
+        function = (FunctionView(mods.function[0], batch, head, rows, shift),)
+    return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative, normalizer, function)
 
 
 @triton.jit
@@ -179,6 +185,9 @@ def scale_and_cap(product, scoring, dtype: tl.constexpr):
 @triton.jit
 def modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
     """Return S, not yet times exp2_scale, from `scale_and_cap`: with the biases, and -inf at masked pairs."""
+    if len(scoring.mods.function) == 1:
+        changed = call_function(static.SCORE, s, row, col, n, scoring.mods.function[0], static.TRANSPOSED)
+        s = tl.broadcast_to(changed.to(static.ACC), s.shape)
     if len(scoring.mods.alibi) == 1:
         s -= scoring.mods.alibi[0].to(static.ACC) * distances(row, col, s.shape[0], s.shape[1], static.ACC)
     if len(scoring.mods.relative) == 1:
@@ -214,8 +223,11 @@ def scores(a, b, row, col, n, scoring, static, MODE: tl.constexpr):
 
 
 @triton.jit
-def attended(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring):
-    """Return [M, N] booleans: which pairs of a tile neither the window nor the mask nor a bias of -inf masks."""
+def attended(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring, static):
+    """Return [M, N] booleans: which pairs of a tile neither the window nor the mask nor a bias of -inf masks.
+
+    The user's function masks a pair if it is -inf for a score of 0.
+    """
     pairs = window_mask(scoring.window, row + tl.arange(0, M), col + tl.arange(0, N), n)
     if len(scoring.mods.bias) == 1:
         pairs = pairs & (load_pairwise(scoring.mods.bias[0], row, col, n, M, N, True) != float("-inf"))
@@ -223,6 +235,10 @@ def attended(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring):
         pairs = pairs & (load_relative(scoring.mods.relative[0], row, col, M, N) != float("-inf"))
     if len(scoring.mods.mask) == 1:
         pairs = pairs & (load_pairwise(scoring.mods.mask[0], row, col, n, M, N, True) != 0)
+    if len(scoring.mods.function) == 1:
+        zeros = tl.zeros([M, N], static.ACC)
+        s = call_function(static.SCORE, zeros, row, col, n, scoring.mods.function[0], static.TRANSPOSED)
+        pairs = pairs & (s != float("-inf"))
     return pairs
 
 

@@ -79,7 +79,7 @@ def subtracts_first(biases, dtype):
 @triton.jit
 def exponent(s, minus_m, scoring, dtype: tl.constexpr):
     """Return x - m for scores of queries of this dtype."""
-    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), dtype):
+    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative) + len(scoring.mods.function), dtype):
         return (s + minus_m) * scoring.exp2_scale
     else:
         return tl.fma(s, scoring.exp2_scale, minus_m)
@@ -92,7 +92,7 @@ def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
     Dropout applies to the weights of acc only: l sums all weights.
     """
     # the maximum of a row is -inf before its first unmasked key: avoid -inf - (-inf)
-    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), v[0].dtype):
+    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative) + len(scoring.mods.function), v[0].dtype):
         m = tl.maximum(state.m, tl.max(s, 1))
         pivot = tl.where(m == float("-inf"), 0.0, m)
         log2_alpha = (state.m - pivot) * scoring.exp2_scale
@@ -123,7 +123,7 @@ def softmax_step(state, s, v, row, col, scoring, static, MODE: tl.constexpr):
 @triton.jit
 def add_sink(m, l, sink, scoring, dtype: tl.constexpr):
     """Return m and l with one more key, whose score is `sink`, and the part of the other keys in this l."""
-    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), dtype):
+    if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative) + len(scoring.mods.function), dtype):
         sink = sink * (LOG2E / scoring.exp2_scale)
         largest = tl.maximum(m, sink)
         factor, weight = tl.exp2((m - largest) * scoring.exp2_scale), tl.exp2((sink - largest) * scoring.exp2_scale)
@@ -155,7 +155,7 @@ def softmax_finish(state, scoring, static, dtype: tl.constexpr):
         factor *= of_keys / tl.where(empty, 1.0, l)
     o = apply_keep_scale(scale_tile(state.acc, factor[:, None]), scoring)
     log2_l = tl.log2(tl.where(empty, 1.0, l))
-    if len(scoring.mods.bias) + len(scoring.mods.relative) > 0:
+    if len(scoring.mods.bias) + len(scoring.mods.relative) + len(scoring.mods.function) > 0:
         lse = m + log2_l * LN2
     elif subtracts_first(0, dtype):
         lse = (m * scoring.exp2_scale + log2_l) * LN2
@@ -168,7 +168,7 @@ def softmax_finish(state, scoring, static, dtype: tl.constexpr):
 def row_max(state, scoring, dtype: tl.constexpr):
     """Return [M]: the largest score of each row, without sinks; -inf in rows that attend to no key, NaN where a score is."""
     m = state.m
-    if len(scoring.mods.bias) + len(scoring.mods.relative) == 0:
+    if len(scoring.mods.bias) + len(scoring.mods.relative) + len(scoring.mods.function) == 0:
         if subtracts_first(0, dtype):
             m = m * scoring.exp2_scale * LN2
         else:
@@ -183,7 +183,7 @@ def row_entropy(state, minus_m, log2_l, scoring, dtype: tl.constexpr):
     if len(scoring.mods.sink) == 1:
         # relative to the largest exponent of the keys
         moved = minus_m + tl.where(empty, 0.0, state.m)
-        if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative), dtype):
+        if subtracts_first(len(scoring.mods.bias) + len(scoring.mods.relative) + len(scoring.mods.function), dtype):
             log2_l -= moved * scoring.exp2_scale
         else:
             log2_l -= moved

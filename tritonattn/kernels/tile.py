@@ -88,6 +88,12 @@ class Constexprs(NamedTuple):
     # dK/dV: "both", "dk" or "dv"; dbias: "pairs", or for sums over queries "keys", for sums over keys "queries"
     GRADS: tl.constexpr = tl.constexpr("both")
     NORMALIZER: tl.constexpr = tl.constexpr("softmax")  # or "sigmoid" or "relu"
+    TRANSPOSED: tl.constexpr = tl.constexpr(False)      # rows of the scores are keys
+    # the user's function of the scores and its derivative, each None if there is none, and its name: Triton's cache on disk
+    # would take two functions of one name for the same
+    SCORE: tl.constexpr = tl.constexpr(None)
+    SCORE_SLOPE: tl.constexpr = tl.constexpr(None)
+    SCORE_NAME: tl.constexpr = tl.constexpr(None)
 
 
 @triton.constexpr_function

@@ -18,10 +18,12 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..block_mask import BlockMask, is_of_flex
 from ..gpu import INTERPRETED, LARGEST_HEAD, TRITON, gpu_of
-from ..problem import NORMALIZERS, Problem
+from ..problem import NORMALIZERS, Problem, payload_of
+from ..score_function import ScoreFunction
 
 NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
 STATISTICS = ("max", "head_max", "entropy", "key_mass")  # of return_stats
+NO_DERIVATIVE = "expected one with a derivative, since a gradient of queries or keys is needed"
 LARGEST_SCALE = 2.3e38      # and sigmoid_bias; times log2(e) it is still a float32
 SMALLEST_SOFTCAP, LARGEST_SOFTCAP = 0.001, 500  # tanh has an absolute error of 3e-7
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -51,6 +53,7 @@ class AttentionInputs(NamedTuple):
     q_blocks: Tensor | None = None     # [..., kv blocks, 2 + query blocks], int32
     q_starts: Tensor | None = None     # [sequences + 1] int32, contiguous: the first query of each, and the end of the last
     k_starts: Tensor | None = None     # the same of keys
+    payload: Tensor | None = None      # of the score function, contiguous, any dtype and shape
     seed: Tensor | None = None         # [1] int64, where dropout_p is not 0
     key_lengths: Tensor | None = None  # [*batch] int32, contiguous
     scale: float = 1.0
@@ -66,6 +69,7 @@ class AttentionInputs(NamedTuple):
     key_mass: bool = False
     normalizer: str = "softmax"         # one of NORMALIZERS
     sigmoid_bias: float | None = None   # -ln(keys) if None
+    score_function: str | None = None   # its name, see score_function.py
 
     @property
     def problem(self) -> Problem:
@@ -73,7 +77,8 @@ class AttentionInputs(NamedTuple):
         packed = None if self.q_starts is None else (self.q_starts.shape[0] - 1, self.longest_q, self.longest_k)
         return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
                           self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink, packed, self.alibi,
-                          self.relative, self.entropy, self.key_mass, self.normalizer)
+                          self.relative, self.entropy, self.key_mass, self.normalizer, self.score_function,
+                          payload_of(self.payload))
 
 
 N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
@@ -81,8 +86,8 @@ N_WITH_GRADIENTS = AttentionInputs._fields.index("relative") + 1         # the f
 
 
 def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None, key_lengths=None,
-            softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax", sigmoid_bias=None, dropout_p=0.0,
-            dropout_seed=None, return_stats=None) -> AttentionInputs:
+            softcap=None, sink=None, alibi=None, relative=None, score_function=None, normalizer="softmax", sigmoid_bias=None,
+            dropout_p=0.0, dropout_seed=None, return_stats=None) -> AttentionInputs:
     """Check the arguments of `attention` and return them as the kernels take them. Draws the seed of dropout if it is None."""
     check_tensors(q=q, k=k, v=v)
     q, k, v = cast_for_autocast(q, k, v)
@@ -100,9 +105,11 @@ def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=Non
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
+    function, payload = function_argument(score_function, q, k)
     q, k, v, bias, *masks, scale = with_equal_batches(q, k, v, bias, masks, scale)
-    return AttentionInputs(q, k, v, bias, *of_heads, *masks, None, None, seed, key_lengths, scale, left, right, bottom_right,
-                           dropout_p, softcap, None, None, *wanted_statistics(return_stats), normalizer, sigmoid_bias)
+    return AttentionInputs(q, k, v, bias, *of_heads, *masks, None, None, payload, seed, key_lengths, scale, left, right,
+                           bottom_right, dropout_p, softcap, None, None, *wanted_statistics(return_stats), normalizer,
+                           sigmoid_bias, function)
 
 
 def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> AttentionInputs:
@@ -125,8 +132,8 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
     seed = seed_argument(dropout_p, None, query.device)
     q, k, v, bias, *masks, scale = with_equal_batches(query, key, value, bias, masks, scale)
     right = 0 if causal else None
-    return AttentionInputs(q, k, v, bias, None, None, None, *masks, None, None, seed, None, scale, None, right, bottom_right,
-                           dropout_p)
+    return AttentionInputs(q, k, v, bias, None, None, None, *masks, None, None, None, seed, None, scale, None, right,
+                           bottom_right, dropout_p)
 
 
 def prepare_map(tile, row_bytes) -> tuple[int, int]:
@@ -226,7 +233,7 @@ def statistics_of_lse(lse, inputs: AttentionInputs):
 
 def largest_score_unit(inputs: AttentionInputs) -> float:
     """Return the unit of m (kernels/softmax.py), in natural units: of scores; of Q K^T; of exponents."""
-    if inputs.bias is not None or inputs.relative is not None:
+    if inputs.bias is not None or inputs.relative is not None or inputs.score_function is not None:
         return 1.0
     if (inputs.softcap is not None or inputs.alibi is not None) and inputs.q.dtype.itemsize > 2:
         return 1.0
@@ -417,6 +424,30 @@ def positions_arguments(alibi, relative, q, k, v):
 def row_of_heads(x, rank):
     """Return slopes [H] or a table [H, n] as [..., H, 1, n] of this rank."""
     return with_rank(x.view(-1, 1, 1) if x.dim() == 1 else x.unsqueeze(1), rank)
+
+
+def function_argument(score_function, q, k) -> tuple[str | None, Tensor | None]:
+    """Return the name and the payload of a ScoreFunction; None stays None."""
+    if score_function is None:
+        return None, None
+    if not isinstance(score_function, ScoreFunction):
+        raise TypeError(f"score_function: expected a tritonattn.ScoreFunction or None, got {describe(score_function)}")
+    if score_function.derivative is None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+        raise RuntimeError(f"score_function: {NO_DERIVATIVE}, got {score_function}")
+    payload = score_function.payload
+    if payload is None:
+        return score_function.name, None
+    if payload.layout != torch.strided or payload.is_nested:
+        raise RuntimeError(layout_message("score_function: payload", payload))
+    if payload.device != q.device:
+        raise RuntimeError(f"score_function: expected a payload on {q.device}, where the queries are, got {payload.device}")
+    if not payload.is_contiguous():
+        raise RuntimeError("score_function: expected a contiguous payload, since the function gets no strides, got shape "
+                           f"{tuple(payload.shape)} with strides {payload.stride()}")
+    if payload.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("score_function: expected a payload that requires no gradient, since it gets none (bias, alibi and "
+                           "relative do), got one that does")
+    return score_function.name, payload
 
 
 def needing_positions(left, right, alibi, relative) -> str | None:

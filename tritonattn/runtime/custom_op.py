@@ -21,7 +21,7 @@ if TRITON:
     from . import launch
 
 SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", int | None: "int?",
-                SymInt | None: "SymInt?", bool: "bool", str: "str"}
+                SymInt | None: "SymInt?", bool: "bool", str: "str", str | None: "str?"}
 INPUTS = ", ".join(f"{SCHEMA_TYPES[kind]} {name}" for name, kind in AttentionInputs.__annotations__.items())
 N_FIELDS = len(AttentionInputs._fields)
 ENTROPY, NORMALIZER = map(AttentionInputs._fields.index, ("entropy", "normalizer"))
@@ -194,8 +194,8 @@ class AttentionBackward(torch.autograd.Function):
 def _vmap(function, op, info, in_dims, inputs):
     """Run a function with the mapped dimension as one more batch dimension, the first. None and empty tensors stay as they are.
 
-    With dropout, loop over the mapped dimension instead: the dropped weights depend on the batch index in the mapped function.
-    So with packed sequences, which take the place of batches.
+    With dropout or a score function, loop over the mapped dimension instead: these depend on the batch index in the mapped
+    function. So with packed sequences, which take the place of batches.
     """
     names = [argument.name for argument in op._schema.arguments]
 
@@ -206,7 +206,7 @@ def _vmap(function, op, info, in_dims, inputs):
         # these are read as dense
         return x.contiguous() if name in ("key_lengths", "statistics") else x
 
-    if inputs[names.index("seed")] is None and inputs[names.index("q_starts")] is None:
+    if all(inputs[names.index(name)] is None for name in ("seed", "q_starts", "score_function")):
         out = function.apply(*map(lead, inputs, in_dims, names))
         return out, tuple(0 if x.dim() > 1 else None for x in out)
     results = [function.apply(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims)))

@@ -46,14 +46,15 @@ class Call(NamedTuple):
     differentiable: bool
 
 
-def call_tensors(q, k, v, bias, of_heads, mask, key_lengths, dropout_seed, starts=(None, None)) -> tuple:
-    """Return the tensor arguments of a call in the order of AttentionInputs; `of_heads` are sink, alibi and relative.
+def call_tensors(qkv, bias, of_heads, mask, others, dropout_seed, key_lengths) -> tuple:
+    """Return the tensor arguments of a call in the order of AttentionInputs.
 
-    A BlockMask stays whole if it was changed.
+    `of_heads` are sink, alibi and relative, `others` the starts of packed sequences and the payload. A BlockMask stays whole if
+    it was changed.
     """
     if type(mask) is BlockMask and mask.is_current():
-        return q, k, v, bias, *of_heads, mask.mask, mask.kv_blocks, mask.q_blocks, *starts, dropout_seed, key_lengths
-    return q, k, v, bias, *of_heads, mask, None, None, *starts, dropout_seed, key_lengths
+        return *qkv, bias, *of_heads, mask.mask, mask.kv_blocks, mask.q_blocks, *others, dropout_seed, key_lengths
+    return *qkv, bias, *of_heads, mask, None, None, *others, dropout_seed, key_lengths
 
 
 def sdpa_tensors(query, key, value, attn_mask) -> tuple:
@@ -115,7 +116,7 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple | None:
     """Return o, lse, row_max, entropy and key_mass of a call like an earlier one, or None."""
     if key is None or (call := plan.find(key)) is None:
         return None
-    q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, seed, key_lengths = tensors
+    q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, payload, seed, key_lengths = tensors
     # every call has its own seed and lengths, to be checked and copied
     seed = seed_argument(call.numbers[DROPOUT_P], seed, q.device)
     if key_lengths is not None:
@@ -126,7 +127,7 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple | None:
     bias, *masks = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in (bias, *masks)]
     sink = None if sink is None else sink_column(sink, q.dim())
     alibi, relative = (None if x is None else row_of_heads(x, q.dim()) for x in (alibi, relative))
-    inputs = q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, seed, key_lengths
+    inputs = q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, payload, seed, key_lengths
     if call.differentiable:
         return PlannedAttention.apply(call, *inputs)
     if torch.autograd._profiler_enabled():

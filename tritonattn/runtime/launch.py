@@ -14,12 +14,14 @@ from ..kernels import backward, diagonals, forward
 from ..kernels.backward import AxisSizes, BiasGrad, Queries
 from ..kernels.dropout import Dropout, keep_kernel
 from ..kernels.forward import Keys, Outputs
+from ..kernels.functions import evaluate_kernel
 from ..kernels.mass import key_mass_kernel, map_kernel, mass_delta_kernel
 from ..kernels.packed import Packed, encoded
 from ..kernels.scores import LOG2E, Relative, ScoreMods, ScoreParams
 from ..kernels.tile import Constexprs, Leading, Strides, Tensor
 from ..kernels.window import Window, transpose_window
 from ..problem import Problem
+from ..score_function import functions_named
 from .arguments import AttentionInputs, empty_statistics, score_scale
 
 if INTERPRETED:
@@ -214,7 +216,8 @@ def _over_keys(problem: Problem, config: Config) -> Constexprs:
 def _over_queries(problem: Problem, config: Config) -> Constexprs:
     """Return the constants of a loop over queries, whose window is the transposed one."""
     ragged = problem.packed is not None or problem.n_q % _loop_granularity(problem, config, config.block_m) != 0
-    return _constexprs(problem, config, ragged, loop_modes(problem, config, transpose_window(Window(*problem.window)), ragged))
+    modes = loop_modes(problem, config, transpose_window(Window(*problem.window)), ragged)
+    return _constexprs(problem, config, ragged, modes)._replace(TRANSPOSED=tl.constexpr(True))
 
 
 def _loop_granularity(problem: Problem, config: Config, block: int) -> int:
@@ -230,10 +233,11 @@ def loop_modes(problem: Problem, config: Config, window, ragged: bool) -> tuple:
     last = "masked_tail" if config.edge_stages == 1 else "masked"
     if problem.mapped:
         # a full block may still reach out of the window, or past the keys of its batch
-        biased = problem.bias or problem.relative
+        biased = problem.bias or problem.relative or problem.score_function
         middle = "masked" if left or right or problem.lengths else "neg_inf" if biased else "unmasked"
         return None, middle, last
-    middle = "neg_inf" if problem.bias or problem.masked or problem.relative else "unmasked"
+    may_mask = problem.bias or problem.masked or problem.relative or problem.score_function
+    middle = "neg_inf" if may_mask else "unmasked"
     return "masked" if left else None, middle, last if right or ragged else None
 
 
@@ -317,9 +321,10 @@ def _record(x, rank, batch_strides, block, width) -> Tensor:
 def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: tuple = ()) -> Constexprs:
     # set_float32_matmul_precision changes this setting too
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    functions = (None, None) if problem.score_function is None else functions_named(problem.score_function)
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
               "tf32" if tf32 else "ieee", config.ahead and problem.n_k > 0, config.mma_sum and problem.dtype.itemsize == 2,
-              "both", problem.normalizer)
+              "both", problem.normalizer, False, *functions, problem.score_function)
     return Constexprs(*map(tl.constexpr, values))
 
 
@@ -327,13 +332,15 @@ def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> S
     mods = mods._replace(dropout=(dropout_record(inputs.dropout_p, inputs.seed),) if inputs.dropout_p else ())
     if inputs.sigmoid_bias is not None:
         mods = mods._replace(normalizer=(inputs.sigmoid_bias,))
+    if inputs.score_function is not None:
+        mods = mods._replace(function=(() if inputs.payload is None else (inputs.payload,),))
     scale, ds_scale = score_scale(inputs.scale), None
     if inputs.q.dtype == torch.float16:
         # near the scale, which dQ gets in the end; not so small that float16 loses more at its lower end
         ds_scale = 2.0 ** min(0, max(-4, round(math.log2(abs(scale or 1.0)))))
     if inputs.softcap is not None:
         return ScoreParams(LOG2E.value, scale / inputs.softcap, ds_scale, inputs.softcap, window, mods)
-    if mods.bias or mods.alibi or mods.relative:
+    if mods.bias or mods.alibi or mods.relative or mods.function:
         return ScoreParams(LOG2E.value, scale, ds_scale, None, window, mods)
     sign = (None if scale > 0 else -1.0) if scale else 0.0
     return ScoreParams((abs(scale) or 1.0) * LOG2E.value, sign, ds_scale, None, window, mods)
@@ -351,6 +358,16 @@ def keep_launch(keep: torch.Tensor, dropout: Dropout) -> KernelLaunch:
     config = Config(32, 64)
     programs = batch * heads * -(-n_q // config.block_m) * -(-n_k // config.block_n)
     return KernelLaunch(keep_kernel, programs, (keep, dropout, heads, n_q, n_k, config.block_m, config.block_n), config)
+
+
+def evaluate_launch(function, name: str, payload: torch.Tensor | None, scores: torch.Tensor, transposed: bool) -> KernelLaunch:
+    """Return the launch that replaces contiguous scores [batch, heads, n_q, n_k] by a `triton.jit` function of them."""
+    batch, heads, n_q, n_k = scores.shape
+    config = Config(32, 32)
+    programs = batch * heads * -(-n_q // config.block_m) * -(-n_k // config.block_m)
+    payload = () if payload is None else (payload,)
+    arguments = scores, payload, heads, n_q, n_k, function, name, transposed, config.block_m
+    return KernelLaunch(evaluate_kernel, programs, arguments, config)
 
 
 def _tiles_of_queries(problem: Problem, config: Config, inputs: AttentionInputs) -> int:
@@ -379,8 +396,9 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     starts = [None if problem.packed is None else q.new_empty(problem.batch[0] + 1, dtype=torch.int32) for _ in "qk"]
     inputs = AttentionInputs(q, k, v, mods if problem.bias else None, *of_heads,
                              mods.to(torch.bool) if problem.masked else None, *lists if problem.mapped else (None, None),
-                             *starts, q.new_empty(1, dtype=torch.int64), lengths, dropout_p=0.5 * problem.dropout,
-                             softcap=30.0 if problem.softcap else None, normalizer=problem.normalizer)
+                             *starts, problem.example_payload("meta"), q.new_empty(1, dtype=torch.int64), lengths,
+                             dropout_p=0.5 * problem.dropout, softcap=30.0 if problem.softcap else None,
+                             normalizer=problem.normalizer, score_function=problem.score_function)
     lse, statistics, delta = o[..., 0].float(), empty_statistics(inputs, (2,)), empty_statistics(inputs)
     entropy, mass = (lse,) if problem.entropy else (), lse.new_empty(*q.shape[:-2], k.shape[-2])
     sums = lse.new_empty(*q.shape[:-2], q.shape[-2] + k.shape[-2])

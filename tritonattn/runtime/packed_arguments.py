@@ -21,6 +21,7 @@ from .arguments import (
     check_tensors,
     check_window,
     describe,
+    function_argument,
     integer,
     layout_message,
     lengths_argument,
@@ -48,8 +49,9 @@ def one_batch(x, name):
 
 
 def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window=(None, None), align=None, bias=None, mask=None,
-                   key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, normalizer="softmax",
-                   sigmoid_bias=None, dropout_p=0.0, dropout_seed=None, return_stats=None) -> AttentionInputs:
+                   key_lengths=None, softcap=None, sink=None, alibi=None, relative=None, score_function=None,
+                   normalizer="softmax", sigmoid_bias=None, dropout_p=0.0, dropout_seed=None,
+                   return_stats=None) -> AttentionInputs:
     """Check the arguments of `attention_varlen` and return them as the kernels take them.
 
     q, k and v are those of `one_batch`; starts and longest hold the cu_seqlens and max_seqlen of queries and of keys.
@@ -83,10 +85,11 @@ def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window
     dropout_p = check_probability(dropout_p)
     seed = seed_argument(dropout_p, dropout_seed, q.device)
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
+    function, payload = function_argument(score_function, q, k)
     q, k, v, _, scale = with_equal_batches(q, k, v, None, (), scale)
-    return AttentionInputs(q, k, v, bias, *of_heads, mask, None, None, q_starts, k_starts, seed, key_lengths, scale, left,
-                           right, bottom_right, dropout_p, softcap, longest_q, longest_k, *wanted_statistics(return_stats),
-                           normalizer, sigmoid_bias)
+    return AttentionInputs(q, k, v, bias, *of_heads, mask, None, None, q_starts, k_starts, payload, seed, key_lengths, scale,
+                           left, right, bottom_right, dropout_p, softcap, longest_q, longest_k,
+                           *wanted_statistics(return_stats), normalizer, sigmoid_bias, function)
 
 
 def longest_argument(name, n, total) -> int:

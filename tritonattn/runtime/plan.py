@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..configs import lookup
 from ..gpu import INTERPRETED, TRITON, gpu_of
+from ..score_function import functions_named
 from . import diagonal_gradients, row_gradients
-from .arguments import N_TENSORS, AttentionInputs, empty_statistics, largest_score_unit
+from .arguments import N_TENSORS, NO_DERIVATIVE, AttentionInputs, empty_statistics, largest_score_unit
 
 if TRITON:
     from triton import knobs
@@ -252,6 +253,7 @@ class BackwardPlan(Plan):
         do, dlse, o, statistics, o_residual, *others, d_entropy, d_mass, _ = tensors = [_meta(x) for x in tensors]
         # statistics without a cotangent do not count
         inputs = AttentionInputs(*others, *numbers)._replace(entropy=d_entropy is not None, key_mass=d_mass is not None)
+        _check_derivative(inputs.score_function, wanted)
         gradients = [empty_rows(x, x.shape[-1]) if want else None for x, want in zip(inputs, wanted)]
         dq, dk, dv, dbias, dsink, dalibi, drelative = gradients
         self._bias_gradient, self._problem = _bias_gradient(inputs, dbias), inputs.problem
@@ -360,6 +362,13 @@ class BackwardPlan(Plan):
         offsets = diagonal_gradients.diagonal_offsets(inputs)
         for gradient, reduce in wanted:
             gradient.copy_(reduce(sums, offsets, gradient.shape))
+
+
+def _check_derivative(score_function: str | None, wanted: tuple[bool, ...]) -> None:
+    """Raise RuntimeError if the gradients of q or k need a derivative that the score function does not have."""
+    if score_function is not None and (wanted[0] or wanted[1]) and functions_named(score_function)[1] is None:
+        # where the first check could not see that a gradient is needed
+        raise RuntimeError(f"score_function: {NO_DERIVATIVE}, got {score_function}")
 
 
 def _no_pairs(inputs: AttentionInputs) -> bool:

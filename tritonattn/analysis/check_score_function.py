@@ -1,0 +1,101 @@
+"""Values of a score function for given scores, and the check of its derivative."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..gpu import INTERPRETED
+from ..runtime import launch
+from ..runtime.arguments import check_kernels_run_on
+from ..score_function import ScoreFunction
+
+SPREAD = 4.0     # standard deviation of the scores
+STEP = 1e-4      # of finite differences, times the size of the score
+TOLERANCE = 1e-5  # of a derivative, absolute or relative
+
+
+def check_score_function(score_function: ScoreFunction, shape: tuple[int, int, int, int], *, device=None, seed: int = 0):
+    """Check a score function in float64, for a random score at every place of `shape` (batch, heads, queries, keys).
+
+    Its values must be numbers or -inf, the same where the tiles have keys as rows, and -inf for every score of a pair or for
+    none. The derivative, if there is one, must agree to five digits with finite differences, at a kink with those of one side:
+    a function that casts its scores to float32 fails. device: if None, that of the payload; without one a GPU, in Triton's
+    interpreter the CPU.
+
+    Raises:
+        ValueError: names the first place at which a check fails, the score there, and the values.
+        TypeError: not a ScoreFunction, or not four sizes. RuntimeError: kernels do not run on the device.
+    """
+    if not isinstance(score_function, ScoreFunction):
+        raise TypeError(f"score_function: expected a tritonattn.ScoreFunction, got {score_function!r}")
+    if not isinstance(shape, (tuple, list)) or len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise TypeError(f"shape: expected four positive sizes (batch, heads, queries, keys), got {shape!r}")
+    if device is None:
+        payload = score_function.payload
+        device = payload.device if payload is not None else torch.device("cpu" if INTERPRETED else "cuda")
+    generator = torch.Generator(device).manual_seed(seed)
+    scores = SPREAD * torch.randn(shape, dtype=torch.float64, device=device, generator=generator)
+    name, value = score_function.name, evaluate(score_function, scores)
+    masked = value == -torch.inf
+    _raise_at(value.isnan() | (value == torch.inf), scores, f"{name}: expected a number or -inf", value)
+    by_keys = evaluate(score_function, scores, transposed=True)
+    _raise_at(value != by_keys, scores, f"{name}: expected the same in tiles whose rows are keys as in those whose rows are "
+                                        "queries, so a function of each element by itself", value, by_keys)
+    at_zero = evaluate(score_function, torch.zeros_like(scores))
+    _raise_at(masked != (at_zero == -torch.inf), scores, f"{name}: expected -inf for every score of a pair or for none; for a "
+                                                         "score of 0 it is", at_zero, value)
+    if score_function.derivative is not None:
+        derivative = evaluate(score_function, scores, derivative=True)
+        differences = _differences(score_function, scores, value)
+        close = [(derivative - each).abs() <= TOLERANCE * each.abs().clamp(min=1) for each in differences]
+        _raise_at(~(close[0] | close[1] | close[2] | masked), scores, f"{name}: expected the derivative of finite differences,",
+                  differences[0], derivative)
+
+
+def evaluate(score_function: ScoreFunction, scores: Tensor, *, derivative: bool = False, transposed: bool = False) -> Tensor:
+    """Return the function of scores [..., H, L, S], float32 or float64, or its derivative.
+
+    transposed: compute tiles in which keys are the rows. Raises RuntimeError: kernels do not run on the device of the scores.
+    """
+    check_kernels_run_on(scores=scores)
+    flat = scores.detach().reshape(math.prod(scores.shape[:-3]), *scores.shape[-3:])
+    values = flat.clone(memory_format=torch.contiguous_format)
+    function = score_function.derivative if derivative else score_function.function
+    launch.run(launch.evaluate_launch(function, score_function.name, score_function.payload, values, transposed), scores.device)
+    return values.view(scores.shape)
+
+
+def as_torch(score_function: ScoreFunction) -> Callable:
+    """Return the function as `reference.attention` takes it. It ignores the indices: the scores must be those of all places."""
+    def changed(scores, batch, head, query, key):
+        # the kernels compute 16-bit scores in float32
+        wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        value = evaluate(score_function, wide)
+        if wide.requires_grad:
+            slope = evaluate(score_function, wide, derivative=True)
+            # adds 0, whose gradient is the slope
+            value += torch.where(value == -torch.inf, 0, slope) * (wide - wide.detach())
+        return value.to(scores.dtype)
+
+    return changed
+
+
+def _differences(score_function, scores, value) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the finite differences of fourth order, and those of the left and of the right side, of second order."""
+    step = STEP * scores.abs().clamp(min=1)
+    left2, left, right, right2 = (evaluate(score_function, scores + i * step) for i in (-2, -1, 1, 2))
+    return ((8 * (right - left) - (right2 - left2)) / (12 * step), (3 * value - 4 * left + left2) / (2 * step),
+            (4 * right - 3 * value - right2) / (2 * step))
+
+
+def _raise_at(wrong, scores, expected, *values):
+    """Raise ValueError for the first element that is wrong. values: the right ones, if they are numbers, and the wrong ones."""
+    if not wrong.any():
+        return
+    place = tuple(wrong.nonzero()[0].tolist())
+    batch, head, query, key = place
+    *right, got = (f"{x[place].item():.7g}" for x in values)
+    raise ValueError(f"{' '.join([expected, *right])}, got {got}, for a score of {scores[place].item():.7g} at batch {batch}, "
+                     f"head {head}, query {query}, key {key}")

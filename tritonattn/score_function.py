@@ -1,0 +1,139 @@
+"""A function of the user's own that changes each score, and its registry: torch's ops and tuned configs hold its name alone.
+
+    ScoreFunction(function, derivative, payload)  ->  name "module:function,module:derivative#digest"  ->  functions_named(name)
+"""
+
+import hashlib
+import importlib
+import inspect
+import operator
+
+from torch import Tensor
+
+from .gpu import INTERPRETED
+
+PARAMETERS = ("score", "batch", "head", "query", "key", "payload")
+_functions: dict[str, tuple] = {}  # of every name: the function and its derivative, or None
+
+
+class ScoreFunction:
+    """A change of each score by a function of one's own. `attention` takes it as `score_function`.
+
+    `function` is a `triton.jit` function (score, batch, head, query, key, payload) -> score, `derivative` one with the same
+    parameters that returns the derivative of the result by the score; a number if it is the same for all. Example:
+
+        @triton.jit
+        def distance_penalty(score, batch, head, query, key, payload):
+            return score - tl.load(payload + head) * tl.abs(query - key)
+
+        @triton.jit
+        def one(score, batch, head, query, key, payload):
+            return 1.0
+
+        penalty = tritonattn.ScoreFunction(distance_penalty, one, payload=torch.rand(8, device="cuda"))
+
+    The functions get tiles, and compute each element by itself, with broadcasting: `score` has two dimensions, in float32,
+    `query` and `key` hold indices along one of them, in either order, `batch` and `head` are numbers. Several batch dimensions
+    count as one; of packed sequences, `batch` is the sequence, and `query` and `key` count from its start. `payload` is the
+    address of the tensor's first element, or None. Indices lie within the problem, so a function may read the payload at them.
+
+    A result of -inf masks a pair. Whether a pair is masked must not depend on its score. No block is skipped for it: pass a
+    `window` or a `block_mask` as well. See `check_score_function`.
+    """
+
+    def __init__(self, function, derivative=None, payload: Tensor | None = None):
+        """derivative: needed for gradients of queries and keys. payload: contiguous, on the device of the queries; it gets no
+        gradient.
+
+        Raises:
+            TypeError: a function is not one of `triton.jit` with six parameters, or the payload not a tensor.
+            ValueError: a function captures local variables, which Triton does not see.
+        """
+        for role, given in (("function", function), ("derivative", derivative)):
+            if given is not None or role == "function":
+                _check_function(role, given)
+        if payload is not None and not isinstance(payload, Tensor):
+            raise TypeError(f"payload: expected a tensor or None, got {type(payload).__name__}")
+        self.function, self.derivative, self.payload = function, derivative, payload
+        self.name = _name_of(function, derivative)
+        _functions[self.name] = function, derivative
+
+    @staticmethod
+    def named(name: str, payload: Tensor | None = None) -> "ScoreFunction":
+        """Return the score function with this name. Raises RuntimeError as `functions_named` does."""
+        return ScoreFunction(*functions_named(name), payload)
+
+    def __reduce__(self):
+        return ScoreFunction.named, (self.name, self.payload)
+
+    def __repr__(self):
+        payload = "" if self.payload is None else f" with a payload of shape {tuple(self.payload.shape)}"
+        return f"ScoreFunction {self.name}{payload}"
+
+
+def functions_named(name: str) -> tuple:
+    """Return the function and the derivative, or None, of a name. In a process that has not made them, import their modules.
+
+    Raises RuntimeError if they cannot be imported, or have changed.
+    """
+    if name not in _functions:
+        try:
+            ScoreFunction(*map(_import_function, name.rpartition("#")[0].split(",")))
+        except Exception as error:  # importing a module may raise anything
+            raise RuntimeError(f"score_function: expected functions at the top level of a module that can be imported, got "
+                               f"{name}, for which this process has {type(error).__name__}: {error}") from error
+    if name not in _functions:
+        raise RuntimeError(f"score_function: expected the functions as they were, got {name}, which have changed since")
+    return _functions[name]
+
+
+def check_importable(name: str) -> None:
+    """Raise ValueError unless another process can import the functions of a name."""
+    functions = name.rpartition("#")[0]
+    if "<locals>" in functions or any(each.startswith("__main__:") for each in functions.split(",")):
+        raise ValueError("score_function: expected functions at the top level of a module that the processes which compile and "
+                         f"time can import, got {functions}")
+
+
+def arguments_of(score_function) -> tuple:
+    """Return what names a score function in the key of a call, and its payload. Only the checks see a wrong type."""
+    if type(score_function) is not ScoreFunction:
+        # a tuple has no place in a key: the call is checked
+        return None if score_function is None else (score_function,), None
+    payload = score_function.payload
+    return (score_function.name,) if payload is not None and payload.requires_grad else score_function.name, payload
+
+
+def _check_function(role, function):
+    if not _is_jit(function):
+        raise TypeError(f"{role}: expected a function decorated with triton.jit, got {function!r}")
+    names = tuple(inspect.signature(function.fn).parameters)
+    if len(names) != len(PARAMETERS):
+        raise TypeError(f"{role}: expected the parameters ({', '.join(PARAMETERS)}), got ({', '.join(names)})")
+    if function.fn.__code__.co_freevars:
+        raise ValueError(f"{role}: expected a function that uses its parameters, tl.constexpr globals and other functions of "
+                         f"its module, got one that captures {', '.join(function.fn.__code__.co_freevars)}; pass values in the "
+                         "payload")
+
+
+def _is_jit(function) -> bool:
+    # not at the top of the file: the package is imported without Triton too
+    if INTERPRETED:
+        from triton.runtime.interpreter import InterpretedFunction as Jit
+    else:
+        from triton.runtime.jit import JITFunction as Jit
+    return isinstance(function, Jit)
+
+
+def _name_of(function, derivative) -> str:
+    """Return the modules and names of the functions, and a digest of their code."""
+    functions = [each for each in (function, derivative) if each is not None]
+    names = [f"{each.fn.__module__}:{each.fn.__qualname__}" for each in functions]
+    # Triton's key covers what a function calls, and global constants; its interpreter has none, and looks these up at each call
+    codes = [inspect.getsource(each.fn) if INTERPRETED else each.cache_key for each in functions]
+    return f"{','.join(names)}#{hashlib.sha256(repr(codes).encode()).hexdigest()[:8]}"
+
+
+def _import_function(name):
+    module, _, path = name.partition(":")
+    return operator.attrgetter(path)(importlib.import_module(module))
