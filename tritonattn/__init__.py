@@ -6,7 +6,15 @@ import importlib
 import os
 
 from . import config, reference
-from .attention import attention, attention_map, attention_varlen, dropout_mask, scaled_dot_product_attention, warm
+from .attention import (
+    attention,
+    attention_map,
+    attention_varlen,
+    create_block_mask,
+    dropout_mask,
+    scaled_dot_product_attention,
+    warm,
+)
 from .block_mask import BlockMask, block_mask
 from .config import Config, pinned
 from .integrations.dispatch_log import fallback_report
@@ -21,9 +29,9 @@ _LAZY = {"check_score_function": ".analysis.check_score_function", "explain": ".
 
 __all__ = [
     "BlockMask", "Config", "Problem", "ScoreFunction", "__version__", "alibi_slopes", "attention", "attention_map",
-    "attention_varlen", "block_mask", "check_score_function", "config", "disable", "dropout_mask", "enable", "explain",
-    "fallback_report", "pinned", "record_problems", "reference", "scaled_dot_product_attention", "swapped", "t5_table", "tune",
-    "warm",
+    "attention_varlen", "block_mask", "check_score_function", "config", "create_block_mask", "disable", "dropout_mask",
+    "enable", "explain", "fallback_report", "pinned", "record_problems", "reference", "scaled_dot_product_attention", "swapped",
+    "t5_table", "tune", "warm",
 ]
 
 

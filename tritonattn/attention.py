@@ -2,7 +2,7 @@
 
 import torch
 
-from . import score_function as functions
+from .block_mask import BlockMask, sorted_blocks
 from .runtime import arguments, custom_op, eager, packed_arguments
 
 
@@ -89,12 +89,11 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
     """
     wanted = arguments.wanted_statistics(return_stats)
     arguments.check_return_lse(normalizer, return_lse)
-    function, payload = functions.arguments_of(score_function)
-    tensors = eager.call_tensors((q, k, v), bias, (sink, alibi, relative), mask, (None, None, payload), dropout_seed,
-                                 key_lengths)
+    tensors, functions = eager.call_tensors((q, k, v), bias, (sink, alibi, relative), mask, (None, None), score_function,
+                                            dropout_seed, key_lengths)
     sides = window if type(window) is tuple else (window,)
-    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, function, normalizer, sigmoid_bias, dropout_p,
-                                   precise_grad, *wanted, *sides))
+    key = eager.call_key(tensors, ("attention", scale, causal, align, softcap, normalizer, sigmoid_bias, dropout_p,
+                                   precise_grad, *wanted, *sides, *functions))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = arguments.prepare(q, k, v, scale=scale, causal=causal, window=window, align=align, bias=bias, mask=mask,
@@ -150,13 +149,13 @@ def attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max
     q, k, v = (packed_arguments.one_batch(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     starts, longest = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     packed_arguments.check_starts(starts, (q.shape[-2], k.shape[-2]), longest)
-    function, payload = functions.arguments_of(score_function)
-    tensors = eager.call_tensors((q, k, v), bias, (sink, alibi, relative), mask, (*starts, payload), dropout_seed, key_lengths)
+    tensors, functions = eager.call_tensors((q, k, v), bias, (sink, alibi, relative), mask, starts, score_function,
+                                            dropout_seed, key_lengths)
     sides = window if type(window) is tuple else (window,)
     wanted = arguments.wanted_statistics(return_stats)
     arguments.check_return_lse(normalizer, return_lse)
-    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, function, normalizer, sigmoid_bias, dropout_p,
-                                   precise_grad, *wanted, packed_arguments.are_same(*starts), *longest, *sides))
+    key = eager.call_key(tensors, ("varlen", scale, causal, align, softcap, normalizer, sigmoid_bias, dropout_p, precise_grad,
+                                   *wanted, packed_arguments.are_same(*starts), *longest, *sides, *functions))
     outputs = eager.repeat(key, tensors)
     if outputs is None:
         inputs = packed_arguments.prepare_packed(
@@ -261,6 +260,39 @@ def attention_map(q, k, *, tile=64, scale=None, causal=False, window=(None, None
         queries = (q.shape[-2] - tile * torch.arange(sums.shape[-2], device=q.device)).clamp(max=tile)
         sums /= queries[:, None]
     return sums.squeeze(-3) if max(q.dim(), k.dim()) == 2 else sums
+
+
+def create_block_mask(function, shape, *, payload=None, device=None) -> BlockMask:
+    """Make a `block_mask` of a mask function, without a tensor of the size of the scores.
+
+    The function is evaluated once for every pair, to sort the blocks of TILE x TILE pairs; `attention` then skips the empty
+    ones, and evaluates the function in those that are neither empty nor full.
+
+    Args:
+        function: a `triton.jit` function (batch, head, query, key, payload) -> booleans, True takes part. As in a
+            `ScoreFunction`, its parameters are numbers, indices that broadcast, and the address of the payload or None.
+        shape: of the mask, [..., H, L, S]; 1 in place of H or of a batch dimension where the function does not depend on it.
+            Several batch dimensions count as one.
+        payload: a contiguous tensor. After a change of it, make a new mask.
+        device: that of the payload if None; without one a GPU, in Triton's interpreter the CPU.
+
+    Call it outside of compiled code; the mask can be used inside.
+
+    Example, for documents that lie one after the other in each sequence:
+
+        @triton.jit
+        def same_document(batch, head, query, key, payload):
+            return tl.load(payload + query) == tl.load(payload + key)
+
+        mask = tritonattn.create_block_mask(same_document, (1, 1, 65536, 65536), payload=document_of_each_token)
+
+    Raises:
+        TypeError, ValueError: as `ScoreFunction`; or the shape is not one of at least three sizes. RuntimeError: the payload
+        is not contiguous or lies on another device, or kernels do not run there.
+    """
+    name, device = arguments.prepare_mask_function(function, shape, payload, device)
+    lists = sorted_blocks(custom_op.mask_strips(name, payload, shape, device), shape, device)
+    return BlockMask(payload, *lists, function=(name, *shape[-2:]))
 
 
 def dropout_mask(shape, dropout_p, dropout_seed):

@@ -9,6 +9,7 @@ Each block of queries has a list of kv blocks, and each block of keys a list of 
 """
 
 import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,27 +23,36 @@ class BlockMask(torch.nn.Module):
 
     It can be copied, pickled, loaded by torch.load(weights_only=True) and passed through torch.export. As an attribute of a
     module it moves with that module, but is not in its state_dict, and `to` moves it in place, as for any module.
-    `attention` rejects one whose mask was changed in place; compiled code and masks of inference mode are not checked.
+    `attention` rejects one whose mask was changed in place; compiled code and masks of inference mode are not checked. The
+    one that `create_block_mask` makes holds the payload of a mask function in place of the mask.
     """
 
-    def __init__(self, mask: Tensor, kv_blocks: Tensor, q_blocks: Tensor, current: bool = True):
+    def __init__(self, mask: Tensor | None, kv_blocks: Tensor, q_blocks: Tensor, current: bool = True,
+                 function: tuple[str, int, int] | None = None):
         """mask [..., L, S], kv_blocks [..., query blocks, 2 + kv blocks], q_blocks [..., kv blocks, 2 + query blocks]; int32.
 
-        current: whether the lists match the mask.
+        current: whether the lists match the mask. function: the name of a mask function, L and S; then `mask` is its payload.
         """
         super().__init__()
+        self.function, *self._lengths = function or (None,)
         self._hold((mask, kv_blocks, q_blocks), current)
 
     def _hold(self, tensors, current):
         # no buffers: DDP would write to them, which counts as a change
-        self.mask, self.kv_blocks, self.q_blocks = tensors
+        source, self.kv_blocks, self.q_blocks = tensors
+        self.mask, self.payload = (source, None) if self.function is None else (None, source)
         # the counter belongs to this tensor: a copy starts its own
-        self._mask_version = _version_of(self.mask) if current else -1
+        self._version = _version_of(source) if current else -1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the mask, [..., L, S]."""
+        return tuple(self.mask.shape) if self.function is None else (*self.kv_blocks.shape[:-2], *self._lengths)
 
     def is_current(self) -> bool:
-        """Return whether the mask is unchanged since its blocks were sorted, as far as that is known."""
-        version = _version_of(self.mask)
-        return self._mask_version is None or version is None or self._mask_version == version
+        """Return whether the mask, or the payload, is unchanged since the blocks were sorted, as far as that is known."""
+        version = _version_of(self._tensors()[0])
+        return self._version is None or version is None or self._version == version
 
     def counts(self) -> dict[str, int]:
         """Return how many blocks of all matrices of the mask are "full", "partial" and "empty" for the loops over keys.
@@ -55,17 +65,25 @@ class BlockMask(torch.nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Move the tensors: `to`, `cuda` and the like of this module and of the one that holds it."""
-        self._hold(tuple(map(fn, self._tensors())), self.is_current())
+        current, (source, *lists) = self.is_current(), self._tensors()
+        lists = [fn(x) for x in lists]
+        # a payload keeps its dtype: the function was compiled for it
+        source = fn(source) if self.function is None else None if source is None else source.to(lists[0].device)
+        self._hold((source, *lists), current)
         return self
 
     def _tensors(self):
-        return self.mask, self.kv_blocks, self.q_blocks
+        return self.mask if self.function is None else self.payload, self.kv_blocks, self.q_blocks
+
+    def _context(self):
+        """Return the arguments of the constructor that are no tensors."""
+        return self.is_current(), None if self.function is None else (self.function, *self._lengths)
 
     def __reduce__(self):
-        return BlockMask, (*self._tensors(), self.is_current())
+        return BlockMask, (*self._tensors(), *self._context())
 
     def __repr__(self):
-        return f"BlockMask of shape {tuple(self.mask.shape)}"
+        return f"BlockMask of shape {self.shape}"
 
 
 def block_mask(mask: Tensor) -> BlockMask:
@@ -90,16 +108,21 @@ def block_mask(mask: Tensor) -> BlockMask:
         raise RuntimeError(f"mask: expected booleans [..., queries, keys], got {mask.dtype} of shape {tuple(mask.shape)}")
     if mask.layout != torch.strided or mask.is_nested:
         raise RuntimeError(f"mask: expected a dense (strided) tensor, got {'a nested one' if mask.is_nested else mask.layout}")
-    n_q, n_k = mask.shape[-2:]
+    # one row of blocks at a time, so that the mask is not copied
+    return BlockMask(mask, *sorted_blocks(mask.split(TILE, -2) if mask.shape[-2] else (), mask.shape, mask.device))
+
+
+def sorted_blocks(strips: Iterable[Tensor], shape: Sequence[int], device) -> tuple[Tensor, Tensor]:
+    """Return kv_blocks and q_blocks of a mask of this shape from its rows, booleans [..., at most TILE, S]."""
+    n_q, n_k = shape[-2:]
     n_blocks = -(-n_k // TILE)
     padding = (0, n_blocks * TILE - n_k)
     nonempty, full = [], []
-    # one row of blocks at a time, so that the mask is not copied
-    for rows in mask.split(TILE, -2) if n_q else ():
+    for rows in strips:
         any_row, every_row = rows.any(-2), rows.all(-2)
         nonempty.append(torch.nn.functional.pad(any_row, padding).unflatten(-1, (n_blocks, TILE)).any(-1))
         full.append(torch.nn.functional.pad(every_row, padding, value=True).unflatten(-1, (n_blocks, TILE)).all(-1))
-    none = mask.new_empty(*mask.shape[:-2], 0, n_blocks)
+    none = torch.empty(*shape[:-2], 0, n_blocks, dtype=torch.bool, device=device)
     nonempty, full = (torch.stack(rows, -2) if rows else none for rows in (nonempty, full))
     # a block that reaches past the last row or column counts as partial: full blocks are not tested for the end
     full_of_query, full_of_key = full.clone(), full.mT.clone()
@@ -107,7 +130,7 @@ def block_mask(mask: Tensor) -> BlockMask:
         full_of_query[..., -1] = False
     if n_q % TILE:
         full_of_key[..., -1] = False
-    return BlockMask(mask, _block_lists(nonempty, full_of_query), _block_lists(nonempty.mT, full_of_key))
+    return _block_lists(nonempty, full_of_query), _block_lists(nonempty.mT, full_of_key)
 
 
 def _block_lists(nonempty, full):
@@ -157,9 +180,10 @@ def _version_of(mask) -> int | None:
 
 NAMES = ("mask", "kv_blocks", "q_blocks")
 pytree.register_pytree_node(
-    BlockMask, lambda block_mask: (list(block_mask._tensors()), block_mask.is_current()),
-    lambda tensors, current: BlockMask(*tensors, current),
+    BlockMask, lambda block_mask: (list(block_mask._tensors()), block_mask._context()),
+    lambda tensors, context: BlockMask(*tensors, *context),
     flatten_with_keys_fn=lambda block_mask: (
-        [(pytree.GetAttrKey(name), getattr(block_mask, name)) for name in NAMES], block_mask.is_current()),
-    serialized_type_name="tritonattn.BlockMask", to_dumpable_context=bool, from_dumpable_context=bool)
+        [(pytree.GetAttrKey(name), x) for name, x in zip(NAMES, block_mask._tensors())], block_mask._context()),
+    serialized_type_name="tritonattn.BlockMask", to_dumpable_context=list,
+    from_dumpable_context=lambda context: (context[0], context[1] and tuple(context[1])))
 torch.serialization.add_safe_globals([BlockMask])

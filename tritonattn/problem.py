@@ -5,11 +5,30 @@
 
 import math
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 Window = tuple[int | None, int | None]
 NORMALIZERS = ("softmax", "sigmoid", "relu")
+
+
+class UserFunction(NamedTuple):
+    """A function of the user's own: its name (score_function.py), and dtype and number of elements of its payload."""
+
+    name: str
+    payload: tuple[str, int] | None = None
+
+    @staticmethod
+    def of(name: str | None, payload: torch.Tensor | None) -> "UserFunction | None":
+        """Return the description of a function and its payload; None for None."""
+        return name and UserFunction(name, None if payload is None else (_name(payload.dtype), payload.numel()))
+
+    def example_payload(self, device) -> torch.Tensor | None:
+        """Return a payload of zeros, which are numbers of every dtype and indices of every tensor; None without one."""
+        if self.payload is None:
+            return None
+        return torch.zeros(self.payload[1], dtype=getattr(torch, self.payload[0]), device=device)
 
 
 @dataclass(frozen=True)
@@ -40,14 +59,14 @@ class Problem:
     entropy: bool = False            # the entropy of each row is computed, in a backward pass differentiated
     key_mass: bool = False           # the same for the mass of each key
     normalizer: str = "softmax"      # one of NORMALIZERS
-    score_function: str | None = None        # its name, see score_function.py
-    payload: tuple[str, int] | None = None   # dtype and number of elements of its payload
+    score_function: "UserFunction | None" = None
+    mask_function: "UserFunction | None" = None  # of a BlockMask without a tensor; then `masked` and `mapped` hold too
 
     @staticmethod
     def of(q, k, v, window: Window = (None, None), bottom_right=False, bias=None, mask=None, dropout_p=0.0,
            key_lengths=None, kv_blocks=None, softcap=None, sink=None, packed=None, alibi=None,
            relative=None, entropy=False, key_mass=False, normalizer="softmax", score_function=None,
-           payload=None) -> "Problem":
+           mask_function=None) -> "Problem":
         """Return the problem of these tensors. A side of the window that excludes nothing becomes None.
 
         packed: the number of packed sequences, and the most queries and keys of one.
@@ -61,10 +80,11 @@ class Problem:
         left = None if left is None or left >= n_q - 1 + shift else left
         right = None if right is None or right >= n_k - 1 - shift else right
         return Problem(tuple(batch), q.shape[-3], k.shape[-3], n_q, n_k, q.shape[-1], v.shape[-1], q.dtype,
-                       (left, right), shift, bias if bias is None else bias.dtype, mask is not None,
+                       (left, right), shift, bias if bias is None else bias.dtype,
+                       mask is not None or mask_function is not None,
                        dropout_p > 0, key_lengths is not None, kv_blocks is not None, softcap is not None, sink is not None,
                        packed and (q.shape[-2], k.shape[-2]), alibi is not None, relative is not None, entropy, key_mass,
-                       normalizer, score_function, payload)
+                       normalizer, score_function, mask_function)
 
     @staticmethod
     def parse(shape: str, dtype: torch.dtype, causal: bool = False) -> "Problem":
@@ -125,12 +145,6 @@ class Problem:
 
         return tuple(draw(*size) for size in self._sizes())
 
-    def example_payload(self, device) -> torch.Tensor | None:
-        """Return a payload of zeros, which are numbers of every dtype and indices of every tensor; None without one."""
-        if self.payload is None:
-            return None
-        return torch.zeros(self.payload[1], dtype=getattr(torch, self.payload[0]), device=device)
-
     def bytes(self, direction: str = "forward") -> int:
         """Return the least memory traffic: inputs read once, results written once. Without biases and masks, whose shapes
         are not part of a Problem."""
@@ -161,10 +175,13 @@ class Problem:
     @staticmethod
     def from_json(fields: dict) -> "Problem":
         """Return the problem with this `as_json`."""
-        lists = {name: tuple(fields[name]) for name in ("batch", "window", "packed", "payload") if fields.get(name) is not None}
+        lists = {name: tuple(fields[name]) for name in ("batch", "window", "packed") if fields.get(name) is not None}
         # records from before biases existed have no such key
         dtypes = {name: fields.get(name) and getattr(torch, fields[name]) for name in ("dtype", "bias")}
-        return Problem(**fields | lists | dtypes)
+        functions = {name: UserFunction(function, payload and tuple(payload))
+                     for name in ("score_function", "mask_function") for function, payload in [fields.get(name) or (None, None)]
+                     if function is not None}
+        return Problem(**fields | lists | dtypes | functions)
 
     def __str__(self):
         def pair(a, b):
@@ -177,14 +194,9 @@ class Problem:
         names = ("masked", "mapped", "dropout", "lengths", "softcap", "sink", "alibi", "relative", "entropy", "key_mass")
         extras = [f"bias {_name(self.bias)}"] * (self.bias is not None) + [name for name in names if getattr(self, name)]
         extras += [self.normalizer] * (self.normalizer != "softmax")
-        extras += [] if self.score_function is None else [f"score_function {self.score_function}"]
+        extras += [f"{name} {getattr(self, name).name}" for name in ("score_function", "mask_function") if getattr(self, name)]
         extras += [] if self.packed is None else [f"packed {pair(*self.packed)}"]
         return " ".join([f"{'x'.join(map(str, sizes))} {_name(self.dtype)} {self.mask}{window}{shift}", *extras])
-
-
-def payload_of(payload: torch.Tensor | None) -> tuple[str, int] | None:
-    """Return what a Problem has of the payload of a score function: its dtype and number of elements."""
-    return None if payload is None else (_name(payload.dtype), payload.numel())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""A function of the user's own that changes each score, and its registry: torch's ops and tuned configs hold its name alone.
+"""Functions of the user's own, of scores and of masks, and their registry: torch's ops and tuned configs hold names alone.
 
     ScoreFunction(function, derivative, payload)  ->  name "module:function,module:derivative#digest"  ->  functions_named(name)
 """
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .gpu import INTERPRETED
 
-PARAMETERS = ("score", "batch", "head", "query", "key", "payload")
-_functions: dict[str, tuple] = {}  # of every name: the function and its derivative, or None
+OF_MASKS = ("batch", "head", "query", "key", "payload")  # parameters
+OF_SCORES = ("score", *OF_MASKS)
+_functions: dict[str, tuple] = {}  # of every name: the function, and its derivative or None
 
 
 class ScoreFunction:
@@ -49,14 +50,12 @@ class ScoreFunction:
             TypeError: a function is not one of `triton.jit` with six parameters, or the payload not a tensor.
             ValueError: a function captures local variables, which Triton does not see.
         """
-        for role, given in (("function", function), ("derivative", derivative)):
-            if given is not None or role == "function":
-                _check_function(role, given)
-        if payload is not None and not isinstance(payload, Tensor):
-            raise TypeError(f"payload: expected a tensor or None, got {type(payload).__name__}")
+        check_function("function", function, OF_SCORES)
+        if derivative is not None:
+            check_function("derivative", derivative, OF_SCORES)
+        check_payload(payload)
         self.function, self.derivative, self.payload = function, derivative, payload
-        self.name = _name_of(function, derivative)
-        _functions[self.name] = function, derivative
+        self.name = register(function, derivative)
 
     @staticmethod
     def named(name: str, payload: Tensor | None = None) -> "ScoreFunction":
@@ -72,18 +71,18 @@ class ScoreFunction:
 
 
 def functions_named(name: str) -> tuple:
-    """Return the function and the derivative, or None, of a name. In a process that has not made them, import their modules.
+    """Return the function and its derivative, or None, of a name. In a process that has not made them, import their modules.
 
     Raises RuntimeError if they cannot be imported, or have changed.
     """
     if name not in _functions:
         try:
-            ScoreFunction(*map(_import_function, name.rpartition("#")[0].split(",")))
+            register(*map(_import_function, name.rpartition("#")[0].split(",")))
         except Exception as error:  # importing a module may raise anything
-            raise RuntimeError(f"score_function: expected functions at the top level of a module that can be imported, got "
-                               f"{name}, for which this process has {type(error).__name__}: {error}") from error
+            raise RuntimeError(f"functions: expected those at the top level of a module that can be imported, got {name}, for "
+                               f"which this process has {type(error).__name__}: {error}") from error
     if name not in _functions:
-        raise RuntimeError(f"score_function: expected the functions as they were, got {name}, which have changed since")
+        raise RuntimeError(f"functions: expected them as they were, got {name}, which have changed since")
     return _functions[name]
 
 
@@ -91,8 +90,8 @@ def check_importable(name: str) -> None:
     """Raise ValueError unless another process can import the functions of a name."""
     functions = name.rpartition("#")[0]
     if "<locals>" in functions or any(each.startswith("__main__:") for each in functions.split(",")):
-        raise ValueError("score_function: expected functions at the top level of a module that the processes which compile and "
-                         f"time can import, got {functions}")
+        raise ValueError("functions: expected those at the top level of a module that the processes which compile and time can "
+                         f"import, got {functions}")
 
 
 def arguments_of(score_function) -> tuple:
@@ -104,12 +103,19 @@ def arguments_of(score_function) -> tuple:
     return (score_function.name,) if payload is not None and payload.requires_grad else score_function.name, payload
 
 
-def _check_function(role, function):
+def check_payload(payload) -> None:
+    """Raise TypeError unless this is a tensor or None."""
+    if payload is not None and not isinstance(payload, Tensor):
+        raise TypeError(f"payload: expected a tensor or None, got {type(payload).__name__}")
+
+
+def check_function(role: str, function, parameters: tuple[str, ...]) -> None:
+    """Raise TypeError or ValueError unless this is a `triton.jit` function with so many parameters that captures nothing."""
     if not _is_jit(function):
         raise TypeError(f"{role}: expected a function decorated with triton.jit, got {function!r}")
     names = tuple(inspect.signature(function.fn).parameters)
-    if len(names) != len(PARAMETERS):
-        raise TypeError(f"{role}: expected the parameters ({', '.join(PARAMETERS)}), got ({', '.join(names)})")
+    if len(names) != len(parameters):
+        raise TypeError(f"{role}: expected the parameters ({', '.join(parameters)}), got ({', '.join(names)})")
     if function.fn.__code__.co_freevars:
         raise ValueError(f"{role}: expected a function that uses its parameters, tl.constexpr globals and other functions of "
                          f"its module, got one that captures {', '.join(function.fn.__code__.co_freevars)}; pass values in the "
@@ -125,13 +131,15 @@ def _is_jit(function) -> bool:
     return isinstance(function, Jit)
 
 
-def _name_of(function, derivative) -> str:
-    """Return the modules and names of the functions, and a digest of their code."""
+def register(function, derivative=None) -> str:
+    """Return the name of the functions, which `functions_named` then finds: modules and names, and a digest of their code."""
     functions = [each for each in (function, derivative) if each is not None]
     names = [f"{each.fn.__module__}:{each.fn.__qualname__}" for each in functions]
     # Triton's key covers what a function calls, and global constants; its interpreter has none, and looks these up at each call
     codes = [inspect.getsource(each.fn) if INTERPRETED else each.cache_key for each in functions]
-    return f"{','.join(names)}#{hashlib.sha256(repr(codes).encode()).hexdigest()[:8]}"
+    name = f"{','.join(names)}#{hashlib.sha256(repr(codes).encode()).hexdigest()[:8]}"
+    _functions[name] = function, derivative
+    return name
 
 
 def _import_function(name):

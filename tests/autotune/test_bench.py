@@ -22,6 +22,7 @@ from tritonattn.autotune import search
 from tritonattn.autotune.bench import Bench, IsolatedBench, JointBench, hard_inputs, results_of
 from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.measure.timing import TimedError, Windows
+from tritonattn.problem import UserFunction
 from tritonattn.runtime import launch
 
 TINY = Problem((1,), 2, 1, 48, 48, 16, 16, torch.float16)
@@ -88,7 +89,7 @@ def test_other_normalizers_are_checked_against_the_definition(normalizer, kernel
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kernel, tensors", [("forward", {"o", "lse"}), ("dq", {"dq"}), ("dkdv", {"dk", "dv"})])
 def test_score_functions_are_checked_against_the_definition(kernel, tensors, device, monkeypatch):
-    problem = dataclasses.replace(TINY, score_function=Both("squares").of(attention).name)
+    problem = dataclasses.replace(TINY, score_function=UserFunction(Both("squares").of(attention).name))
     assert set(Bench(kernel, problem, device).check("32x64w4s2")) == tensors
     monkeypatch.setattr(benches, "options_of_reference", lambda options, tensors: options | {"score_function": None})
     assert Bench(kernel, problem, device).check("32x64w4s2").code == "incorrect"
@@ -97,7 +98,7 @@ def test_score_functions_are_checked_against_the_definition(kernel, tensors, dev
 @pytest.mark.interpreted
 def test_a_score_function_without_a_derivative_is_checked_as_in_inference(device):
     function = ScoreFunction(score_functions.penalty, payload=torch.ones(8))
-    problem = dataclasses.replace(TINY, score_function=function.name, payload=("float32", 8))
+    problem = dataclasses.replace(TINY, score_function=UserFunction(function.name, ("float32", 8)))
     assert set(Bench("forward", problem, device).check("32x64w4s2")) == {"o", "lse"}
 
 

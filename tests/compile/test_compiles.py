@@ -351,8 +351,10 @@ def test_other_normalizers_do_not_spill(name, special, arch):
 def test_score_functions_do_not_spill(name, arch):
     """They are served by the rows of biases."""
     payload = ("float32", 8) if name == "penalty" else None
-    variant = f"score_function=score_functions.Both({name!r}).of(None).name, payload={payload}"
-    program = "from tests.helpers import score_functions\n" + VARIANT
+    variant = f"score_function=UserFunction(score_functions.Both({name!r}).of(None).name, {payload})"
+    # not from the package `tests`, which would set TRITON_INTERPRET
+    imports = "import sys\nsys.path.append('tests')\nfrom helpers import score_functions\n"
+    program = imports + "from tritonattn.problem import UserFunction\n" + VARIANT
     for row in compiled(program.format(kernels=KERNELS, arch=arch, batch=4, kv_heads=32, variant=variant)):
         assert row["fits"] and row["race"] is None, row
         assert row["spills"] <= (0 if OWN else LIGHT_SPILLS), row

@@ -355,7 +355,7 @@ def test_checkpointing(reentrant, device):
 def test_opcheck(normalizer, device):
     q, k, v, *_ = tensors(device, torch.float16, batch=(1,), n_q=20, n_k=20)
     bias = torch.zeros(1, 2, 1, 1, dtype=torch.float16, device=device)
-    numbers = 0.25, None, 0, True, 0.0, None, None, None, False, False, False, normalizer, None, None
+    numbers = 0.25, None, 0, True, 0.0, None, None, None, False, False, False, normalizer, None, None, None
     inputs = (q, k, v, bias, *[None] * (custom_op.N_TENSORS - 4))
     torch.library.opcheck(custom_op.forward_op, (*(x if x is None else x.requires_grad_() for x in inputs), *numbers, True))
     inputs = [x if x is None else x.detach() for x in inputs]

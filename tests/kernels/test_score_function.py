@@ -242,10 +242,10 @@ def with_payload(make):
     (lambda device: penalty, TypeError, "score_function: expected a tritonattn.ScoreFunction or None, got"),
     (lambda device: "squares", TypeError, "score_function: expected a tritonattn.ScoreFunction or None, got 'squares'"),
     (lambda device: ScoreFunction(squares), RuntimeError, "score_function: expected one with a derivative"),
-    (with_payload(lambda x: x[:, 0]), RuntimeError, r"contiguous payload.* strides \(2,\)"),
-    (with_payload(lambda x: x.to("meta")), RuntimeError, "payload on .*, got meta"),
-    (with_payload(lambda x: x.to_sparse()), RuntimeError, "score_function: payload: expected a dense"),
-    (with_payload(lambda x: x.requires_grad_()), RuntimeError, "requires no gradient"),
+    (with_payload(lambda x: x[:, 0]), RuntimeError, r"payload: expected a contiguous tensor.* got .* with strides \(2,\)"),
+    (with_payload(lambda x: x.to("meta")), RuntimeError, "payload: expected a tensor on .*, got one on meta"),
+    (with_payload(lambda x: x.to_sparse()), RuntimeError, "payload: expected a dense"),
+    (with_payload(lambda x: x.requires_grad_()), RuntimeError, "payload: expected a tensor that requires no gradient"),
 ], ids=["function", "name", "derivative", "strides", "device", "sparse", "gradient"])
 def test_bad_arguments_raise(make, error, message, device):
     q, k, v = (x.requires_grad_() for x in tensors(device, torch.float32)[:3])
@@ -281,7 +281,7 @@ def captured():
     (lambda: ScoreFunction.named("tests.helpers.score_functions:one#00000000"), RuntimeError, "have changed since"),
     (lambda: ScoreFunction.named("no_such_module:one#00000000"), RuntimeError, "ModuleNotFoundError"),
     (lambda: tune(*[torch.zeros(1, 1, 16, 16)] * 3, score_function=ScoreFunction(captured_nothing())), ValueError,
-     "expected functions at the top level of a module that the processes which compile and time can import, got .*<locals>"),
+     "expected those at the top level of a module that the processes which compile and time can import, got .*<locals>"),
 ], ids=["lambda", "python", "none", "parameters", "closure", "payload", "missing", "changed", "module", "local"])
 def test_bad_functions_raise(make, error, message):
     with pytest.raises(error, match=message):
@@ -418,8 +418,8 @@ def test_checkpointing(reentrant, device):
 def test_opcheck(device):
     q, k, v, *_ = tensors(device, torch.float16, batch=(1,), n_q=20, n_k=20)
     function = ScoreFunction(penalty, one, torch.rand(2, device=device))
-    numbers = 0.25, None, 0, True, 0.0, None, None, None, False, False, False, "softmax", None, function.name
-    inputs = [q, k, v, *[None] * 9, function.payload, None, None]
+    numbers = 0.25, None, 0, True, 0.0, None, None, None, False, False, False, "softmax", None, function.name, None
+    inputs = [q, k, v, *[None] * 9, function.payload, None, None, None]
     inputs[:3] = (x.requires_grad_() for x in inputs[:3])
     torch.library.opcheck(custom_op.forward_op, (*inputs, *numbers, True))
     inputs = [x if x is None else x.detach() for x in inputs]

@@ -371,7 +371,7 @@ def test_checkpointing(reentrant, device):
 
 def test_opcheck(device):
     q, k, v, *_ = tensors(device, torch.float16, batch=(1,), n_q=20, n_k=20)
-    numbers = 0.25, None, 0, True, 0.0, None, None, None, True, True, True, "softmax", None, None
+    numbers = 0.25, None, 0, True, 0.0, None, None, None, True, True, True, "softmax", None, None, None
     tensors_of = (q, k, v, *[None] * (custom_op.N_TENSORS - 3))
     torch.library.opcheck(custom_op.forward_op, (*(x if x is None else x.requires_grad_() for x in tensors_of), *numbers, True))
     tensors_of = [x if x is None else x.detach() for x in tensors_of]

@@ -33,14 +33,14 @@ def test_opcheck(form, given, grad, device):
              "alibi": torch.rand(1, 2, 1, 1, device=device, requires_grad=grad),
              "relative": torch.randn(1, 2, 1, 9, device=device, requires_grad=grad),
              "mask": torch.rand(1, 1, 20, 20, device=device) > 0.3, "kv_blocks": None, "q_blocks": None,
-             "q_starts": None, "k_starts": None,
+             "q_starts": None, "k_starts": None, "payload": None, "mask_payload": None,
              "seed": torch.tensor([3], device=device),
              "lengths": torch.tensor([15], dtype=torch.int32, device=device)}
     if "map" in given:
         known |= {name: getattr(block_mask(known["mask"]), name) for name in ("kv_blocks", "q_blocks")}
     extras = [x if name in given or "blocks" in name else None for name, x in known.items()]
     options = 0.25, None, 0, True, 0.5 * ("seed" in given), 20.0 if "sink" in given else None, None, None, *[False] * 3
-    options += "softmax", None, None
+    options += "softmax", None, None, None
     torch.library.opcheck(custom_op.forward_op, (q, k, v, *extras, *options, True))
     with torch.no_grad():
         tensors = [x if x is None else x.detach() for x in (q, k, v, *extras)]
@@ -277,14 +277,14 @@ def test_memory_is_linear(device, monkeypatch):
     n, d, dv = 64, 16, 8
     q, k, v = qkv(device, n_q=n, n_k=n, d=d, dv=dv, dtype=torch.bfloat16)
     taken.clear()
-    options = 0.25, None, 0, False, 0.0, None, None, None, False, False, False, "softmax", None, None
-    o, _, *left, _, _, _ = custom_op._forward(q, k, v, *(None,) * 12, *options, True)
+    options = 0.25, None, 0, False, 0.0, None, None, None, False, False, False, "softmax", None, None, None
+    o, _, *left, _, _, _ = custom_op._forward(q, k, v, *(None,) * 13, *options, True)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n, 2 * n * dv])
     taken.clear()
-    custom_op._forward(q, k, v, *(None,) * 12, *options, False)
+    custom_op._forward(q, k, v, *(None,) * 13, *options, False)
     assert sorted(taken) == sorted([2 * n * dv, 2 * n, 4 * n])
     taken.clear()
-    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 12, *options, [True, True, *[False] * 5])
+    custom_op._backward(o, None, o, *left, q, k, v, *(None,) * 13, *options, [True, True, *[False] * 5])
     assert sorted(taken) == sorted([2 * n * d, 2 * n * d, 2 * n])
 
 

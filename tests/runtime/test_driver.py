@@ -8,7 +8,7 @@ from tests.helpers.compile_server import compiled
 from tests.helpers.tiers import slow
 
 START = """
-import json, torch
+import json, sys, torch
 from perf import null_driver
 null = null_driver.install()
 from tritonattn import Config, Problem, attention, block_mask, config, gpu
@@ -16,6 +16,7 @@ from tritonattn.analysis import compile_report
 from tritonattn.configs import lookup
 from tritonattn.runtime import launch
 on = gpu.KNOWN["sm_90"]
+sys.path.append("tests")  # the package `tests` would set TRITON_INTERPRET
 """
 INSPECTED = START + """
 results = {}
@@ -39,8 +40,8 @@ from triton.runtime.errors import OutOfResources
 q = torch.zeros(2, 4, 1024, 128, dtype=torch.bfloat16)
 try:
     with config.pinned(Config(128, 128, 8, 6)):
-        torch.ops.tritonattn.forward(q, q, q, *[None] * 12, 1.0, None, None, False, 0.0, *[None] * 3, *[False] * 3,
-                                     "softmax", None, None, False)
+        torch.ops.tritonattn.forward(q, q, q, *[None] * 13, 1.0, None, None, False, 0.0, *[None] * 3, *[False] * 3,
+                                     "softmax", *[None] * 3, False)
     print(json.dumps("nothing was raised"))
 except RuntimeError as error:
     print(json.dumps([str(error), type(error.__cause__) is OutOfResources, null.launches]))
@@ -103,7 +104,7 @@ if "statistics" in kind:
 if "sigmoid" in kind:
     options |= dict(normalizer="sigmoid", sigmoid_bias=-2.0)
 if "function" in kind:
-    from tests.helpers import score_functions
+    from helpers import score_functions
     options["score_function"] = score_functions.Both("penalty").of(attention)
 if "packed" in kind:
     attention = tritonattn.attention_varlen
@@ -173,7 +174,7 @@ def more_options():
     if VARIANT == "relu":
         return dict(normalizer="relu")
     if VARIANT == "function":
-        from tests.helpers import score_functions
+        from helpers import score_functions
         return dict(score_function=score_functions.Both("penalty").of(attention))
     return dict(return_stats=("max", "entropy", "key_mass")) if VARIANT == "statistics" else {}
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..gpu import INTERPRETED
-from ..runtime import launch
-from ..runtime.arguments import check_kernels_run_on
+from ..block_mask import BlockMask
+from ..runtime import custom_op, launch
+from ..runtime.arguments import check_kernels_run_on, device_of_function
 from ..score_function import ScoreFunction
 
 SPREAD = 4.0     # standard deviation of the scores
@@ -32,9 +32,7 @@ def check_score_function(score_function: ScoreFunction, shape: tuple[int, int, i
         raise TypeError(f"score_function: expected a tritonattn.ScoreFunction, got {score_function!r}")
     if not isinstance(shape, (tuple, list)) or len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise TypeError(f"shape: expected four positive sizes (batch, heads, queries, keys), got {shape!r}")
-    if device is None:
-        payload = score_function.payload
-        device = payload.device if payload is not None else torch.device("cpu" if INTERPRETED else "cuda")
+    device = device_of_function(score_function.payload, device)
     generator = torch.Generator(device).manual_seed(seed)
     scores = SPREAD * torch.randn(shape, dtype=torch.float64, device=device, generator=generator)
     name, value = score_function.name, evaluate(score_function, scores)
@@ -73,13 +71,22 @@ def as_torch(score_function: ScoreFunction) -> Callable:
         # the kernels compute 16-bit scores in float32
         wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
         value = evaluate(score_function, wide)
-        if wide.requires_grad:
+        if wide.requires_grad and score_function.derivative is not None:
             slope = evaluate(score_function, wide, derivative=True)
             # adds 0, whose gradient is the slope
             value += torch.where(value == -torch.inf, 0, slope) * (wide - wide.detach())
         return value.to(scores.dtype)
 
     return changed
+
+
+def dense_mask(mask: BlockMask) -> Tensor:
+    """Return the booleans [..., L, S] of a block mask."""
+    if mask.function is None:
+        return mask.mask
+    # each strip is overwritten by the next
+    strips = custom_op.mask_strips(mask.function, mask.payload, mask.shape, mask.kv_blocks.device)
+    return torch.cat([strip.clone() for strip in strips], -2)
 
 
 def _differences(score_function, scores, value) -> tuple[Tensor, Tensor, Tensor]:

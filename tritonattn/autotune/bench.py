@@ -23,8 +23,8 @@ import torch
 
 from .. import gpu, reference
 from ..analysis import compile_report
-from ..analysis.check_score_function import as_torch
-from ..attention import attention, dropout_mask
+from ..analysis.check_score_function import as_torch, dense_mask
+from ..attention import attention, create_block_mask, dropout_mask
 from ..block_mask import BlockMask, block_mask
 from ..config import Config, pinned
 from ..configs import lookup
@@ -37,7 +37,7 @@ from ..runtime import launch
 from ..runtime.arguments import AttentionInputs, empty_statistics, prepare
 from ..runtime.custom_op import forward_op
 from ..runtime.plan import empty_rows
-from ..score_function import ScoreFunction
+from ..score_function import ScoreFunction, functions_named
 from . import search
 from .worker_pool import Child, Failure, Workers, parent_pipe, serve
 
@@ -191,8 +191,8 @@ def options_of_reference(options: dict, tensors) -> dict:
     """Return the options of `attention` as `reference.attention` takes them."""
     q, k = tensors[:2]
     options = dict(options)
-    if "mask" in options:
-        options["mask"] = getattr(options["mask"], "mask", options["mask"])
+    if isinstance(options.get("mask"), BlockMask):
+        options["mask"] = dense_mask(options["mask"])
     if "score_function" in options:
         options["score_function"] = as_torch(options["score_function"])
     if (seed := options.pop("dropout_seed", None)) is not None:
@@ -217,7 +217,9 @@ def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[lis
     if problem.bias is not None:
         bias = torch.randn(shape, dtype=problem.bias, device=device, generator=rng)
         bias[..., :masked_rows, :] = -torch.inf
-    if problem.masked:
+    if problem.mask_function is not None:
+        options["mask"] = _example_mask(problem, shape, device)
+    elif problem.masked:
         mask = torch.rand(*shape[:-3], 1, *shape[-2:], device=device, generator=rng) < 0.9
         # whole tiles are masked, and whole tiles are not
         mask[..., : problem.n_q // 2, : problem.n_k // 4], mask[..., problem.n_q // 2:, problem.n_k // 2:] = False, True
@@ -241,10 +243,20 @@ def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[lis
     if problem.normalizer != "softmax":
         options["normalizer"] = problem.normalizer
     if problem.score_function is not None:
-        options["score_function"] = ScoreFunction.named(problem.score_function, problem.example_payload(device))
+        function = problem.score_function
+        options["score_function"] = ScoreFunction.named(function.name, function.example_payload(device))
     if problem.dropout:
         options |= {"dropout_p": DROPOUT_P, "dropout_seed": torch.tensor([seed], dtype=torch.int64, device=device)}
     return [q, k, v, do, bias], options
+
+
+def _example_mask(problem, shape, device) -> BlockMask:
+    """Return a mask with the mask function of a problem, and an example of its payload."""
+    function, payload = problem.mask_function, problem.mask_function.example_payload(device)
+    if str(device) != "meta":
+        return create_block_mask(functions_named(function.name)[0], shape, payload=payload, device=device)
+    mask = block_mask(torch.empty(shape, dtype=torch.bool, device=device))
+    return BlockMask(payload, mask.kv_blocks, mask.q_blocks, function=(function.name, *shape[-2:]))
 
 
 def hard_inputs(problem: Problem, device, seed: int) -> list[tuple]:
@@ -280,9 +292,11 @@ def inputs_of(tensors: list, options: dict) -> tuple[AttentionInputs, torch.Tens
     # bias and mask are drawn as the kernels take them, and the argument checks do not support the device "meta"
     options = dict(options)
     mask = options.pop("mask", None)
-    masks = (mask.mask, mask.kv_blocks, mask.q_blocks) if isinstance(mask, BlockMask) else (mask, None, None)
-    inputs = prepare(*tensors[:3], **options)._replace(bias=tensors[4])
-    return inputs._replace(**dict(zip(("mask", "kv_blocks", "q_blocks"), masks))), tensors[3]
+    masks = {"mask": mask}
+    if isinstance(mask, BlockMask):
+        masks = {"mask": mask.mask, "kv_blocks": mask.kv_blocks, "q_blocks": mask.q_blocks, "mask_function": mask.function,
+                 "mask_payload": mask.payload}
+    return prepare(*tensors[:3], **options)._replace(bias=tensors[4], **masks), tensors[3]
 
 
 def launcher(kernel: str, inputs: AttentionInputs, do: torch.Tensor,

@@ -79,8 +79,8 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
     if not seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
     problems = [problem_of(q, k, v, **options), *problems_together(together, q.device)]
-    for name in {problem.score_function for problem in problems} - {None}:
-        check_importable(name)
+    for function in {each for problem in problems for each in (problem.score_function, problem.mask_function)} - {None}:
+        check_importable(function.name)
     jobs, setup = [(problem, kernels_of(problem, backward)) for problem in problems], local_setup(q.device)
     with setup.compilers:
         return on_rank0(lambda: tune_all(jobs, setup, strategy, Budget(trials, seconds), again, together is not None)[0], setup)
@@ -132,7 +132,7 @@ def local_setup(device=None, seed: int = 0, command: str = "tune") -> TuningSetu
 
 def kernels_of(problem: Problem, backward: bool = True) -> tuple[str, ...]:
     """Return the kernels of this problem that are worth tuning."""
-    inference = problem.score_function is not None and functions_named(problem.score_function)[1] is None
+    inference = problem.score_function is not None and functions_named(problem.score_function.name)[1] is None
     if not backward or inference:
         return ("forward",)
     return ("forward", "dq", "dkdv") if problem.bias is None else ("forward", "dq", "dkdv", "dbias")

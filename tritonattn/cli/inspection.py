@@ -13,7 +13,7 @@ import torch
 from .. import gpu
 from ..config import KERNELS, Config
 from ..configs import lookup
-from ..problem import NORMALIZERS, Problem, payload_of
+from ..problem import NORMALIZERS, Problem, UserFunction
 from ..score_function import ScoreFunction
 from .format import CommandError
 from .tuning import DTYPES
@@ -132,7 +132,7 @@ def _variant(problem: Problem, arguments) -> Problem:
     packed = (problem.batch[0] * problem.n_q,) * 2 if arguments.packed else None
     if arguments.score_function is not None:
         function = _score_function(arguments.score_function)
-        problem = replace(problem, score_function=function.name, payload=payload_of(function.payload))
+        problem = replace(problem, score_function=UserFunction.of(function.name, function.payload))
     return replace(problem, softcap=arguments.softcap, packed=packed, alibi=arguments.alibi, relative=arguments.relative,
                    entropy=arguments.entropy, key_mass=arguments.key_mass, normalizer=arguments.normalizer)
 

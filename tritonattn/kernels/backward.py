@@ -268,7 +268,7 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     """Compute one tile of dQ. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
     HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
-                              + len(scoring.mods.function) > 0)
+                              + len(scoring.mods.function) + len(scoring.mods.mask_function) > 0)
     window = scoring.window
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
@@ -386,7 +386,7 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     """Compute the gradients of this program's tile of keys that static.GRADS selects."""
     N: tl.constexpr = static.BLOCK_N
     HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
-                              + len(scoring.mods.function) > 0)
+                              + len(scoring.mods.function) + len(scoring.mods.mask_function) > 0)
     window = scoring.window
     first, head, batch = tile_head_batch(leading, leading.heads // static.GROUP, n_k, N, window.right is not None, "k")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)

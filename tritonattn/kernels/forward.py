@@ -157,7 +157,7 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     """Compute the outputs of one tile of queries. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
     HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
-                              + len(scoring.mods.function) > 0)
+                              + len(scoring.mods.function) + len(scoring.mods.mask_function) > 0)
     window = scoring.window
     # with a bounded right side the last queries attend to the most keys: the longest programs start first
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")

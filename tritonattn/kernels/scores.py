@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .dropout import dropout_of_head, keep_mask
-from .functions import FunctionView, call_function
+from .functions import FunctionView, call_function, call_mask_function
 from .packed import decoded
 from .tile import HeadView, dot_t, head_view, load_pairwise, pairwise_view, scale_tile
 from .window import TILE, Window, needs_mask, window_mask
@@ -47,7 +47,8 @@ class ScoreMods(NamedTuple):
     alibi: tuple = ()       # slope of each head; in a view, the number
     relative: tuple = ()    # a Relative
     normalizer: tuple = ()  # the bias of a sigmoid, if given; in a view `normalizer_number`, unless it is a softmax
-    function: tuple = ()    # the payload of static.SCORE, a tuple itself; in a view a FunctionView
+    function: tuple = ()       # the payload of static.SCORE, a tuple itself; in a view a FunctionView
+    mask_function: tuple = ()  # the same of static.MASK, with a block_list
 
 
 class ScoreParams(NamedTuple):
@@ -73,7 +74,8 @@ def select_head(mods, sizes, batch, head, first, rows, shift, static):
     `first` is the index, not the position, of the first row of this program's tile.
     """
     bias, mask, dropout, block_list, sink = mods.bias, mods.mask, mods.dropout, mods.block_list, mods.sink
-    alibi, relative, normalizer, function, batches = mods.alibi, mods.relative, mods.normalizer, mods.function, sizes.batches
+    alibi, relative, normalizer, batches = mods.alibi, mods.relative, mods.normalizer, sizes.batches
+    function, mask_function = mods.function, mods.mask_function
     if len(mods.bias) == 1:
         bias = (pairwise_view(mods.bias[0], batches, batch, head, rows, shift),)
     if len(mods.mask) == 1:
@@ -94,7 +96,9 @@ def select_head(mods, sizes, batch, head, first, rows, shift, static):
         normalizer = (normalizer_number(mods.normalizer, sizes.n_k, static),)
     if len(mods.function) == 1:
         function = (FunctionView(mods.function[0], batch, head, rows, shift),)
-    return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative, normalizer, function)
+    if len(mods.mask_function) == 1:
+        mask_function = (FunctionView(mods.mask_function[0], batch, head, rows, shift),)
+    return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative, normalizer, function, mask_function)
 
 
 @triton.jit
@@ -196,6 +200,10 @@ def modify(s, modifiers, row, col, n, scoring, static, MODE: tl.constexpr):
         s = add_bias(s, modifiers[0][0].to(static.ACC))
     if loads_mask(len(scoring.mods.mask), len(scoring.mods.block_list), MODE):
         s = tl.where(modifiers[1][0] != 0, s, float("-inf"))
+    if len(scoring.mods.mask_function) == 1 and needs_mask(MODE):
+        pairs = call_mask_function(static.MASK, row, col, n, s.shape[0], s.shape[1], scoring.mods.mask_function[0],
+                                   static.TRANSPOSED)
+        s = tl.where(pairs, s, float("-inf"))
     if needs_mask(MODE):
         rows, cols = row + tl.arange(0, s.shape[0]), col + tl.arange(0, s.shape[1])
         s = tl.where(window_mask(scoring.window, rows, cols, n), s, float("-inf"))
@@ -235,6 +243,8 @@ def attended(row, col, n, M: tl.constexpr, N: tl.constexpr, scoring, static):
         pairs = pairs & (load_relative(scoring.mods.relative[0], row, col, M, N) != float("-inf"))
     if len(scoring.mods.mask) == 1:
         pairs = pairs & (load_pairwise(scoring.mods.mask[0], row, col, n, M, N, True) != 0)
+    if len(scoring.mods.mask_function) == 1:
+        pairs = pairs & call_mask_function(static.MASK, row, col, n, M, N, scoring.mods.mask_function[0], static.TRANSPOSED)
     if len(scoring.mods.function) == 1:
         zeros = tl.zeros([M, N], static.ACC)
         s = call_function(static.SCORE, zeros, row, col, n, scoring.mods.function[0], static.TRANSPOSED)

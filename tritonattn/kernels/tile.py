@@ -89,11 +89,12 @@ class Constexprs(NamedTuple):
     GRADS: tl.constexpr = tl.constexpr("both")
     NORMALIZER: tl.constexpr = tl.constexpr("softmax")  # or "sigmoid" or "relu"
     TRANSPOSED: tl.constexpr = tl.constexpr(False)      # rows of the scores are keys
-    # the user's function of the scores and its derivative, each None if there is none, and its name: Triton's cache on disk
-    # would take two functions of one name for the same
+    # the user's functions, None where there is none: of the scores, its derivative, of the mask
     SCORE: tl.constexpr = tl.constexpr(None)
     SCORE_SLOPE: tl.constexpr = tl.constexpr(None)
-    SCORE_NAME: tl.constexpr = tl.constexpr(None)
+    MASK: tl.constexpr = tl.constexpr(None)
+    # their names with digests of their code, without which Triton's cache would take two functions of one name for the same
+    FUNCTION_NAMES: tl.constexpr = tl.constexpr(None)
 
 
 @triton.constexpr_function

@@ -18,8 +18,8 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from ..block_mask import BlockMask, is_of_flex
 from ..gpu import INTERPRETED, LARGEST_HEAD, TRITON, gpu_of
-from ..problem import NORMALIZERS, Problem, payload_of
-from ..score_function import ScoreFunction
+from ..problem import NORMALIZERS, Problem, UserFunction
+from ..score_function import OF_MASKS, ScoreFunction, check_function, check_payload, register
 
 NO_MASK = None, None, None  # mask, kv_blocks, q_blocks
 STATISTICS = ("max", "head_max", "entropy", "key_mass")  # of return_stats
@@ -54,6 +54,7 @@ class AttentionInputs(NamedTuple):
     q_starts: Tensor | None = None     # [sequences + 1] int32, contiguous: the first query of each, and the end of the last
     k_starts: Tensor | None = None     # the same of keys
     payload: Tensor | None = None      # of the score function, contiguous, any dtype and shape
+    mask_payload: Tensor | None = None  # the same of the mask function
     seed: Tensor | None = None         # [1] int64, where dropout_p is not 0
     key_lengths: Tensor | None = None  # [*batch] int32, contiguous
     scale: float = 1.0
@@ -70,6 +71,7 @@ class AttentionInputs(NamedTuple):
     normalizer: str = "softmax"         # one of NORMALIZERS
     sigmoid_bias: float | None = None   # -ln(keys) if None
     score_function: str | None = None   # its name, see score_function.py
+    mask_function: str | None = None    # of a BlockMask without a tensor
 
     @property
     def problem(self) -> Problem:
@@ -77,8 +79,9 @@ class AttentionInputs(NamedTuple):
         packed = None if self.q_starts is None else (self.q_starts.shape[0] - 1, self.longest_q, self.longest_k)
         return Problem.of(self.q, self.k, self.v, (self.left, self.right), self.bottom_right, self.bias, self.mask,
                           self.dropout_p, self.key_lengths, self.kv_blocks, self.softcap, self.sink, packed, self.alibi,
-                          self.relative, self.entropy, self.key_mass, self.normalizer, self.score_function,
-                          payload_of(self.payload))
+                          self.relative, self.entropy, self.key_mass, self.normalizer,
+                          UserFunction.of(self.score_function, self.payload),
+                          UserFunction.of(self.mask_function, self.mask_payload))
 
 
 N_TENSORS = list(AttentionInputs.__annotations__.values()).index(float)  # the first fields
@@ -95,6 +98,7 @@ def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=Non
     check_sizes(("q", "k", "v"), q, k, v)
     shape = scores_shape(q, k, v)
     bias, masks = pairwise_argument("bias", bias, q, shape), mask_argument(mask, q, shape)
+    mask_function, mask_payload = (mask.function, mask.payload) if isinstance(mask, BlockMask) else (None, None)
     scale = check_scale(scale, q.shape[-1])
     softcap = check_softcap(softcap, scale)
     left, right = check_window(causal, window)
@@ -107,9 +111,9 @@ def prepare(q, k, v, *, scale=None, causal=False, window=(None, None), align=Non
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     function, payload = function_argument(score_function, q, k)
     q, k, v, bias, *masks, scale = with_equal_batches(q, k, v, bias, masks, scale)
-    return AttentionInputs(q, k, v, bias, *of_heads, *masks, None, None, payload, seed, key_lengths, scale, left, right,
-                           bottom_right, dropout_p, softcap, None, None, *wanted_statistics(return_stats), normalizer,
-                           sigmoid_bias, function)
+    return AttentionInputs(q, k, v, bias, *of_heads, *masks, None, None, payload, mask_payload, seed, key_lengths, scale, left,
+                           right, bottom_right, dropout_p, softcap, None, None, *wanted_statistics(return_stats), normalizer,
+                           sigmoid_bias, function, mask_function)
 
 
 def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> AttentionInputs:
@@ -132,7 +136,7 @@ def prepare_sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale, enab
     seed = seed_argument(dropout_p, None, query.device)
     q, k, v, bias, *masks, scale = with_equal_batches(query, key, value, bias, masks, scale)
     right = 0 if causal else None
-    return AttentionInputs(q, k, v, bias, None, None, None, *masks, None, None, None, seed, None, scale, None, right,
+    return AttentionInputs(q, k, v, bias, None, None, None, *masks, None, None, None, None, seed, None, scale, None, right,
                            bottom_right, dropout_p)
 
 
@@ -371,14 +375,23 @@ def mask_argument(mask, q, shape):
     if not isinstance(mask, BlockMask):
         return pairwise_argument("mask", mask, q, shape), None, None
     sizes = shape[-2:]
-    if mask.mask.shape[-2:] != sizes:
+    if mask.shape[-2:] != sizes:
         raise RuntimeError(f"mask: expected a block mask of {sizes[0]} queries and {sizes[1]} keys, got one of shape "
-                           f"{tuple(mask.mask.shape)}; its last two dimensions do not broadcast")
+                           f"{tuple(mask.shape)}; its last two dimensions do not broadcast")
     if not mask.is_current():
         raise RuntimeError("mask: expected the mask as it was when block_mask() read it, got one that was changed since; "
                            "call block_mask() again")
-    pairwise = pairwise_argument("mask", mask.mask, q, shape)
-    return pairwise, *(with_rank(x, pairwise.dim()) for x in (mask.kv_blocks, mask.q_blocks))
+    if mask.function is None:
+        pairwise = pairwise_argument("mask", mask.mask, q, shape)
+        return pairwise, *(with_rank(x, pairwise.dim()) for x in (mask.kv_blocks, mask.q_blocks))
+    if mask.kv_blocks.device != q.device:
+        raise RuntimeError(f"mask: expected {q.device}, where the queries are, got a block mask on {mask.kv_blocks.device}")
+    try:
+        mask.kv_blocks.expand(*shape[:-2], *mask.kv_blocks.shape[-2:])
+    except RuntimeError:
+        raise RuntimeError(f"mask: expected a block mask that broadcasts to {tuple(shape)}, got one of shape "
+                           f"{tuple(mask.shape)}") from None
+    return None, *(with_rank(x, len(shape)) for x in (mask.kv_blocks, mask.q_blocks))
 
 
 def sink_argument(sink, q, k, v):
@@ -435,19 +448,49 @@ def function_argument(score_function, q, k) -> tuple[str | None, Tensor | None]:
     if score_function.derivative is None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise RuntimeError(f"score_function: {NO_DERIVATIVE}, got {score_function}")
     payload = score_function.payload
-    if payload is None:
-        return score_function.name, None
-    if payload.layout != torch.strided or payload.is_nested:
-        raise RuntimeError(layout_message("score_function: payload", payload))
-    if payload.device != q.device:
-        raise RuntimeError(f"score_function: expected a payload on {q.device}, where the queries are, got {payload.device}")
-    if not payload.is_contiguous():
-        raise RuntimeError("score_function: expected a contiguous payload, since the function gets no strides, got shape "
-                           f"{tuple(payload.shape)} with strides {payload.stride()}")
-    if payload.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError("score_function: expected a payload that requires no gradient, since it gets none (bias, alibi and "
-                           "relative do), got one that does")
+    if payload is not None:
+        check_payload_memory(payload, q.device)
+        if payload.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("payload: expected a tensor that requires no gradient, since it gets none (bias, alibi and "
+                               "relative do), got one that does")
     return score_function.name, payload
+
+
+def check_payload_memory(payload: Tensor, device: torch.device) -> None:
+    """Raise RuntimeError unless this is a dense, contiguous tensor on this device."""
+    if payload.layout != torch.strided or payload.is_nested:
+        raise RuntimeError(layout_message("payload", payload))
+    if payload.device != device:
+        raise RuntimeError(f"payload: expected a tensor on {device}, where the function runs, got one on {payload.device}")
+    if not payload.is_contiguous():
+        raise RuntimeError(f"payload: expected a contiguous tensor, since the function gets no strides, got shape "
+                           f"{tuple(payload.shape)} with strides {payload.stride()}")
+
+
+def prepare_mask_function(function, shape, payload, device) -> tuple[str, torch.device]:
+    """Check the arguments of `create_block_mask`. Return the name of the function and the device on which it runs."""
+    check_function("function", function, OF_MASKS)
+    check_payload(payload)
+    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
+        raise TypeError(f"shape: expected sizes (..., heads, queries, keys), got {describe(shape)}")
+    if len(shape) < 3:
+        raise ValueError(f"shape: expected at least three sizes (..., heads, queries, keys), got {tuple(shape)}")
+    device = device_of_function(payload, device)
+    if payload is not None:
+        check_payload_memory(payload, device)
+    return register(function), device
+
+
+def device_of_function(payload: Tensor | None, device) -> torch.device:
+    """Return the device on which to evaluate a function: this one; that of its payload; a GPU, in the interpreter the CPU.
+
+    Raises RuntimeError if kernels do not run there.
+    """
+    if device is None:
+        device = payload.device if payload is not None else "cpu" if INTERPRETED else "cuda"
+    example = torch.empty(0, device=device)
+    check_kernels_run_on(device=example)
+    return example.device
 
 
 def needing_positions(left, right, alibi, relative) -> str | None:

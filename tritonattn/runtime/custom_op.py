@@ -10,10 +10,15 @@ torch.compile, export and the FLOP counter handle the ops; Problem and Config ex
 checked: see arguments.py.
 """
 
+import math
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import SymInt, Tensor
 
+from ..block_mask import TILE
 from ..gpu import TRITON
+from ..score_function import functions_named
 from . import plan
 from .arguments import N_TENSORS, N_WITH_GRADIENTS, AttentionInputs
 
@@ -70,6 +75,16 @@ def _keep(sizes, dropout_p, seed):
 
 
 torch.library.impl("tritonattn::keep", ("cpu", "cuda"), _keep)
+
+
+def mask_strips(name: str, payload: Tensor | None, shape: Sequence[int], device: torch.device) -> Iterator[Tensor]:
+    """Yield the rows of a mask function, booleans [..., at most TILE, S]. Each overwrites the one before."""
+    *leading, n_q, n_k = shape
+    strip = torch.empty(math.prod(leading[:-1]), leading[-1], TILE, n_k, dtype=torch.uint8, device=device)
+    for first in range(0, n_q, TILE):
+        launch.run(launch.mask_launch(functions_named(name)[0], name, payload, strip, first, n_q), device)
+        rows = min(TILE, n_q - first)
+        yield strip.view(torch.bool)[..., :rows, :].reshape(*leading, rows, n_k)
 
 
 def _map(*arguments):
@@ -194,8 +209,8 @@ class AttentionBackward(torch.autograd.Function):
 def _vmap(function, op, info, in_dims, inputs):
     """Run a function with the mapped dimension as one more batch dimension, the first. None and empty tensors stay as they are.
 
-    With dropout or a score function, loop over the mapped dimension instead: these depend on the batch index in the mapped
-    function. So with packed sequences, which take the place of batches.
+    With dropout or a function of the user's, loop over the mapped dimension instead: they depend on the batch index in the
+    mapped function. So with packed sequences, which take the place of batches.
     """
     names = [argument.name for argument in op._schema.arguments]
 
@@ -206,7 +221,7 @@ def _vmap(function, op, info, in_dims, inputs):
         # these are read as dense
         return x.contiguous() if name in ("key_lengths", "statistics") else x
 
-    if all(inputs[names.index(name)] is None for name in ("seed", "q_starts", "score_function")):
+    if all(inputs[names.index(name)] is None for name in ("seed", "q_starts", "score_function", "mask_function")):
         out = function.apply(*map(lead, inputs, in_dims, names))
         return out, tuple(0 if x.dim() > 1 else None for x in out)
     results = [function.apply(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..block_mask import BlockMask
+from ..score_function import arguments_of
 from . import plan
 from .arguments import (
     AUTOCAST_DEVICES,
@@ -46,15 +47,18 @@ class Call(NamedTuple):
     differentiable: bool
 
 
-def call_tensors(qkv, bias, of_heads, mask, others, dropout_seed, key_lengths) -> tuple:
-    """Return the tensor arguments of a call in the order of AttentionInputs.
+def call_tensors(qkv, bias, of_heads, mask, starts, score_function, dropout_seed, key_lengths) -> tuple[tuple, tuple]:
+    """Return the tensor arguments of a call in the order of AttentionInputs, and what names its functions in its key.
 
-    `of_heads` are sink, alibi and relative, `others` the starts of packed sequences and the payload. A BlockMask stays whole if
-    it was changed.
+    `of_heads` are sink, alibi and relative. A BlockMask stays whole if it was changed.
     """
+    masks, mask_payload, of_mask = (mask, None, None), None, ()
     if type(mask) is BlockMask and mask.is_current():
-        return *qkv, bias, *of_heads, mask.mask, mask.kv_blocks, mask.q_blocks, *others, dropout_seed, key_lengths
-    return *qkv, bias, *of_heads, mask, None, None, *others, dropout_seed, key_lengths
+        masks, mask_payload = (mask.mask, mask.kv_blocks, mask.q_blocks), mask.payload
+        of_mask = (mask.function, *mask.shape[-2:]) if mask.function is not None else ()
+    name, payload = arguments_of(score_function)
+    tensors = *qkv, bias, *of_heads, *masks, *starts, payload, mask_payload, dropout_seed, key_lengths
+    return tensors, (name, *of_mask)
 
 
 def sdpa_tensors(query, key, value, attn_mask) -> tuple:
@@ -116,7 +120,7 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple | None:
     """Return o, lse, row_max, entropy and key_mass of a call like an earlier one, or None."""
     if key is None or (call := plan.find(key)) is None:
         return None
-    q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, payload, seed, key_lengths = tensors
+    q, k, v, bias, sink, alibi, relative, mask, *lists, q_starts, k_starts, payload, mask_payload, seed, key_lengths = tensors
     # every call has its own seed and lengths, to be checked and copied
     seed = seed_argument(call.numbers[DROPOUT_P], seed, q.device)
     if key_lengths is not None:
@@ -124,10 +128,10 @@ def repeat(key: tuple | None, tensors: tuple) -> tuple | None:
         if q_starts is not None:
             batch, n_k = (q_starts.shape[0] - 1,), call.numbers[LONGEST_K]
         key_lengths = lengths_argument(key_lengths, q, batch, n_k)
-    bias, *masks = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in (bias, *masks)]
+    bias, *masks = [x if x is None or x.dim() == q.dim() else with_rank(x, q.dim()) for x in (bias, mask, *lists)]
     sink = None if sink is None else sink_column(sink, q.dim())
     alibi, relative = (None if x is None else row_of_heads(x, q.dim()) for x in (alibi, relative))
-    inputs = q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, payload, seed, key_lengths
+    inputs = q, k, v, bias, sink, alibi, relative, *masks, q_starts, k_starts, payload, mask_payload, seed, key_lengths
     if call.differentiable:
         return PlannedAttention.apply(call, *inputs)
     if torch.autograd._profiler_enabled():

@@ -14,7 +14,7 @@ from ..kernels import backward, diagonals, forward
 from ..kernels.backward import AxisSizes, BiasGrad, Queries
 from ..kernels.dropout import Dropout, keep_kernel
 from ..kernels.forward import Keys, Outputs
-from ..kernels.functions import evaluate_kernel
+from ..kernels.functions import evaluate_kernel, mask_kernel
 from ..kernels.mass import key_mass_kernel, map_kernel, mass_delta_kernel
 from ..kernels.packed import Packed, encoded
 from ..kernels.scores import LOG2E, Relative, ScoreMods, ScoreParams
@@ -321,10 +321,11 @@ def _record(x, rank, batch_strides, block, width) -> Tensor:
 def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: tuple = ()) -> Constexprs:
     # set_float32_matmul_precision changes this setting too
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    functions = (None, None) if problem.score_function is None else functions_named(problem.score_function)
+    names = tuple(each and each.name for each in (problem.score_function, problem.mask_function))
+    (score, slope), (mask, _) = ((None, None) if name is None else functions_named(name) for name in names)
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
               "tf32" if tf32 else "ieee", config.ahead and problem.n_k > 0, config.mma_sum and problem.dtype.itemsize == 2,
-              "both", problem.normalizer, False, *functions, problem.score_function)
+              "both", problem.normalizer, False, score, slope, mask, names)
     return Constexprs(*map(tl.constexpr, values))
 
 
@@ -334,6 +335,8 @@ def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> S
         mods = mods._replace(normalizer=(inputs.sigmoid_bias,))
     if inputs.score_function is not None:
         mods = mods._replace(function=(() if inputs.payload is None else (inputs.payload,),))
+    if inputs.mask_function is not None:
+        mods = mods._replace(mask_function=(() if inputs.mask_payload is None else (inputs.mask_payload,),))
     scale, ds_scale = score_scale(inputs.scale), None
     if inputs.q.dtype == torch.float16:
         # near the scale, which dQ gets in the end; not so small that float16 loses more at its lower end
@@ -370,6 +373,14 @@ def evaluate_launch(function, name: str, payload: torch.Tensor | None, scores: t
     return KernelLaunch(evaluate_kernel, programs, arguments, config)
 
 
+def mask_launch(function, name: str, payload: torch.Tensor | None, mask: torch.Tensor, first: int, n_q: int) -> KernelLaunch:
+    """Return the launch that writes a mask function of TILE queries from `first` to bytes [batch, heads, TILE, n_k]."""
+    batch, heads, _, n_k = mask.shape
+    payload = () if payload is None else (payload,)
+    arguments = mask, payload, heads, first, n_q, n_k, function, name, TILE
+    return KernelLaunch(mask_kernel, batch * heads * -(-n_k // TILE), arguments, Config(TILE, TILE))
+
+
 def _tiles_of_queries(problem: Problem, config: Config, inputs: AttentionInputs) -> int:
     """Return the number of programs of a kernel with one for each tile of queries."""
     return _grid(problem, problem.heads, problem.n_q, inputs.q.shape[-2], config.block_m)
@@ -393,12 +404,15 @@ def example_launch(kernel: str, problem: Problem, config: Config, o_residual: bo
     lists = [q.new_empty(*q.shape[:-2], rows, 2 + cols, dtype=torch.int32) for rows, cols in (tiles, tiles[::-1])]
     of_heads = [q.new_empty(problem.heads, 1, n) if given else None
                 for n, given in ((1, problem.sink), (1, problem.alibi), (RELATIVE_ENTRIES, problem.relative))]
+    functions = problem.score_function, problem.mask_function
+    names = [each and each.name for each in functions]
     starts = [None if problem.packed is None else q.new_empty(problem.batch[0] + 1, dtype=torch.int32) for _ in "qk"]
     inputs = AttentionInputs(q, k, v, mods if problem.bias else None, *of_heads,
-                             mods.to(torch.bool) if problem.masked else None, *lists if problem.mapped else (None, None),
-                             *starts, problem.example_payload("meta"), q.new_empty(1, dtype=torch.int64), lengths,
-                             dropout_p=0.5 * problem.dropout, softcap=30.0 if problem.softcap else None,
-                             normalizer=problem.normalizer, score_function=problem.score_function)
+                             mods.to(torch.bool) if problem.masked and names[1] is None else None,
+                             *lists if problem.mapped else (None, None), *starts,
+                             *(each and each.example_payload("meta") for each in functions), q.new_empty(1, dtype=torch.int64),
+                             lengths, dropout_p=0.5 * problem.dropout, softcap=30.0 if problem.softcap else None,
+                             normalizer=problem.normalizer, score_function=names[0], mask_function=names[1])
     lse, statistics, delta = o[..., 0].float(), empty_statistics(inputs, (2,)), empty_statistics(inputs)
     entropy, mass = (lse,) if problem.entropy else (), lse.new_empty(*q.shape[:-2], k.shape[-2])
     sums = lse.new_empty(*q.shape[:-2], q.shape[-2] + k.shape[-2])

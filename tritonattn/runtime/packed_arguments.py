@@ -87,8 +87,8 @@ def prepare_packed(q, k, v, starts, longest, *, scale=None, causal=False, window
     of_heads = sink_argument(sink, q, k, v), *positions_arguments(alibi, relative, q, k, v)
     function, payload = function_argument(score_function, q, k)
     q, k, v, _, scale = with_equal_batches(q, k, v, None, (), scale)
-    return AttentionInputs(q, k, v, bias, *of_heads, mask, None, None, q_starts, k_starts, payload, seed, key_lengths, scale,
-                           left, right, bottom_right, dropout_p, softcap, longest_q, longest_k,
+    return AttentionInputs(q, k, v, bias, *of_heads, mask, None, None, q_starts, k_starts, payload, None, seed, key_lengths,
+                           scale, left, right, bottom_right, dropout_p, softcap, longest_q, longest_k,
                            *wanted_statistics(return_stats), normalizer, sigmoid_bias, function)
 
 
