@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tritonattn import Problem, reference
+from tritonattn.problem import UserFunction
 
 sides = st.none() | st.integers(0, 12)
 
@@ -64,7 +65,10 @@ def test_bytes_are_those_of_the_tensors():
 
 
 @pytest.mark.parametrize("problem", [
-    Problem((), 1, 1, 1, 1, 1, 1, torch.float64), Problem((2, 3), 4, 2, 5, 7, 3, 6, torch.bfloat16, (None, 0), 2)])
+    Problem((), 1, 1, 1, 1, 1, 1, torch.float64),
+    Problem((2,), 1, 1, 1, 1, 1, 1, torch.float16, score_function=UserFunction("a:f,a:g#1", ("int32", 5)),
+            mask_function=UserFunction("a:h#2")),
+    Problem((2, 3), 4, 2, 5, 7, 3, 6, torch.bfloat16, (None, 0), 2)])
 def test_as_json_and_back(problem):
     assert Problem.from_json(json.loads(json.dumps(problem.as_json()))) == problem
 

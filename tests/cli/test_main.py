@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tritonattn
+from tests.helpers import score_functions
 from tests.helpers.kernel_reports import LOOP, report
 from tritonattn.analysis import compile_report
 from tritonattn.cli import demo, doctor, main, selftest
@@ -196,6 +197,10 @@ def test_inspect_shows_the_kernels_of_other_normalizers(options, kernels, monkey
     assert sorted(seen) == sorted((kernel, "relu") for kernel in kernels) and capsys.readouterr().out
 
 
+SHAPE = 3
+PENALTY = score_functions.Both("penalty").of(tritonattn.attention)
+
+
 def test_explain_on_the_command_line(capsys):
     assert main.main(["explain", "--shape", "2x32x8x4096x128", "--causal", "--gpu", "h200,sm_80"]) == 0
     out = capsys.readouterr().out
@@ -214,6 +219,11 @@ def test_explain_on_the_command_line(capsys):
     assert output.splitlines()[0].endswith(" sigmoid") and "\ndelta " not in output and "\ndq " in output
     assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--normalizer", "relu", "--entropy"]) == 2
     assert "only a softmax has statistics" in capsys.readouterr().err
+    assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--score-function", f"{__name__}:PENALTY"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(f" score_function {PENALTY.name}")
+    for name, message in ((f"{__name__}:SHAPE", "expected a tritonattn.ScoreFunction"), ("no_such:x", "ModuleNotFoundError")):
+        assert main.main(["explain", "--shape", "2x32x8x4096x128", "--gpu", "h200", "--score-function", name]) == 2
+        assert f"--score-function {name}: " in (error := capsys.readouterr().err) and message in error
     assert main.main(["explain", "--shape", "2x32", "--gpu", "h200"]) == 2
     assert capsys.readouterr().err.startswith("shape: expected")
 

@@ -12,6 +12,7 @@ from tritonattn import Problem, gpu
 from tritonattn.config import KERNELS
 from tritonattn.configs.key import FILL_BUCKETS, key_of, waves
 from tritonattn.configs.lookup import gpu_fill
+from tritonattn.problem import UserFunction
 
 H200 = gpu.KNOWN["sm_90"]
 PROBLEM = Problem((4,), 32, 8, 4096, 4096, 128, 128, torch.bfloat16, (None, 0))
@@ -33,6 +34,7 @@ def test_a_key_names_all_properties():
     {"dtype": torch.float16}, {"d": 127}, {"dv": 64}, {"n_k": 4095},
     {"window": (None, None)}, {"window": (256, 0)}, {"window": (None, 1)},
     {"bias": torch.float32}, {"bias": torch.bfloat16}, {"masked": True}, {"mapped": True}, {"dropout": True}, {"lengths": True},
+    {"score_function": UserFunction("a:f#1")}, {"mask_function": UserFunction("a:g#1")},
     {"kv_heads": 32}, {"n_q": 4097}, {"n_q": 1}, {"n_k": 8192}, {"batch": (1,), "heads": 8},
 ], ids=str)
 def test_a_property_that_may_matter_changes_the_key(change):

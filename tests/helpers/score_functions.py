@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonattn import ScoreFunction, reference
+from tritonattn import BlockMask, ScoreFunction, create_block_mask, reference
 
 
 @triton.jit
@@ -38,6 +38,17 @@ def squares_slope(score, batch, head, query, key, payload):
 def same_document(score, batch, head, query, key, payload):
     """Pairs in one document attend to each other; the payload has a document for each index."""
     return tl.where(tl.load(payload + query) == tl.load(payload + key), score, float("-inf"))
+
+
+@triton.jit
+def documents(batch, head, query, key, payload):
+    """The same as a mask function."""
+    return tl.load(payload + query) == tl.load(payload + key)
+
+
+def mask_of_documents(n: int, device="cpu") -> BlockMask:
+    """Return the block mask of documents of 100 keys."""
+    return create_block_mask(documents, (1, 1, n, n), payload=torch.arange(n, dtype=torch.int32, device=device) // 100)
 
 
 class Change(NamedTuple):

@@ -209,6 +209,7 @@ COPIES = {"deepcopy": copy.deepcopy, "load": loaded, "pickle": lambda mask: pick
           "to": lambda mask: mask.to("cpu", torch.float16)}
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("name", ["documents", "columns"])
 def test_copies_keep_the_function(name, copied):
@@ -299,6 +300,7 @@ def test_empty_lengths(device):
         torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k, v))
 
 
+@pytest.mark.interpreted
 def test_tune_needs_functions_that_can_be_imported():
     @triton.jit
     def local(batch, head, query, key, payload):

@@ -106,6 +106,9 @@ if "sigmoid" in kind:
 if "function" in kind:
     from helpers import score_functions
     options["score_function"] = score_functions.Both("penalty").of(attention)
+if "masks" in kind:
+    from helpers import score_functions
+    options["mask"] = score_functions.mask_of_documents(n)
 if "packed" in kind:
     attention = tritonattn.attention_varlen
     q, k, v, do = (torch.zeros(2 * n, x.shape[1], 64, dtype=torch.bfloat16, requires_grad=True) for x in (q, k, v, do))
@@ -230,7 +233,7 @@ def test_oversized_config_raises_before_the_launch():
 
 KINDS = "bias", "mask", "passes", "dropout causal", "lengths causal", "bias mask dropout", "sink softcap", "packed causal"
 KINDS += "relative", "relative packed", "statistics", "statistics packed sink", "sigmoid bias", "sigmoid packed"
-KINDS += "function", "function packed"
+KINDS += "function", "function packed", "function masks"
 
 
 @pytest.mark.parametrize("kind", ["causal", *slow(*KINDS)])

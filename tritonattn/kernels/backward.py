@@ -267,8 +267,6 @@ def accumulate_dq(dq, queries, keys, row, start, stop, scoring, static, MODE: tl
 def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
     """Compute one tile of dQ. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
-                              + len(scoring.mods.function) + len(scoring.mods.mask_function) > 0)
     window = scoring.window
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
@@ -287,7 +285,7 @@ def dq_kernel(queries, keys, dq, n_q, n_k, shift, leading, scoring, static):
             acc = accumulate_dq(acc, tile, keys, first + sizes.shift, bounds[part], bounds[part + 1], scoring, static,
                                 loop_mode(static.LOOP_MODES, part))
     store_tile(dq, first, scale_tile(acc, grad_scale(scoring)), M, static.D)
-    if window.left is not None or window.right is not None or HAS_MASK:
+    if window.left is not None or window.right is not None or static.MAY_MASK:
         if static.NORMALIZER == "softmax":
             # in a row that attends to a key, dS is not finite by definition if delta is not, or if a score is NaN
             log2_l, delta = load_log2_l(queries, first, M), load_statistic(queries.delta, first, sizes.n_q, M, 0.0)
@@ -385,8 +383,6 @@ def dkdv_kernel(queries, keys, grads, n_q, n_k, shift, leading, scoring, PASSES:
 def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
     """Compute the gradients of this program's tile of keys that static.GRADS selects."""
     N: tl.constexpr = static.BLOCK_N
-    HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
-                              + len(scoring.mods.function) + len(scoring.mods.mask_function) > 0)
     window = scoring.window
     first, head, batch = tile_head_batch(leading, leading.heads // static.GROUP, n_k, N, window.right is not None, "k")
     sizes = sizes_of_batch(leading, n_q, n_k, shift, batch)
@@ -418,7 +414,7 @@ def dkdv_tile(queries, keys, grads, n_q, n_k, shift, leading, scoring, static):
             views = query_views(queries, sizes, batch, query_head, static, True)
             dk_tile, dv_tile = accumulate_head(dk_tile, dv_tile, tile, views, col, n, head_params, static)
     store_dkdv(dk, dv, dk_tile, dv_tile, first, N, sizes, scoring, static)
-    if window.left is not None or window.right is not None or HAS_MASK:
+    if window.left is not None or window.right is not None or static.MAY_MASK:
         nan_dk, nan_dv = tl.zeros([N], tl.int1), tl.zeros([N], tl.int1)
         if static.GRADS != "dv":
             nan_dk = stored_rows_with_nan(dk, first, N, static.D, static.ACC)

@@ -156,8 +156,6 @@ def store_softmax(state, outputs, first, M: tl.constexpr, sizes, scoring, static
 def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
     """Compute the outputs of one tile of queries. Grid: tiles of queries x query heads x batches."""
     M: tl.constexpr = static.BLOCK_M
-    HAS_MASK: tl.constexpr = (len(scoring.mods.bias) + len(scoring.mods.mask) + len(scoring.mods.relative)
-                              + len(scoring.mods.function) + len(scoring.mods.mask_function) > 0)
     window = scoring.window
     # with a bounded right side the last queries attend to the most keys: the longest programs start first
     first, head, batch = tile_head_batch(leading, leading.heads, n_q, M, window.right is not None, "q")
@@ -177,7 +175,7 @@ def forward_kernel(q, keys, outputs, n_q, n_k, shift, leading, scoring, static):
             state = attend_loop(state, q_tile, keys, first + sizes.shift, bounds[part], bounds[part + 1], scoring, static,
                                 loop_mode(static.LOOP_MODES, part))
     store_outputs(state, outputs, first, M, sizes, scoring, static)
-    if window.left is not None or window.right is not None or HAS_MASK:
+    if window.left is not None or window.right is not None or static.MAY_MASK:
         # a NaN among its scores makes a row NaN by definition, and its sum too
         redo = stored_rows_with_nan(outputs.o, first, M, static.DV, static.ACC)
         if static.NORMALIZER == "softmax":

@@ -89,6 +89,7 @@ class Constexprs(NamedTuple):
     GRADS: tl.constexpr = tl.constexpr("both")
     NORMALIZER: tl.constexpr = tl.constexpr("softmax")  # or "sigmoid" or "relu"
     TRANSPOSED: tl.constexpr = tl.constexpr(False)      # rows of the scores are keys
+    MAY_MASK: tl.constexpr = tl.constexpr(False)        # pairs inside of the window may be masked, or have scores of -inf
     # the user's functions, None where there is none: of the scores, its derivative, of the mask
     SCORE: tl.constexpr = tl.constexpr(None)
     SCORE_SLOPE: tl.constexpr = tl.constexpr(None)

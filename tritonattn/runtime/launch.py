@@ -236,9 +236,13 @@ def loop_modes(problem: Problem, config: Config, window, ragged: bool) -> tuple:
         biased = problem.bias or problem.relative or problem.score_function
         middle = "masked" if left or right or problem.lengths else "neg_inf" if biased else "unmasked"
         return None, middle, last
-    may_mask = problem.bias or problem.masked or problem.relative or problem.score_function
-    middle = "neg_inf" if may_mask else "unmasked"
+    middle = "neg_inf" if may_mask(problem) else "unmasked"
     return "masked" if left else None, middle, last if right or ragged else None
+
+
+def may_mask(problem: Problem) -> bool:
+    """Return whether pairs inside of the window may be masked, or have scores of -inf."""
+    return bool(problem.bias or problem.masked or problem.relative or problem.score_function)
 
 
 def _of_heads(problem: Problem, x) -> tuple:
@@ -325,7 +329,7 @@ def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: t
     (score, slope), (mask, _) = ((None, None) if name is None else functions_named(name) for name in names)
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
               "tf32" if tf32 else "ieee", config.ahead and problem.n_k > 0, config.mma_sum and problem.dtype.itemsize == 2,
-              "both", problem.normalizer, False, score, slope, mask, names)
+              "both", problem.normalizer, False, may_mask(problem), score, slope, mask, names)
     return Constexprs(*map(tl.constexpr, values))
 
 
