@@ -79,11 +79,16 @@ def tune(q, k, v, *, together: Sequence[tuple] | None = None, backward: bool = T
     if not seconds > 0:
         raise ValueError(f"seconds: expected a positive number, got {seconds!r}")
     problems = [problem_of(q, k, v, **options), *problems_together(together, q.device)]
-    for function in {each for problem in problems for each in (problem.score_function, problem.mask_function)} - {None}:
-        check_importable(function.name)
+    check_functions(problems)
     jobs, setup = [(problem, kernels_of(problem, backward)) for problem in problems], local_setup(q.device)
     with setup.compilers:
         return on_rank0(lambda: tune_all(jobs, setup, strategy, Budget(trials, seconds), again, together is not None)[0], setup)
+
+
+def check_functions(problems: Iterable[Problem]) -> None:
+    """Raise ValueError unless other processes can import the functions of these problems."""
+    for function in {each for problem in problems for each in (problem.score_function, problem.mask_function)} - {None}:
+        check_importable(function.name)
 
 
 def problems_together(calls: Sequence[tuple] | None, device: torch.device) -> list[Problem]:
@@ -208,8 +213,9 @@ def tune_together(kernel: str, problems: Mapping[Problem, int], setup: TuningSet
                   budget: Budget = NO_BUDGET, again: bool = False) -> list[Record]:
     """Tune one kernel of several problems, each with a number of calls, for one config, as `tune_kernel` does.
 
-    Keeps and returns a record for each key, [] if nothing could be timed.
+    Keeps and returns a record for each key, [] if nothing could be timed. Raises ValueError as `check_functions` does.
     """
+    check_functions(problems)
     start = time.monotonic()
     keys, calls = {}, {}  # {key: its first problem}, {key: calls}
     for problem, count in problems.items():
