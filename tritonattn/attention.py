@@ -33,9 +33,9 @@ def attention(q, k, v, *, scale=None, causal=False, window=(None, None), align=N
             more memory: the kernel sums over broadcast dimensions, in a fixed order. (With another normalizer than softmax,
             that of a bias which is the same for all keys takes memory for one number of each query and head.) A bias enlarged
             by `expand` gets a gradient of the enlarged size, so pass it unexpanded.
-        mask: booleans of any shape that broadcasts to [..., H, L, S]; False masks a pair. Or a `block_mask` of them: its
-            empty blocks are skipped and its full blocks read no mask. A window in addition to a block mask masks pairs but
-            skips no block: combine it into the mask instead.
+        mask: booleans of any shape that broadcasts to [..., H, L, S]; False masks a pair. Or a `block_mask` of them, or of a
+            function (`create_block_mask`): its empty blocks are skipped and its full blocks read no mask. A window in addition
+            to a block mask masks pairs but skips no block: combine it into the mask instead.
         key_lengths: number of keys of each sequence: int32 or int64, broadcasting to the leading dimensions without H. The
             keys from that number to S are padding; their values do not matter. "bottom_right" then aligns to the last key
             of each sequence.
@@ -271,8 +271,8 @@ def create_block_mask(function, shape, *, payload=None, device=None) -> BlockMas
     Args:
         function: a `triton.jit` function (batch, head, query, key, payload) -> booleans, True takes part. As in a
             `ScoreFunction`, its parameters are numbers, indices that broadcast, and the address of the payload or None.
-        shape: of the mask, [..., H, L, S]; 1 in place of H or of a batch dimension where the function does not depend on it.
-            Several batch dimensions count as one.
+        shape: of the mask, [..., H, L, S]; 1 in place of H, or of all batch dimensions, for a mask that is the same for all:
+            the function then gets 0. Several batch dimensions count as one.
         payload: a contiguous tensor. After a change of it, make a new mask.
         device: that of the payload if None; without one a GPU, in Triton's interpreter the CPU.
 
@@ -287,8 +287,8 @@ def create_block_mask(function, shape, *, payload=None, device=None) -> BlockMas
         mask = tritonattn.create_block_mask(same_document, (1, 1, 65536, 65536), payload=document_of_each_token)
 
     Raises:
-        TypeError, ValueError: as `ScoreFunction`; or the shape is not one of at least three sizes. RuntimeError: the payload
-        is not contiguous or lies on another device, or kernels do not run there.
+        TypeError, ValueError: as `ScoreFunction`; or the shape has fewer than three sizes. RuntimeError: the payload is not
+        contiguous, lies on another device or requires a gradient, or kernels do not run on the device.
     """
     name, device = arguments.prepare_mask_function(function, shape, payload, device)
     lists = sorted_blocks(custom_op.mask_strips(name, payload, shape, device), shape, device)

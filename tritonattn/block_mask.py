@@ -24,7 +24,8 @@ class BlockMask(torch.nn.Module):
     It can be copied, pickled, loaded by torch.load(weights_only=True) and passed through torch.export. As an attribute of a
     module it moves with that module, but is not in its state_dict, and `to` moves it in place, as for any module.
     `attention` rejects one whose mask was changed in place; compiled code and masks of inference mode are not checked. The
-    one that `create_block_mask` makes holds the payload of a mask function in place of the mask.
+    one that `create_block_mask` makes holds the payload of a mask function in place of the mask, and the function's name: where
+    it is loaded, the first call imports the function's module.
     """
 
     def __init__(self, mask: Tensor | None, kv_blocks: Tensor, q_blocks: Tensor, current: bool = True,
@@ -42,7 +43,7 @@ class BlockMask(torch.nn.Module):
         source, self.kv_blocks, self.q_blocks = tensors
         self.mask, self.payload = (source, None) if self.function is None else (None, source)
         # the counter belongs to this tensor: a copy starts its own
-        self._version = _version_of(source) if current else -1
+        self._source_version = _version_of(source) if current else -1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ class BlockMask(torch.nn.Module):
     def is_current(self) -> bool:
         """Return whether the mask, or the payload, is unchanged since the blocks were sorted, as far as that is known."""
         version = _version_of(self._tensors()[0])
-        return self._version is None or version is None or self._version == version
+        return self._source_version is None or version is None or self._source_version == version
 
     def counts(self) -> dict[str, int]:
         """Return how many blocks of all matrices of the mask are "full", "partial" and "empty" for the loops over keys.
@@ -66,10 +67,11 @@ class BlockMask(torch.nn.Module):
     def _apply(self, fn, recurse=True):
         """Move the tensors: `to`, `cuda` and the like of this module and of the one that holds it."""
         current, (source, *lists) = self.is_current(), self._tensors()
-        lists = [fn(x) for x in lists]
-        # a payload keeps its dtype: the function was compiled for it
-        source = fn(source) if self.function is None else None if source is None else source.to(lists[0].device)
-        self._hold((source, *lists), current)
+        moved = source if source is None else fn(source)
+        if moved is not None and moved.dtype != source.dtype:
+            # a payload keeps its dtype: the function reads it
+            moved = source.to(moved.device)
+        self._hold((moved, *map(fn, lists)), current)
         return self
 
     def _tensors(self):

@@ -1,12 +1,17 @@
-"""Functions of the user's own, of scores and of masks, and their registry: torch's ops and tuned configs hold names alone.
+"""Functions that a user writes, of scores and of masks, and their registry: torch's ops and tuned configs hold names alone.
 
     ScoreFunction(function, derivative, payload)  ->  name "module:function,module:derivative#digest"  ->  functions_named(name)
 """
 
+import ast
 import hashlib
 import importlib
 import inspect
 import operator
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
 
 from torch import Tensor
 
@@ -17,8 +22,9 @@ OF_SCORES = ("score", *OF_MASKS)
 _functions: dict[str, tuple] = {}  # of every name: the function, and its derivative or None
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class ScoreFunction:
-    """A change of each score by a function of one's own. `attention` takes it as `score_function`.
+    """Changes each score by a function that you write. `attention` takes it as `score_function`.
 
     `function` is a `triton.jit` function (score, batch, head, query, key, payload) -> score, `derivative` one with the same
     parameters that returns the derivative of the result by the score; a number if it is the same for all. Example:
@@ -33,29 +39,45 @@ class ScoreFunction:
 
         penalty = tritonattn.ScoreFunction(distance_penalty, one, payload=torch.rand(8, device="cuda"))
 
-    The functions get tiles, and compute each element by itself, with broadcasting: `score` has two dimensions, in float32,
-    `query` and `key` hold indices along one of them, in either order, `batch` and `head` are numbers. Several batch dimensions
-    count as one; of packed sequences, `batch` is the sequence, and `query` and `key` count from its start. `payload` is the
-    address of the tensor's first element, or None. Indices lie within the problem, so a function may read the payload at them.
+    The functions get tiles, and compute each element by itself, with broadcasting. `score` has two dimensions, in float32;
+    `query` and `key` hold indices along one of them each, in either order; `batch` and `head` are numbers. Several batch
+    dimensions count as one; of packed sequences, `batch` is the sequence, and `query` and `key` count from its start. `payload`
+    is the address of the tensor's first element, or None. Indices lie within the problem: a function may read the payload at
+    them.
 
-    A result of -inf masks a pair. Whether a pair is masked must not depend on its score. No block is skipped for it: pass a
-    `window` or a `block_mask` as well. See `check_score_function`.
+    To mask a pair, return tl.where(..., float("-inf"), ...); adding -inf would let a NaN pass. Whether a pair is masked must
+    not depend on its score. No block is skipped for it: use a `window` or `create_block_mask` for that. In float16, keep
+    derivatives near 1, and put constant factors into `scale`: gradients of scores may overflow otherwise.
+
+    Args:
+        derivative: needed for gradients of queries and keys.
+        payload: a contiguous tensor on the device of the queries. It gets no gradient, and does not move with a module: keep it
+            as a buffer there, and call `with_payload`.
+
+    Raises:
+        TypeError: a function is not one of `triton.jit` with six parameters, or the payload not a tensor.
+        ValueError: a function captures local variables, which Triton does not see.
     """
 
-    def __init__(self, function, derivative=None, payload: Tensor | None = None):
-        """derivative: needed for gradients of queries and keys. payload: contiguous, on the device of the queries; it gets no
-        gradient.
+    function: object
+    derivative: object = None
+    payload: Tensor | None = None
+    name: str = field(init=False)
 
-        Raises:
-            TypeError: a function is not one of `triton.jit` with six parameters, or the payload not a tensor.
-            ValueError: a function captures local variables, which Triton does not see.
-        """
-        check_function("function", function, OF_SCORES)
-        if derivative is not None:
-            check_function("derivative", derivative, OF_SCORES)
+    def __post_init__(self):
+        check_function("function", self.function, OF_SCORES)
+        if self.derivative is not None:
+            check_function("derivative", self.derivative, OF_SCORES)
+        check_payload(self.payload)
+        object.__setattr__(self, "name", register(self.function, self.derivative))
+
+    def with_payload(self, payload: Tensor | None) -> "ScoreFunction":
+        """Return the same functions with another payload, for instance one of each step. Works in compiled code."""
         check_payload(payload)
-        self.function, self.derivative, self.payload = function, derivative, payload
-        self.name = register(function, derivative)
+        other = object.__new__(ScoreFunction)
+        for key, value in {**vars(self), "payload": payload}.items():
+            object.__setattr__(other, key, value)
+        return other
 
     @staticmethod
     def named(name: str, payload: Tensor | None = None) -> "ScoreFunction":
@@ -82,7 +104,8 @@ def functions_named(name: str) -> tuple:
             raise RuntimeError(f"functions: expected those at the top level of a module that can be imported, got {name}, for "
                                f"which this process has {type(error).__name__}: {error}") from error
     if name not in _functions:
-        raise RuntimeError(f"functions: expected them as they were, got {name}, which have changed since")
+        raise RuntimeError(f"functions: expected the code of {name}, got another: it has changed since; make the ScoreFunction "
+                           "or the block mask again")
     return _functions[name]
 
 
@@ -122,6 +145,39 @@ def check_function(role: str, function, parameters: tuple[str, ...]) -> None:
                          "payload")
 
 
+def register(function, derivative=None) -> str:
+    """Return the name of the functions, which `functions_named` then finds: modules and names, and a digest of their code."""
+    functions = [each for each in (function, derivative) if each is not None]
+    # a process that multiprocessing starts imports the user's program under another name
+    modules = [each.fn.__module__.replace("__mp_main__", "__main__") for each in functions]
+    names = [f"{module}:{each.fn.__qualname__}" for module, each in zip(modules, functions)]
+    code = "\n".join(text for each in functions for text in _code(each, set()))
+    name = f"{','.join(names)}#{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    _functions[name] = function, derivative
+    return name
+
+
+def _code(function, seen: set) -> Iterator[str]:
+    """Yield the source of a function, and of what it uses of its module: other functions, and global constants.
+
+    Unlike Triton's key it has no line numbers, exists in the interpreter, and is read anew each time.
+    """
+    seen.add(id(function))
+    source = textwrap.dedent(inspect.getsource(function.fn))
+    yield source
+    for node in ast.walk(ast.parse(source)):
+        value = None
+        if isinstance(node, ast.Name):
+            value = function.fn.__globals__.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = function.fn.__globals__.get(node.value.id)
+            value = getattr(module, node.attr, None) if isinstance(module, ModuleType) else None
+        if _is_jit(value) and id(value) not in seen and not value.fn.__module__.startswith("triton."):
+            yield from _code(value, seen)
+        elif type(value).__name__ == "constexpr":
+            yield f"{ast.unparse(node)} = {value.value!r}"
+
+
 def _is_jit(function) -> bool:
     # not at the top of the file: the package is imported without Triton too
     if INTERPRETED:
@@ -131,17 +187,9 @@ def _is_jit(function) -> bool:
     return isinstance(function, Jit)
 
 
-def register(function, derivative=None) -> str:
-    """Return the name of the functions, which `functions_named` then finds: modules and names, and a digest of their code."""
-    functions = [each for each in (function, derivative) if each is not None]
-    names = [f"{each.fn.__module__}:{each.fn.__qualname__}" for each in functions]
-    # Triton's key covers what a function calls, and global constants; its interpreter has none, and looks these up at each call
-    codes = [inspect.getsource(each.fn) if INTERPRETED else each.cache_key for each in functions]
-    name = f"{','.join(names)}#{hashlib.sha256(repr(codes).encode()).hexdigest()[:8]}"
-    _functions[name] = function, derivative
-    return name
-
-
 def _import_function(name):
     module, _, path = name.partition(":")
-    return operator.attrgetter(path)(importlib.import_module(module))
+    function = operator.attrgetter(path)(importlib.import_module(module))
+    if not _is_jit(function):
+        raise TypeError(f"{name} is not decorated with triton.jit")
+    return function

@@ -24,6 +24,7 @@ from tritonattn.autotune.worker_pool import Failure, Workers
 from tritonattn.measure.timing import TimedError, Windows
 from tritonattn.problem import UserFunction
 from tritonattn.runtime import launch
+from tritonattn.score_function import register
 
 TINY = Problem((1,), 2, 1, 48, 48, 16, 16, torch.float16)
 CAUSAL = Problem((1,), 2, 1, 48, 48, 16, 16, torch.float32, (None, 0))
@@ -97,11 +98,21 @@ def test_score_functions_are_checked_against_the_definition(kernel, tensors, dev
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("kernel, tensors", [("forward", {"o", "lse"}), ("dkdv", {"dk", "dv"})])
-def test_mask_functions_are_checked_against_the_definition(kernel, tensors, device):
-    mask = score_functions.mask_of_documents(48, device)
-    function = UserFunction.of(mask.function, mask.payload)
-    problem = dataclasses.replace(TINY, masked=True, mapped=True, mask_function=function)
+def test_mask_functions_are_checked_against_the_definition(kernel, tensors, device, monkeypatch):
+    """The function depends on the batch and the head."""
+    function = UserFunction(register(score_functions.stripes))
+    problem = dataclasses.replace(TINY, batch=(2,), masked=True, mapped=True, mask_function=function)
     assert set(Bench(kernel, problem, device).check("32x64w4s2")) == tensors
+    monkeypatch.setattr(benches, "dense_mask", lambda mask: torch.ones(mask.shape, dtype=torch.bool, device=device))
+    assert Bench(kernel, problem, device).check("32x64w4s2").code == "incorrect"
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("kernel", ["forward", "dkdv"])
+def test_inputs_of_a_check_have_no_more_heads_than_the_payload(kernel, device):
+    function = UserFunction(Both("penalty").of(attention).name, ("float32", 1))
+    problem = dataclasses.replace(CAUSAL, heads=1, score_function=function)
+    assert not isinstance(Bench(kernel, problem, device).check("32x64w4s2"), Failure)
 
 
 @pytest.mark.interpreted

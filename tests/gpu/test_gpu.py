@@ -6,10 +6,11 @@ On a machine with a GPU: `python -m pytest -m gpu -n 0`. The cases of test_atten
 import pytest
 import torch
 
+from tests.helpers import score_functions
 from tests.helpers.cases import Case, check, result_names, results
 from tests.helpers.sequences import Sequences, starts_of
 from tests.helpers.tolerance import agree
-from tritonattn import Problem, attention, attention_varlen, config, gpu, reference
+from tritonattn import Problem, attention, attention_varlen, block_mask, config, gpu, reference
 from tritonattn.analysis import compile_report
 from tritonattn.configs import lookup, shipped
 from tritonattn.runtime import launch
@@ -39,6 +40,20 @@ def test_accuracy_at_real_sizes_with_shipped_configs(name, dtype, device):
     if case.d > limit:
         pytest.skip(f"this GPU's limit of the head size in {dtype} is {limit}, got {case.d}")
     check(case, dtype, device, tiles=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+def test_mask_functions_give_what_their_booleans_give(dtype, device):
+    q, k, v, do, _ = Case(heads=4, kv_heads=2, n_q=2000, n_k=2000, d=64, dv=64).tensors(dtype, device)
+    mask = score_functions.mask_of_documents(2000, device)
+    document = torch.arange(2000, device=device) // 100
+    results = []
+    for each in (mask, block_mask(document[:, None] == document)):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = attention(*leaves, mask=each, causal=True)
+        results.append((o, *torch.autograd.grad(o, leaves, do)))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])

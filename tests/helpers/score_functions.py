@@ -46,6 +46,12 @@ def documents(batch, head, query, key, payload):
     return tl.load(payload + query) == tl.load(payload + key)
 
 
+@triton.jit
+def stripes(batch, head, query, key, payload):
+    """A mask function that depends on all indices."""
+    return (key + 2 * batch + head) % 5 != query % 3
+
+
 def mask_of_documents(n: int, device="cpu") -> BlockMask:
     """Return the block mask of documents of 100 keys."""
     return create_block_mask(documents, (1, 1, n, n), payload=torch.arange(n, dtype=torch.int32, device=device) // 100)

@@ -54,6 +54,11 @@ def columns(batch, head, query, key, payload):
 
 
 @triton.jit
+def other_columns(batch, head, query, key, payload):
+    return key % 5 != 1
+
+
+@triton.jit
 def nothing(batch, head, query, key, payload):
     return key < 0
 
@@ -70,7 +75,8 @@ def made(name, device):
     batch, head, query, key = torch.meshgrid(*(torch.arange(n, device=device) for n in (2, 2, N_Q, N_K)), indexing="ij")
     if name == "documents":
         payload = document_of(device)
-        return create_block_mask(documents, (1, 1, N_Q, N_K), payload=payload), payload[query[:1, :1]] == payload[key[:1, :1]]
+        pairs = payload[query[:1, :1]] == payload[key[:1, :1]]
+        return create_block_mask(documents, (1, 1, N_Q, N_K), payload=payload / 8), pairs
     pairs = {"stripes": (key < 200 + 64 * head) & ((query >= 128) | ((key + batch) % 3 != 0)), "columns": key % 5 != 0,
              "nothing": key < 0}[name]
     shape = (2, 2, N_Q, N_K) if name == "stripes" else (1, 1, N_Q, N_K)
@@ -178,10 +184,14 @@ def test_no_memory_of_the_size_of_the_scores(device, monkeypatch):
 def test_known_calls_take_the_function_that_is_given(device):
     q, k, v, *_ = tensors(device, torch.float32, heads=2, n_q=N_Q, n_k=N_K)
     for _ in range(2):
-        for name in ("documents", "stripes", "columns"):
+        for name in ("documents", "stripes", "columns", "nothing"):
             mask, pairs = made(name, device)
             torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k, v, mask=pairs), atol=1e-5, rtol=1e-5)
-    # the same blocks of a mask of other lengths
+    # masks without payloads and of one shape differ in their functions alone, these two in their blocks too
+    first, second = (create_block_mask(function, (1, 1, 300, 330), device=device) for function in (columns, other_columns))
+    assert torch.equal(first.kv_blocks, second.kv_blocks)
+    assert not torch.equal(attention(q, k, v, mask=first), attention(q, k, v, mask=second))
+    # a mask of other lengths
     other = create_block_mask(columns, (1, 1, N_Q + 1, N_K), device=device)
     with pytest.raises(RuntimeError, match="expected a block mask of 300 queries and 330 keys, got one of shape"):
         attention(q, k, v, mask=other)
@@ -194,7 +204,7 @@ def test_a_change_of_the_payload_is_noticed(device):
     assert mask.is_current()
     mask.payload.add_(1)
     assert not mask.is_current()
-    with pytest.raises(RuntimeError, match="changed since"):
+    with pytest.raises(RuntimeError, match=r"the payload as it was when create_block_mask\(\) read it"):
         attention(q, k, v, mask=mask)
 
 
@@ -214,10 +224,13 @@ COPIES = {"deepcopy": copy.deepcopy, "load": loaded, "pickle": lambda mask: pick
 @pytest.mark.parametrize("name", ["documents", "columns"])
 def test_copies_keep_the_function(name, copied):
     mask, pairs = made(name, "cpu")
-    again = COPIES[copied](mask)
+    again, stale = COPIES[copied](mask), made(name, "cpu")[0]
     assert (again.function, again.shape) == (mask.function, mask.shape) and again.is_current()
     q, k, v, *_ = tensors("cpu", torch.float32, heads=1, kv_heads=1, n_q=N_Q, n_k=N_K)
     torch.testing.assert_close(attention(q, k, v, mask=again), attention(q, k, v, mask=pairs), atol=1e-5, rtol=1e-5)
+    if stale.payload is not None:
+        stale.payload.add_(1)
+        assert not COPIES[copied](stale).is_current()
 
 
 @pytest.mark.parametrize("name", ["documents", "columns"])
@@ -247,13 +260,18 @@ def test_maps_and_vmap(device):
     torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
     mapped = torch.vmap(lambda q, k, v: attention(q, k, v, mask=mask))(q, k, v)
     torch.testing.assert_close(mapped, attention(q, k, v, mask=pairs), atol=1e-5, rtol=1e-5)
+    # batches count in the mapped function
+    q, k, v, *_ = tensors(device, torch.float32, batch=(2, 2), n_q=N_Q, n_k=N_K)
+    mask, pairs = made("stripes", device)
+    mapped = torch.vmap(lambda q, k, v: attention(q, k, v, mask=mask))(q, k, v)
+    torch.testing.assert_close(mapped, attention(q, k, v, mask=pairs), atol=1e-5, rtol=1e-5)
 
 
 def test_the_problem_names_the_function(device):
     mask, _ = made("documents", device)
     q, k, v, *_ = tensors(device, torch.float32, n_q=N_Q, n_k=N_K)
     problem = explain(q, k, v, mask=mask).problem
-    assert problem.masked and problem.mapped and problem.mask_function == (mask.function, ("int32", N_K))
+    assert problem.masked and problem.mapped and problem.mask_function == (mask.function, ("float32", N_K))
     assert f"mask_function {mask.function}" in str(problem) and Problem.from_json(problem.as_json()) == problem
     warm(q, k, v, mask=mask)
     plan.clear()
@@ -273,15 +291,36 @@ def with_score(score, batch, head, query, key, payload):
     ((columns, (1, 4, 4)), {"payload": 3}, TypeError, "payload: expected a tensor or None, got int"),
     ((columns, (1, 4, 4)), {"payload": torch.zeros(4, 2)[:, 0]}, RuntimeError, "payload: expected a contiguous tensor"),
     ((columns, (1, 4, 4)), {"payload": torch.zeros(4), "device": "meta"}, RuntimeError, "payload: expected a tensor on meta"),
-], ids=["python", "parameters", "rank", "negative", "number", "payload", "strides", "device"])
+    ((columns, (1, 4, 4)), {"payload": torch.zeros(4, requires_grad=True)}, RuntimeError, "payload: .* requires no gradient"),
+], ids=["python", "parameters", "rank", "negative", "number", "payload", "strides", "device", "gradient"])
 def test_bad_arguments_raise(arguments, options, error, message):
     with pytest.raises(error, match=message):
         create_block_mask(*arguments, **options)
 
 
+def test_a_mask_that_is_the_same_for_all_gets_batch_and_head_0(device):
+    """So the kernels and the lists of blocks agree, whatever the function does with them."""
+    q, k, v, *_ = tensors(device, torch.float32, n_q=N_Q, n_k=N_K)
+    for shape in ((1, 1, N_Q, N_K), (1, 2, N_Q, N_K), (2, 1, N_Q, N_K)):
+        mask = create_block_mask(stripes, shape, device=device)
+        pairs = made("stripes", device)[1][:shape[0], :shape[1]]
+        assert torch.equal(dense_mask(mask), pairs)
+        torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k, v, mask=pairs), atol=1e-5, rtol=1e-5)
+    q = q.expand(3, *q.shape)
+    with pytest.raises(RuntimeError, match="1 in place of the heads or of all batches"):
+        attention(q, k, v, mask=create_block_mask(stripes, (3, 1, 1, N_Q, N_K), device=device))
+
+
+def test_a_mask_in_a_module_leaves_its_metadata(device):
+    layer = torch.nn.Module()
+    layer.mask = made("documents", "cpu")[0]
+    assert layer.state_dict()._metadata["mask"] == torch.nn.Module().state_dict()._metadata[""]
+    assert layer.to("meta").to_empty(device="cpu").mask.payload.shape == (N_K,)
+
+
 def test_masks_that_do_not_fit_raise(device):
     q, k, v, *_ = tensors(device, torch.float32, heads=3, kv_heads=3, n_q=N_Q, n_k=N_K)
-    with pytest.raises(RuntimeError, match=r"mask: expected a block mask that broadcasts to \(2, 3, 300, 330\), got one of"):
+    with pytest.raises(RuntimeError, match=r"mask: expected a mask function of shape \(2, 3, 300, 330\).* got \(2, 2, 300"):
         attention(q, k, v, mask=made("stripes", device)[0])
     elsewhere = BlockMask(None, *(x.to("meta") for x in made("columns", device)[0]._tensors()[1:]),
                           function=(made("columns", device)[0].function, N_Q, N_K))

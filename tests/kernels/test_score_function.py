@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import importlib
+import linecache
 import math
 import pickle
 import re
+import sys
 
 import pytest
 import torch
@@ -14,7 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.helpers.cases import SINGLE, assert_exact, check, result_names, results, tensors
 from tests.helpers.compile_server import compiled
-from tests.helpers.score_functions import CHANGES, Both, one, penalty, same_document, squares, squares_slope
+from tests.helpers.score_functions import (
+    CHANGES,
+    Both,
+    documents,
+    one,
+    penalty,
+    same_document,
+    squares,
+    squares_slope,
+)
 from tests.helpers.sequences import Sequences, starts_of
 from tests.helpers.tiers import slow
 from tritonattn import (
@@ -26,6 +38,7 @@ from tritonattn import (
     block_mask,
     check_score_function,
     config,
+    create_block_mask,
     explain,
     reference,
     score_function,
@@ -62,6 +75,28 @@ def magnitude(score, batch, head, query, key, payload):
 @triton.jit
 def sign(score, batch, head, query, key, payload):
     return tl.where(score > 0, 1.0, -1.0)
+
+
+@triton.jit
+def added(score, batch, head, query, key, payload):
+    return score + tl.where(key == 3, float("-inf"), 0.0)
+
+
+@triton.jit
+def slope_of_rows(score, batch, head, query, key, payload):
+    """The slope of `squares` where the rows of a tile are queries, else 1."""
+    rows_are_queries = tl.full([], query.shape[1] == 1, tl.int1)
+    return tl.where(rows_are_queries, 1.0 + 0.25 * score, 1.0)
+
+
+@triton.jit
+def unchanged(score, batch, head, query, key, payload):
+    return score
+
+
+@triton.jit
+def nan_below_zero(score, batch, head, query, key, payload):
+    return tl.where(score > 0, 1.0, float("nan"))
 
 
 @triton.jit
@@ -170,7 +205,6 @@ def test_no_function_reads_past_its_payload(device):
     expected = attention(q, k, v, mask=outer[:37, None] == outer[:37])
     with config.pinned(Config(64, 64)):
         torch.testing.assert_close(attention(q, k, v, score_function=function), expected, atol=1e-6, rtol=1e-6)
-        # a document number past the end that is not one of these would be seen as an index by the next function
         places = torch.arange(37, dtype=torch.int32, device=device)
         torch.testing.assert_close(attention(q, k, v, score_function=ScoreFunction(same_document, one, places)), v)
 
@@ -190,6 +224,68 @@ def test_what_a_function_masks_has_no_effect(hidden, device):
     for mine, other in zip(ours, exact, strict=True):
         assert other.isfinite().all()
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("hidden", ["function", "mask"])
+def test_a_cotangent_of_nan_reaches_only_the_keys_that_its_row_sees(hidden, normalizer, device):
+    """dK and dV of tiles with a NaN are computed again for the keys that this row does not attend to."""
+    q, k, v, do, _ = tensors(device, torch.float32)
+    do[..., 10, :] = math.nan
+    leaves, payload = [x.requires_grad_() for x in (q, k, v)], torch.arange(37, dtype=torch.int32, device=device) // 15
+    if hidden == "function":
+        options = {"score_function": ScoreFunction(same_document, one, payload)}
+    else:
+        options = {"mask": create_block_mask(documents, (1, 1, 37, 37), payload=payload)}
+    with config.pinned(TILES):
+        dq, dk, dv = torch.autograd.grad(attention(*leaves, normalizer=normalizer, **options), leaves, do)
+        do[..., 10, :] = 0
+        others = torch.autograd.grad(attention(*leaves, normalizer=normalizer, **options), leaves, do)
+    for one_of, other in zip((dq, dk, dv), others, strict=True):
+        torch.testing.assert_close(one_of[..., 15:, :], other[..., 15:, :], atol=1e-6, rtol=1e-6)
+    assert dk[..., :15, :].isnan().any() and dv[..., :15, :].isnan().all()
+
+
+@pytest.mark.interpreted
+def test_relu_ignores_the_derivative_where_it_cuts_off(device):
+    q, k, v, do, _ = tensors(device)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    ours, exact = (torch.autograd.grad(attention(*leaves, normalizer="relu", score_function=each), leaves, do)
+                   for each in (ScoreFunction(unchanged, nan_below_zero), None))
+    for mine, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("options", [{"bias": torch.zeros(45, dtype=torch.float64)}, {"alibi": torch.zeros(2)}], ids=str)
+def test_sequences_without_keys_read_the_payload_within_it(options, device):
+    """Indices are 0 where there is no key; the memory guard of the tests sees every other read."""
+    given = tensors(device, n_q=37, n_k=45)
+    payload = torch.arange(45, dtype=torch.int32, device=device)
+    lengths = torch.tensor([0, 45], device=device)
+    exact = torch.arange(37, device=device)[:, None] == torch.arange(45, device=device)
+    options = {name: x.to(device, torch.float64) for name, x in options.items()} | {"key_lengths": lengths, "align": "top_left"}
+    assert_exact(given, ours_only={"score_function": ScoreFunction(same_document, one, payload)}, exact_only={"mask": exact},
+                 **options)
+    mask = create_block_mask(documents, (1, 1, 37, 45), payload=payload)
+    assert_exact(given, ours_only={"mask": mask}, exact_only={"mask": exact}, **options)
+
+
+def test_another_payload(device):
+    q, k, v, *_ = tensors(device, torch.float32)
+    first = ScoreFunction(penalty, one, torch.zeros(2, device=device))
+    second = first.with_payload(torch.ones(2, device=device))
+    assert second.name == first.name and second.derivative is one and (first.payload == 0).all()
+    expected = attention(q, k, v, score_function=ScoreFunction(penalty, one, torch.ones(2, device=device)))
+    assert torch.equal(attention(q, k, v, score_function=second), expected)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, w: attention(q, k, v, score_function=first.with_payload(w)), backend="aot_eager",
+                             fullgraph=True)
+    torch.testing.assert_close(compiled(q, torch.ones(2, device=device)), expected)
+    with pytest.raises(TypeError, match="payload: expected a tensor or None, got float"):
+        first.with_payload(1.0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.function = squares
 
 
 def test_a_nan_of_a_function_shows(device):
@@ -278,7 +374,7 @@ def captured():
     (lambda: ScoreFunction(captured()), ValueError, "function: .* got one that captures factor; pass values in the payload"),
     (lambda: ScoreFunction(penalty, one, [1.0]), TypeError, "payload: expected a tensor or None, got list"),
     (lambda: ScoreFunction.named("tests.helpers.score_functions:missing#0"), RuntimeError, "AttributeError: .*missing"),
-    (lambda: ScoreFunction.named("tests.helpers.score_functions:one#00000000"), RuntimeError, "have changed since"),
+    (lambda: ScoreFunction.named("tests.helpers.score_functions:one#00000000"), RuntimeError, "it has changed since"),
     (lambda: ScoreFunction.named("no_such_module:one#00000000"), RuntimeError, "ModuleNotFoundError"),
     (lambda: tune(*[torch.zeros(1, 1, 16, 16)] * 3, score_function=ScoreFunction(captured_nothing())), ValueError,
      "expected those at the top level of a module that the processes which compile and time can import, got .*<locals>"),
@@ -327,6 +423,34 @@ def test_another_process_imports_the_functions(monkeypatch):
     name = ScoreFunction(squares, squares_slope).name
     monkeypatch.setattr(score_function, "_functions", {})
     assert score_function.functions_named(name) == (squares, squares_slope)
+
+
+HELPER = """
+import triton
+import triton.language as tl
+{comment}
+FACTOR = tl.constexpr({factor})
+@triton.jit
+def helper(x):
+    return x * {inner}
+@triton.jit
+def scaled(score, batch, head, query, key, payload):
+    return helper(score) * FACTOR
+"""
+
+
+def test_a_name_holds_the_code_and_nothing_else(tmp_path, monkeypatch):
+    """Constants and functions of the module count; lines before the function do not."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+    for comment, factor, inner in (("", 2, 3), ("# a comment\n", 2, 3), ("", 5, 3), ("", 2, 7)):
+        (tmp_path / "of_test.py").write_text(HELPER.format(comment=comment, factor=factor, inner=inner))
+        sys.modules.pop("of_test", None)
+        importlib.invalidate_caches()
+        linecache.clearcache()
+        names.append(ScoreFunction(importlib.import_module("of_test").scaled).name)
+    sys.modules.pop("of_test", None)
+    assert names[0] == names[1] and len(set(names)) == 3
 
 
 REDEFINED = """
@@ -458,14 +582,21 @@ def test_right_functions_pass_the_check(pair, device):
     ((squares, one), r"expected the derivative of finite differences, \S+, got 1, for a score of \S+ at batch 0, head 0, "
                      "query 0, key 0"),
     ((relative_to_the_row, one), "expected the same in tiles whose rows are keys"),
-    ((masked_by_score, one), "expected -inf for every score of a pair or for none; for a score of 0 it is 0, got -inf"),
+    ((squares, slope_of_rows), "expected a derivative that is the same in tiles whose rows are keys"),
+    ((added, one), "for a score of nan it is nan, got -inf, for a score of .* key 3"),
+    ((masked_by_score, one), "expected -inf for every score of a pair or for none .*; for a score of 0 it is 0, got -inf"),
     ((root, one), "expected a number or -inf, got nan, for a score of -"),
     ((nan_at_key_5, one), r"got nan, for a score of \S+ at batch 0, head 0, query 0, key 5"),
     ((magnitude, one), "expected the derivative of finite differences, -1, got 1, for a score of -"),
-], ids=["derivative", "row", "mask", "nan", "place", "kink"])
+], ids=["derivative", "row", "slope", "added", "mask", "nan", "place", "kink"])
 def test_wrong_functions_are_found(pair, message, device):
     with pytest.raises(ValueError, match=message):
         check_score_function(ScoreFunction(*pair), (2, 2, 33, 40), device=device)
+
+
+def test_the_check_needs_a_contiguous_payload_on_the_device():
+    with pytest.raises(RuntimeError, match="payload: expected a contiguous tensor"):
+        check_score_function(ScoreFunction(penalty, one, torch.zeros(4, 2)[:, 0]), (1, 4, 4, 4), device="cpu")
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..block_mask import BlockMask
 from ..runtime import custom_op, launch
-from ..runtime.arguments import check_kernels_run_on, device_of_function
+from ..runtime.arguments import check_kernels_run_on, check_payload_memory, device_of_function
 from ..score_function import ScoreFunction
 
 SPREAD = 4.0     # standard deviation of the scores
@@ -19,10 +19,10 @@ TOLERANCE = 1e-5  # of a derivative, absolute or relative
 def check_score_function(score_function: ScoreFunction, shape: tuple[int, int, int, int], *, device=None, seed: int = 0):
     """Check a score function in float64, for a random score at every place of `shape` (batch, heads, queries, keys).
 
-    Its values must be numbers or -inf, the same where the tiles have keys as rows, and -inf for every score of a pair or for
-    none. The derivative, if there is one, must agree to five digits with finite differences, at a kink with those of one side:
-    a function that casts its scores to float32 fails. device: if None, that of the payload; without one a GPU, in Triton's
-    interpreter the CPU.
+    Its values must be numbers or -inf; -inf for every score of a pair, even a NaN, or for none. The derivative, if there is
+    one, must agree to five digits with finite differences, at a kink with those of one side. A function that casts its scores
+    to float32 fails. Both must be the same where the rows of a tile are keys. Takes about 15 tensors of this shape in float64:
+    choose a small one. device: if None, that of the payload; without one a GPU, in Triton's interpreter the CPU.
 
     Raises:
         ValueError: names the first place at which a check fails, the score there, and the values.
@@ -33,19 +33,25 @@ def check_score_function(score_function: ScoreFunction, shape: tuple[int, int, i
     if not isinstance(shape, (tuple, list)) or len(shape) != 4 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise TypeError(f"shape: expected four positive sizes (batch, heads, queries, keys), got {shape!r}")
     device = device_of_function(score_function.payload, device)
+    check_payload_memory(score_function.payload, device)
     generator = torch.Generator(device).manual_seed(seed)
     scores = SPREAD * torch.randn(shape, dtype=torch.float64, device=device, generator=generator)
     name, value = score_function.name, evaluate(score_function, scores)
     masked = value == -torch.inf
     _raise_at(value.isnan() | (value == torch.inf), scores, f"{name}: expected a number or -inf", value)
+    elementwise = "the same in tiles whose rows are keys as in those whose rows are queries: each element by itself"
     by_keys = evaluate(score_function, scores, transposed=True)
-    _raise_at(value != by_keys, scores, f"{name}: expected the same in tiles whose rows are keys as in those whose rows are "
-                                        "queries, so a function of each element by itself", value, by_keys)
-    at_zero = evaluate(score_function, torch.zeros_like(scores))
-    _raise_at(masked != (at_zero == -torch.inf), scores, f"{name}: expected -inf for every score of a pair or for none; for a "
-                                                         "score of 0 it is", at_zero, value)
+    _raise_at(value != by_keys, scores, f"{name}: expected {elementwise}", value, by_keys)
+    for score in (0.0, torch.nan):
+        other = evaluate(score_function, torch.full_like(scores, score))
+        _raise_at(masked != (other == -torch.inf), scores, f"{name}: expected -inf for every score of a pair or for none (mask "
+                                                           f"with tl.where); for a score of {score:g} it is", other, value)
     if score_function.derivative is not None:
         derivative = evaluate(score_function, scores, derivative=True)
+        by_keys = evaluate(score_function, scores, derivative=True, transposed=True)
+        # of a masked pair it may be anything
+        _raise_at((derivative != by_keys) & ~masked, scores, f"{name}: expected a derivative that is {elementwise}", derivative,
+                  by_keys)
         differences = _differences(score_function, scores, value)
         close = [(derivative - each).abs() <= TOLERANCE * each.abs().clamp(min=1) for each in differences]
         _raise_at(~(close[0] | close[1] | close[2] | masked), scores, f"{name}: expected the derivative of finite differences,",

@@ -218,7 +218,7 @@ def draw(problem: Problem, device, seed: int, masked_rows: int = 0) -> tuple[lis
         bias = torch.randn(shape, dtype=problem.bias, device=device, generator=rng)
         bias[..., :masked_rows, :] = -torch.inf
     if problem.mask_function is not None:
-        options["mask"] = _example_mask(problem, shape, device)
+        options["mask"] = _example_mask(problem, (*problem.batch, *q.shape[-3:-1], problem.n_k), device)
     elif problem.masked:
         mask = torch.rand(*shape[:-3], 1, *shape[-2:], device=device, generator=rng) < 0.9
         # whole tiles are masked, and whole tiles are not
@@ -265,7 +265,12 @@ def hard_inputs(problem: Problem, device, seed: int) -> list[tuple]:
     size = (70, 100) if gpu.INTERPRETED else (300, 400)
     n_q, n_k = min(size[0], problem.n_q), min(size[1], problem.n_k)
     left, right = (side if side in (None, 0) else min(side, n_k // 3) for side in problem.window)
-    small = replace(problem, batch=(2,), heads=2 * problem.group, kv_heads=2, n_q=n_q, n_k=n_k, shift=0, window=(left, right))
+    batch, kv_heads = (2,), 2
+    if problem.score_function is not None or problem.mask_function is not None:
+        # indices beyond the problem's own may lie outside of the payload
+        batch, kv_heads = tuple(min(2, n) for n in problem.batch), min(2, problem.kv_heads)
+    small = replace(problem, batch=batch, heads=kv_heads * problem.group, kv_heads=kv_heads, n_q=n_q, n_k=n_k, shift=0,
+                    window=(left, right))
     # with a window that is bounded on the right, the first queries come before the first key
     few_keys = small if right is None else replace(small, n_k=-(-n_q // 2), shift=-(n_q // 2))
     scores = draw(small, device, seed + 1)

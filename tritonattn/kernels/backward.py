@@ -182,11 +182,12 @@ def slope_before(weight, capped, row, col, n, scoring, static):
     x = weight.slope
     if len(scoring.mods.function) == 1:
         derivative = call_function(static.SCORE_SLOPE, capped, row, col, n, scoring.mods.function[0], static.TRANSPOSED)
+        product = (x * derivative).to(static.ACC)
         if static.NORMALIZER == "relu":
             # where a score is not positive, whatever the derivative is
-            x = tl.where(x == 0.0, 0.0, x * derivative)
+            x = tl.where(x == 0.0, 0.0, product)
         else:
-            x = (x * derivative).to(static.ACC)
+            x = product
     if scoring.softcap is not None:
         # the derivative of tanh is 1 - tanh^2
         tanh = capped * (1.0 / scoring.softcap)

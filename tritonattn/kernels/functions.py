@@ -24,10 +24,11 @@ class FunctionView(NamedTuple):
 def indices(row, col, n, M: tl.constexpr, N: tl.constexpr, view, TRANSPOSED: tl.constexpr):
     """Return the queries and the keys of a tile that starts at positions (row, col), with n columns; transposed, rows are keys.
 
-    They lie within the problem, also past the ends of a tile: a function may read the payload at them.
+    They lie within the problem, also past the ends of a tile: a function may read the payload at them. Without rows or columns
+    they are 0.
     """
-    rows = tl.minimum(row - view.shift + tl.arange(0, M), view.rows - 1)[:, None]
-    cols = tl.minimum(col + tl.arange(0, N), n - 1)[None, :]
+    rows = tl.maximum(tl.minimum(row - view.shift + tl.arange(0, M), view.rows - 1), 0)[:, None]
+    cols = tl.maximum(tl.minimum(col + tl.arange(0, N), n - 1), 0)[None, :]
     if TRANSPOSED:
         return cols, rows
     else:

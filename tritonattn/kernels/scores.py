@@ -33,6 +33,14 @@ class Relative(NamedTuple):
     radius: int    # `packed.encoded`; in a view, the number itself
 
 
+class MaskArguments(NamedTuple):
+    """The payload of a mask function, and whether it gets the batch and the head: 0 for a mask that is the same for all."""
+
+    payload: tuple
+    per_batch: int
+    per_head: int
+
+
 class ScoreMods(NamedTuple):
     """Modifications of the score of each (query, key) pair: tensors, or views of one head.
 
@@ -47,8 +55,8 @@ class ScoreMods(NamedTuple):
     alibi: tuple = ()       # slope of each head; in a view, the number
     relative: tuple = ()    # a Relative
     normalizer: tuple = ()  # the bias of a sigmoid, if given; in a view `normalizer_number`, unless it is a softmax
-    function: tuple = ()       # the payload of static.SCORE, a tuple itself; in a view a FunctionView
-    mask_function: tuple = ()  # the same of static.MASK, with a block_list
+    function: tuple = ()       # of static.SCORE: (payload,) or ((),); in a view a FunctionView. The payload is () or (address,)
+    mask_function: tuple = ()  # of static.MASK, with a block_list: a MaskArguments; in a view a FunctionView
 
 
 class ScoreParams(NamedTuple):
@@ -97,7 +105,8 @@ def select_head(mods, sizes, batch, head, first, rows, shift, static):
     if len(mods.function) == 1:
         function = (FunctionView(mods.function[0], batch, head, rows, shift),)
     if len(mods.mask_function) == 1:
-        mask_function = (FunctionView(mods.mask_function[0], batch, head, rows, shift),)
+        given = mods.mask_function[0]
+        mask_function = (FunctionView(given.payload, batch * given.per_batch, head * given.per_head, rows, shift),)
     return ScoreMods(bias, mask, dropout, block_list, sink, alibi, relative, normalizer, function, mask_function)
 
 

@@ -94,7 +94,7 @@ class Constexprs(NamedTuple):
     SCORE: tl.constexpr = tl.constexpr(None)
     SCORE_SLOPE: tl.constexpr = tl.constexpr(None)
     MASK: tl.constexpr = tl.constexpr(None)
-    # their names with digests of their code, without which Triton's cache would take two functions of one name for the same
+    # what identifies their code: Triton's cache would confuse two functions with the same name
     FUNCTION_NAMES: tl.constexpr = tl.constexpr(None)
 
 

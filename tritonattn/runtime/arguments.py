@@ -379,18 +379,18 @@ def mask_argument(mask, q, shape):
         raise RuntimeError(f"mask: expected a block mask of {sizes[0]} queries and {sizes[1]} keys, got one of shape "
                            f"{tuple(mask.shape)}; its last two dimensions do not broadcast")
     if not mask.is_current():
-        raise RuntimeError("mask: expected the mask as it was when block_mask() read it, got one that was changed since; "
-                           "call block_mask() again")
+        maker, what = ("block_mask", "mask") if mask.function is None else ("create_block_mask", "payload")
+        raise RuntimeError(f"mask: expected the {what} as it was when {maker}() read it, got one that was changed since; call "
+                           f"{maker}() again")
     if mask.function is None:
         pairwise = pairwise_argument("mask", mask.mask, q, shape)
         return pairwise, *(with_rank(x, pairwise.dim()) for x in (mask.kv_blocks, mask.q_blocks))
     if mask.kv_blocks.device != q.device:
         raise RuntimeError(f"mask: expected {q.device}, where the queries are, got a block mask on {mask.kv_blocks.device}")
-    try:
-        mask.kv_blocks.expand(*shape[:-2], *mask.kv_blocks.shape[-2:])
-    except RuntimeError:
-        raise RuntimeError(f"mask: expected a block mask that broadcasts to {tuple(shape)}, got one of shape "
-                           f"{tuple(mask.shape)}") from None
+    *batch, heads = mask.shape[:-2]
+    if heads not in (1, *shape[-3:-2]) or (tuple(batch) != tuple(shape[:-3]) and set(batch) - {1}):
+        raise RuntimeError(f"mask: expected a mask function of shape {tuple(shape)}, with 1 in place of the heads or of all "
+                           f"batches where it does not depend on them, got {mask.shape}")
     return None, *(with_rank(x, len(shape)) for x in (mask.kv_blocks, mask.q_blocks))
 
 
@@ -448,16 +448,17 @@ def function_argument(score_function, q, k) -> tuple[str | None, Tensor | None]:
     if score_function.derivative is None and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         raise RuntimeError(f"score_function: {NO_DERIVATIVE}, got {score_function}")
     payload = score_function.payload
-    if payload is not None:
-        check_payload_memory(payload, q.device)
-        if payload.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("payload: expected a tensor that requires no gradient, since it gets none (bias, alibi and "
-                               "relative do), got one that does")
+    check_payload_memory(payload, q.device)
     return score_function.name, payload
 
 
-def check_payload_memory(payload: Tensor, device: torch.device) -> None:
-    """Raise RuntimeError unless this is a dense, contiguous tensor on this device."""
+def check_payload_memory(payload: Tensor | None, device: torch.device) -> None:
+    """Raise RuntimeError unless this is None, or a dense, contiguous tensor on this device that needs no gradient."""
+    if payload is None:
+        return
+    if payload.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("payload: expected a tensor that requires no gradient, since it gets none (bias, alibi and relative "
+                           "do), got one that does")
     if payload.layout != torch.strided or payload.is_nested:
         raise RuntimeError(layout_message("payload", payload))
     if payload.device != device:
@@ -476,8 +477,7 @@ def prepare_mask_function(function, shape, payload, device) -> tuple[str, torch.
     if len(shape) < 3:
         raise ValueError(f"shape: expected at least three sizes (..., heads, queries, keys), got {tuple(shape)}")
     device = device_of_function(payload, device)
-    if payload is not None:
-        check_payload_memory(payload, device)
+    check_payload_memory(payload, device)
     return register(function), device
 
 
@@ -487,7 +487,8 @@ def device_of_function(payload: Tensor | None, device) -> torch.device:
     Raises RuntimeError if kernels do not run there.
     """
     if device is None:
-        device = payload.device if payload is not None else "cpu" if INTERPRETED else "cuda"
+        gpu = torch.cuda.is_available() and not INTERPRETED
+        device = payload.device if payload is not None else "cuda" if gpu else "cpu"
     example = torch.empty(0, device=device)
     check_kernels_run_on(device=example)
     return example.device

@@ -17,7 +17,7 @@ from ..kernels.forward import Keys, Outputs
 from ..kernels.functions import evaluate_kernel, mask_kernel
 from ..kernels.mass import key_mass_kernel, map_kernel, mass_delta_kernel
 from ..kernels.packed import Packed, encoded
-from ..kernels.scores import LOG2E, Relative, ScoreMods, ScoreParams
+from ..kernels.scores import LOG2E, MaskArguments, Relative, ScoreMods, ScoreParams
 from ..kernels.tile import Constexprs, Leading, Strides, Tensor
 from ..kernels.window import Window, transpose_window
 from ..problem import Problem
@@ -325,11 +325,13 @@ def _record(x, rank, batch_strides, block, width) -> Tensor:
 def _constexprs(problem: Problem, config: Config, ragged: bool = False, modes: tuple = ()) -> Constexprs:
     # set_float32_matmul_precision changes this setting too
     tf32 = problem.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    names = tuple(each and each.name for each in (problem.score_function, problem.mask_function))
+    names = [each and each.name for each in (problem.score_function, problem.mask_function)]
     (score, slope), (mask, _) = ((None, None) if name is None else functions_named(name) for name in names)
+    # the interpreter has no cache
+    codes = tuple(getattr(function, "cache_key", None) for function in (score, slope, mask))
     values = (problem.d, problem.dv, problem.group, config.block_m, config.block_n, ragged, modes, ACC[problem.dtype],
               "tf32" if tf32 else "ieee", config.ahead and problem.n_k > 0, config.mma_sum and problem.dtype.itemsize == 2,
-              "both", problem.normalizer, False, may_mask(problem), score, slope, mask, names)
+              "both", problem.normalizer, False, may_mask(problem), score, slope, mask, (*names, *codes))
     return Constexprs(*map(tl.constexpr, values))
 
 
@@ -340,7 +342,8 @@ def _score_params(inputs: AttentionInputs, window: Window, mods: ScoreMods) -> S
     if inputs.score_function is not None:
         mods = mods._replace(function=(() if inputs.payload is None else (inputs.payload,),))
     if inputs.mask_function is not None:
-        mods = mods._replace(mask_function=(() if inputs.mask_payload is None else (inputs.mask_payload,),))
+        payload, (*batch, heads) = () if inputs.mask_payload is None else (inputs.mask_payload,), inputs.kv_blocks.shape[:-2]
+        mods = mods._replace(mask_function=(MaskArguments(payload, int(math.prod(batch) > 1), int(heads > 1)),))
     scale, ds_scale = score_scale(inputs.scale), None
     if inputs.q.dtype == torch.float16:
         # near the scale, which dQ gets in the end; not so small that float16 loses more at its lower end
