@@ -45,7 +45,7 @@ UNCHANGED = "unchanged"  # the key of the package without a mutation
 # in the order in which they run: cheap and sensitive ones first
 TESTS = ("tests/kernels/test_edge_cases.py", "tests/kernels/test_score_mods.py", "tests/test_block_mask.py",
          "tests/kernels/test_softcap_and_sink.py", "tests/kernels/test_relative.py", "tests/kernels/test_statistics.py",
-         "tests/kernels/test_normalizers.py",
+         "tests/kernels/test_normalizers.py", "tests/kernels/test_score_function.py", "tests/kernels/test_mask_function.py",
          "tests/kernels/test_softmax.py", "tests/kernels/test_window.py", "tests/runtime/test_launch.py",
          "tests/kernels/test_packed.py")
 # tests of those files that are about torch, not about kernels
@@ -56,6 +56,10 @@ DESELECT = ("not (jacrev or vmap or functional or rejects or raise or autocast o
 FIRST = {
     "dropout.py": ("tests/kernels/test_score_mods.py::test_dropped_weights_are_those_of_philox",
                    "tests/kernels/test_score_mods.py::test_dropout_is_exact_for_its_keep_mask"),
+    "functions.py": ("tests/kernels/test_score_function.py::test_values_and_derivatives_of_given_scores[squares]",
+                     "tests/kernels/test_mask_function.py::test_the_blocks_are_those_of_the_booleans[stripes]",
+                     "tests/kernels/test_score_function.py"
+                     "::test_indices_do_not_depend_on_the_alignment[top_left-(20, 50)-documents]"),
     "diagonals.py": ("tests/kernels/test_relative.py::test_tables_of_any_radius[16]",
                      "tests/kernels/test_relative.py::test_dropped_weights_have_no_gradient[9-50-bottom_right]",
                      "tests/kernels/test_packed.py::test_each_feature[relative]"),
