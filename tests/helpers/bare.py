@@ -45,7 +45,7 @@ def bare_exponent(s, minus_m, scoring, dtype: tl.constexpr):
 
 @triton.jit
 def bare_select_head(mods, sizes, batch, head, first, rows, shift, static):
-    return ScoreMods()
+    return ScoreMods((), (), (), (), (), (), (), (), (), ())
 
 
 @triton.jit
