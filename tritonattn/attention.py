@@ -265,8 +265,9 @@ def attention_map(q, k, *, tile=64, scale=None, causal=False, window=(None, None
 def create_block_mask(function, shape, *, payload=None, device=None) -> BlockMask:
     """Make a `block_mask` of a mask function, without a tensor of the size of the scores.
 
-    The function is evaluated once for every pair, to sort the blocks of TILE x TILE pairs; `attention` then skips the empty
-    ones, and evaluates the function in those that are neither empty nor full.
+    The function is evaluated once for every pair, to sort the blocks of 128 x 128 pairs; `attention` then skips the empty
+    ones, and evaluates the function in those that are neither empty nor full. Takes memory for 128 rows of the mask, a byte for
+    each pair, and eight bytes for each block.
 
     Args:
         function: a `triton.jit` function (batch, head, query, key, payload) -> booleans, True takes part. As in a
@@ -289,6 +290,8 @@ def create_block_mask(function, shape, *, payload=None, device=None) -> BlockMas
     Raises:
         TypeError, ValueError: as `ScoreFunction`; or the shape has fewer than three sizes. RuntimeError: the payload is not
         contiguous, lies on another device or requires a gradient, or kernels do not run on the device.
+
+    Source: the mask_mod of FlexAttention (Dong et al., 2024, arXiv 2412.05496).
     """
     name, device = arguments.prepare_mask_function(function, shape, payload, device)
     lists = sorted_blocks(custom_op.mask_strips(name, payload, shape, device), shape, device)

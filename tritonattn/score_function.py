@@ -57,6 +57,8 @@ class ScoreFunction:
     Raises:
         TypeError: a function is not one of `triton.jit` with six parameters, or the payload not a tensor.
         ValueError: a function captures local variables, which Triton does not see.
+
+    Source: the score_mod of FlexAttention (Dong et al., 2024, arXiv 2412.05496).
     """
 
     function: object

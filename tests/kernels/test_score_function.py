@@ -310,6 +310,11 @@ def test_known_calls_compute_what_they_are_asked(device):
             both = Both(name, device)
             ours, exact = (function(q, k, v, score_function=both.of(function)) for function in (attention, reference.attention))
             torch.testing.assert_close(ours, exact, atol=1e-5, rtol=1e-5)
+        # these differ in nothing but the function
+        for function, change in ((squares, CHANGES["squares"].in_torch), (magnitude, lambda s, *place: s.abs())):
+            expected = reference.attention(q, k, v, score_function=lambda *place, change=change: change(*place, None))
+            ours = attention(q, k, v, score_function=ScoreFunction(function))
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
         for slopes in (torch.zeros(2, device=device), torch.ones(2, device=device)):
             expected = reference.attention(q, k, v, score_function=lambda s, b, h, i, j, w=slopes: s - w[h] * (i - j).abs())
             torch.testing.assert_close(attention(q, k, v, score_function=ScoreFunction(penalty, one, slopes)), expected,

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 class FunctionView(NamedTuple):
-    """What a function needs besides the scores, for one head."""
+    """The arguments of a function besides scores and indices, for one head."""
 
     payload: tuple  # one address, or empty
     batch: int
