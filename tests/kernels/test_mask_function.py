@@ -226,7 +226,8 @@ def test_copies_keep_the_function(name, copied):
     mask, pairs = made(name, "cpu")
     again, stale = COPIES[copied](mask), made(name, "cpu")[0]
     assert (again.function, again.shape) == (mask.function, mask.shape) and again.is_current()
-    assert mask.payload is None or again.payload.dtype == mask.payload.dtype
+    # `to` moves the mask itself
+    assert again.payload is None or again.payload.dtype == torch.float32
     q, k, v, *_ = tensors("cpu", torch.float32, heads=1, kv_heads=1, n_q=N_Q, n_k=N_K)
     torch.testing.assert_close(attention(q, k, v, mask=again), attention(q, k, v, mask=pairs), atol=1e-5, rtol=1e-5)
     if stale.payload is not None:
